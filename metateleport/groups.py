@@ -1,0 +1,255 @@
+"""Matrix Lie groups: how a generator becomes a group element.
+
+Every group maps its Lie algebra to itself by the exponential, never by a first-order pair `(1 + T, 1 - T)`: the
+inverse of `exp(T)` is `exp(-T)` to rounding, so a teleport can be undone. All functions take any number of batch
+dimensions in front, keep dtype and device, and are differentiable.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+__all__ = ["Group", "GeneralLinear", "Orthogonal", "PositiveDiagonal"]
+
+
+class Group(abc.ABC):
+    r"""A matrix Lie group acting on a space of `size` dimensions.
+
+    A group element $g$ and a generator $T$ (Lie algebra element) are tensors of shape `(*batch, *shape)`, where
+    `shape` is `(size, size)` for full matrices and `(size,)` for diagonal ones.
+
+    Args:
+        size: the dimension $k$ of the space that the group acts on.
+
+    Raises:
+        ValueError: if `size` is not a positive integer.
+
+    Example:
+        >>> group = GeneralLinear(3)
+        >>> g = group.exp(group.random_generator(size=1.0, seed=0))
+        >>> torch.allclose(group.compose(g, group.inverse(g)), group.identity())
+        True
+    """
+
+    name: str
+
+    def __init__(self, size: int) -> None:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"a group acts on at least one dimension; size must be a positive integer, not {size!r}")
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.size})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.size == getattr(other, "size", None)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.size))
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one generator, and of one element."""
+
+    @property
+    @abc.abstractmethod
+    def dimension(self) -> int:
+        """Dimension of the Lie group."""
+
+    @abc.abstractmethod
+    def project(self, matrix: Tensor) -> Tensor:
+        """Orthogonal projection of `(*batch, size, size)` matrices onto the Lie algebra, `(*batch, *shape)`."""
+
+    @abc.abstractmethod
+    def exp(self, generator: Tensor) -> Tensor:
+        r"""The element $\exp(T)$ of a generator $T$, both `(*batch, *shape)`."""
+
+    @abc.abstractmethod
+    def inverse(self, element: Tensor) -> Tensor:
+        """The inverse of each element, `(*batch, *shape)`."""
+
+    @abc.abstractmethod
+    def compose(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product `left right`: first `right` acts, then `left`."""
+
+    @abc.abstractmethod
+    def identity(self, *batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """The identity, `(*batch, *shape)`."""
+
+    @abc.abstractmethod
+    def condition(self, element: Tensor) -> Tensor:
+        """Condition number of each element in the spectral norm, `(*batch,)`."""
+
+    def norm(self, generator: Tensor) -> Tensor:
+        """Frobenius norm of each generator, `(*batch,)`."""
+        return torch.linalg.vector_norm(generator, dim=tuple(range(-len(self.shape), 0)))
+
+    def expand(self, scale: Tensor) -> Tensor:
+        """Views a `(*batch,)` tensor as `(*batch, 1, ...)` so that it multiplies generators."""
+        return scale.reshape(*scale.shape, *(1 for _ in self.shape))
+
+    def random_generator(
+        self,
+        *batch: int,
+        size: float = 1.0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Generators of Frobenius norm `size`, their directions uniform on the sphere of the Lie algebra.
+
+        Args:
+            batch: batch dimensions in front.
+            size: Frobenius norm of each generator; zero gives the zero generator.
+            seed: seeds the draw; drawn on the CPU, so a seed means the same on every device.
+            generator: a `torch.Generator` on the CPU, instead of a seed.
+            dtype: of the result; torch's default if not given.
+            device: of the result.
+
+        Returns:
+            Tensor of shape `(*batch, *shape)`.
+
+        Raises:
+            ValueError: if both `seed` and `generator` are given, or `size` is negative or not finite.
+
+        Example:
+            >>> group = PositiveDiagonal(5)
+            >>> group.norm(group.random_generator(2, size=0.3, seed=1))
+            tensor([0.3000, 0.3000])
+        """
+        if not 0 <= size < float("inf"):
+            raise ValueError(f"the size of a generator is a Frobenius norm: finite and at least zero, not {size!r}")
+        source = random_source(seed, generator)
+        drawn = torch.randn(*batch, self.size, self.size, generator=source, dtype=torch.float64)
+        drawn = self.project(drawn)
+        norms = self.norm(drawn).clamp_min(torch.finfo(torch.float64).tiny)
+        drawn = drawn * self.expand(size / norms)
+        return drawn.to(device=device, dtype=dtype or torch.get_default_dtype())
+
+    def random(
+        self,
+        *batch: int,
+        size: float = 1.0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The element of a random generator; arguments as in `random_generator`."""
+        return self.exp(
+            self.random_generator(*batch, size=size, seed=seed, generator=generator, dtype=dtype, device=device)
+        )
+
+
+def random_source(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
+    """The `torch.Generator` that `seed` or `generator` names; None means torch's global one."""
+    if seed is not None and generator is not None:
+        raise ValueError("give a seed or a generator, not both")
+    return torch.Generator().manual_seed(seed) if seed is not None else generator
+
+
+class _MatrixGroup(Group):
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size)
+
+    def exp(self, generator: Tensor) -> Tensor:
+        return torch.linalg.matrix_exp(generator)
+
+    def compose(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right
+
+    def identity(self, *batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        return torch.eye(self.size, dtype=dtype, device=device).expand(*batch, self.size, self.size)
+
+    def condition(self, element: Tensor) -> Tensor:
+        singular = torch.linalg.svdvals(element)
+        return singular[..., 0] / singular[..., -1]
+
+
+class GeneralLinear(_MatrixGroup):
+    r"""The identity component of $GL(k)$: all $\exp(T_1)\exp(T_2)\cdots$; dimension $k^2$.
+
+    Example:
+        >>> GeneralLinear(4).dimension
+        16
+    """
+
+    name = "GL"
+
+    @property
+    def dimension(self) -> int:
+        return self.size**2
+
+    def project(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def inverse(self, element: Tensor) -> Tensor:
+        return torch.linalg.inv(element)
+
+
+class Orthogonal(_MatrixGroup):
+    r"""The rotations $SO(k)$: $\exp$ of antisymmetric generators; dimension $k(k-1)/2$.
+
+    Example:
+        >>> rotation = Orthogonal(3).random(seed=0, dtype=torch.float64)
+        >>> torch.allclose(rotation @ rotation.mT, torch.eye(3, dtype=torch.float64))
+        True
+    """
+
+    name = "O"
+
+    @property
+    def dimension(self) -> int:
+        return self.size * (self.size - 1) // 2
+
+    def project(self, matrix: Tensor) -> Tensor:
+        return (matrix - matrix.mT) / 2
+
+    def inverse(self, element: Tensor) -> Tensor:
+        return element.mT
+
+    def condition(self, element: Tensor) -> Tensor:
+        return element.new_ones(element.shape[:-2])
+
+
+class PositiveDiagonal(Group):
+    r"""Positive diagonal matrices $\mathbb{R}_{>0}^k$, kept as vectors of their diagonals; dimension $k$.
+
+    Example:
+        >>> PositiveDiagonal(2).exp(torch.zeros(2))
+        tensor([1., 1.])
+    """
+
+    name = "diagonal"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    @property
+    def dimension(self) -> int:
+        return self.size
+
+    def project(self, matrix: Tensor) -> Tensor:
+        return torch.diagonal(matrix, dim1=-2, dim2=-1)
+
+    def exp(self, generator: Tensor) -> Tensor:
+        return generator.exp()
+
+    def inverse(self, element: Tensor) -> Tensor:
+        return element.reciprocal()
+
+    def compose(self, left: Tensor, right: Tensor) -> Tensor:
+        return left * right
+
+    def identity(self, *batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        return torch.ones(self.size, dtype=dtype, device=device).expand(*batch, self.size)
+
+    def condition(self, element: Tensor) -> Tensor:
+        return element.amax(-1) / element.amin(-1)

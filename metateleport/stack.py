@@ -1,0 +1,188 @@
+"""Tasks of one shape, stacked: one module whose parameters have a task dimension in front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.capture import Recording, channel_modules, modules_of, record
+from metateleport.point import Point, Tensors, pullback_through
+from metateleport.symmetries import Symmetry
+
+__all__ = ["Batch", "StackedModel"]
+
+Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Inputs of the model and targets of the loss."""
+
+
+class StackedModel(nn.Module):
+    """Several copies of one model, each with parameters and data of its own, evaluated in one graph.
+
+    Parameters carry the task dimension in front. The forward pass runs the model once under `torch.func.vmap`, so
+    that it costs one set of batched kernels and not one set a task. Being an ordinary module it can be patched by
+    `higher`, which puts tensors of an unroll in the place of its parameters.
+
+    Args:
+        models: modules of one architecture and of equal shapes.
+        loss: maps a model's outputs and the targets to a scalar.
+        symmetries: symmetries of one model; the modules they name are recorded.
+
+    Raises:
+        ValueError: if there is no model, or their parameters do not have equal names and shapes.
+
+    Example:
+        >>> models = [nn.Linear(2, 1) for _ in range(3)]
+        >>> stacked = StackedModel(models, nn.functional.mse_loss, ())
+        >>> stacked(((torch.ones(3, 4, 2),), (torch.zeros(3, 4, 1),))).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], loss: Callable[..., Tensor], symmetries: Sequence[Symmetry] = ()
+    ) -> None:
+        super().__init__()
+        if not models:
+            raise ValueError("a stack needs at least one model")
+        shapes = [{name: value.shape for name, value in model.named_parameters()} for model in models]
+        if any(other != shapes[0] for other in shapes):
+            raise ValueError("only models of one architecture can be stacked: their parameters differ in name or shape")
+        self.names = tuple(shapes[0])
+        for name in self.names:
+            stacked = torch.stack([dict(model.named_parameters())[name].detach() for model in models])
+            self.register_parameter(_key(name), nn.Parameter(stacked))
+        for name in dict(models[0].named_buffers()):
+            self.register_buffer(_key(name), torch.stack([dict(model.named_buffers())[name] for model in models]))
+        self.symmetries = tuple(symmetries)
+        self.loss = loss
+        self.tasks = len(models)
+        # In a tuple, so that the template's own parameters are not parameters of the stack.
+        self._template = (models[0],)
+        self._buffer_names = tuple(name for name, _ in models[0].named_buffers())
+        self._watched = modules_of(symmetries)
+        self._has_channels = channel_modules(models[0], self._watched)
+        self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
+        self.evaluation: _Evaluation | None = None
+
+    @property
+    def template(self) -> nn.Module:
+        """The module whose forward pass all tasks share; its own parameters are not used."""
+        return self._template[0]
+
+    def tensors(self) -> Tensors:
+        """The current parameters by their names in the model, `(tasks, ...)`; those of an unroll where patched."""
+        return {name: getattr(self, _key(name)) for name in self.names}
+
+    def load(self, parameters: Mapping[str, Tensor]) -> None:
+        """Overwrites the parameters, in place."""
+        with torch.no_grad():
+            for name in self.names:
+                getattr(self, _key(name)).copy_(parameters[name])
+
+    def forward(self, batch: Batch, probe: bool = False) -> Tensor:
+        """The loss of every task, `(tasks,)`.
+
+        Args:
+            batch: inputs and targets, each with the task dimension in front.
+            probe: also makes the evaluation that `point` reads: activations, and gradients on module outputs.
+        """
+        parameters = self.tensors()
+        losses, activations, probes = self._run(parameters, batch, probe)
+        self.evaluation = _Evaluation(parameters, losses, activations, probes, self._layout) if probe else None
+        return losses
+
+    def outputs(self, parameters: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        """Outputs of every task at the given parameters, without a graph, `(tasks, ...)`."""
+
+        def single(values: Tensors, buffers: Tensors, one: tuple[Tensor, ...]) -> Tensor:
+            return torch.func.functional_call(self.template, {**values, **buffers}, one)
+
+        with torch.no_grad():
+            return torch.func.vmap(single, randomness="different")(dict(parameters), self._buffers_now(), inputs)
+
+    def losses_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Losses at the given parameters, without a graph, `(tasks,)`."""
+        with torch.no_grad():
+            return self._run(dict(parameters), batch, probe=False)[0]
+
+    def point_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Point:
+        """Evaluates all tasks at the given parameters: one gradient evaluation; detached from any graph but for
+        what rebuilds the backward pass."""
+        leaves = {name: parameters[name].detach().requires_grad_() for name in self.names}
+        with torch.enable_grad():
+            losses, activations, probes = self._run(leaves, batch, probe=True)
+        return _Evaluation(leaves, losses, activations, probes, self._layout).point(create_graph=False)
+
+    def _layout(self, cotangents: Mapping[str, Tensor]) -> Tensors:
+        return Recording(self._has_channels).layout(cotangents, batch=1)
+
+    def _buffers_now(self) -> Tensors:
+        return {name: getattr(self, _key(name)) for name in self._buffer_names}
+
+    def _run(self, parameters: Tensors, batch: Batch, probe: bool) -> tuple[Tensor, Tensors, Tensors]:
+        inputs, targets = batch
+        probes = self._zeros(parameters, inputs) if probe and self._watched else {}
+
+        def single(
+            values: Tensors, buffers: Tensors, one: tuple[Tensor, ...], wanted: tuple[Tensor, ...], added: Tensors
+        ) -> tuple[Tensor, Tensors]:
+            watched = self._watched if probe else ()
+            with record(self.template, watched, lambda name, output: output + added[name]) as recording:
+                outputs = torch.func.functional_call(self.template, {**values, **buffers}, one)
+            activations = recording.activations()
+            return self.loss(outputs, *wanted), activations
+
+        run = torch.func.vmap(single, randomness="different")
+        losses, activations = run(parameters, self._buffers_now(), inputs, targets, probes)
+        return losses, activations, probes
+
+    def _zeros(self, parameters: Tensors, inputs: tuple[Tensor, ...]) -> Tensors:
+        """Zeros to add to the outputs of the watched modules: the loss's gradient on them is the cotangent."""
+        key = tuple((value.shape, value.dtype) for value in inputs)
+        if key not in self._output_shapes:
+            one = {name: value[0].detach() for name, value in {**parameters, **self._buffers_now()}.items()}
+            with torch.no_grad(), record(self.template, self._watched) as recording:
+                torch.func.functional_call(self.template, one, tuple(value[0] for value in inputs))
+            self._output_shapes[key] = {name: value.shape for name, value in recording.outputs.items()}
+        like = next(iter(parameters.values()))
+        return {
+            name: like.new_zeros(self.tasks, *shape).requires_grad_()
+            for name, shape in self._output_shapes[key].items()
+        }
+
+
+class _Evaluation:
+    """One forward pass with its graph, from which a point is made."""
+
+    def __init__(
+        self,
+        parameters: Tensors,
+        losses: Tensor,
+        activations: Tensors,
+        probes: Tensors,
+        layout: Callable[[Mapping[str, Tensor]], Tensors],
+    ) -> None:
+        self.parameters, self.losses, self.activations, self.probes = parameters, losses, activations, probes
+        self.layout = layout
+
+    def point(self, create_graph: bool) -> Point:
+        """Gradients of every task, from one backward pass."""
+        targets = [*self.parameters.values(), *self.probes.values()]
+        found = torch.autograd.grad(self.losses.sum(), targets, create_graph=create_graph, retain_graph=True)
+        gradients = dict(zip(self.parameters, found, strict=False))
+        cotangents = dict(zip(self.probes, found[len(self.parameters) :], strict=True))
+        point = Point(
+            parameters=self.parameters,
+            gradients=gradients,
+            activations=self.activations,
+            cotangents=self.layout(cotangents),
+            loss=self.losses,
+        )
+        pullback = pullback_through(self.activations, self.parameters, self.probes, self.layout)
+        return (point if create_graph else point.detach()).replace(pullback=pullback)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")

@@ -1,0 +1,207 @@
+"""What a symmetry is: a group, and how its elements act on named parameters."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.groups import Group
+from metateleport.point import Point
+
+__all__ = ["Carried", "Pair", "Symmetry", "Unsuitable"]
+
+
+class Carried(NamedTuple):
+    """Tensors carried along by a group element, by parameter name, and whether they are exact."""
+
+    tensors: dict[str, Tensor]
+    exact: bool
+
+
+class Unsuitable(ValueError):
+    """A model, module or batch on which the asked-for symmetry does not hold; the message says why."""
+
+
+class Symmetry(abc.ABC):
+    r"""A group $G$ acting on some of a model's parameters so that its outputs do not change.
+
+    `exactness` says where: `"exact"`, the outputs are unchanged for all inputs; `"batch-exact"`, on the batch whose
+    activations stand in the point, under a rank condition that `holds` checks; `"approximate"`, up to a drift that
+    has to be measured.
+
+    A symmetry is pure: it keeps names and sizes, never tensors of a model, and `act` returns a new point.
+    """
+
+    kind: str
+    exactness: str
+    group: Group
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the Lie group."""
+        return self.group.dimension
+
+    @abc.abstractmethod
+    def act(self, element: Tensor, point: Point) -> Point:
+        """Moves a point by a group element.
+
+        Args:
+            element: group elements, `(*batch, *group.shape)`.
+            point: where to start; its gradients, activations and cotangents are carried along where present.
+
+        Returns:
+            The point `element . point`. Gradients that could not be carried are named in its `stale`.
+
+        Raises:
+            KeyError: if the point lacks a parameter or an activation that the action needs.
+        """
+
+    def holds(self, point: Point, element: Tensor | None = None) -> Tensor:
+        """Whether the symmetry's condition is met on the point's batch, boolean `(*batch,)`; exact ones always.
+
+        Args:
+            point: where the element would act.
+            element: the element, for conditions that depend on it; the identity if not given.
+        """
+        weight = point.parameters[self.parameters[0]]
+        return torch.ones(weight.shape[: self._batch(point)], dtype=torch.bool, device=weight.device)
+
+    @abc.abstractmethod
+    def carry_covectors(self, element: Tensor, covectors: Mapping[str, Tensor], point: Point) -> Carried:
+        r"""Carries covectors (gradients, momenta) along.
+
+        Under a linear action $w \mapsto A w$ a covector goes to $A^{-\top} p$. Where the action is not linear (batch
+        forms) the nearest linear one is used, and the answer says that it is not exact.
+
+        Args:
+            element: the group element that moved the parameters.
+            covectors: by parameter name, a tensor shaped like the parameter.
+            point: where the element acted, for actions that depend on the place.
+
+        Returns:
+            Those of the symmetry's parameters, moved; and whether they are exact.
+        """
+
+    @abc.abstractmethod
+    def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
+        """Carries second moments of the gradient along; arguments and answer as in `carry_covectors`.
+
+        Exact for diagonal groups; elsewhere the entries of a gradient are taken as uncorrelated.
+        """
+
+    def rebuild_cost(self, point: Point) -> float:
+        """Share of a gradient evaluation that carrying the gradients along costs; zero where they are covectors."""
+        return 0.0
+
+    def matrices(self, point: Point) -> dict[str, Tensor]:
+        """Small `(*batch, size, size)` matrices that transform with the group; a learned teleporter reads them.
+
+        Returns:
+            By name. Names ending in `covariance` are positive semidefinite.
+        """
+        return {}
+
+    def _batch(self, point: Point) -> int:
+        """Number of batch dimensions of a point."""
+        return 0 if point.loss is None else point.loss.ndim
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.parameters)}; {self.group}, {self.exactness})"
+
+
+class Pair(Symmetry):
+    r"""A symmetry between two layers, $y = U\, s(V h + b)$: `first` holds $V$ and $b$, `second` holds $U$.
+
+    Args:
+        model: the module that holds both layers; it is read, not kept.
+        first: name of the layer whose output is moved, as in `named_modules()`.
+        second: name of the layer that takes it in.
+
+    Raises:
+        Unsuitable: if a name is unknown, a layer is of another type, the sizes do not fit or a parameter is shared.
+    """
+
+    layer_types: tuple[type[nn.Module], ...] = (nn.Linear,)
+
+    def __init__(self, model: nn.Module, first: str, second: str) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in (first, second):
+            if name not in modules:
+                known = ", ".join(repr(known) for known, module in modules.items() if isinstance(module, nn.Linear))
+                raise Unsuitable(f"the model has no module named {name!r}; its linear layers are {known or 'none'}")
+            if not isinstance(modules[name], self.layer_types):
+                allowed = " or ".join(kind.__name__ for kind in self.layer_types)
+                raise Unsuitable(f"{name!r} is a {type(modules[name]).__name__}; a {self.kind} needs {allowed}")
+        self.first, self.second = first, second
+        self.modules = (first, second)
+        self.first_weight, self.second_weight = f"{first}.weight", f"{second}.weight"
+        self.first_bias = f"{first}.bias" if modules[first].bias is not None else None
+        self.parameters = tuple(
+            name for name in (self.first_weight, self.first_bias, self.second_weight) if name is not None
+        )
+        self._refuse_unusual_parameters(model)
+        self._first_ndim = modules[first].weight.ndim
+        self._second_ndim = modules[second].weight.ndim
+        self.width = modules[first].weight.shape[0]
+        incoming = modules[second].weight.shape[1]
+        if incoming % self.width or (incoming != self.width and not self._allows_repeats):
+            raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}")
+        self._repeats = incoming // self.width
+
+    _allows_repeats = False
+
+    def _refuse_unusual_parameters(self, model: nn.Module) -> None:
+        """A weight that is shared, frozen or computed from others cannot be moved in one place only."""
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for name in self.parameters:
+            if name not in named:
+                raise Unsuitable(f"{name!r} is not a plain parameter of the model (parametrised or computed weights)")
+            if len(owners[id(named[name])]) > 1:
+                raise Unsuitable(f"{name!r} is shared ({', '.join(owners[id(named[name])])}) and cannot move alone")
+            if not named[name].requires_grad:
+                raise Unsuitable(f"{name!r} is frozen (requires_grad=False) and cannot be moved")
+
+    def matrices(self, point: Point) -> dict[str, Tensor]:
+        first, second = self._rows(point)
+        found = {
+            "incoming_covariance": first @ first.mT,
+            "outgoing_covariance": second.mT @ second,
+        }
+        if self.second in point.activations:
+            features = self._features(point)
+            found["feature_covariance"] = features.mT @ features
+        if self.first_weight in point.gradients and self.second_weight in point.gradients:
+            first_gradient, second_gradient = self._rows(point, point.gradients)
+            found["incoming_gradient_covariance"] = first_gradient @ first_gradient.mT
+            found["outgoing_gradient_covariance"] = second_gradient.mT @ second_gradient
+            found["outgoing_moment"] = second.mT @ second_gradient
+            found["incoming_moment"] = first_gradient @ first.mT
+        return found
+
+    def _features(self, point: Point) -> Tensor:
+        """Inputs of the second layer, `(*batch, samples, width)`."""
+        features = point.activations[self.second]
+        if self._repeats > 1:
+            features = features.unflatten(-1, (self.width, self._repeats)).mT.flatten(-3, -2)
+        return features
+
+    def _rows(self, point: Point, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """V as `(*batch, width, inputs)` and U as `(*batch, outputs, width)`, or tensors shaped like them."""
+        tensors = point.parameters if tensors is None else tensors
+        first, second = tensors[self.first_weight], tensors[self.second_weight]
+        if self._first_ndim > 2:
+            first = first.flatten(1 - self._first_ndim)
+        if self._second_ndim > 2:
+            second = second.movedim(1 - self._second_ndim, -1).flatten(-self._second_ndim, -2)
+        if self._repeats > 1:
+            second = second.unflatten(-1, (self.width, self._repeats)).mT.flatten(-3, -2)
+        return first, second
