@@ -1,0 +1,305 @@
+"""Task families: what a meta-optimizer is trained and tested on."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metateleport.stack import Batch, StackedModel
+from metateleport.symmetries import Symmetry
+
+__all__ = ["SPLITS", "FamilyError", "Split", "Task", "TaskFamily", "TaskStack", "gallery", "load_family", "task_seed"]
+
+Split = Literal["train", "validation", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "held-out")
+
+
+class FamilyError(ValueError):
+    """A task family that is unknown, cannot be loaded or has settings that cannot work; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One optimisation problem: a model at its start, data and a loss.
+
+    Args:
+        model: the model at its initial weights.
+        loss: maps the model's outputs and the targets to a scalar; the same for all tasks of a family.
+        inputs: the training data's inputs, samples in dimension 0.
+        targets: the training data's targets, samples in dimension 0.
+        symmetries: symmetries of the model, in the order of the data flow.
+        batch_size: samples a minibatch; None for the whole training set at every evaluation.
+        seed: seeds the order of the minibatches.
+        held_out: inputs and targets that are never trained on.
+        score: maps outputs and targets to an accuracy between 0 and 1, where the task has one.
+    """
+
+    model: nn.Module
+    loss: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    symmetries: Sequence[Symmetry] = ()
+    batch_size: int | None = None
+    seed: int = 0
+    held_out: Batch | None = None
+    score: Callable[..., Tensor] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The minibatch of one evaluation: shuffled epochs, a function of the task's seed and the step alone."""
+        if self.batch_size is None:
+            return self.inputs, self.targets
+        rows = self._rows(step)
+        return tuple(value[rows] for value in self.inputs), tuple(value[rows] for value in self.targets)
+
+    def _rows(self, step: int) -> Tensor:
+        assert self.batch_size is not None
+        samples = (self.inputs or self.targets)[0].shape[0]
+        per_epoch = max(samples // self.batch_size, 1)
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(samples)
+        return torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
+
+
+def task_seed(seed: int, split: Split, index: int) -> int:
+    """The seed of one task of a family: tasks of different splits never share one.
+
+    The last digit in base 4 is the split's, the rest a hash of `seed` and `index`.
+
+    Args:
+        seed: the run's seed.
+        split: `train`, `validation` or `held-out`.
+        index: number of the task in its split.
+
+    Example:
+        >>> {task_seed(0, split, 5) % 4 for split in SPLITS} == {0, 1, 2}
+        True
+    """
+    if split not in SPLITS:
+        raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {split!r}")
+    if seed < 0 or index < 0:
+        raise ValueError(f"seeds and task numbers are not negative: got seed {seed}, task {index}")
+    drawn = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+    return (drawn >> 4) * 4 + SPLITS.index(split)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskFamily(abc.ABC):
+    """A distribution of tasks of one shape, with settings.
+
+    A family is a frozen dataclass: its fields are its settings, each with a default, and `--set name=value` on the
+    command line sets them. All tasks of one setting have equal shapes, so that they can be stacked.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class Line(TaskFamily):
+        ...     '''A line through the origin.'''
+        ...     name: ClassVar[str] = "line"
+        ...     noise: float = 0.0
+        ...     def sample(self, seed):
+        ...         x = torch.linspace(0, 1, 8).unsqueeze(1)
+        ...         return Task(nn.Linear(1, 1), nn.functional.mse_loss, (x,), (2 * x,), seed=seed)
+        >>> Line().task(0, "train").inputs[0].shape
+        torch.Size([8, 1])
+    """
+
+    name: ClassVar[str] = ""
+    dtype: ClassVar[torch.dtype] = torch.float32
+    """The dtype that tasks are built in, unless another is asked for."""
+
+    @abc.abstractmethod
+    def sample(self, seed: int) -> Task:
+        """The task of one seed, on the CPU, in torch's default dtype; equal seeds give equal tasks.
+
+        The seed's remainder by 4 tells its split: 0 training, 1 validation, 2 held-out (`task_seed`).
+        """
+
+    def augmented(self, index: int, seed: int) -> TaskFamily:
+        """The settings to use for one meta-training batch; a family may vary its own here. By default fixed."""
+        return self
+
+    def task(self, index: int, split: Split = "train", seed: int = 0, dtype: torch.dtype | None = None) -> Task:
+        """The task of a number in a split; training and held-out tasks never share a seed."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or self.dtype)
+        try:
+            return self.sample(task_seed(seed, split, index))
+        finally:
+            torch.set_default_dtype(before)
+
+    def stack(
+        self,
+        indices: Sequence[int],
+        split: Split = "train",
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> TaskStack:
+        """Several tasks stacked in one graph."""
+        return TaskStack([self.task(index, split, seed, dtype) for index in indices], device)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings by name."""
+        return dataclasses.asdict(self)
+
+
+class TaskStack:
+    """Tasks of one shape side by side: a stacked model and stacked data.
+
+    Args:
+        tasks: tasks of one family and setting.
+        device: where the stack lives.
+
+    Raises:
+        ValueError: if there is no task, or their shapes differ.
+    """
+
+    def __init__(self, tasks: Sequence[Task], device: torch.device | str = "cpu") -> None:
+        self.model = StackedModel([task.model for task in tasks], tasks[0].loss, tasks[0].symmetries).to(device)
+        self.tasks = tuple(tasks)
+        self.symmetries = tuple(tasks[0].symmetries)
+        self.device = torch.device(device)
+        self.full: Batch = self._stack([(task.inputs, task.targets) for task in tasks])
+        held_out = [task.held_out for task in tasks]
+        self.held_out: Batch | None = None
+        if all(each is not None for each in held_out):
+            self.held_out = self._stack([each for each in held_out if each is not None])
+        self.score = tasks[0].score
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every evaluation sees the whole training set."""
+        return self.tasks[0].batch_size is None
+
+    def batch(self, step: int) -> Batch:
+        """Every task's minibatch of one evaluation, stacked."""
+        return self.full if self.deterministic else self._stack([task.batch(step) for task in self.tasks])
+
+    def _stack(self, batches: Sequence[Batch]) -> Batch:
+        inputs = tuple(torch.stack(values).to(self.device) for values in zip(*(each[0] for each in batches), strict=True))
+        targets = tuple(
+            torch.stack(values).to(self.device) for values in zip(*(each[1] for each in batches), strict=True)
+        )
+        return inputs, targets
+
+
+def gallery() -> dict[str, Path]:
+    """The family files that bare names resolve to, wherever the process runs.
+
+    `METATELEPORT_TASKS` names a further folder; then come the working folder's `tasks/` and the project's own.
+    """
+    here = Path(__file__).resolve().parent
+    folders = [Path.cwd() / "tasks", here.parent / "tasks", here / "_gallery"]
+    if os.environ.get("METATELEPORT_TASKS"):
+        folders.insert(0, Path(os.environ["METATELEPORT_TASKS"]))
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")) if folder.is_dir() else ():
+            if not path.name.startswith("_"):
+                found.setdefault(path.stem, path)
+    return found
+
+
+def load_family(name_or_path: str | Path, settings: Mapping[str, Any] | None = None) -> TaskFamily:
+    """Loads a task family from a file or by bare name.
+
+    Args:
+        name_or_path: a Python file with one `TaskFamily`, or the name of one in the gallery. The file is run.
+        settings: values for the family's settings; strings are read in the setting's type.
+
+    Returns:
+        The family.
+
+    Raises:
+        FamilyError: if there is no such family, the file has none, or a setting is unknown or cannot work.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".py":
+        known = gallery()
+        if str(name_or_path) not in known:
+            raise FamilyError(
+                f"there is no task family {str(name_or_path)!r}: the gallery has {', '.join(known) or 'none'}; "
+                "a file of your own is given by its path, ending in .py"
+            )
+        path = known[str(name_or_path)]
+    if not path.is_file():
+        raise FamilyError(f"there is no file {path}: give the path of a Python file with a TaskFamily, or a bare name")
+    kind = _family_in(path)
+    return kind(**_parsed(kind, settings or {}, path))
+
+
+def _family_in(path: Path) -> type[TaskFamily]:
+    name = f"metateleport_family_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look the module of a class up while they are made.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise FamilyError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    kinds = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, TaskFamily)
+        and not inspect.isabstract(value)
+        and value.__module__ == name
+    ]
+    if len(kinds) != 1:
+        names = ", ".join(kind.__name__ for kind in kinds) or "none"
+        raise FamilyError(f"{path} has to define one TaskFamily; it defines {names}")
+    if not dataclasses.is_dataclass(kinds[0]) or "__dataclass_params__" not in vars(kinds[0]):
+        raise FamilyError(f"{path}: {kinds[0].__name__} has to be a frozen dataclass: its fields are its settings")
+    if not kinds[0].name:
+        kinds[0].name = path.stem
+    return kinds[0]
+
+
+def _parsed(kind: type[TaskFamily], settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    types = get_type_hints(kind)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    parsed = {}
+    for name, value in settings.items():
+        if name not in fields:
+            raise FamilyError(f"{path.stem} has no setting {name!r}; it has {', '.join(sorted(fields)) or 'none'}")
+        parsed[name] = _read(f"{path.stem}: {name}", types[name], value)
+    return parsed
+
+
+def _read(what: str, wanted: Any, text: Any) -> Any:
+    """Reads a setting's text in the type of its field."""
+    if not isinstance(text, str):
+        return text
+    arguments = getattr(wanted, "__args__", ())
+    if type(None) in arguments:
+        if text.lower() in ("none", "all"):
+            return None
+        wanted = next(argument for argument in arguments if argument is not type(None))
+    if getattr(wanted, "__origin__", None) is Literal:
+        if text not in wanted.__args__:
+            raise FamilyError(f"{what} is one of {', '.join(map(str, wanted.__args__))}, not {text!r}")
+        return text
+    if wanted is bool:
+        if text.lower() not in ("true", "false"):
+            raise FamilyError(f"{what} is true or false, not {text!r}")
+        return text.lower() == "true"
+    try:
+        return wanted(text)
+    except (TypeError, ValueError) as error:
+        raise FamilyError(f"{what} takes {getattr(wanted, '__name__', wanted)}, not {text!r}") from error

@@ -1,0 +1,175 @@
+"""The interface of every teleporter, and the walk over a model's symmetries that all of them share."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metateleport.point import Point
+from metateleport.symmetries import Symmetry
+
+__all__ = ["Move", "Teleporter", "TrustRegion", "travel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRegion:
+    """Bounds that a teleport has to keep; what breaks one is refused and the weights stay as they are.
+
+    Args:
+        max_size: Frobenius norm of a generator.
+        max_condition: condition number of a group element; the default is half of the digits of the dtype.
+        max_drift: relative change of the outputs or the loss, where it is measured.
+
+    Example:
+        >>> TrustRegion().condition_for(torch.float64) > 1e7
+        True
+    """
+
+    max_size: float = 100.0
+    max_condition: float | None = None
+    max_drift: float = 1e-2
+
+    def condition_for(self, dtype: torch.dtype) -> float:
+        """The bound on condition numbers in a dtype."""
+        return self.max_condition or float(torch.finfo(dtype).eps ** -0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """What one symmetry contributed to a teleport; tensors are `(*batch,)`.
+
+    Args:
+        symmetry: the symmetry moved along.
+        element: the group element, the identity where refused.
+        size: Frobenius norm of the generator, zero where refused.
+        refused: where the trust region or the symmetry's condition forbade the proposed element.
+        evaluations: gradient evaluations that the teleporter and the rebuilding of gradients cost.
+        reason: why it was refused, where it was; empty otherwise.
+    """
+
+    symmetry: Symmetry
+    element: Tensor
+    size: Tensor
+    refused: Tensor
+    evaluations: Tensor
+    reason: str = ""
+
+
+class Teleporter(abc.ABC):
+    """Chooses a group element for each symmetry of a model.
+
+    A teleporter answers with a generator (Lie algebra element) at a point; it never touches weights. What it
+    remembers between teleports is in a state that the caller keeps, so that one teleporter serves many models.
+
+    Args:
+        trust_region: bounds on what is carried out.
+    """
+
+    name: str = ""
+    needs_gradient: bool = False
+    """Whether the point has to carry gradients: then a loss is needed."""
+    def __init__(self, trust_region: TrustRegion | None = None) -> None:
+        self.trust_region = trust_region or TrustRegion()
+
+    def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> Any:
+        """The state before the first teleport; None for teleporters that remember nothing."""
+        return None
+
+    def evaluations(self, symmetry: Symmetry, point: Point) -> float:
+        """Gradient evaluations that choosing one generator costs; algebra on what is known already is free."""
+        return 0.0
+
+    @abc.abstractmethod
+    def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
+        """Chooses the generator for one symmetry.
+
+        Args:
+            symmetry: the symmetry to move along.
+            point: where the model stands, earlier symmetries of the same teleport already moved.
+            state: what `initial_state` or the last call gave.
+
+        Returns:
+            The generator, `(*batch, *symmetry.group.shape)`, and the new state.
+        """
+
+
+def travel(
+    teleporter: Teleporter,
+    point: Point,
+    symmetries: Sequence[Symmetry],
+    state: Any = None,
+    allowed: Tensor | None = None,
+) -> tuple[Point, list[Move], Any]:
+    """Moves a point along its symmetries, one after the other, from the last layer to the first.
+
+    In that order a batch form finds all layers below it where the forward pass saw them, so that the rebuilt part of
+    the backward pass is right.
+
+    Args:
+        teleporter: chooses the generators.
+        point: where to start.
+        symmetries: in the order of the data flow.
+        state: the teleporter's state; a new one if not given.
+        allowed: where moving is allowed at all, boolean `(*batch,)`.
+
+    Returns:
+        The moved point, a move for each symmetry in the order travelled, and the teleporter's new state.
+
+    Raises:
+        ValueError: if the teleporter needs gradients and the point has none.
+    """
+    if teleporter.needs_gradient and not point.gradients:
+        raise ValueError(f"{type(teleporter).__name__} needs gradients: give a loss, or call backward() first")
+    if state is None:
+        state = teleporter.initial_state(point, symmetries)
+    moves = []
+    for symmetry in reversed(symmetries):
+        start = point
+        holds = symmetry.holds(start)
+        if allowed is not None:
+            holds = holds & allowed
+        proposed, state = teleporter.generator(symmetry, start, state)
+        point, move = _carry_out(teleporter, symmetry, start, proposed, holds)
+        moves.append(move)
+    return point, moves, state
+
+
+def _carry_out(
+    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor, holds: Tensor
+) -> tuple[Point, Move]:
+    group, region = symmetry.group, teleporter.trust_region
+    size = group.norm(proposed.detach())
+    finite = size.isfinite()
+    within = size <= region.max_size
+    # What is refused is exchanged for the identity before anything is computed with it: a value that is not
+    # finite would reach the gradients of the others through the selection below.
+    generator = torch.where(group.expand(holds & finite & within), proposed, torch.zeros_like(proposed))
+    element = group.exp(generator)
+    conditioned = group.condition(element.detach()) <= region.condition_for(element.dtype)
+    lawful = symmetry.holds(start, element.detach()) if symmetry.exactness == "batch-exact" else holds
+    accepted = holds & finite & within & conditioned & lawful
+    moved = accepted & (size > 0)
+    reasons = {
+        f"the condition of the {symmetry.kind} does not hold on this batch": ~holds | ~lawful,
+        "the proposed generator is not finite": ~finite,
+        f"the generator is larger than {region.max_size:g}": finite & ~within,
+        f"the element's condition number is above {region.condition_for(element.dtype):.1e}": ~conditioned,
+    }
+    reason = "; ".join(text for text, where in reasons.items() if bool(where.any()))
+    choosing = teleporter.evaluations(symmetry, start)
+    cost = moved.to(size.dtype) * symmetry.rebuild_cost(start) + choosing
+    zero = torch.zeros_like(size)
+    if not bool(moved.any()):
+        identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
+        return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason)
+    if not bool(accepted.all()):
+        element = torch.where(group.expand(accepted), element, group.identity(dtype=element.dtype, device=element.device))
+    arrived = symmetry.act(element, start)
+    if not bool(moved.all()):
+        arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
+    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason)

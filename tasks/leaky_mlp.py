@@ -1,0 +1,116 @@
+"""The source paper's regression: fit random targets with a LeakyReLU network, `1/2 |Y - W2 s(W1 X)|^2`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metateleport import BatchPair2022, BatchPair2024, FamilyError, LinearPair, Rescaling, Symmetry, Task, TaskFamily
+
+ACTIVATIONS = {
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum() / 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeakyMLP(TaskFamily):
+    """Regression with a small multi-layer perceptron, all layers of one width (the source paper's task).
+
+    Settings:
+        width: units of every layer, inputs and outputs included.
+        samples: number of samples; as many as the width if not given.
+        depth: number of weight matrices.
+        activation: between the layers.
+        distribution: of weights and data, `uniform` on [0, 1] or standard `normal`. With uniform ones no
+            pre-activation is negative at the start, so LeakyReLU is linear there.
+        batch: samples a minibatch; `all` for the whole set.
+        labels: `random`, or those of a `teacher` network of the same shape.
+        noise: standard deviation of noise added to the labels.
+    """
+
+    name: ClassVar[str] = "leaky_mlp"
+    dtype: ClassVar[torch.dtype] = torch.float64
+
+    width: int = 20
+    samples: int | None = None
+    depth: int = 2
+    activation: Literal["leaky_relu", "relu", "tanh", "identity"] = "leaky_relu"
+    distribution: Literal["uniform", "normal"] = "uniform"
+    batch: int | None = None
+    labels: Literal["random", "teacher"] = "random"
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.depth < 2 or (self.samples is not None and self.samples < 1):
+            raise FamilyError(
+                f"leaky_mlp needs a width of at least 1, a depth of at least 2 and at least one sample; got "
+                f"width={self.width}, depth={self.depth}, samples={self.samples}"
+            )
+        if self.batch is not None and not 1 <= self.batch <= self.sample_count:
+            raise FamilyError(f"leaky_mlp: batch={self.batch} has to lie between 1 and samples={self.sample_count}")
+        if self.noise < 0:
+            raise FamilyError(f"leaky_mlp: noise is a standard deviation, not {self.noise}")
+        if self.activation not in ACTIVATIONS:
+            raise FamilyError(f"leaky_mlp: activation is one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+
+    @property
+    def sample_count(self) -> int:
+        return self.width if self.samples is None else self.samples
+
+    def sample(self, seed: int) -> Task:
+        source = torch.Generator().manual_seed(seed)
+
+        def draw(rows: int) -> Tensor:
+            function = torch.rand if self.distribution == "uniform" else torch.randn
+            return function(rows, self.width, generator=source)
+
+        model, inputs = self._network(draw), draw(self.sample_count)
+        targets = draw(self.sample_count)
+        if self.labels == "teacher":
+            with torch.no_grad():
+                targets = self._network(draw)(inputs)
+        targets = targets + self.noise * torch.randn(targets.shape, generator=source)
+        return Task(
+            model=model,
+            loss=half_squared_error,
+            inputs=(inputs,),
+            targets=(targets,),
+            symmetries=self._symmetries(model),
+            batch_size=self.batch,
+            seed=seed,
+        )
+
+    def _network(self, draw) -> nn.Sequential:  # type: ignore[no-untyped-def]
+        layers: list[nn.Module] = []
+        for _ in range(self.depth):
+            layer = nn.Linear(self.width, self.width, bias=False)
+            with torch.no_grad():
+                layer.weight.copy_(draw(self.width))
+            layers += [layer, ACTIVATIONS[self.activation]()]
+        return nn.Sequential(*layers[:-1])
+
+    def _symmetries(self, model: nn.Sequential) -> list[Symmetry]:
+        """Between neighbours GL: exact for the identity, on the batch elsewhere; rescaling where that cannot hold."""
+        fits = (self.batch or self.sample_count) <= self.width
+        found: list[Symmetry] = []
+        for index in range(0, 2 * self.depth - 2, 2):
+            first, second, between = str(index), str(index + 2), model[index + 1]
+            if self.activation == "identity":
+                found.append(LinearPair(model, first, second))
+            elif self.activation == "leaky_relu" and fits:
+                found.append(BatchPair2022(model, first, second, between))
+            elif fits:
+                found.append(BatchPair2024(model, first, second, between))
+            elif self.activation != "tanh":
+                found.append(Rescaling(model, first, second))
+        return found
