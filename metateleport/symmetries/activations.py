@@ -23,7 +23,7 @@ def slope(activation: nn.Module, z: Tensor) -> Tensor:
     if isinstance(activation, nn.Identity):
         return torch.ones_like(z)
     if isinstance(activation, nn.LeakyReLU):
-        return torch.where(z > 0, 1.0, activation.negative_slope).to(z.dtype)
+        return torch.where(z > 0, torch.ones_like(z), activation.negative_slope)
     if isinstance(activation, nn.ReLU):
         return (z > 0).to(z.dtype)
     return torch.func.jvp(activation, (z,), (torch.ones_like(z),))[1]
