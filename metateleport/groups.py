@@ -82,7 +82,7 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def condition(self, element: Tensor) -> Tensor:
-        """Condition number of each element in the spectral norm, `(*batch,)`."""
+        """Condition number of each element in the spectral norm, `(*batch,)`; infinite where it overflows."""
 
     def norm(self, generator: Tensor) -> Tensor:
         """Frobenius norm of each generator, `(*batch,)`."""
@@ -127,8 +127,9 @@ class Group(abc.ABC):
         source = random_source(seed, generator)
         drawn = torch.randn(*batch, self.size, self.size, generator=source, dtype=torch.float64)
         drawn = self.project(drawn)
-        norms = self.norm(drawn).clamp_min(torch.finfo(torch.float64).tiny)
-        drawn = drawn * self.expand(size / norms)
+        norms = self.norm(drawn)
+        # A group of dimension zero has one generator only, of norm zero.
+        drawn = drawn * self.expand(torch.where(norms > 0, size / norms, 0.0))
         return drawn.to(device=device, dtype=dtype or torch.get_default_dtype())
 
     def random(
@@ -168,8 +169,10 @@ class _MatrixGroup(Group):
         return torch.eye(self.size, dtype=dtype, device=device).expand(*batch, self.size, self.size)
 
     def condition(self, element: Tensor) -> Tensor:
-        singular = torch.linalg.svdvals(element)
-        return singular[..., 0] / singular[..., -1]
+        # The singular value decomposition raises on what is not finite, and spoils the whole batch.
+        finite = element.isfinite().flatten(-2).all(-1)
+        singular = torch.linalg.svdvals(torch.where(self.expand(finite), element, 0.0))
+        return torch.where(finite & (singular[..., -1] > 0), singular[..., 0] / singular[..., -1], float("inf"))
 
 
 class GeneralLinear(_MatrixGroup):
@@ -196,6 +199,8 @@ class GeneralLinear(_MatrixGroup):
 class Orthogonal(_MatrixGroup):
     r"""The rotations $SO(k)$: $\exp$ of antisymmetric generators; dimension $k(k-1)/2$.
 
+    Of any other matrix `exp` takes the antisymmetric part.
+
     Example:
         >>> rotation = Orthogonal(3).random(seed=0, dtype=torch.float64)
         >>> torch.allclose(rotation @ rotation.mT, torch.eye(3, dtype=torch.float64))
@@ -210,6 +215,10 @@ class Orthogonal(_MatrixGroup):
 
     def project(self, matrix: Tensor) -> Tensor:
         return (matrix - matrix.mT) / 2
+
+    def exp(self, generator: Tensor) -> Tensor:
+        # Projected, so that no step along a gradient taken over all matrices leaves the group.
+        return super().exp(self.project(generator))
 
     def inverse(self, element: Tensor) -> Tensor:
         return element.mT
@@ -252,4 +261,5 @@ class PositiveDiagonal(Group):
         return torch.ones(self.size, dtype=dtype, device=device).expand(*batch, self.size)
 
     def condition(self, element: Tensor) -> Tensor:
-        return element.amax(-1) / element.amin(-1)
+        ratio = element.amax(-1) / element.amin(-1)
+        return torch.where(ratio.isfinite(), ratio, float("inf"))
