@@ -18,7 +18,8 @@ def rows(tensor: Tensor, batch: int = 0, channels: bool = False) -> Tensor:
     """Lays a module's input or output out with samples in rows, `(*batch, samples, features)`.
 
     Args:
-        tensor: `(*batch, samples, ..., features)`, or `(*batch, samples, channels, ...)` for convolutions.
+        tensor: `(*batch, samples, ..., features)`, or `(*batch, samples, channels, ...)` for convolutions; a vector
+            is one sample, a scalar one sample of one feature.
         batch: number of batch dimensions in front.
         channels: whether the features stand behind the samples (convolutions), not last.
 
@@ -28,7 +29,7 @@ def rows(tensor: Tensor, batch: int = 0, channels: bool = False) -> Tensor:
     """
     if channels:
         tensor = tensor.movedim(batch + 1, -1)
-    if tensor.ndim == batch + 1:
+    while tensor.ndim < batch + 2:
         tensor = tensor.unsqueeze(batch)
     return tensor.reshape(*tensor.shape[:batch], -1, tensor.shape[-1])
 
