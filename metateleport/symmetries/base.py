@@ -138,6 +138,8 @@ class Pair(Symmetry):
             if not isinstance(modules[name], self.layer_types):
                 allowed = " or ".join(kind.__name__ for kind in self.layer_types)
                 raise Unsuitable(f"{name!r} is a {type(modules[name]).__name__}; a {self.kind} needs {allowed}")
+        if modules[first] is modules[second]:
+            raise Unsuitable(f"{first!r} and {second!r} are one layer; a {self.kind} stands between two")
         self.first, self.second = first, second
         self.modules = (first, second)
         self.first_weight, self.second_weight = f"{first}.weight", f"{second}.weight"
@@ -150,11 +152,12 @@ class Pair(Symmetry):
         self._second_ndim = modules[second].weight.ndim
         self.width = modules[first].weight.shape[0]
         incoming = modules[second].weight.shape[1]
-        if incoming % self.width or (incoming != self.width and not self._allows_repeats):
-            raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}")
+        # Only a flattened convolution has several inputs of the next layer for each of its units.
+        flattened = self._first_ndim > 2 and self._second_ndim == 2
+        if incoming != self.width and (incoming % self.width or not flattened):
+            grouped = " in each group" if getattr(modules[second], "groups", 1) > 1 else ""
+            raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}{grouped}")
         self._repeats = incoming // self.width
-
-    _allows_repeats = False
 
     def _refuse_unusual_parameters(self, model: nn.Module) -> None:
         """A weight that is shared, frozen or computed from others cannot be moved in one place only."""

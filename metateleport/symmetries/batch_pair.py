@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -26,7 +27,10 @@ class _BatchPair(Pair):
             raise Unsuitable(f"the activation is given as a module such as nn.LeakyReLU(0.1), not {activation!r}")
         if any(True for _ in activation.parameters()):
             raise Unsuitable(f"{activation} has parameters of its own; the batch forms take fixed activations")
-        self.activation = activation
+        # A copy that overwrites nothing: pre-activations are read again after it.
+        self.activation = copy.deepcopy(activation)
+        if hasattr(self.activation, "inplace"):
+            self.activation.inplace = False
 
     def holds(self, point: Point, element: Tensor | None = None) -> Tensor:
         return _has_full_rank(self._solved_for(point, element))
@@ -96,8 +100,10 @@ class _BatchPair(Pair):
 
 
 def _products(point: Point, module: str) -> float:
-    """Multiplications of one matrix product of a layer."""
-    return float(point.parameters[f"{module}.weight"].shape[-1] * point.parameters[f"{module}.weight"].shape[-2])
+    """Multiplications of one matrix product of a layer; zero where it has no weight of its own."""
+    weight = point.parameters.get(f"{module}.weight")
+    batch = 0 if point.loss is None else point.loss.ndim
+    return 0.0 if weight is None else float(weight.shape[batch:].numel() * point.activations[module].shape[-2])
 
 
 class BatchPair2022(_BatchPair):
@@ -218,7 +224,8 @@ def _has_full_rank(rows: Tensor) -> Tensor:
     """Whether there are at most as many rows as columns and all of them independent, `(*batch,)`."""
     if rows.shape[-2] > rows.shape[-1]:
         return torch.zeros(rows.shape[:-2], dtype=torch.bool, device=rows.device)
-    singular = torch.linalg.svdvals(rows.detach())
+    # The singular value decomposition raises on what is not finite, and spoils the whole batch.
+    singular = torch.linalg.svdvals(torch.where(_finite(rows), rows, 0.0).detach())
     tolerance = torch.finfo(rows.dtype).eps ** 0.75
     return singular[..., -1] > tolerance * singular[..., 0]
 
@@ -227,9 +234,22 @@ def _least_norm(rows: Tensor, target: Tensor) -> Tensor:
     """The smallest X with `rows X = target`, for rows that are independent: `rows^+ target`.
 
     Through a QR decomposition of the transpose: half of the digits that the normal equations would lose are kept,
-    and unlike a pseudo-inverse it costs no singular value decomposition.
+    and unlike a pseudo-inverse it costs no singular value decomposition. Where the rows are dependent, so that there
+    is no such X, the answer is zero: finite, as are its derivatives, so that one task spoils no other of its batch.
     """
     if rows.shape[-2] > rows.shape[-1]:
-        return torch.linalg.pinv(rows) @ target
+        return torch.linalg.pinv(torch.where(_finite(rows), rows, 0.0)) @ target
     q, r = torch.linalg.qr(rows.mT)
+    diagonal = torch.diagonal(r.detach(), dim1=-2, dim2=-1).abs()
+    usable = diagonal.amin(-1) > torch.finfo(rows.dtype).eps * diagonal.amax(-1)
+    if not bool(usable.all()):
+        usable = usable.unsqueeze(-1).unsqueeze(-1)
+        eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
+        q, r = torch.linalg.qr(torch.where(usable, rows, eye).mT)
+        target = torch.where(usable, target, 0.0)
     return q @ torch.linalg.solve_triangular(r.mT, target, upper=False)
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """Whether all entries of each matrix are finite, `(*batch, 1, 1)`."""
+    return matrices.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)

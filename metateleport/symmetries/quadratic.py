@@ -43,6 +43,8 @@ class QuadraticRotation(Symmetry):
         named = dict(model.named_parameters())
         if parameter not in named or named[parameter].ndim != 1:
             raise Unsuitable(f"the model has no vector named {parameter!r}; its parameters are {', '.join(named)}")
+        if not named[parameter].requires_grad:
+            raise Unsuitable(f"{parameter!r} is frozen (requires_grad=False) and cannot be moved")
         self.parameter, self.module = parameter, module
         self.parameters = (parameter,)
         self.modules = (module,)

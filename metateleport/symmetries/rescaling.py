@@ -43,7 +43,6 @@ class Rescaling(Pair):
     kind = "rescaling"
     exactness = "exact"
     layer_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    _allows_repeats = True
 
     def __init__(self, model: nn.Module, first: str, second: str) -> None:
         super().__init__(model, first, second)
