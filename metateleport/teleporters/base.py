@@ -168,7 +168,7 @@ def _carry_out(
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
         return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason)
     if not bool(accepted.all()):
-        element = torch.where(group.expand(accepted), element, group.identity(dtype=element.dtype, device=element.device))
+        element = group.exp(torch.where(group.expand(accepted), generator, torch.zeros_like(generator)))
     arrived = symmetry.act(element, start)
     if not bool(moved.all()):
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
