@@ -97,16 +97,16 @@ def record(
         raise KeyError(f"the model has no module named {missing[0]!r}; it has {', '.join(map(repr, named))}")
     recording = Recording(channel_modules(model, modules))
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def caught(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(name: str) -> Callable[..., Tensor]:
+        def caught(_: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
             recording.inputs.pop(name, None)
-            recording.inputs[name] = inputs[0]
+            recording.inputs[name] = inputs[0] if inputs else next(iter(keywords.values()))
             recording.outputs[name] = output
             return output if adjust is None else adjust(name, output)
 
         return caught
 
-    handles = [named[name].register_forward_hook(hook(name)) for name in modules]
+    handles = [named[name].register_forward_hook(hook(name), with_kwargs=True) for name in modules]
     try:
         yield recording
     finally:
@@ -131,30 +131,34 @@ def point_of(
         loss: maps the outputs to a scalar; without it there are no gradients and no cotangents.
 
     Returns:
-        The point and the outputs, detached from the graph but for what rebuilds the backward pass.
+        The point and the outputs, detached from the graph but for what rebuilds the backward pass. Gradients are of
+        the parameters that require one. The model's buffers stay as they are.
 
     Raises:
-        ValueError: if the loss is not a scalar.
+        ValueError: if the loss is not a scalar, or does not depend on any parameter that requires a gradient.
     """
     leaves = {name: value.detach().clone() for name, value in model.named_parameters()}
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     keywords = dict(keywords or {})
     modules = modules_of(symmetries)
     if loss is None:
         with torch.no_grad(), record(model, modules) as recording:
-            outputs = torch.func.functional_call(model, leaves, inputs, keywords)
+            outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
         return Point(parameters=leaves, activations=recording.activations()), outputs
-    for name, value in leaves.items():
-        value.requires_grad_(value.is_floating_point())
-    with torch.enable_grad(), record(model, modules) as recording:
-        outputs = torch.func.functional_call(model, leaves, inputs, keywords)
+    wanted = {name: leaves[name].requires_grad_() for name, value in model.named_parameters() if value.requires_grad}
+    # The model goes on with a copy: an activation in place would turn the recorded output into its own.
+    with torch.enable_grad(), record(model, modules, lambda _, output: output.clone()) as recording:
+        outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
         value = loss(outputs)
         if value.ndim:
             raise ValueError(f"the loss has to be a scalar; it has shape {tuple(value.shape)}")
+        if not value.requires_grad:
+            raise ValueError("the loss does not depend on any parameter that requires a gradient")
         watched = {name: output for name, output in recording.outputs.items() if output.requires_grad}
-        targets = [*leaves.values(), *watched.values()]
+        targets = [*wanted.values(), *watched.values()]
         found = torch.autograd.grad(value, targets, allow_unused=True, retain_graph=True)
-    gradients = {name: grad for name, grad in zip(leaves, found, strict=False) if grad is not None}
-    on_outputs = {name: grad for name, grad in zip(watched, found[len(leaves) :], strict=True) if grad is not None}
+    gradients = {name: grad for name, grad in zip(wanted, found, strict=False) if grad is not None}
+    on_outputs = {name: grad for name, grad in zip(watched, found[len(wanted) :], strict=True) if grad is not None}
     point = Point(
         parameters=leaves,
         gradients=gradients,
@@ -162,5 +166,5 @@ def point_of(
         cotangents=recording.layout(on_outputs),
         loss=value,
     )
-    pullback = pullback_through(recording.activations(), leaves, watched, recording.layout)
+    pullback = pullback_through(recording.activations(), wanted, watched, recording.layout)
     return point.detach().replace(pullback=pullback), outputs.detach()

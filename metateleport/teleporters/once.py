@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def teleport(
     `max_drift`, is refused: the weights then stay bit for bit as they were.
 
     Args:
-        model: the model; its parameters are overwritten, its gradients are not touched.
+        model: the model; its parameters are overwritten, its gradients and buffers are not touched. Dropout draws
+            the same in both passes, which leave the global random state as it was.
         teleporter: chooses the group elements.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         loss: maps the outputs to a scalar; only needed by teleporters that look at gradients.
@@ -128,10 +130,12 @@ def teleport(
     if symmetries is None:
         symmetries = symmetries_of(model)
     positional, keywords = split_inputs(inputs)
-    point, outputs = point_of(model, symmetries, positional, keywords, loss)
+    with _same_draws(model):
+        point, outputs = point_of(model, symmetries, positional, keywords, loss)
     arrived, moves, _ = travel(teleporter, point, symmetries)
     size, sizes, reason, evaluations = summary_of(moves)
-    after = _evaluate(model, arrived, positional, keywords)
+    with _same_draws(model):
+        after = _evaluate(model, arrived, positional, keywords)
     drift = relative_change(outputs, after)
     kept = drift <= teleporter.trust_region.max_drift
     if not kept:
@@ -165,6 +169,16 @@ def gradient_norm(point: Point) -> float:
     return float(point.squared_gradient_norm()) ** 0.5 if point.gradients and not point.stale else _NAN
 
 
+@contextlib.contextmanager
+def _same_draws(model: nn.Module) -> Iterator[None]:
+    """Draws random numbers (dropout) from a fixed seed, so that two passes can be compared; then as before."""
+    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
 def _evaluate(model: nn.Module, point: Point, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.no_grad():
-        return torch.func.functional_call(model, point.parameters, positional, keywords)
+        return torch.func.functional_call(model, {**point.parameters, **buffers}, positional, keywords)
