@@ -130,31 +130,31 @@ def travel(
     moves = []
     for symmetry in reversed(symmetries):
         start = point
-        holds = symmetry.holds(start)
-        if allowed is not None:
-            holds = holds & allowed
         proposed, state = teleporter.generator(symmetry, start, state)
-        point, move = _carry_out(teleporter, symmetry, start, proposed, holds)
+        point, move = _carry_out(teleporter, symmetry, start, proposed, allowed)
         moves.append(move)
     return point, moves, state
 
 
 def _carry_out(
-    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor, holds: Tensor
+    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor, allowed: Tensor | None
 ) -> tuple[Point, Move]:
     group, region = symmetry.group, teleporter.trust_region
+    holds = symmetry.holds(start)
+    allowed = torch.ones_like(holds) if allowed is None else allowed
     size = group.norm(proposed.detach())
     finite = size.isfinite()
     within = size <= region.max_size
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
-    generator = torch.where(group.expand(holds & finite & within), proposed, torch.zeros_like(proposed))
+    generator = torch.where(group.expand(allowed & holds & finite & within), proposed, torch.zeros_like(proposed))
     element = group.exp(generator)
     conditioned = group.condition(element.detach()) <= region.condition_for(element.dtype)
     lawful = symmetry.holds(start, element.detach()) if symmetry.exactness == "batch-exact" else holds
-    accepted = holds & finite & within & conditioned & lawful
+    accepted = allowed & holds & finite & within & conditioned & lawful
     moved = accepted & (size > 0)
     reasons = {
+        "moving was not allowed": ~allowed,
         f"the condition of the {symmetry.kind} does not hold on this batch": ~holds | ~lawful,
         "the proposed generator is not finite": ~finite,
         f"the generator is larger than {region.max_size:g}": finite & ~within,
