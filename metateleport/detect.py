@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from torch import nn
@@ -46,10 +47,8 @@ LinearPair(2.weight, 2.bias, 3.weight; GeneralLinear(2), exact)]
             if last is not None and homogeneous:
                 both_linear = all(isinstance(dict(model.named_modules())[each], nn.Linear) for each in (last, name))
                 kind = LinearPair if linear and both_linear else Rescaling
-                try:
+                with contextlib.suppress(Unsuitable):
                     found.append(kind(model, last, name))
-                except Unsuitable:
-                    pass
             last, homogeneous, linear = name, True, True
         elif isinstance(module, HOMOGENEOUS):
             linear = linear and isinstance(module, nn.Identity)

@@ -12,7 +12,7 @@ import abc
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "GeneralLinear", "Orthogonal", "PositiveDiagonal"]
+__all__ = ["GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal"]
 
 
 class Group(abc.ABC):

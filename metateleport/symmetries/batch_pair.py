@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ class _BatchPair(Pair):
         if any(True for _ in activation.parameters()):
             raise Unsuitable(f"{activation} has parameters of its own; the batch forms take fixed activations")
         # A copy that overwrites nothing: pre-activations are read again after it.
-        self.activation = copy.deepcopy(activation)
-        if hasattr(self.activation, "inplace"):
-            self.activation.inplace = False
+        copied: Any = copy.deepcopy(activation)
+        if hasattr(copied, "inplace"):
+            copied.inplace = False
+        self.activation: nn.Module = copied
 
     def holds(self, point: Point, element: Tensor | None = None) -> Tensor:
         return _has_full_rank(self._solved_for(point, element))

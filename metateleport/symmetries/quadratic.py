@@ -66,7 +66,11 @@ class QuadraticRotation(Symmetry):
         matrix = point.activations[self.module]
         y = _times(root, point.parameters[self.parameter])
         found = {}
-        for name, power in (("ascent", matrix), ("second_ascent", matrix @ matrix), ("descent", inverse_root @ inverse_root)):
+        for name, power in (
+            ("ascent", matrix),
+            ("second_ascent", matrix @ matrix),
+            ("descent", inverse_root @ inverse_root),
+        ):
             found[name] = _times(power, y).unsqueeze(-1) * y.unsqueeze(-2)
         return found
 

@@ -73,6 +73,7 @@ class Teleporter(abc.ABC):
     name: str = ""
     needs_gradient: bool = False
     """Whether the point has to carry gradients: then a loss is needed."""
+
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
         self.trust_region = trust_region or TrustRegion()
 
