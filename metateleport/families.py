@@ -6,11 +6,12 @@ import abc
 import dataclasses
 import importlib.util
 import inspect
+import numbers
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -19,7 +20,18 @@ from torch import Tensor, nn
 from metateleport.stack import Batch, StackedModel
 from metateleport.symmetries import Symmetry
 
-__all__ = ["SPLITS", "FamilyError", "Split", "Task", "TaskFamily", "TaskStack", "gallery", "load_family", "task_seed"]
+__all__ = [
+    "SPLITS",
+    "FamilyError",
+    "Split",
+    "Task",
+    "TaskFamily",
+    "TaskStack",
+    "gallery",
+    "load_family",
+    "split_of",
+    "task_seed",
+]
 
 Split = Literal["train", "validation", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "held-out")
@@ -90,7 +102,26 @@ def task_seed(seed: int, split: Split, index: int) -> int:
     if seed < 0 or index < 0:
         raise ValueError(f"seeds and task numbers are not negative: got seed {seed}, task {index}")
     drawn = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+    # Torch's generator on the CPU reads the lower 32 bits only: the split's digit is among them.
     return (drawn >> 4) * 4 + SPLITS.index(split)
+
+
+def split_of(seed: int) -> Split:
+    """The split that the seed of a task belongs to.
+
+    Args:
+        seed: as `task_seed` makes it.
+
+    Raises:
+        ValueError: if the seed belongs to none.
+
+    Example:
+        >>> split_of(task_seed(0, "held-out", 5))
+        'held-out'
+    """
+    if seed % 4 >= len(SPLITS):
+        raise ValueError(f"seed {seed} belongs to no split: its remainder by 4 has to be 0, 1 or 2")
+    return SPLITS[seed % 4]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,19 +152,24 @@ class TaskFamily(abc.ABC):
     def sample(self, seed: int) -> Task:
         """The task of one seed, on the CPU, in torch's default dtype; equal seeds give equal tasks.
 
-        The seed's remainder by 4 tells its split: 0 training, 1 validation, 2 held-out (`task_seed`).
+        `split_of` tells the split of a seed, for families that share out classes or data between the splits. When
+        `task` calls this, torch's global random numbers on the CPU are seeded with `seed` and restored afterwards.
         """
 
-    def augmented(self, index: int, seed: int) -> TaskFamily:
+    def augmented(self, index: int, seed: int) -> TaskFamily:  # noqa: ARG002 - for families that vary
         """The settings to use for one meta-training batch; a family may vary its own here. By default fixed."""
         return self
 
     def task(self, index: int, split: Split = "train", seed: int = 0, dtype: torch.dtype | None = None) -> Task:
         """The task of a number in a split; training and held-out tasks never share a seed."""
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype or self.dtype)
+        own = task_seed(seed, split, index)
         try:
-            return self.sample(task_seed(seed, split, index))
+            torch.set_default_dtype(dtype or self.dtype)
+            # Layers draw their initial weights from the global generator.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(own)
+                return self.sample(own)
         finally:
             torch.set_default_dtype(before)
 
@@ -165,6 +201,8 @@ class TaskStack:
     """
 
     def __init__(self, tasks: Sequence[Task], device: torch.device | str = "cpu") -> None:
+        if not tasks:
+            raise ValueError("a stack needs at least one task")
         self.model = StackedModel([task.model for task in tasks], tasks[0].loss, tasks[0].symmetries).to(device)
         self.tasks = tuple(tasks)
         self.symmetries = tuple(tasks[0].symmetries)
@@ -189,9 +227,12 @@ class TaskStack:
         return self.full if self.deterministic else self._stack([task.batch(step) for task in self.tasks])
 
     def _stack(self, batches: Sequence[Batch]) -> Batch:
-        inputs = tuple(torch.stack(values).to(self.device) for values in zip(*(each[0] for each in batches), strict=True))
-        targets = tuple(
-            torch.stack(values).to(self.device) for values in zip(*(each[1] for each in batches), strict=True)
+        shapes = [[[value.shape for value in part] for part in each] for each in batches]
+        if any(other != shapes[0] for other in shapes):
+            raise ValueError("only tasks of one shape can be stacked: their data differ in number or shape")
+        inputs, targets = (
+            tuple(torch.stack(values).to(self.device) for values in zip(*part, strict=True))
+            for part in zip(*batches, strict=True)
         )
         return inputs, targets
 
@@ -238,7 +279,13 @@ def load_family(name_or_path: str | Path, settings: Mapping[str, Any] | None = N
     if not path.is_file():
         raise FamilyError(f"there is no file {path}: give the path of a Python file with a TaskFamily, or a bare name")
     kind = _family_in(path)
-    return kind(**_parsed(kind, settings or {}, path))
+    parsed = _parsed(kind, settings or {}, path)
+    try:
+        return kind(**parsed)
+    except FamilyError:
+        raise
+    except Exception as error:
+        raise FamilyError(f"{path.stem}: these settings cannot work: {type(error).__name__}: {error}") from error
 
 
 def _family_in(path: Path) -> type[TaskFamily]:
@@ -251,7 +298,8 @@ def _family_in(path: Path) -> type[TaskFamily]:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise FamilyError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     kinds = [
         value
@@ -266,6 +314,9 @@ def _family_in(path: Path) -> type[TaskFamily]:
         raise FamilyError(f"{path} has to define one TaskFamily; it defines {names}")
     if not dataclasses.is_dataclass(kinds[0]) or "__dataclass_params__" not in vars(kinds[0]):
         raise FamilyError(f"{path}: {kinds[0].__name__} has to be a frozen dataclass: its fields are its settings")
+    for field in dataclasses.fields(kinds[0]):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise FamilyError(f"{path}: the setting {field.name!r} of {kinds[0].__name__} needs a default")
     if not kinds[0].name:
         kinds[0].name = path.stem
     return kinds[0]
@@ -282,24 +333,32 @@ def _parsed(kind: type[TaskFamily], settings: Mapping[str, Any], path: Path) -> 
     return parsed
 
 
-def _read(what: str, wanted: Any, text: Any) -> Any:
-    """Reads a setting's text in the type of its field."""
-    if not isinstance(text, str):
-        return text
-    arguments = getattr(wanted, "__args__", ())
+def _read(what: str, wanted: Any, value: Any) -> Any:
+    """Reads a setting in the type of its field, from text or from a value."""
+    text = value if isinstance(value, str) else None
+    arguments = get_args(wanted)
     if type(None) in arguments:
-        if text.lower() in ("none", "all"):
+        if value is None or (text is not None and text.lower() in ("none", "all")):
             return None
         wanted = next(argument for argument in arguments if argument is not type(None))
-    if getattr(wanted, "__origin__", None) is Literal:
-        if text not in wanted.__args__:
-            raise FamilyError(f"{what} is one of {', '.join(map(str, wanted.__args__))}, not {text!r}")
-        return text
+    if get_origin(wanted) is Literal:
+        for choice in get_args(wanted):
+            if value == choice or text == str(choice):
+                return choice
+        raise FamilyError(f"{what} is one of {', '.join(map(str, get_args(wanted)))}, not {value!r}")
     if wanted is bool:
-        if text.lower() not in ("true", "false"):
-            raise FamilyError(f"{what} is true or false, not {text!r}")
+        if isinstance(value, bool):
+            return value
+        if text is None or text.lower() not in ("true", "false"):
+            raise FamilyError(f"{what} is true or false, not {value!r}")
         return text.lower() == "true"
     try:
-        return wanted(text)
+        if text is not None:
+            return wanted(text)
+        # True is an integer to Python, and int() would round.
+        numeric = {int: numbers.Integral, float: numbers.Real}.get(wanted)
+        if numeric is not None and (isinstance(value, bool) or not isinstance(value, numeric)):
+            raise TypeError
+        return value if numeric is None else wanted(value)
     except (TypeError, ValueError) as error:
-        raise FamilyError(f"{what} takes {getattr(wanted, '__name__', wanted)}, not {text!r}") from error
+        raise FamilyError(f"{what} takes {getattr(wanted, '__name__', wanted)}, not {value!r}") from error

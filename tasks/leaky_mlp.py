@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metateleport import BatchPair2022, BatchPair2024, FamilyError, LinearPair, Rescaling, Symmetry, Task, TaskFamily
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -58,10 +61,15 @@ class LeakyMLP(TaskFamily):
             )
         if self.batch is not None and not 1 <= self.batch <= self.sample_count:
             raise FamilyError(f"leaky_mlp: batch={self.batch} has to lie between 1 and samples={self.sample_count}")
-        if self.noise < 0:
+        if not 0 <= self.noise < math.inf:
             raise FamilyError(f"leaky_mlp: noise is a standard deviation, not {self.noise}")
         if self.activation not in ACTIVATIONS:
             raise FamilyError(f"leaky_mlp: activation is one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+
+    def augmented(self, index: int, seed: int) -> LeakyMLP:
+        """Widths from 0.6 to 1.2 times the setting; a number of samples that was given stays."""
+        drawn = np.random.default_rng([seed, index]).integers(round(0.6 * self.width), round(1.2 * self.width) + 1)
+        return dataclasses.replace(self, width=max(int(drawn), 1))
 
     @property
     def sample_count(self) -> int:
@@ -90,10 +98,10 @@ class LeakyMLP(TaskFamily):
             seed=seed,
         )
 
-    def _network(self, draw) -> nn.Sequential:  # type: ignore[no-untyped-def]
+    def _network(self, draw: Callable[[int], Tensor]) -> nn.Sequential:
         layers: list[nn.Module] = []
         for _ in range(self.depth):
-            layer = nn.Linear(self.width, self.width, bias=False)
+            layer = nn.utils.skip_init(nn.Linear, self.width, self.width, bias=False)
             with torch.no_grad():
                 layer.weight.copy_(draw(self.width))
             layers += [layer, ACTIVATIONS[self.activation]()]
