@@ -129,10 +129,13 @@ def teleport(
         raise ValueError(f"{type(teleporter).__name__} looks at gradients: pass loss=, a callable on the outputs")
     if symmetries is None:
         symmetries = symmetries_of(model)
+    if not symmetries:
+        raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
     positional, keywords = split_inputs(inputs)
     with _same_draws(model):
         point, outputs = point_of(model, symmetries, positional, keywords, loss)
-    arrived, moves, _ = travel(teleporter, point, symmetries)
+    with torch.no_grad():
+        arrived, moves, _ = travel(teleporter, point, symmetries)
     size, sizes, reason, evaluations = summary_of(moves)
     with _same_draws(model):
         after = _evaluate(model, arrived, positional, keywords)
