@@ -113,7 +113,7 @@ class StackedModel(nn.Module):
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.names}
         with torch.enable_grad():
             losses, activations, probes = self._run(leaves, batch, probe=True)
-        return _Evaluation(leaves, losses, activations, probes, self._layout).point(create_graph=False)
+        return _Evaluation(leaves, losses, activations, probes, self._layout).point(in_graph=False)
 
     def _layout(self, cotangents: Mapping[str, Tensor]) -> Tensors:
         return Recording(self._has_channels).layout(cotangents, batch=1)
@@ -167,10 +167,17 @@ class _Evaluation:
         self.parameters, self.losses, self.activations, self.probes = parameters, losses, activations, probes
         self.layout = layout
 
-    def point(self, create_graph: bool) -> Point:
-        """Gradients of every task, from one backward pass."""
+    def point(self, in_graph: bool, second_order: bool | None = None) -> Point:
+        """Gradients of every task, from one backward pass.
+
+        Args:
+            in_graph: keep parameters, activations and losses in the graph of an unroll.
+            second_order: keep the gradients in it too; as `in_graph` if not given.
+        """
+        second_order = in_graph if second_order is None else second_order
         targets = [*self.parameters.values(), *self.probes.values()]
-        found = torch.autograd.grad(self.losses.sum(), targets, create_graph=create_graph, retain_graph=True)
+        ones = torch.ones_like(self.losses)
+        found = torch.autograd.grad(self.losses, targets, ones, create_graph=second_order, retain_graph=True)
         gradients = dict(zip(self.parameters, found, strict=False))
         cotangents = dict(zip(self.probes, found[len(self.parameters) :], strict=True))
         point = Point(
@@ -181,7 +188,7 @@ class _Evaluation:
             loss=self.losses,
         )
         pullback = pullback_through(self.activations, self.parameters, self.probes, self.layout)
-        return (point if create_graph else point.detach()).replace(pullback=pullback)
+        return (point if in_graph else point.detach()).replace(pullback=pullback)
 
 
 def _key(name: str) -> str:

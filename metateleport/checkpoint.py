@@ -1,0 +1,257 @@
+"""Checkpoints: a folder with the weights in safetensors and a JSON card. Loading one runs no code."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from metateleport.files import replacing_folder, write_json
+from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+
+__all__ = [
+    "SCHEMA",
+    "Checkpoint",
+    "CheckpointError",
+    "load",
+    "load_checkpoint",
+    "meta_optimizer_of",
+    "save_checkpoint",
+    "shipped_checkpoints",
+    "update_card",
+]
+
+SCHEMA = 1
+_WEIGHTS, _CARD = "weights.safetensors", "card.json"
+_LEARNED, _STEP_ONLY = "learned.", "step-only."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another version or of another mode; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Args:
+        path: its folder.
+        card: what it was trained on and how, its results, and where it fails.
+        learned: the meta-optimizer.
+        step_only: the same recipe meta-trained without teleports, for attribution; None in mode `tele` and in modes
+            without a teleport.
+    """
+
+    path: Path
+    card: dict[str, Any]
+    learned: MetaOptimizer
+    step_only: MetaOptimizer | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def mode(self) -> str:
+        """What is learned: one of `metateleport.learned.MODES`."""
+        return self.learned.config.mode
+
+
+def shipped_checkpoints() -> dict[str, Path]:
+    """The checkpoint folders that bare names resolve to, wherever the process runs.
+
+    `METATELEPORT_CHECKPOINTS` names a further folder; then come the working folder's `checkpoints/` and the project's.
+    """
+    here = Path(__file__).resolve().parent
+    folders = [Path.cwd() / "checkpoints", here.parent / "checkpoints", here / "_checkpoints"]
+    if os.environ.get("METATELEPORT_CHECKPOINTS"):
+        folders.insert(0, Path(os.environ["METATELEPORT_CHECKPOINTS"]))
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for card in sorted(folder.glob(f"*/{_CARD}")) if folder.is_dir() else ():
+            found.setdefault(card.parent.name, card.parent)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    import metateleport
+
+    return {
+        "metateleport": metateleport.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save_checkpoint(
+    path: str | Path, learned: MetaOptimizer, step_only: MetaOptimizer | None, card: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        path: the folder; one that exists is replaced.
+        learned: the meta-optimizer.
+        step_only: the same recipe without teleports, or None.
+        card: what the card says beside what is written here (schema, shape, versions, hash of the weights).
+
+    Returns:
+        The folder.
+    """
+    tensors = {_LEARNED + name: value.detach().cpu().contiguous() for name, value in learned.state_dict().items()}
+    if step_only is not None:
+        state = step_only.state_dict()
+        tensors.update({_STEP_ONLY + name: value.detach().cpu().contiguous() for name, value in state.items()})
+    weights = save_tensors(tensors)
+    whole = {
+        "schema": SCHEMA,
+        "meta_optimizer": dataclasses.asdict(learned.config),
+        "step_only": None if step_only is None else dataclasses.asdict(step_only.config),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "versions": versions(),
+        **card,
+    }
+    with replacing_folder(path) as temporary:
+        (temporary / _WEIGHTS).write_bytes(weights)
+        write_json(temporary / _CARD, whole)
+    return Path(path)
+
+
+def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
+    """Exchanges some entries of a checkpoint's card."""
+    file = Path(path) / _CARD
+    write_json(file, {**json.loads(file.read_text()), **changes})
+
+
+def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Loads a checkpoint: its card and both of its networks, on the CPU.
+
+    Args:
+        name_or_path: a folder, or the bare name of a shipped checkpoint.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: if it is not there, damaged, or of another version.
+    """
+    path = _resolve(name_or_path)
+    card = _read_card(path)
+    try:
+        weights = (path / _WEIGHTS).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} has no readable {_WEIGHTS}: copy the whole folder again ({error})") from error
+    if hashlib.sha256(weights).hexdigest() != card.get("weights_sha256"):
+        raise CheckpointError(f"{path / _WEIGHTS} is truncated or changed (its hash is not the card's): copy it again")
+    try:
+        tensors = load_tensors(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / _WEIGHTS} is not a safetensors file ({error}): copy it again") from error
+    learned = _build(path, card["meta_optimizer"], tensors, _LEARNED)
+    step_only = None
+    if card.get("step_only") is not None:
+        step_only = _build(path, card["step_only"], tensors, _STEP_ONLY)
+    return Checkpoint(path, card, learned, step_only)
+
+
+def load(name_or_path: str | Path) -> LearnedTeleporter:
+    """Loads the learned teleporter of a checkpoint, for use with any optimizer.
+
+    Args:
+        name_or_path: a folder, or the bare name of a shipped checkpoint.
+
+    Returns:
+        The teleporter, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or its mode has no teleporter of this kind.
+
+    Example:
+        >>> load("leaky_mlp").name
+        'learned'
+    """
+    checkpoint = load_checkpoint(name_or_path)
+    teleporter = checkpoint.learned.teleporter
+    if teleporter is None:
+        raise CheckpointError(
+            f"{checkpoint.name} is of mode {checkpoint.mode!r}, which learns a step and no teleport: use "
+            f"metateleport.LearnedOptimizer(model, {checkpoint.name!r}), or a checkpoint of a mode with 'tele'"
+        )
+    if not isinstance(teleporter, LearnedTeleporter):
+        raise CheckpointError(f"{checkpoint.name} has flat networks, which serve only the shapes they were made for")
+    return teleporter.eval()
+
+
+def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
+    """The meta-optimizer of a checkpoint that has a learned step.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or its mode learns no step.
+    """
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+    if not loaded.learned.config.steps:
+        raise CheckpointError(
+            f"{loaded.name} is of mode 'tele', which learns a teleport and no step: use "
+            f"metateleport.TeleportingOptimizer(optimizer, model, metateleport.load({loaded.name!r}))"
+        )
+    return loaded.learned.eval()
+
+
+def _resolve(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path.resolve()
+    known = shipped_checkpoints()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    if path.is_file():
+        raise CheckpointError(f"a checkpoint is a folder, and {path} is a file: give the folder that holds it")
+    raise CheckpointError(
+        f"there is no checkpoint {str(name_or_path)!r}: known by name are {', '.join(known) or 'none'}; "
+        "any other is given by the path of its folder"
+    )
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads((path / _CARD).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {_CARD}: it is not a checkpoint, or was not copied whole") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / _CARD} is truncated or not JSON ({error}): copy it again") from error
+    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
+        found = card.get("schema") if isinstance(card, dict) else None
+        raise CheckpointError(
+            f"{path} is a checkpoint of schema {found!r}, and this version reads {SCHEMA}: use the version of "
+            f"metateleport that wrote it ({card.get('versions', {}).get('metateleport', 'unknown') if found else 'unknown'})"
+        )
+    return card
+
+
+def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:
+    try:
+        values = dict(shape)
+        values["groups"] = tuple(values["groups"])
+        values["shapes"] = tuple((name, tuple(size)) for name, size in values["shapes"])
+        meta = MetaOptimizer(MetaOptimizerConfig(**values))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the card of {path} does not describe a meta-optimizer of this version ({error})") from error
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    try:
+        meta.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {path} do not fit its card: {error}") from error
+    return meta.eval()

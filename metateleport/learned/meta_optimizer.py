@@ -1,0 +1,247 @@
+"""The learned meta-optimizer: acceptance, teleport, update, as one pure step on a stack of tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.learned.flat import FlatRule, FlatTeleporter
+from metateleport.learned.progress import Progress
+from metateleport.learned.rules import BaseRule, CoordinateRule, StepRule, UpdateRule
+from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
+
+__all__ = ["MODES", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
+
+Mode = Literal["update", "lr", "update+tele", "lr+tele", "tele"]
+MODES: tuple[Mode, ...] = ("update", "lr", "update+tele", "lr+tele", "tele")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaOptimizerConfig:
+    """The shape of a meta-optimizer; everything that is needed to build it again.
+
+    Args:
+        mode: what is learned: `update` (every coordinate), `lr` (a step for each tensor), `tele` (the group element,
+            followed by `base`), or one of the first two with `+tele`.
+        network: `equivariant`, or `flat` for the source paper's networks, which serve one shape only.
+        hidden: units of the LSTMs that look at symmetries and tensors.
+        coordinate_hidden: units of the coordinate-wise LSTM.
+        groups: names of the groups that the teleporter has networks for.
+        base: optimizer of mode `tele`.
+        base_lr: its step size.
+        shapes: shapes of the parameters and sizes of the symmetries, for `flat` only.
+        max_size: trust region, Frobenius norm of a generator.
+
+    Raises:
+        ValueError: if the mode or the network is unknown, or `flat` has no shapes.
+    """
+
+    mode: Mode = "lr+tele"
+    network: Literal["equivariant", "flat"] = "equivariant"
+    hidden: int = 32
+    coordinate_hidden: int = 20
+    groups: tuple[str, ...] = ("GL", "diagonal", "O")
+    base: str = "sgd"
+    base_lr: float = 1e-3
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    max_size: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"a mode is one of {', '.join(MODES)}; not {self.mode!r}")
+        if self.network not in ("equivariant", "flat"):
+            raise ValueError(f"a network is equivariant or flat, not {self.network!r}")
+        if self.network == "flat" and not self.shapes:
+            raise ValueError("the flat networks are made for one shape: give the shapes of the parameters")
+
+    @property
+    def teleports(self) -> bool:
+        """Whether the mode learns the group element."""
+        return self.mode == "tele" or self.mode.endswith("+tele")
+
+    @property
+    def steps(self) -> bool:
+        """Whether the mode learns the step."""
+        return self.mode != "tele"
+
+    def without_teleport(self) -> MetaOptimizerConfig:
+        """The same recipe without teleports: the mode's step alone."""
+        return dataclasses.replace(self, mode="update" if self.mode.startswith("update") else "lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaState:
+    """What a meta-optimizer remembers between steps.
+
+    Args:
+        progress: how each task is getting on.
+        accepted: the last accepted point, where a step that made a task worse goes back to.
+        teleporter: the teleporter's state.
+        rule: the update rule's state.
+        deterministic: whether every evaluation sees the same data.
+    """
+
+    progress: Progress
+    accepted: Point | None
+    teleporter: Any
+    rule: Any
+    deterministic: bool = True
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MetaState:
+        """Applies `function` to every tensor: detaching for truncated unrolls, moving to a device."""
+        return MetaState(*(_mapped(getattr(self, field.name), function) for field in dataclasses.fields(self)))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Point):
+        return value.map(function)
+    if isinstance(value, Progress):
+        return dataclasses.replace(
+            value, **{field.name: _mapped(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        )
+    if isinstance(value, dict):
+        return {key: _mapped(each, function) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_mapped(each, function) for each in value)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step gave; tensors are `(tasks,)`.
+
+    Args:
+        parameters: where to evaluate next, stacked.
+        state: the state after the step.
+        evaluations: gradient evaluations beyond the one that gave the point.
+        accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
+        moves: what each symmetry contributed.
+        size: Frobenius norm of all generators together.
+        refused: number of symmetries whose element was refused.
+    """
+
+    parameters: Tensors
+    state: MetaState
+    evaluations: Tensor
+    accepted: Tensor
+    moves: tuple[Move, ...]
+    size: Tensor
+    refused: Tensor
+
+
+class MetaOptimizer(nn.Module):
+    """Learns both the parameter update and the group element to move by.
+
+    A step takes a point that has just been evaluated and answers with the parameters to evaluate next:
+
+    1. accept the point or, task by task, go back to the last accepted one, with the step damped;
+    2. teleport along the symmetries, gradients carried along;
+    3. step, within the curvature bound.
+
+    It is pure: networks are its parameters, all else is in the state. `LearnedOptimizer` wraps it for models,
+    `DifferentiableLearnedOptimizer` for `higher`.
+
+    Args:
+        config: its shape.
+
+    Example:
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+        >>> sum(p.numel() for p in meta.parameters()) < 1000
+        True
+    """
+
+    def __init__(self, config: MetaOptimizerConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or MetaOptimizerConfig()
+        region = TrustRegion(max_size=config.max_size)
+        self.teleporter: Teleporter | None = None
+        self.rule: UpdateRule
+        if config.teleports:
+            self.teleporter = (
+                FlatTeleporter(config.shapes, config.hidden, region)
+                if config.network == "flat"
+                else LearnedTeleporter(config.groups, config.hidden, trust_region=region)
+            )
+        if not config.steps:
+            self.rule = BaseRule(config.base, config.base_lr)
+        elif config.network == "flat":
+            self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
+        elif config.mode.startswith("update"):
+            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden)
+        else:
+            self.rule = StepRule(config.hidden)
+
+    def initial_state(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        deterministic: bool = True,
+        teleporter: Teleporter | None = None,
+    ) -> MetaState:
+        """The state before the first step.
+
+        Args:
+            point: the first evaluation, one task dimension in front.
+            symmetries: of the model, in the order of the data flow.
+            deterministic: whether every evaluation sees the same data.
+            teleporter: takes the place of the learned one (attribution).
+        """
+        assert point.loss is not None
+        chosen = teleporter or self.teleporter or NoTeleport()
+        return MetaState(
+            progress=Progress.begin(point.loss),
+            accepted=None,
+            teleporter=chosen.initial_state(point, symmetries),
+            rule=self.rule.initial_state(point),
+            deterministic=deterministic,
+        )
+
+    def step(
+        self, point: Point, symmetries: Sequence[Symmetry], state: MetaState, teleporter: Teleporter | None = None
+    ) -> Step:
+        """One inner step on every task of the stack.
+
+        Args:
+            point: just evaluated at the parameters that the last step gave.
+            symmetries: of the model, in the order of the data flow.
+            state: what `initial_state` or the last step gave.
+            teleporter: takes the place of the learned one (attribution).
+
+        Returns:
+            The step.
+
+        Raises:
+            ValueError: if the point has no loss or no gradients.
+        """
+        if point.loss is None or not point.gradients:
+            raise ValueError("a step needs an evaluated point: loss and gradients")
+        chosen = teleporter or self.teleporter or NoTeleport()
+        progress, accepted = state.progress.judge(point.loss, state.deterministic)
+        base = point
+        if state.accepted is not None and not bool(accepted.all()):
+            base = point.choose(accepted, state.accepted)
+        teleporter_state = state.teleporter
+        if isinstance(teleporter_state, dict) and "progress" in teleporter_state:
+            teleporter_state = {**teleporter_state, "progress": progress}
+        moved, moves, teleporter_state = travel(chosen, base, symmetries, teleporter_state, allowed=accepted)
+        rule_state = self.rule.carry(state.rule, moves, base)
+        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state)
+        zero = torch.zeros_like(point.loss.detach())
+        return Step(
+            parameters=parameters,
+            state=MetaState(progress, base, teleporter_state, rule_state, state.deterministic),
+            evaluations=sum((move.evaluations for move in moves), zero),
+            accepted=accepted,
+            moves=tuple(moves),
+            size=sum((move.size.square() for move in moves), zero).sqrt(),
+            refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
+        )

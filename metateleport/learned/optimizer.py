@@ -1,0 +1,210 @@
+"""The learned optimizer in the style of `torch.optim`, for one model and for a stack of tasks."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.capture import Recording, modules_of, record
+from metateleport.detect import symmetries_of
+from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
+from metateleport.point import Point, Tensors
+from metateleport.stack import StackedModel
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Teleporter
+
+__all__ = ["LearnedOptimizer", "StackOptimizer"]
+
+
+class _MetaSteps(torch.optim.Optimizer, abc.ABC):
+    """A `torch.optim.Optimizer` whose step is the meta-optimizer's."""
+
+    def __init__(
+        self,
+        parameters: Iterator[nn.Parameter],
+        meta: MetaOptimizer,
+        symmetries: Sequence[Symmetry],
+        deterministic: bool,
+        teleporter: Teleporter | None,
+    ) -> None:
+        super().__init__(list(parameters), {})
+        self.meta = meta
+        self.symmetries = tuple(symmetries)
+        self.deterministic = deterministic
+        self.teleporter = teleporter
+        self.first_order = False
+        self.meta_state: MetaState | None = None
+        self.last_step: Step | None = None
+
+    def _take(self, point: Point) -> Tensors:
+        """The parameters to go to from a stacked point."""
+        if self.meta_state is None:
+            self.meta_state = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
+        self.last_step = self.meta.step(point, self.symmetries, self.meta_state, self.teleporter)
+        self.meta_state = self.last_step.state
+        return self.last_step.parameters
+
+
+class StackOptimizer(_MetaSteps):
+    """A meta-optimizer over a `StackedModel`: the optimizer whose differentiable twin is registered with `higher`.
+
+    Args:
+        model: the stack.
+        meta: the meta-optimizer.
+        deterministic: whether every evaluation sees the same data.
+        teleporter: takes the place of the learned one (attribution).
+
+    Example:
+        >>> stack = StackedModel([nn.Linear(2, 1)], nn.functional.mse_loss)
+        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)))
+        >>> batch = (torch.ones(1, 4, 2),), (torch.zeros(1, 4, 1),)
+        >>> optimizer.step(lambda: stack(batch, probe=True)).shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self, model: StackedModel, meta: MetaOptimizer, deterministic: bool = True, teleporter: Teleporter | None = None
+    ) -> None:
+        super().__init__(model.parameters(), meta, model.symmetries, deterministic, teleporter)
+        self.model = model
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """One step on every task.
+
+        Args:
+            closure: runs the stack with `probe=True` and returns its losses; no backward pass is needed.
+
+        Returns:
+            The losses before the step, `(tasks,)`.
+
+        Raises:
+            RuntimeError: without a closure, or if it does not probe the stack.
+        """
+        if closure is None:
+            raise RuntimeError("a stack's step needs a closure that runs it with probe=True and returns the losses")
+        with torch.enable_grad():
+            losses = closure()
+        if self.model.evaluation is None:
+            raise RuntimeError("the closure has to run the stack with probe=True")
+        with torch.no_grad():
+            point = self.model.evaluation.point(in_graph=False)
+            self.model.load(self._take(point))
+        return losses.detach()
+
+
+class LearnedOptimizer(_MetaSteps):
+    """Trains a model with a learned meta-optimizer: the learned step, and the learned teleport where it has one.
+
+    Like L-BFGS it takes back a step that made the loss worse, so it needs a closure. The loss of a fixed data set is
+    compared exactly, that of minibatches (`deterministic=False`) with its running mean and spread.
+
+    Args:
+        model: the model to train.
+        checkpoint: a checkpoint's name or path, a loaded checkpoint or a `MetaOptimizer`.
+        symmetries: of the model, in the order of the data flow; found in it if not given.
+        deterministic: whether every call of the closure evaluates the same data.
+
+    Raises:
+        ValueError: if a symmetry names parameters that the model does not have.
+        metateleport.checkpoint.CheckpointError: if the checkpoint cannot be loaded or has no learned step.
+
+    Example:
+        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 1))
+        >>> optimizer = LearnedOptimizer(model, MetaOptimizer(MetaOptimizerConfig(hidden=4)))
+        >>> x = torch.ones(5, 3)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = model(x).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> first = optimizer.step(closure)
+        >>> bool(optimizer.step(closure) < first)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Any,
+        symmetries: Sequence[Symmetry] | None = None,
+        deterministic: bool = True,
+    ) -> None:
+        meta = checkpoint if isinstance(checkpoint, MetaOptimizer) else _loaded(checkpoint)
+        symmetries = tuple(symmetries_of(model) if symmetries is None else symmetries)
+        named = dict(model.named_parameters())
+        for symmetry in symmetries:
+            unknown = [name for name in symmetry.parameters if name not in named]
+            if unknown:
+                raise ValueError(f"{symmetry!r} moves {unknown[0]!r}, which the model does not have")
+        trained = [value for value in named.values() if value.requires_grad]
+        super().__init__(iter(trained), meta, symmetries, deterministic, None)
+        self.model = model
+        device = next(iter(named.values())).device
+        self.meta = meta.to(device)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: clears the gradients, evaluates the model, calls `backward()` on the loss and returns it.
+
+        Returns:
+            The loss before the step.
+
+        Raises:
+            RuntimeError: without a closure, or if it left no gradients.
+        """
+        if closure is None:
+            raise RuntimeError(
+                "a learned optimizer judges its last step by the loss: call step(closure), where closure() clears "
+                "the gradients, evaluates the model, calls backward() and returns the loss"
+            )
+        cotangents: Tensors = {}
+        with torch.enable_grad(), _watch(self.model, modules_of(self.symmetries), cotangents) as recording:
+            loss = closure()
+        with torch.no_grad():
+            moved = self._take(self._point(loss.detach(), recording, cotangents))
+            for name, value in self.model.named_parameters():
+                if value.requires_grad:
+                    value.copy_(moved[name][0])
+        return loss.detach()
+
+    def _point(self, loss: Tensor, recording: Recording, cotangents: Tensors) -> Point:
+        named = dict(self.model.named_parameters())
+        gradients = {name: value.grad.detach() for name, value in named.items() if value.grad is not None}
+        if not gradients:
+            raise RuntimeError("the closure left no gradients: it has to call backward() on the loss that it returns")
+        point = Point(
+            parameters={name: value.detach() for name, value in named.items()},
+            gradients=gradients,
+            activations=recording.activations(),
+            cotangents=recording.layout(cotangents),
+            loss=loss,
+        )
+        return point.map(lambda value: value.detach().clone().unsqueeze(0))
+
+
+def _loaded(checkpoint: Any) -> MetaOptimizer:
+    from metateleport.checkpoint import meta_optimizer_of
+
+    return meta_optimizer_of(checkpoint)
+
+
+@contextmanager
+def _watch(model: nn.Module, modules: Sequence[str], cotangents: Tensors) -> Iterator[Recording]:
+    """Records modules, and into `cotangents` the gradients that arrive at their outputs."""
+
+    def adjust(name: str, output: Tensor) -> Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: cotangents.__setitem__(name, gradient))
+        return output
+
+    with record(model, modules, adjust) as recording:
+        yield recording

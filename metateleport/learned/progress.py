@@ -1,0 +1,81 @@
+"""How a task is getting on, as scale-free features that every learned network reads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+__all__ = ["PROGRESS_FEATURES", "Progress"]
+
+PROGRESS_FEATURES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What is remembered of the course of each task; tensors are `(tasks,)`.
+
+    Args:
+        time: number of evaluations seen.
+        start: loss at the first evaluation.
+        last: loss at the last accepted evaluation; its running mean on minibatches.
+        spread: running root mean square of the loss about its mean; zero where every evaluation sees all data.
+        gain: log of the last accepted loss over the one before.
+        damping: factor on the step, at most one; falls when a step is taken back.
+        rejected: number of steps taken back.
+    """
+
+    time: int
+    start: Tensor
+    last: Tensor
+    spread: Tensor
+    gain: Tensor
+    damping: Tensor
+    rejected: Tensor
+
+    @classmethod
+    def begin(cls, loss: Tensor) -> Progress:
+        """The state before the first evaluation is judged."""
+        loss = loss.detach()
+        zero, one = torch.zeros_like(loss), torch.ones_like(loss)
+        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero)
+
+    def judge(self, loss: Tensor, deterministic: bool) -> tuple[Progress, Tensor]:
+        """Decides which tasks accept the point they stepped to, and what is remembered then.
+
+        On a fixed data set a step is accepted if the loss did not rise. On minibatches the loss of another batch is
+        compared with the running mean, and three spreads above it are allowed.
+
+        Args:
+            loss: the loss of the new point, `(tasks,)`.
+            deterministic: whether every evaluation sees the same data.
+
+        Returns:
+            The progress after it, and where the point is accepted.
+        """
+        loss = loss.detach()
+        first = self.last.isinf()
+        bound = self.last if deterministic else self.last + 3 * self.spread + 0.1 * self.last.abs()
+        accepted = loss.isfinite() & (first | (loss <= bound))
+        seen = torch.where(accepted, loss, torch.where(first, self.start, self.last))
+        before = torch.where(first, seen, self.last)
+        if deterministic:
+            last, spread = seen, self.spread
+        else:
+            last = torch.where(first, seen, 0.8 * before + 0.2 * seen)
+            deviation = torch.where(accepted, (seen - before).square(), self.spread.square())
+            spread = (0.8 * self.spread.square() + 0.2 * deviation).sqrt()
+        tiny = torch.finfo(loss.dtype).tiny
+        gain = ((last.abs() + tiny).log() - (before.abs() + tiny).log()).clamp(-20, 20)
+        damping = torch.where(accepted, (self.damping * 1.5).clamp_max(1.0), self.damping * 0.3)
+        rejected = self.rejected + (~accepted).to(loss.dtype)
+        return Progress(self.time + 1, self.start, last, spread, gain, damping, rejected), accepted
+
+    def features(self) -> Tensor:
+        """Features of order one, `(tasks, PROGRESS_FEATURES)`."""
+        tiny = torch.finfo(self.last.dtype).tiny
+        total = ((self.last.abs() + tiny).log() - (self.start.abs() + tiny).log()).clamp(-60, 60)
+        time = torch.full_like(self.last, self.time / (self.time + 10))
+        calm = torch.exp(-self.spread / self.last.abs().clamp_min(tiny))
+        return torch.stack((time, self.gain / 5, total / 20, self.damping.log() / 5, calm), -1)

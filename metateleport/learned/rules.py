@@ -1,0 +1,277 @@
+"""Update rules: how a learned network turns gradients into a step, bounded by the curvature."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Move
+
+__all__ = ["BaseRule", "CoordinateRule", "StepRule", "UpdateRule"]
+
+Cell = tuple[Tensor, Tensor]
+_TENSOR_FEATURES = 4
+
+
+class UpdateRule(abc.ABC):
+    """Turns a point into the parameters to evaluate next."""
+
+    @abc.abstractmethod
+    def initial_state(self, point: Point) -> Any:
+        """The state before the first step."""
+
+    @abc.abstractmethod
+    def step(self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: Any) -> tuple[Tensors, Any]:
+        """The next parameters and the new state.
+
+        Args:
+            point: where the model stands after its teleport, gradients carried along; one task dimension in front.
+            symmetries: which tell how the layers follow one another.
+            progress: how each task is getting on.
+            state: what `initial_state` or the last call gave.
+        """
+
+    def carry(self, state: Any, moves: Sequence[Move], point: Point) -> Any:
+        """Carries what the state remembers of gradients along with a teleport; by default it remembers nothing."""
+        return state
+
+
+class StepRule(nn.Module, UpdateRule):
+    r"""Gradient descent with a learned step for each tensor, $W \mapsto W - m\,d\,G / \kappa$.
+
+    $\kappa$ is the smooth curvature bound of the layer, $m \in (0, 2)$ the output of an LSTM for each tensor (weights
+    shared, state its own), $d \le 1$ the task's damping. Tensors without a bound take Polyak's step $L / |\nabla L|^2$
+    in its place.
+
+    Args:
+        hidden: units of the LSTM.
+        outputs: further outputs for rules that build on this one.
+    """
+
+    def __init__(self, hidden: int = 32) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
+        self.head = nn.Linear(hidden, 1)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.fill_(-1.0)
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        assert point.loss is not None
+        own = self.head.weight
+        zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
+        return {"cells": {name: (zero, zero) for name in point.gradients}}
+
+    def step(
+        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        scales, cells = self._scales(point, symmetries, progress, state["cells"])
+        moved = dict(point.parameters)
+        for name, gradient in point.gradients.items():
+            moved[name] = point.parameters[name] - _fit(scales[name], gradient) * gradient
+        return moved, {**state, "cells": cells}
+
+    def _scales(
+        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, cells: dict[str, Cell]
+    ) -> tuple[Tensors, dict[str, Cell]]:
+        """The factor on each tensor's gradient, `(tasks,)`; all tensors in one call of the LSTM."""
+        assert point.loss is not None
+        bounds = curvature_bounds(point, symmetries)
+        tiny = torch.finfo(point.loss.dtype).tiny
+        polyak = point.loss.abs() / point.squared_gradient_norm().clamp_min(tiny)
+        names = list(point.gradients)
+        own = self.head.weight.dtype
+        shared = progress.features()
+        inputs = torch.stack([torch.cat((_tensor_features(point, name, bounds), shared), -1) for name in names])
+        inputs = torch.nan_to_num(inputs.detach(), 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
+        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        size = (len(names), *point.loss.shape)
+        multipliers = 2 * self.head(hidden).squeeze(-1).sigmoid().reshape(size).to(point.loss.dtype)
+        hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
+        scales, after = {}, {}
+        for index, name in enumerate(names):
+            reach = bounds[name].reciprocal() if name in bounds else polyak
+            scales[name] = multipliers[index] * progress.damping * reach
+            after[name] = (hidden[index], memory[index])
+        return scales, after
+
+
+class CoordinateRule(StepRule):
+    r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
+
+    $$W \mapsto W - m\,d\,\frac{\mathrm{rms}(G)}{\kappa}\left(2\sigma(o_2)\,\hat g + \tanh(o_1)\right)$$
+
+    with $\hat g = G / \mathrm{rms}(G)$ and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free inputs: the
+    gradient over its root mean square, the momentum over the root of the second moment, the log of the second moment
+    over its mean, and the time. At the start of meta-training this is the learned step alone.
+
+    Args:
+        hidden: units of the per-tensor LSTM.
+        coordinate_hidden: units of each layer of the coordinate-wise LSTM.
+
+    Source: Andrychowicz et al., NeurIPS 2016 (arXiv 1606.04474), section 2.1.
+    """
+
+    _FEATURES = 4
+
+    def __init__(self, hidden: int = 32, coordinate_hidden: int = 20) -> None:
+        super().__init__(hidden)
+        self.coordinate_hidden = coordinate_hidden
+        self.first = nn.LSTMCell(self._FEATURES, coordinate_hidden)
+        self.second = nn.LSTMCell(coordinate_hidden, coordinate_hidden)
+        self.coordinate_head = nn.Linear(coordinate_hidden, 2)
+        with torch.no_grad():
+            self.coordinate_head.weight.mul_(0.1)
+            self.coordinate_head.bias.zero_()
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        own = self.coordinate_head.weight
+        count = sum(gradient.numel() for gradient in point.gradients.values())
+        zero = torch.zeros(count, self.coordinate_hidden, dtype=own.dtype, device=own.device)
+        moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {**super().initial_state(point), "layers": (zero,) * 4, "momentum": moments, "squares": moments}
+
+    def step(
+        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        scales, cells = self._scales(point, symmetries, progress, state["cells"])
+        own = self.coordinate_head.weight.dtype
+        momentum, squares, inputs, sizes = {}, {}, [], {}
+        for name, gradient in point.gradients.items():
+            fixed = gradient.detach()
+            momentum[name] = 0.9 * state["momentum"][name] + 0.1 * fixed
+            squares[name] = 0.95 * state["squares"][name] + 0.05 * fixed.square()
+            sizes[name] = _rms(gradient)
+            inputs.append(_coordinate_features(fixed, momentum[name], squares[name], progress.time).to(own))
+        flat = torch.cat(inputs)
+        first = self.first(flat, state["layers"][:2])
+        second = self.second(first[0], state["layers"][2:])
+        outputs = self.coordinate_head(second[0])
+        moved, start = dict(point.parameters), 0
+        for name, gradient in point.gradients.items():
+            own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
+            start += gradient.numel()
+            shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
+            direction = 2 * gain.sigmoid() * gradient + _fit(sizes[name], gradient) * shift.tanh()
+            moved[name] = point.parameters[name] - _fit(scales[name], gradient) * direction
+        after = {"cells": cells, "layers": (*first, *second), "momentum": momentum, "squares": squares}
+        return moved, after
+
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
+        return {**state, **_carried(state, moves, point, ("momentum",), ("squares",))}
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseRule(UpdateRule):
+    """A hand-designed optimizer on the stack: what mode `tele` puts behind the learned teleporter.
+
+    The same steps as `torch.optim.SGD` (with momentum) and `torch.optim.Adam`, differentiable.
+
+    Args:
+        optimizer: `sgd`, `momentum` or `adam`.
+        lr: step size.
+
+    Raises:
+        ValueError: if the optimizer is unknown or the step size not positive.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("sgd", "momentum", "adam"):
+            raise ValueError(f"a base optimizer is one of sgd, momentum, adam; not {self.optimizer!r}")
+        if not self.lr > 0:
+            raise ValueError(f"the base optimizer's step size has to be positive, not {self.lr!r}")
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {"momentum": moments, "squares": moments, "time": 0}
+
+    def step(
+        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        time = state["time"] + 1
+        momentum, squares, moved = {}, {}, dict(point.parameters)
+        for name, gradient in point.gradients.items():
+            if self.optimizer == "adam":
+                momentum[name] = 0.9 * state["momentum"][name] + 0.1 * gradient
+                squares[name] = 0.999 * state["squares"][name] + 0.001 * gradient.square()
+                # The root's derivative is infinite at zero, where a gradient of exactly zero would put a NaN.
+                root = (squares[name] / (1 - 0.999**time) + 1e-30).sqrt()
+                direction = momentum[name] / (1 - 0.9**time) / (root + 1e-8)
+            elif self.optimizer == "momentum":
+                momentum[name] = 0.9 * state["momentum"][name] + gradient
+                squares[name], direction = state["squares"][name], momentum[name]
+            else:
+                momentum[name], squares[name], direction = state["momentum"][name], state["squares"][name], gradient
+            moved[name] = point.parameters[name] - _fit(self.lr * progress.damping, gradient) * direction
+        return moved, {"momentum": momentum, "squares": squares, "time": time}
+
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
+        return {**state, **_carried(state, moves, point, ("momentum",), ("squares",))}
+
+
+def _carried(
+    state: dict[str, Any], moves: Sequence[Move], point: Point, covectors: Sequence[str], squares: Sequence[str]
+) -> dict[str, Any]:
+    carried = {}
+    for key in (*covectors, *squares):
+        tensors = dict(state[key])
+        for move in moves:
+            carry = move.symmetry.carry_covectors if key in covectors else move.symmetry.carry_squares
+            tensors.update(carry(move.element.detach(), tensors, point).tensors)
+        carried[key] = tensors
+    return carried
+
+
+def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
+    """A `(tasks,)` factor shaped so that it multiplies a tensor of the stack."""
+    return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    """Root mean square of each task's tensor, `(tasks,)`."""
+    square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
+    return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
+
+
+def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
+    """What the step network sees of one tensor: how uneven its inputs are, how steep it is, and its place."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    loss = point.loss.detach()
+    tiny = torch.finfo(loss.dtype).tiny
+    uneven, steep = torch.zeros_like(loss), torch.zeros_like(loss)
+    if layer in point.activations and kind == "weight":
+        inputs = point.activations[layer].detach()
+        mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
+        uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
+    if name in bounds:
+        squared = point.gradients[name].detach().square().reshape(*loss.shape, -1).sum(-1)
+        # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
+        share = squared / (2 * bounds[name].detach() * loss.abs()).clamp_min(tiny)
+        steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
+    known = torch.full_like(loss, float(name in bounds))
+    return torch.stack((uneven / 2, steep, known, torch.full_like(loss, float(kind == "bias"))), -1)
+
+
+def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:
+    tiny = torch.finfo(gradient.dtype).tiny
+    normal = gradient / _fit(_rms(gradient), gradient)
+    adaptive = momentum / (squares.sqrt() + tiny)
+    mean = squares.reshape(squares.shape[0], -1).mean(-1).clamp_min(tiny)
+    relative = (squares / _fit(mean, squares)).clamp_min(1e-12).log() / 10
+    stacked = torch.stack((normal, adaptive, relative, torch.full_like(normal, time / (time + 10))), -1)
+    return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(0, -2)

@@ -1,0 +1,125 @@
+"""The learned teleporter: an LSTM per symmetry whose output is a generator in an equivariant basis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.learned.basis import BASIS, FEATURES, Observation, observe
+from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.point import Point
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Teleporter, TrustRegion
+
+__all__ = ["LearnedTeleporter", "TeleportNetwork"]
+
+Cell = tuple[Tensor, Tensor]
+
+
+class TeleportNetwork(nn.Module):
+    """Maps invariant features to coefficients over the basis, and a gate; one network for each kind of group.
+
+    Args:
+        group: the group's name, a key of `BASIS`.
+        hidden: units of the LSTM.
+    """
+
+    def __init__(self, group: str, hidden: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(FEATURES[group] + PROGRESS_FEATURES, hidden)
+        self.head = nn.Linear(hidden, len(BASIS[group]) + 1)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.zero_()
+            # Nearly closed at the start: a teleport has to be learned, not unlearned.
+            self.head.bias[-1] = -2.0
+
+    def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Tensor, Cell]:
+        """Coefficients in (-1, 1), `(tasks, basis)`, the gate in (0, 1), `(tasks,)`, and the new state."""
+        hidden, memory = self.cell(features, state)
+        out = self.head(hidden)
+        return out[..., :-1].tanh(), out[..., -1].sigmoid(), (hidden, memory)
+
+
+class LearnedTeleporter(Teleporter, nn.Module):
+    r"""Chooses $T = \sigma(a) \sum_i \tanh(c_i) B_i$, with $B_i$ an equivariant basis of the Lie algebra.
+
+    An LSTM for each symmetry reads invariants of the symmetry's small matrices and how the task is getting on, and
+    answers with the coefficients $c$ and the gate $a$. The weights of the LSTM are shared by all symmetries of one
+    kind of group; its state is the symmetry's own. As the basis moves with the weights, one teleporter serves every
+    width, and permuting hidden units permutes the answer.
+
+    Args:
+        groups: names of the groups to have a network for; symmetries of other groups are left alone.
+        hidden: units of each LSTM.
+        detach: keep basis and features out of the graph; only tests of the gradient switch this off.
+        trust_region: bounds on what is carried out.
+
+    Example:
+        >>> teleporter = LearnedTeleporter(groups=("GL",), hidden=8)
+        >>> teleporter.name
+        'learned'
+
+    Source: Zhao et al., ICLR 2024 (arXiv 2305.13404), section 5, for the idea of a learned group element.
+    """
+
+    name = "learned"
+    needs_gradient = True
+
+    def __init__(
+        self,
+        groups: Sequence[str] = ("GL", "diagonal", "O"),
+        hidden: int = 32,
+        detach: bool = True,
+        trust_region: TrustRegion | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        Teleporter.__init__(self, trust_region)
+        unknown = [group for group in groups if group not in BASIS]
+        if unknown:
+            raise ValueError(f"there is no basis for the group {unknown[0]!r}; there is one for {', '.join(BASIS)}")
+        self.hidden, self.detach = hidden, detach
+        self.networks = nn.ModuleDict({group: TeleportNetwork(group, hidden) for group in groups})
+        self.observe: Callable[[Symmetry, Point, bool], Observation] = observe
+
+    def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
+        """Zero LSTM states by symmetry, and the progress."""
+        like = next(iter(point.parameters.values()))
+        batch = () if point.loss is None else point.loss.shape
+        zero = like.new_zeros(*batch, self.hidden)
+        loss = point.loss if point.loss is not None else like.new_ones(())
+        state: dict[str, Any] = {_key(symmetry): (zero, zero) for symmetry in symmetries}
+        state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
+        return state
+
+    def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The generator in the dtype of the weights; see `Teleporter.generator`."""
+        group = symmetry.group
+        weight = point.parameters[symmetry.parameters[0]]
+        batch = () if point.loss is None else point.loss.shape
+        if group.name not in self.networks:
+            return weight.new_zeros(*batch, *group.shape), state
+        network = self.networks[group.name]
+        observation = self.observe(symmetry, point, self.detach)
+        inputs = torch.cat((observation.features, state["progress"].features()), -1)
+        own = next(network.parameters()).dtype
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        cell = tuple(part.to(own) for part in state[_key(symmetry)])
+        coefficients, gate, cell = network(inputs, cell)
+        weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
+        shape = (*weights.shape, *(1 for _ in group.shape))
+        chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
+        return self._bounded(symmetry, chosen), {**state, _key(symmetry): cell}
+
+    def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
+        """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""
+        norm = symmetry.group.norm(generator)
+        scale = (0.99 * self.trust_region.max_size / norm.detach().clamp_min(1e-30)).clamp_max(1.0)
+        return generator * symmetry.group.expand(scale)
+
+
+def _key(symmetry: Symmetry) -> str:
+    return "/".join((symmetry.kind, *symmetry.parameters))

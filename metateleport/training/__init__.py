@@ -1,0 +1,7 @@
+"""Meta-training through truncated, differentiable unrolls."""
+
+from metateleport.training.config import TrainConfig, TrainingError, device_for
+from metateleport.training.trainer import MetaTrainer, Progression
+from metateleport.training.unroll import Unroll, log_losses
+
+__all__ = ["MetaTrainer", "Progression", "TrainConfig", "TrainingError", "Unroll", "device_for", "log_losses"]

@@ -1,0 +1,110 @@
+"""Settings of a meta-training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+
+from metateleport.learned.meta_optimizer import MODES, Mode
+
+__all__ = ["TrainConfig", "TrainingError", "device_for"]
+
+
+class TrainingError(ValueError):
+    """Settings of a meta-training run that cannot work; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a meta-training run; written into the checkpoint's card.
+
+    Args:
+        family: the task family's bare name or path.
+        settings: its settings.
+        mode: what is learned, one of `metateleport.learned.MODES`.
+        network: `equivariant`, or `flat` for the source paper's networks.
+        meta_steps: number of meta-steps (updates of the networks), for each of the networks trained.
+        seconds: stop after so many seconds, if sooner; shared by the networks trained.
+        tasks: tasks stacked in one graph.
+        unroll: inner steps of one truncated window; each gives one meta-step.
+        horizon: inner steps that tasks are followed for at the end of the curriculum; it starts at one window.
+        lr: step size of Adam on the networks, annealed to a tenth by a cosine.
+        clip: largest norm of the meta-gradient.
+        first_order: leave the derivative of the inner gradients out of the meta-gradient.
+        validation_tasks: tasks that the checkpoint is chosen on.
+        validation_every: meta-steps between validations.
+        hidden: units of the LSTMs.
+        base: optimizer of mode `tele`.
+        base_lr: its step size.
+        seed: seeds the networks and the tasks.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: of the tasks, `float32` or `float64`; the family's own if not given.
+
+    Raises:
+        TrainingError: if a value cannot work.
+    """
+
+    family: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mode: Mode = "lr+tele"
+    network: Literal["equivariant", "flat"] = "equivariant"
+    meta_steps: int = 300
+    seconds: float | None = None
+    tasks: int = 16
+    unroll: int = 10
+    horizon: int = 30
+    lr: float = 5e-3
+    clip: float = 1.0
+    first_order: bool = False
+    validation_tasks: int = 32
+    validation_every: int = 20
+    hidden: int = 32
+    base: str = "sgd"
+    base_lr: float = 1e-3
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float64"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise TrainingError(f"a mode is one of {', '.join(MODES)}; not {self.mode!r}")
+        for name in ("meta_steps", "tasks", "unroll", "horizon", "validation_tasks", "validation_every", "hidden"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} has to be at least 1, not {getattr(self, name)}")
+        if self.horizon < self.unroll:
+            raise TrainingError(
+                f"a horizon of {self.horizon} inner steps is shorter than one unroll of {self.unroll}: "
+                "raise the horizon or shorten the unroll"
+            )
+        if not (self.lr > 0 and self.clip > 0 and self.base_lr > 0):
+            raise TrainingError(f"lr, clip and base_lr have to be positive: {self.lr}, {self.clip}, {self.base_lr}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise TrainingError(f"seconds has to be positive, not {self.seconds}")
+        if self.seed < 0:
+            raise TrainingError(f"a seed is not negative: {self.seed}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype of the tasks; None for the family's own."""
+        return None if self.dtype is None else {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+
+
+def device_for(name: str) -> torch.device:
+    """The device of a name: `auto` is CUDA where there is one.
+
+    Raises:
+        TrainingError: if the device is unknown or not there.
+
+    Example:
+        >>> device_for("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise TrainingError(f"a device is auto, cpu or cuda; not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("there is no CUDA device here: use --device cpu, or auto")
+    return torch.device(name)

@@ -1,0 +1,169 @@
+"""Meta-training: meta-steps over stacks of tasks, with a growing horizon and a checkpoint chosen on validation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metateleport.families import TaskFamily
+from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.training.config import TrainConfig, device_for
+from metateleport.training.unroll import Unroll
+
+__all__ = ["MetaTrainer", "Progression"]
+
+
+@dataclasses.dataclass
+class Progression:
+    """How far a meta-training has come; plain numbers, so that it can be written as JSON.
+
+    Args:
+        meta_step: meta-steps taken.
+        stack: number of the next training stack.
+        window: windows already taken on the current one.
+        skipped: meta-steps left out because something was not finite.
+        seconds: seconds of training so far.
+        best: validation score of the chosen networks.
+        best_step: the meta-step they are from.
+        meta_losses: the meta-loss of each meta-step.
+        validations: `[meta-step, score]` pairs.
+    """
+
+    meta_step: int = 0
+    stack: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    meta_losses: list[float] = dataclasses.field(default_factory=list)
+    validations: list[list[float]] = dataclasses.field(default_factory=list)
+
+
+class MetaTrainer:
+    """Trains one meta-optimizer.
+
+    A meta-step is one truncated window of inner steps on a stack of tasks, differentiated through `higher`, and one
+    step of Adam on the networks. A stack is followed for several windows; how many grows from one to
+    `horizon / unroll` over the first half of the run. Every few meta-steps the networks are scored on validation
+    tasks, and the best are kept: meta-training wanders, and the last networks are not the best.
+
+    Args:
+        config: the settings.
+        family: where tasks come from.
+        meta: the meta-optimizer; it is trained in place.
+        meta_steps: number of meta-steps to take.
+        seconds: stop after so many, if sooner.
+    """
+
+    def __init__(
+        self, config: TrainConfig, family: TaskFamily, meta: MetaOptimizer, meta_steps: int, seconds: float | None
+    ) -> None:
+        self.config, self.family = config, family
+        self.meta_steps, self.limit = meta_steps, seconds
+        self.device = device_for(config.device)
+        self.meta = meta.to(self.device)
+        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=config.lr)
+        self.progression = Progression()
+        self.best = copy.deepcopy(self.meta.state_dict())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the number of meta-steps or the time is used up."""
+        done = self.progression
+        return done.meta_step >= self.meta_steps or (self.limit is not None and done.seconds >= self.limit)
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is done, by meta-steps or by seconds, whichever is further."""
+        share = self.progression.meta_step / self.meta_steps
+        return min(1.0, share if self.limit is None else max(share, self.progression.seconds / self.limit))
+
+    def run(self, report: Callable[[Progression], None] | None = None) -> None:
+        """Trains until it is finished; may be interrupted between any two meta-steps and called again.
+
+        Args:
+            report: called after every meta-step.
+        """
+        done = self.progression
+        while not self.finished:
+            stack = self._next_stack()
+            unroll = Unroll(stack, self.meta, self.config.first_order)
+            for _ in range(self._windows()):
+                started = time.perf_counter()
+                self._meta_step(unroll)
+                if done.meta_step % self.config.validation_every == 0:
+                    self._validate()
+                done.seconds += time.perf_counter() - started
+                if report is not None:
+                    report(done)
+                if self.finished:
+                    break
+            done.stack += 1
+        if not done.validations or done.validations[-1][0] != done.meta_step:
+            self._validate()
+
+    def best_meta(self) -> MetaOptimizer:
+        """The meta-optimizer that did best on the validation tasks."""
+        chosen = MetaOptimizer(self.meta.config)
+        chosen.load_state_dict(self.best)
+        return chosen.eval()
+
+    def _next_stack(self) -> Any:
+        number, config = self.progression.stack, self.config
+        family = self.family.augmented(number, config.seed)
+        indices = range(number * config.tasks, (number + 1) * config.tasks)
+        return family.stack(indices, "train", config.seed, config.torch_dtype, self.device)
+
+    def _windows(self) -> int:
+        full = self.config.horizon / self.config.unroll
+        return max(1, round(1 + (full - 1) * min(1.0, 2 * self.share)))
+
+    def _meta_step(self, unroll: Unroll) -> None:
+        done = self.progression
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * (0.55 + 0.45 * math.cos(math.pi * self.share))
+        losses = unroll.window(self.config.unroll)
+        # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
+        finite = losses.isfinite()
+        meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
+        self.optimizer.zero_grad()
+        meta_loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.config.clip)
+        done.meta_step += 1
+        if bool(norm.isfinite()) and bool(finite.any()):
+            self.optimizer.step()
+        else:
+            done.skipped += 1
+        done.meta_losses.append(float(meta_loss.detach()))
+
+    def _validate(self) -> None:
+        done = self.progression
+        score = self.validation_score()
+        done.validations.append([done.meta_step, score])
+        if score < done.best:
+            done.best, done.best_step = score, done.meta_step
+            self.best = copy.deepcopy(self.meta.state_dict())
+
+    def validation_score(self) -> float:
+        """Mean log loss along the full horizon on validation tasks, over the settings that training varies."""
+        scores = []
+        for part in range(2):
+            family = self.family.augmented(part, self.config.seed + 1)
+            count = max(1, self.config.validation_tasks // 2)
+            indices = range(part * count, (part + 1) * count)
+            stack = family.stack(indices, "validation", self.config.seed, self.config.torch_dtype, self.device)
+            losses = Unroll(stack, self.meta).window(self.config.horizon, track=False).detach()
+            scores.append(_bounded(losses).mean())
+        return float(torch.stack(scores).mean())
+
+
+def _bounded(losses: Tensor) -> Tensor:
+    """Log losses with what is not finite put far up, so that a diverged task spoils the score but leaves a number."""
+    return torch.nan_to_num(losses, 100.0, 100.0, -100.0).clamp_max(100.0)
