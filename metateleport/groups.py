@@ -29,8 +29,8 @@ class Group(abc.ABC):
 
     Example:
         >>> group = GeneralLinear(3)
-        >>> g = group.exp(group.random_generator(size=1.0, seed=0))
-        >>> torch.allclose(group.compose(g, group.inverse(g)), group.identity())
+        >>> g = group.exp(group.random_generator(size=1.0, seed=0, dtype=torch.float64))
+        >>> torch.allclose(group.compose(g, group.inverse(g)), group.identity(dtype=torch.float64))
         True
     """
 

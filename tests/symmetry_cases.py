@@ -1,0 +1,217 @@
+"""One small problem for every kind of symmetry, shared by the tests of symmetries, teleporters and stacks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.capture import point_of
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum() / 2
+
+
+def itself(outputs: Tensor) -> Tensor:
+    return outputs
+
+
+@dataclasses.dataclass
+class Problem:
+    """A model in float64 with data, a loss and symmetries in the order of the data flow."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    loss: Callable[..., Tensor]
+    symmetries: Sequence[mt.Symmetry]
+
+    def loss_of(self, outputs: Tensor) -> Tensor:
+        return self.loss(outputs, *self.targets)
+
+    def at(self, parameters: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the model at other parameters."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({name: value.detach() for name, value in parameters.items()}, strict=False)
+        return model
+
+    def point(self, parameters: Mapping[str, Tensor] | None = None) -> mt.Point:
+        """A fresh evaluation of the model, or of the model at other parameters."""
+        model = self.model if parameters is None else self.at(parameters)
+        return point_of(model, self.symmetries, self.inputs, None, self.loss_of)[0]
+
+    def outputs(
+        self, parameters: Mapping[str, Tensor] | None = None, inputs: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        """The model's outputs, on its own inputs if no others are given."""
+        model = self.model if parameters is None else self.at(parameters)
+        with torch.no_grad():
+            return model(*(self.inputs if inputs is None else inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A family of problems of one shape."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    symmetries: Callable[[nn.Module], Sequence[mt.Symmetry]]
+    shape: tuple[int, ...]
+    group_law: bool = True
+    """Whether acting twice is acting with the product."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def exact(self) -> bool:
+        return all(symmetry.exactness == "exact" for symmetry in self.problem().symmetries)
+
+    def problem(self, seed: int = 0) -> Problem:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            model = self.build().double()
+            inputs = torch.randn(self.shape, dtype=torch.float64)
+            with torch.no_grad():
+                outputs = model(inputs)
+            targets = torch.randn(outputs.shape, dtype=torch.float64)
+        return Problem(model, (inputs,), (targets,), half_squared_error, self.symmetries(model))
+
+    def fresh_inputs(self) -> tuple[Tensor, ...]:
+        return (torch.randn(self.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64),)
+
+    def stack(self, tasks: int = 3) -> tuple[mt.StackedModel, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """Problems of different seeds in one graph, and their data."""
+        problems = [self.problem(seed) for seed in range(tasks)]
+        stacked = mt.StackedModel([each.model for each in problems], problems[0].loss, problems[0].symmetries)
+        inputs = tuple(torch.stack(values) for values in zip(*(each.inputs for each in problems), strict=True))
+        targets = tuple(torch.stack(values) for values in zip(*(each.targets for each in problems), strict=True))
+        return stacked, (inputs, targets)
+
+
+class Quadratic(nn.Module):
+    """Half of x^T A x; A is the input."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(size))
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return self.x @ matrix @ self.x / 2
+
+
+class QuadraticCase(Case):
+    def problem(self, seed: int = 0) -> Problem:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            model = self.build().double()
+            root = torch.randn(self.shape, dtype=torch.float64)
+        matrix = root @ root.mT + 0.1 * torch.eye(self.shape[0], dtype=torch.float64)
+        return Problem(model, (matrix,), (), itself, self.symmetries(model))
+
+
+def _mlp(*sizes: int, activation: Callable[[], nn.Module] | None, bias: bool = True) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(sizes):
+            layers.append(nn.Linear(inputs, outputs, bias=bias))
+            if activation is not None:
+                layers.append(activation())
+        return nn.Sequential(*(layers if activation is None else layers[:-1]))
+
+    return build
+
+
+def _leaky() -> nn.Module:
+    return nn.LeakyReLU(0.1)
+
+
+def _batch(kind: type, *firsts: int) -> Callable[[nn.Module], Sequence[mt.Symmetry]]:
+    def symmetries(model: nn.Module) -> Sequence[mt.Symmetry]:
+        return [kind(model, str(first), str(first + 2), model[first + 1]) for first in firsts]  # type: ignore[index]
+
+    return symmetries
+
+
+def _conv_linear() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 4))
+
+
+def _conv_conv() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 3, 3), nn.LeakyReLU(0.2), nn.Conv1d(3, 2, 2, padding=1), nn.Flatten())
+
+
+def _mixed(model: nn.Module) -> Sequence[mt.Symmetry]:
+    return [
+        mt.Rescaling(model, "0", "2"),
+        mt.BatchPair2024(model, "2", "4", nn.LeakyReLU(0.1)),
+        mt.BatchPair2022(model, "4", "6", nn.LeakyReLU(0.1)),
+    ]
+
+
+CASES: list[Case] = [
+    Case("linear pair", _mlp(3, 4, 2, activation=None), lambda m: [mt.LinearPair(m, "0", "1")], (6, 3)),
+    Case(
+        "linear pair without bias",
+        _mlp(3, 4, 2, activation=None, bias=False),
+        lambda m: [mt.LinearPair(m, "0", "1")],
+        (6, 3),
+    ),
+    Case("rescaling", _mlp(3, 4, 2, activation=_leaky), lambda m: [mt.Rescaling(m, "0", "2")], (6, 3)),
+    Case(
+        "rescaling without bias",
+        _mlp(3, 4, 2, activation=nn.ReLU, bias=False),
+        lambda m: [mt.Rescaling(m, "0", "2")],
+        (6, 3),
+    ),
+    Case("rescaling, PReLU", _mlp(3, 4, 2, activation=nn.PReLU), lambda m: [mt.Rescaling(m, "0", "2")], (6, 3)),
+    Case("rescaling, convolution to linear", _conv_linear, lambda m: [mt.Rescaling(m, "0", "4")], (5, 2, 6, 6)),
+    Case("rescaling, convolutions", _conv_conv, lambda m: [mt.Rescaling(m, "0", "2")], (4, 2, 7)),
+    Case("2022 form", _mlp(6, 5, 3, activation=_leaky), _batch(mt.BatchPair2022, 0), (4, 6)),
+    Case(
+        "2022 form, samples at width", _mlp(5, 5, 3, activation=_leaky, bias=False), _batch(mt.BatchPair2022, 0), (5, 5)
+    ),
+    Case("2024 form", _mlp(3, 7, 3, activation=nn.Tanh), _batch(mt.BatchPair2024, 0), (4, 3), group_law=False),
+    Case("2024 form, samples at width", _mlp(4, 4, 3, activation=nn.Tanh), _batch(mt.BatchPair2024, 0), (4, 4)),
+    Case(
+        "chain of linear pairs",
+        _mlp(3, 4, 5, 2, activation=None),
+        lambda m: [mt.LinearPair(m, "0", "1"), mt.LinearPair(m, "1", "2")],
+        (6, 3),
+    ),
+    Case("chain of rescalings", _mlp(3, 4, 5, 2, activation=_leaky), mt.symmetries_of, (6, 3)),
+    Case("chain of 2022 forms", _mlp(5, 5, 5, 3, activation=_leaky), _batch(mt.BatchPair2022, 0, 2), (3, 5)),
+    Case(
+        "chain of 2024 forms",
+        _mlp(4, 6, 6, 3, activation=nn.Tanh),
+        _batch(mt.BatchPair2024, 0, 2),
+        (4, 4),
+        group_law=False,
+    ),
+    Case("mixed chain", _mlp(4, 6, 6, 6, 3, activation=_leaky), _mixed, (4, 4), group_law=False),
+    QuadraticCase("quadratic", lambda: Quadratic(4), lambda m: [mt.QuadraticRotation(m)], (4, 4)),
+]
+
+
+def case(name: str) -> Case:
+    return next(each for each in CASES if each.name == name)
+
+
+def relative(new: Tensor, old: Tensor) -> float:
+    """Relative difference in the Frobenius norm."""
+    return float((new - old).norm() / old.norm().clamp_min(1e-30))
+
+
+def assert_close(new: Mapping[str, Tensor], old: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
+    """Equal entries up to a relative difference, on the scale of the largest of them."""
+    assert set(new) == set(old)
+    scale = max((float(value.detach().norm()) for value in old.values()), default=1.0)
+    for name, value in old.items():
+        assert new[name].shape == value.shape, name
+        assert float((new[name] - value).detach().norm()) <= tolerance * scale, name

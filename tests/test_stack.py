@@ -1,0 +1,194 @@
+"""A stack of tasks is its tasks side by side, in the graph of an unroll too."""
+
+from __future__ import annotations
+
+import higher
+import pytest
+import torch
+from symmetry_cases import CASES, Case, assert_close, case
+from torch import Tensor, nn
+
+import metateleport as mt
+
+TASKS = 3
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@every_case
+def test_losses_outputs_and_points_are_those_of_single_models(case: Case) -> None:
+    stacked, batch = case.stack(TASKS)
+    losses, point = stacked(batch), stacked.point_at(stacked.tensors(), batch)
+    outputs = stacked.outputs(stacked.tensors(), batch[0])
+    assert losses.shape == (TASKS,)
+    assert torch.equal(stacked.losses_at(stacked.tensors(), batch), losses)
+    for seed in range(TASKS):
+        problem = case.problem(seed)
+        single = problem.point()
+        assert float(losses[seed].detach()) == pytest.approx(float(single.loss), rel=1e-12)
+        assert torch.allclose(outputs[seed], problem.outputs(), rtol=1e-12)
+        for name in ("parameters", "gradients", "activations", "cotangents"):
+            assert_close(
+                {key: value[seed] for key, value in getattr(point, name).items()}, getattr(single, name), 1e-12
+            )
+
+
+@every_case
+def test_pullback_gives_the_gradients_below(case: Case) -> None:
+    stacked, batch = case.stack(TASKS)
+    point = stacked.point_at(stacked.tensors(), batch)
+    assert point.pullback is not None
+    for symmetry in stacked.symmetries:
+        name = symmetry.modules[-1]
+        weight = point.parameters.get(f"{name}.weight")
+        if weight is None or weight.ndim != 3 or "convolution" in case.name:
+            continue
+        lower, cotangents = point.pullback(name, point.cotangents[name] @ weight)
+        assert lower
+        assert_close(lower, {key: point.gradients[key] for key in lower}, 1e-12)
+        assert_close(cotangents, {key: point.cotangents[key] for key in cotangents}, 1e-12)
+        own = {f"{name}.weight", f"{name}.bias"}
+        assert not own & set(lower)
+
+
+def test_probing_gives_the_same_point_in_the_graph() -> None:
+    stacked, batch = case("chain of rescalings").stack(TASKS)
+    losses = stacked(batch, probe=True)
+    assert stacked.evaluation is not None
+    point = stacked.evaluation.point(in_graph=True)
+    fresh = stacked.point_at(stacked.tensors(), batch)
+    assert point.loss is losses
+    assert_close(point.gradients, fresh.gradients, 1e-12)
+    assert_close(point.cotangents, fresh.cotangents, 1e-12)
+    assert all(value.requires_grad for value in point.gradients.values())
+    assert not any(value.requires_grad for value in fresh.gradients.values())
+    stacked(batch)
+    assert stacked.evaluation is None
+
+
+def test_evaluating_elsewhere_leaves_the_stack_where_it_is() -> None:
+    stacked, batch = case("rescaling").stack(TASKS)
+    before = {name: value.clone() for name, value in stacked.tensors().items()}
+    other = {name: value + 1 for name, value in before.items()}
+    point = stacked.point_at(other, batch)
+    assert torch.equal(point.loss, stacked.losses_at(other, batch))
+    assert not torch.equal(point.loss, stacked.losses_at(before, batch))
+    assert all(torch.equal(value, before[name]) for name, value in stacked.tensors().items())
+    stacked.load(other)
+    assert all(torch.equal(value, other[name]) for name, value in stacked.tensors().items())
+
+
+def test_batches_of_another_shape() -> None:
+    stacked, (inputs, targets) = case("rescaling").stack(TASKS)
+    for samples in (6, 2, 6):
+        part = (inputs[0][:, :samples],), (targets[0][:, :samples],)
+        assert stacked(part, probe=True).shape == (TASKS,)
+        assert stacked.evaluation is not None
+        assert stacked.evaluation.point(in_graph=False).cotangents["2"].shape == (TASKS, samples, 2)
+
+
+@pytest.mark.parametrize("name", ["rescaling", "rescaling, convolution to linear", "quadratic"])
+def test_an_unroll_through_higher_equals_one_written_by_hand(name: str) -> None:
+    build, steps = case(name), 4
+    stacked, batch = build.stack(TASKS)
+    rate = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD(stacked.parameters(), lr=1.0)
+    along = []
+    with higher.innerloop_ctx(stacked, optimizer, override={"lr": [rate]}) as (patched, inner):
+        for _ in range(steps):
+            losses = patched(batch)
+            along.append(losses)
+            inner.step(losses.sum())
+        along.append(patched(batch))
+        meta_loss = torch.stack(along).log().mean()
+        (meta_gradient,) = torch.autograd.grad(meta_loss, rate)
+
+    problems = [build.problem(seed) for seed in range(TASKS)]
+
+    def by_hand(rate: Tensor) -> tuple[Tensor, Tensor]:
+        curves = []
+        for problem in problems:
+            parameters = {name: value.detach() for name, value in problem.model.named_parameters()}
+
+            def loss(parameters: dict[str, Tensor], problem=problem) -> Tensor:  # type: ignore[no-untyped-def]
+                return problem.loss_of(torch.func.functional_call(problem.model, parameters, problem.inputs))
+
+            curve = []
+            for _ in range(steps):
+                gradients, value = torch.func.grad_and_value(loss)(parameters)
+                curve.append(value)
+                parameters = {name: value - rate * gradients[name] for name, value in parameters.items()}
+            curves.append(torch.stack([*curve, loss(parameters)]))
+        losses = torch.stack(curves, -1)
+        return losses.log().mean(), losses
+
+    expected, losses = torch.func.grad(by_hand, has_aux=True)(rate.detach())
+    assert torch.allclose(torch.stack(along), losses, rtol=1e-12)
+    assert torch.allclose(meta_gradient, expected, rtol=1e-10)
+    assert float(meta_gradient.abs()) > 0
+
+
+def test_points_of_an_unroll_carry_its_graph() -> None:
+    build = case("chain of 2022 forms")
+    stacked, batch = build.stack(TASKS)
+    rate = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+
+    def unrolled(rate: Tensor) -> Tensor:
+        optimizer = torch.optim.SGD(stacked.parameters(), lr=1.0)
+        with higher.innerloop_ctx(stacked, optimizer, override={"lr": [rate]}) as (patched, inner):
+            inner.step(patched(batch).sum())
+            patched(batch, probe=True)
+            assert patched.evaluation is not None
+            point = patched.evaluation.point(in_graph=True)
+            for symmetry in reversed(stacked.symmetries):
+                element = symmetry.group.random(TASKS, size=0.3, seed=1, dtype=torch.float64)
+                point = symmetry.act(element, point)
+            return sum(value.square().sum() for value in point.gradients.values())
+
+    (found,) = torch.autograd.grad(unrolled(rate), rate)
+    step = 1e-6
+    with torch.no_grad():
+        ahead, behind = rate + step, rate - step
+    difference = (unrolled(ahead.requires_grad_()) - unrolled(behind.requires_grad_())) / (2 * step)
+    assert float(found) == pytest.approx(float(difference), rel=1e-5)
+
+
+def test_buffers_and_dropout_are_each_tasks_own() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("shift", torch.tensor(shift))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.shift
+
+    models = [Shifted(value) for value in (1.0, 5.0)]
+    stacked = mt.StackedModel(models, nn.functional.mse_loss)
+    x = torch.randn(2, 4, 2)
+    found = stacked.outputs(stacked.tensors(), (x,))
+    assert torch.allclose(found, torch.stack([model(each) for model, each in zip(models, x, strict=True)]))
+    assert set(stacked.tensors()) == {"layer.weight", "layer.bias"}
+    dropped = mt.StackedModel(
+        [nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5)) for _ in range(2)], nn.functional.mse_loss
+    )
+    kept = dropped.outputs(dropped.tensors(), (torch.ones(2, 1, 2),)) != 0
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_the_template_is_neither_trained_nor_listed() -> None:
+    stacked, batch = case("linear pair").stack(TASKS)
+    before = {name: value.clone() for name, value in stacked.template.named_parameters()}
+    optimizer = torch.optim.SGD(stacked.parameters(), lr=0.1)
+    stacked(batch).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in stacked.template.named_parameters())
+    assert {value.shape[0] for value in stacked.parameters()} == {TASKS}
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one model"):
+        mt.StackedModel([], nn.functional.mse_loss)
+    with pytest.raises(ValueError, match="one architecture"):
+        mt.StackedModel([nn.Linear(2, 1), nn.Linear(3, 1)], nn.functional.mse_loss)
+    with pytest.raises(ValueError, match="one architecture"):
+        mt.StackedModel([nn.Linear(2, 1), nn.Linear(2, 1, bias=False)], nn.functional.mse_loss)

@@ -1,0 +1,518 @@
+"""Every teleporter on every kind of symmetry: what moves, what is reported, what is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from symmetry_cases import CASES, Case, assert_close, case, relative
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.teleporters import travel
+
+TASKS = 3
+TELEPORTERS: list[Callable[[], mt.Teleporter]] = [
+    mt.NoTeleport,
+    lambda: mt.RandomTeleporter(size=0.7, seed=0),
+    lambda: mt.GradientAscentTeleporter(steps=4, step_size=0.02, cap=0.5),
+]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_teleporter = pytest.mark.parametrize("make", TELEPORTERS, ids=["none", "random", "gradient-ascent"])
+
+
+class Fixed(mt.Teleporter):
+    """Proposes what it is told to."""
+
+    name = "fixed"
+
+    def __init__(self, propose: Callable[[mt.Symmetry, tuple[int, ...]], Tensor], **region: Any) -> None:
+        super().__init__(**region)
+        self.propose = propose
+
+    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[Tensor, Any]:
+        return self.propose(symmetry, () if point.loss is None else tuple(point.loss.shape)), state
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def untouched(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def gradient_norm(problem: Any) -> float:
+    parameters = list(problem.model.parameters())
+    gradients = torch.autograd.grad(problem.loss_of(problem.model(*problem.inputs)), parameters)
+    return math.sqrt(sum(float(value.square().sum()) for value in gradients))
+
+
+def moved_weights(symmetries: Sequence[mt.Symmetry], values: dict[str, Tensor]) -> float:
+    names = {name for symmetry in symmetries for name in symmetry.parameters}
+    return sum(float(values[name].square().sum()) / 2 for name in names)
+
+
+@every_case
+@each_teleporter
+def test_every_teleporter_on_every_symmetry(case: Case, make: Callable[[], mt.Teleporter]) -> None:
+    problem, teleporter = case.problem(), make()
+    before, outputs = snapshot(problem.model), problem.outputs()
+    loss, norm = float(problem.loss_of(outputs)), gradient_norm(problem)
+    marker = torch.ones(1, dtype=torch.float64)
+    next(problem.model.parameters()).grad = marker.expand_as(next(problem.model.parameters())).clone()
+
+    report = mt.teleport(problem.model, teleporter, problem.inputs, problem.loss_of, problem.symmetries)
+
+    after = problem.outputs()
+    assert report.accepted
+    assert report.reason == ""
+    assert report.teleporter == teleporter.name
+    assert relative(after, outputs) <= 1e-9
+    assert report.drift == pytest.approx(relative(after, outputs), abs=1e-15)
+    assert report.loss_before == pytest.approx(loss, rel=1e-12)
+    assert report.loss_after == pytest.approx(float(problem.loss_of(after)), rel=1e-12)
+    assert report.gradient_norm_before == pytest.approx(norm, rel=1e-10)
+    assert report.gradient_norm_after == pytest.approx(gradient_norm(problem), rel=1e-7)
+    assert report.size == pytest.approx(math.hypot(*report.sizes))
+    assert len(report.sizes) == len(problem.symmetries)
+    now = snapshot(problem.model)
+    change = moved_weights(problem.symmetries, now) - moved_weights(problem.symmetries, before)
+    assert report.weight_decay_change == pytest.approx(change, rel=1e-9, abs=1e-12)
+    assert report.evaluations >= 4 / 3 - 1e-9
+    assert bool((next(problem.model.parameters()).grad == 1).all())
+    if teleporter.name == "none":
+        assert untouched(problem.model, before)
+        assert report.size == 0
+    else:
+        for symmetry in problem.symmetries:
+            assert not torch.equal(now[symmetry.parameters[0]], before[symmetry.parameters[0]])
+        for name in now.keys() - {name for symmetry in problem.symmetries for name in symmetry.parameters}:
+            assert torch.equal(now[name], before[name])
+    if teleporter.name == "random":
+        assert report.sizes == pytest.approx([0.7] * len(problem.symmetries))
+    if teleporter.name == "gradient-ascent":
+        assert report.gradient_norm_after > report.gradient_norm_before * (1 + 1e-4)
+        assert all(0 < size <= 0.5 + 1e-12 for size in report.sizes)
+
+
+@every_case
+@each_teleporter
+def test_stacked_tasks_travel_like_single_ones(case: Case, make: Callable[[], mt.Teleporter]) -> None:
+    stacked, batch = case.stack(TASKS)
+    start = stacked.point_at(stacked.tensors(), batch)
+    arrived, moves, _ = travel(make(), start, stacked.symmetries)
+    assert torch.allclose(stacked.losses_at(arrived.parameters, batch), start.loss, rtol=1e-9)
+    assert_close(arrived.gradients, stacked.point_at(arrived.parameters, batch).gradients, 1e-8)
+    assert [move.symmetry for move in moves] == list(reversed(stacked.symmetries))
+    assert not any(bool(move.refused.any()) or move.reason for move in moves)
+    for move in moves:
+        assert move.size.shape == move.refused.shape == move.evaluations.shape == (TASKS,)
+    if make().name == "gradient-ascent":
+        for task in range(TASKS):
+            problem = case.problem(task)
+            alone, _, _ = travel(make(), problem.point(), problem.symmetries)
+            assert_close({name: value[task] for name, value in arrived.parameters.items()}, alone.parameters, 1e-8)
+
+
+def test_evaluations_are_counted() -> None:
+    def spent(name: str, teleporter: mt.Teleporter, loss: bool = True) -> float:
+        problem = case(name).problem()
+        return mt.teleport(
+            problem.model, teleporter, problem.inputs, problem.loss_of if loss else None, problem.symmetries
+        ).evaluations
+
+    ascent = mt.GradientAscentTeleporter(steps=3, step_size=0.01)
+    assert spent("linear pair", mt.RandomTeleporter(seed=0), loss=False) == pytest.approx(2 / 3)
+    assert spent("linear pair", mt.RandomTeleporter(seed=0)) == pytest.approx(4 / 3)
+    assert spent("linear pair", ascent) == pytest.approx(4 / 3)
+    # A third to rebuild what is kept; each ascent step differentiates a rebuilt third.
+    assert spent("2022 form", mt.RandomTeleporter(seed=0)) == pytest.approx(4 / 3 + 1 / 3)
+    assert spent("2022 form", ascent) == pytest.approx(4 / 3 + 1 / 3 + 3)
+    assert spent("2022 form", mt.NoTeleport()) == pytest.approx(4 / 3)
+
+
+# Refusals.
+
+
+def _nan(symmetry: mt.Symmetry, batch: tuple[int, ...]) -> Tensor:
+    generator = symmetry.group.random_generator(*batch, seed=0, dtype=torch.float64)
+    generator[..., 0] = float("nan")
+    return generator
+
+
+REFUSALS: list[tuple[str, Callable[[], mt.Teleporter], str]] = [
+    ("too large", lambda: mt.RandomTeleporter(5.0, 0, trust_region=mt.TrustRegion(max_size=1.0)), "larger than 1"),
+    ("beyond all", lambda: mt.RandomTeleporter(1e4, 0), "larger than 100"),
+    (
+        "ill conditioned",
+        lambda: mt.RandomTeleporter(2.0, 0, trust_region=mt.TrustRegion(max_condition=1.01)),
+        "condition number is above 1.0e\\+00",
+    ),
+    (
+        "overflowing",
+        lambda: Fixed(
+            lambda symmetry, batch: 2000 * symmetry.group.random_generator(*batch, seed=0, dtype=torch.float64),
+            trust_region=mt.TrustRegion(max_size=1e6),
+        ),
+        "condition number|would change",
+    ),
+    ("not a number", lambda: Fixed(_nan), "not finite"),
+    ("infinite", lambda: Fixed(lambda symmetry, batch: _nan(symmetry, batch) * float("inf")), "not finite"),
+]
+
+
+@every_case
+@pytest.mark.parametrize(("make", "says"), [each[1:] for each in REFUSALS], ids=[each[0] for each in REFUSALS])
+def test_what_is_refused_leaves_the_weights_bit_for_bit(
+    case: Case, make: Callable[[], mt.Teleporter], says: str
+) -> None:
+    if case.name == "quadratic" and "condition" in says:
+        pytest.skip("rotations are always well conditioned")
+    problem = case.problem()
+    before = snapshot(problem.model)
+    for loss in (problem.loss_of, None):
+        report = mt.teleport(problem.model, make(), problem.inputs, loss, problem.symmetries)
+        assert untouched(problem.model, before)
+        assert not report.accepted
+        assert pytest.approx(0) == report.size == report.drift == report.weight_decay_change
+        assert set(report.sizes) == {0.0}
+        assert loss is None or report.loss_before == report.loss_after
+        assert re.search(says, report.reason)
+
+
+def test_a_drift_that_is_too_large_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    before = snapshot(model)
+    claimed = [mt.Rescaling(model, "0", "2")]
+    x = torch.randn(6, 3, dtype=torch.float64)
+    report = mt.teleport(model, mt.RandomTeleporter(seed=0), x, lambda out: out.square().sum(), claimed)
+    assert not report.accepted
+    assert "outputs would change by" in report.reason
+    assert report.loss_after == report.loss_before
+    assert report.gradient_norm_after == report.gradient_norm_before
+    assert untouched(model, before)
+    generous = mt.RandomTeleporter(seed=0, trust_region=mt.TrustRegion(max_drift=10.0))
+    report = mt.teleport(model, generous, x, None, claimed)
+    assert report.accepted
+    assert 0.01 < report.drift < 10
+    assert not untouched(model, before)
+
+
+@pytest.mark.parametrize("kind", [mt.BatchPair2022, mt.BatchPair2024])
+@each_teleporter
+def test_more_samples_than_width_are_refused(kind: type, make: Callable[[], mt.Teleporter]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2)).double()
+    before = snapshot(model)
+    x = torch.randn(9, 4, dtype=torch.float64)
+    report = mt.teleport(model, make(), x, lambda out: out.square().sum(), [kind(model, "0", "2", model[1])])
+    assert untouched(model, before)
+    assert not report.accepted
+    assert "does not hold on this batch" in report.reason
+
+
+def test_one_refused_symmetry_does_not_stop_the_others() -> None:
+    problem = case("chain of rescalings").problem()
+    before, outputs = snapshot(problem.model), problem.outputs()
+    bad = problem.symmetries[1]
+    teleporter = Fixed(
+        lambda symmetry, batch: (
+            _nan(symmetry, batch) if symmetry is bad else symmetry.group.random_generator(seed=0, dtype=torch.float64)
+        )
+    )
+    report = mt.teleport(problem.model, teleporter, problem.inputs, None, problem.symmetries)
+    assert report.accepted
+    assert report.sizes == pytest.approx((1.0, 0.0))
+    assert "not finite" in report.reason
+    assert repr(bad) in report.reason
+    now = snapshot(problem.model)
+    assert torch.equal(now["4.weight"], before["4.weight"])
+    assert not torch.equal(now["0.weight"], before["0.weight"])
+    assert relative(problem.outputs(), outputs) <= 1e-12
+
+
+def _of_task(task: int, spoil: Callable[[Tensor], Tensor]) -> Fixed:
+    def propose(symmetry: mt.Symmetry, batch: tuple[int, ...]) -> Tensor:
+        generator = symmetry.group.random_generator(*batch, size=0.5, seed=0, dtype=torch.float64)
+        generator[task] = spoil(generator[task])
+        return generator
+
+    return Fixed(propose, trust_region=mt.TrustRegion(max_size=5000.0))
+
+
+SPOILED: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
+    ("not a number", lambda generator: generator * float("nan"), "not finite"),
+    ("too large", lambda generator: generator * 1e6, "larger than 5000"),
+    ("overflowing", lambda generator: generator * 5000, "condition number"),
+]
+
+
+@every_case
+@pytest.mark.parametrize(("spoil", "says"), [each[1:] for each in SPOILED], ids=[each[0] for each in SPOILED])
+def test_refused_tasks_of_a_stack_stay_bit_for_bit_while_others_move(
+    case: Case, spoil: Callable[[Tensor], Tensor], says: str
+) -> None:
+    if case.name == "quadratic" and "condition" in says:
+        pytest.skip("rotations are always well conditioned")
+    stacked, batch = case.stack(TASKS)
+    start = stacked.point_at(stacked.tensors(), batch)
+    arrived, moves, _ = travel(_of_task(1, spoil), start, stacked.symmetries)
+    free, _, _ = travel(_of_task(1, lambda generator: generator), start, stacked.symmetries)
+    for mine in ("parameters", "gradients", "activations", "cotangents"):
+        for name, value in getattr(start, mine).items():
+            assert torch.equal(getattr(arrived, mine)[name][1], value[1]), name
+            for task in (0, 2):
+                assert torch.equal(getattr(arrived, mine)[name][task], getattr(free, mine)[name][task]), name
+    for move in moves:
+        assert move.refused.tolist() == [False, True, False]
+        assert move.size.tolist() == pytest.approx([0.5, 0.0, 0.5])
+        assert says in move.reason
+        assert move.evaluations[1] == 0
+        one = move.symmetry.group.identity(dtype=torch.float64)
+        assert torch.allclose(move.element[1], one, atol=1e-15)
+
+
+@every_case
+def test_tasks_that_may_not_move_stay(case: Case) -> None:
+    stacked, batch = case.stack(TASKS)
+    start = stacked.point_at(stacked.tensors(), batch)
+    allowed = torch.tensor([True, True, False])
+    arrived, moves, _ = travel(mt.RandomTeleporter(seed=0), start, stacked.symmetries, allowed=allowed)
+    moved = {name for symmetry in stacked.symmetries for name in symmetry.parameters}
+    for name, value in start.parameters.items():
+        assert torch.equal(arrived.parameters[name][2], value[2])
+    assert any(not torch.equal(arrived.parameters[name][0], start.parameters[name][0]) for name in moved)
+    assert all(move.reason == "moving was not allowed" for move in moves)
+
+
+@every_case
+def test_a_refused_task_puts_no_nan_into_the_gradients_of_the_others(case: Case) -> None:
+    if case.name == "quadratic":
+        pytest.skip("rotations do not overflow")
+    stacked, batch = case.stack(TASKS)
+    start = stacked.point_at(stacked.tensors(), batch)
+    scale = torch.ones(TASKS, dtype=torch.float64)
+    scale[1] = 1e4
+    knob = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def propose(symmetry: mt.Symmetry, batch: tuple[int, ...]) -> Tensor:
+        generator = symmetry.group.random_generator(*batch, seed=0, dtype=torch.float64)
+        return generator * symmetry.group.expand(knob * scale)
+
+    teleporter = Fixed(propose, trust_region=mt.TrustRegion(max_size=1e6))
+    arrived, moves, _ = travel(teleporter, start, stacked.symmetries)
+    assert all(move.refused.tolist() == [False, True, False] for move in moves)
+    total = sum(value.square().sum() for value in arrived.gradients.values())
+    (slope,) = torch.autograd.grad(total, knob)
+    assert bool(slope.isfinite())
+    assert float(slope) != 0
+
+
+@pytest.mark.parametrize("name", ["2022 form", "2024 form", "mixed chain", "rescaling", "linear pair"])
+@each_teleporter
+def test_a_task_that_diverged_stops_no_other(name: str, make: Callable[[], mt.Teleporter]) -> None:
+    stacked, (inputs, targets) = case(name).stack(TASKS)
+    inputs[0][1] = float("nan")
+    start = stacked.point_at(stacked.tensors(), (inputs, targets))
+    arrived, moves, _ = travel(make(), start, stacked.symmetries)
+    healthy = [0, 2]
+    before = stacked.losses_at(start.parameters, (inputs, targets))
+    after = stacked.losses_at(arrived.parameters, (inputs, targets))
+    assert torch.allclose(after[healthy], before[healthy], rtol=1e-9)
+    for value in arrived.parameters.values():
+        assert bool(value[healthy].isfinite().all())
+    if make().name == "random":
+        assert all(bool((move.size[healthy] > 0).all()) for move in moves)
+
+
+# Single teleporters.
+
+
+def test_random_elements_have_their_size_and_come_from_their_seed() -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        problem = case("chain of linear pairs").problem()
+        teleporter = mt.RandomTeleporter(size=0.3, seed=seed)
+        report = mt.teleport(problem.model, teleporter, problem.inputs, None, problem.symmetries)
+        assert report.sizes == pytest.approx((0.3, 0.3), rel=1e-12)
+        assert report.size == pytest.approx(0.3 * math.sqrt(2))
+        again = mt.teleport(problem.model, teleporter, problem.inputs, None, problem.symmetries)
+        assert again.accepted
+        weights.append(problem.model[0].weight.detach().clone())  # type: ignore[index]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    source = torch.Generator().manual_seed(0)
+    problem = case("chain of linear pairs").problem()
+    for _ in range(2):
+        mt.teleport(problem.model, mt.RandomTeleporter(0.3, generator=source), problem.inputs, None, problem.symmetries)
+    assert torch.equal(problem.model[0].weight, weights[0])  # type: ignore[index]
+
+
+def test_a_seeded_teleport_leaves_the_global_random_state_alone() -> None:
+    problem = case("rescaling").problem()
+    before = torch.get_rng_state()
+    mt.teleport(problem.model, mt.RandomTeleporter(seed=0), problem.inputs, None, problem.symmetries)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_ascent_steps_reach_higher_and_descent_goes_down() -> None:
+    def reached(**settings: Any) -> float:
+        problem = case("linear pair").problem()
+        teleporter = mt.GradientAscentTeleporter(**settings)
+        report = mt.teleport(problem.model, teleporter, problem.inputs, problem.loss_of, problem.symmetries)
+        return report.gradient_norm_after / report.gradient_norm_before
+
+    few, many = reached(steps=2, step_size=0.05), reached(steps=6, step_size=0.05)
+    assert 1 < few < many
+    assert reached(steps=2, step_size=-0.02) < 1
+    capped = reached(steps=6, step_size=0.05, cap=0.05)
+    assert 1 < capped < many
+
+
+def test_an_objective_of_ones_own_is_followed() -> None:
+    class SmallSecondLayer(mt.Objective):
+        def evaluations(self, symmetry: mt.Symmetry, point: mt.Point) -> float:
+            return 0.0
+
+        def __call__(self, point: mt.Point) -> Tensor:
+            return -point.parameters["2.weight"].square().sum()
+
+    problem = case("rescaling").problem()
+    before = float(problem.model[2].weight.detach().square().sum())  # type: ignore[index]
+    teleporter = mt.GradientAscentTeleporter(SmallSecondLayer(), steps=3)
+    mt.teleport(problem.model, teleporter, problem.inputs, problem.loss_of, problem.symmetries)
+    assert float(problem.model[2].weight.detach().square().sum()) < before  # type: ignore[index]
+
+
+def test_a_point_where_the_objective_is_flat_stays() -> None:
+    problem = case("linear pair").problem()
+    problem.targets = (problem.outputs(),)
+    before = snapshot(problem.model)
+    report = mt.teleport(
+        problem.model, mt.GradientAscentTeleporter(), problem.inputs, problem.loss_of, problem.symmetries
+    )
+    assert report.accepted
+    assert report.size == 0
+    assert untouched(problem.model, before)
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: mt.RandomTeleporter(size=-1.0), "Frobenius norm"),
+        (lambda: mt.RandomTeleporter(size=float("nan")), "Frobenius norm"),
+        (lambda: mt.RandomTeleporter(seed=0, generator=torch.Generator()), "not both"),
+        (lambda: mt.GradientAscentTeleporter(steps=0), "at least one step"),
+        (lambda: mt.GradientAscentTeleporter(cap=0.0), "has to be positive"),
+        (lambda: mt.GradientAscentTeleporter(cap=float("nan")), "has to be positive"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(build: Callable[[], object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        build()
+
+
+# Ways to call it.
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x + shift)))
+
+
+def test_inputs_as_tensor_tuple_and_dict() -> None:
+    x, shift = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    results = []
+    for inputs in ((x, shift), [x, shift], {"shift": shift, "x": x}):
+        torch.manual_seed(0)
+        model = TwoInputs().double()
+        outputs = model(x, shift).detach()
+        symmetries = [mt.Rescaling(model, "first", "second")]
+        report = mt.teleport(model, mt.RandomTeleporter(seed=0), inputs, None, symmetries)
+        assert report.accepted
+        assert relative(model(x, shift), outputs) <= 1e-12
+        results.append(model.first.weight.detach())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_symmetries_of_a_sequential_are_found() -> None:
+    problem = case("chain of rescalings").problem()
+    report = mt.teleport(problem.model, mt.RandomTeleporter(seed=0), problem.inputs[0])
+    assert report.accepted
+    assert len(report.sizes) == 2
+    assert math.isnan(report.loss_before)
+    assert math.isnan(report.loss_after)
+    assert math.isnan(report.gradient_norm_before)
+
+
+def test_other_modules_are_told_how_to_name_their_symmetries() -> None:
+    model = TwoInputs()
+    before = snapshot(model)
+    with pytest.raises(mt.Unsuitable, match=r"TwoInputs.*symmetries=\[metateleport.Rescaling\(model, first, second\)"):
+        mt.teleport(model, mt.RandomTeleporter(seed=0), (torch.ones(2, 3), torch.ones(3)))
+    with pytest.raises(ValueError, match="no symmetry to move along"):
+        mt.teleport(model, mt.RandomTeleporter(seed=0), (torch.ones(2, 3), torch.ones(3)), symmetries=[])
+    assert untouched(model, before)
+
+
+def test_a_teleporter_that_looks_at_gradients_asks_for_a_loss() -> None:
+    problem = case("rescaling").problem()
+    with pytest.raises(ValueError, match="pass loss="):
+        mt.teleport(problem.model, mt.GradientAscentTeleporter(), problem.inputs, None, problem.symmetries)
+    with pytest.raises(ValueError, match="needs gradients"):
+        travel(mt.GradientAscentTeleporter(), problem.point().replace(gradients={}), problem.symmetries)
+
+
+def test_in_training_mode_dropout_and_normalisation_do_not_matter() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2), nn.Dropout(0.2)
+    ).double()
+    before = snapshot(model)
+    x = torch.randn(9, 3, dtype=torch.float64)
+    report = mt.teleport(model, mt.RandomTeleporter(seed=0), x, lambda out: out.square().sum())
+    assert report.accepted
+    assert report.drift <= 1e-12
+    assert report.loss_after == pytest.approx(report.loss_before, rel=1e-12)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, before[name])
+
+
+def test_a_frozen_layer_elsewhere_is_no_hindrance() -> None:
+    problem = case("chain of rescalings").problem()
+    problem.model[0].requires_grad_(False)  # type: ignore[index]
+    outputs = problem.outputs()
+    report = mt.teleport(problem.model, mt.GradientAscentTeleporter(), problem.inputs, problem.loss_of)
+    parameters = [value for value in problem.model.parameters() if value.requires_grad]
+    gradients = torch.autograd.grad(problem.loss_of(problem.model(*problem.inputs)), parameters)
+    assert report.accepted
+    assert relative(problem.outputs(), outputs) <= 1e-12
+    assert report.gradient_norm_after == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_trust_region_bounds_the_condition_by_half_the_digits(dtype: torch.dtype) -> None:
+    assert mt.TrustRegion().condition_for(dtype) == pytest.approx(torch.finfo(dtype).eps ** -0.5)
+    assert mt.TrustRegion(max_condition=7.0).condition_for(dtype) == 7
+
+
+def test_float32_that_overflows_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = snapshot(model)
+    teleporter = Fixed(lambda symmetry, _: 60 * torch.ones(symmetry.group.shape), trust_region=mt.TrustRegion(1e3))
+    report = mt.teleport(model, teleporter, torch.ones(3, 2))
+    assert not report.accepted
+    assert "condition number" in report.reason
+    assert untouched(model, before)
