@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["replacing", "replacing_folder", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -32,9 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes files for their owner's eyes alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -44,3 +45,51 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in one piece, in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, in one piece."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`; on success it takes the place of `path`, on failure it goes.
+
+    Args:
+        path: the folder to write; one that exists is replaced, whole.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing_folder(folder / "a") as temporary:
+        ...     _ = (temporary / "b.txt").write_text("whole")
+        >>> (folder / "a" / "b.txt").read_text()
+        'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            # A folder that is not empty cannot be renamed over: the old one steps aside, and back if that fails.
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-")) / path.name
+            path.rename(aside)
+            try:
+                temporary.rename(path)
+            except OSError:
+                aside.rename(path)
+                raise
+            finally:
+                shutil.rmtree(aside.parent, ignore_errors=True)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
