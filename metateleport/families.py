@@ -101,7 +101,8 @@ def task_seed(seed: int, split: Split, index: int) -> int:
         raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {split!r}")
     if seed < 0 or index < 0:
         raise ValueError(f"seeds and task numbers are not negative: got seed {seed}, task {index}")
-    drawn = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+    # As one list of words, a seed of more than 32 bits would meet another seed's task.
+    drawn = int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0])
     # Torch's generator on the CPU reads the lower 32 bits only: the split's digit is among them.
     return (drawn >> 4) * 4 + SPLITS.index(split)
 
