@@ -1,0 +1,51 @@
+# The interpreter that a new .venv is made with: make venv PYTHON=python3.12
+PYTHON ?= python3
+# Test processes side by side, and how many seconds' worth of slow tests run with the others.
+JOBS ?= 2
+SLOW_SECONDS ?= 240
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format clean distclean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## make .venv with everything in it; PYTHON=python3.12 chooses the interpreter of a new one
+
+$(STAMP): requirements.txt pyproject.toml setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): install Python 3.10 or later, or name one with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$$($(PYTHON) --version) is too old: metateleport needs Python 3.10 or later; name one with PYTHON=" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV): a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt --editable .
+	@touch $@
+
+demo: venv ## meta-train a small teleporter on digits for two minutes, then evaluate it on tasks it never saw
+	$(BIN)/metateleport train digits --seconds 120 --out $(DEMO)/digits
+	$(BIN)/metateleport evaluate $(DEMO)/digits digits --tasks 16 --steps 100 --json $(DEMO)/digits.json --plot $(DEMO)/digits.png
+
+test: lint ## lint, type-check, and run the tests with a bounded part of the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --slow-seconds $(SLOW_SECONDS)
+
+lint: venv ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## format the code and mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build products; runs/ and mlflow.db stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
