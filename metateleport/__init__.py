@@ -1,8 +1,10 @@
 """metateleport: learns to teleport along the symmetries of a network's loss."""
 
+from metateleport.checkpoint import Checkpoint, CheckpointError, load, load_checkpoint
 from metateleport.detect import symmetries_of
 from metateleport.families import FamilyError, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
+from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.objectives import Objective, SquaredGradientNorm
 from metateleport.point import Point
 from metateleport.stack import StackedModel
@@ -25,14 +27,22 @@ from metateleport.teleporters import (
     teleport,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BatchPair2022",
     "BatchPair2024",
+    "Checkpoint",
+    "CheckpointError",
     "FamilyError",
     "GeneralLinear",
     "GradientAscentTeleporter",
     "Group",
+    "LearnedOptimizer",
+    "LearnedTeleporter",
     "LinearPair",
+    "MetaOptimizer",
+    "MetaOptimizerConfig",
     "NoTeleport",
     "Objective",
     "Orthogonal",
@@ -51,6 +61,8 @@ __all__ = [
     "Teleporter",
     "TrustRegion",
     "Unsuitable",
+    "load",
+    "load_checkpoint",
     "load_family",
     "symmetries_of",
     "teleport",

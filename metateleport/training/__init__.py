@@ -1,7 +1,18 @@
 """Meta-training through truncated, differentiable unrolls."""
 
 from metateleport.training.config import TrainConfig, TrainingError, device_for
+from metateleport.training.train import Interrupted, train
 from metateleport.training.trainer import MetaTrainer, Progression
 from metateleport.training.unroll import Unroll, log_losses
 
-__all__ = ["MetaTrainer", "Progression", "TrainConfig", "TrainingError", "Unroll", "device_for", "log_losses"]
+__all__ = [
+    "Interrupted",
+    "MetaTrainer",
+    "Progression",
+    "TrainConfig",
+    "TrainingError",
+    "Unroll",
+    "device_for",
+    "log_losses",
+    "train",
+]

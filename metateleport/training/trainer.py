@@ -17,7 +17,7 @@ from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.unroll import Unroll
 
-__all__ = ["MetaTrainer", "Progression"]
+__all__ = ["MetaTrainer", "Progression", "Snapshot"]
 
 
 @dataclasses.dataclass
@@ -27,7 +27,6 @@ class Progression:
     Args:
         meta_step: meta-steps taken.
         stack: number of the next training stack.
-        window: windows already taken on the current one.
         skipped: meta-steps left out because something was not finite.
         seconds: seconds of training so far.
         best: validation score of the chosen networks.
@@ -44,6 +43,14 @@ class Progression:
     best_step: int = 0
     meta_losses: list[float] = dataclasses.field(default_factory=list)
     validations: list[list[float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A meta-training between two stacks: tensors by name, and the progression as plain values."""
+
+    tensors: dict[str, Tensor]
+    progression: dict[str, Any]
 
 
 class MetaTrainer:
@@ -72,6 +79,7 @@ class MetaTrainer:
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=config.lr)
         self.progression = Progression()
         self.best = copy.deepcopy(self.meta.state_dict())
+        self.boundary = self.snapshot()
 
     @property
     def finished(self) -> bool:
@@ -86,13 +94,17 @@ class MetaTrainer:
         return min(1.0, share if self.limit is None else max(share, self.progression.seconds / self.limit))
 
     def run(self, report: Callable[[Progression], None] | None = None) -> None:
-        """Trains until it is finished; may be interrupted between any two meta-steps and called again.
+        """Trains until it is finished.
+
+        When it is interrupted, `boundary` is the state before the stack that was under way: a run restored from it
+        takes the same meta-steps as one that was never interrupted.
 
         Args:
             report: called after every meta-step.
         """
         done = self.progression
         while not self.finished:
+            self.boundary = self.snapshot()
             stack = self._next_stack()
             unroll = Unroll(stack, self.meta, self.config.first_order)
             for _ in range(self._windows()):
@@ -108,6 +120,36 @@ class MetaTrainer:
             done.stack += 1
         if not done.validations or done.validations[-1][0] != done.meta_step:
             self._validate()
+        self.boundary = self.snapshot()
+
+    def snapshot(self) -> Snapshot:
+        """Everything that a later run needs to go on as if this one had not stopped."""
+        tensors = {f"meta/{name}": value for name, value in self.meta.state_dict().items()}
+        tensors.update({f"best/{name}": value for name, value in self.best.items()})
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"adam/{index}/{name}": value for name, value in state.items()})
+        copies = {name: value.detach().clone().cpu() for name, value in tensors.items()}
+        return Snapshot(copies, dataclasses.asdict(self.progression))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a snapshot.
+
+        Raises:
+            KeyError, RuntimeError: if the snapshot is of another meta-optimizer.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"meta": {}, "best": {}, "adam": {}}
+        for name, value in snapshot.tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = value
+        self.meta.load_state_dict(parts["meta"])
+        self.best = {name: value.to(self.device) for name, value in parts["best"].items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["adam"].items():
+            index, _, key = name.partition("/")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.progression = Progression(**copy.deepcopy(snapshot.progression))
+        self.boundary = snapshot
 
     def best_meta(self) -> MetaOptimizer:
         """The meta-optimizer that did best on the validation tasks."""
