@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metateleport.point import Point, pullback_through
 from metateleport.symmetries import Symmetry
 
-__all__ = ["Recording", "channel_modules", "modules_of", "point_of", "record", "rows"]
+__all__ = ["Recording", "channel_modules", "first_input", "modules_of", "point_of", "record", "rows"]
 
 
 def rows(tensor: Tensor, batch: int = 0, channels: bool = False) -> Tensor:
@@ -43,6 +43,11 @@ def channel_modules(model: nn.Module, modules: Iterable[str]) -> dict[str, bool]
     """Which of the named modules are convolutions: their features stand behind the samples, not last."""
     named = dict(model.named_modules())
     return {name: isinstance(named[name], (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for name in modules}
+
+
+def first_input(inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that a module works on: its first argument, however it is passed."""
+    return inputs[0] if inputs else next(iter(keywords.values()))
 
 
 class Recording:
@@ -100,7 +105,7 @@ def record(
     def hook(name: str) -> Callable[..., Tensor]:
         def caught(_: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
             recording.inputs.pop(name, None)
-            recording.inputs[name] = inputs[0] if inputs else next(iter(keywords.values()))
+            recording.inputs[name] = first_input(inputs, keywords)
             recording.outputs[name] = output
             return output if adjust is None else adjust(name, output)
 

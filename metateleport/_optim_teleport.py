@@ -1,0 +1,145 @@
+"""Where a teleport between two steps starts, and what it would do: nothing here writes to the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metateleport._optim_capture import CaughtPass, Watch
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Pair, Symmetry
+from metateleport.teleporters.once import relative_change
+
+__all__ = ["Consequences", "consequences_of", "relative_drift", "start_of"]
+
+
+def start_of(
+    watch: Watch,
+    caught: CaughtPass,
+    named: Mapping[str, nn.Parameter],
+    symmetries: Sequence[Symmetry],
+    loss: Tensor | None,
+) -> tuple[Point, str]:
+    """The point that a teleport starts from.
+
+    Args:
+        watch: of the model.
+        caught: the forward pass to start from.
+        named: the model's parameters, with the gradients that the optimizer is about to use.
+        symmetries: those to move along.
+        loss: the loss, where it is known.
+
+    Returns:
+        The point, and why a teleport cannot start there; empty if it can.
+    """
+    gradients = {
+        name: value.grad.detach()
+        for name, value in named.items()
+        if value.grad is not None and not value.grad.is_sparse
+    }
+    point = Point(
+        parameters={name: value.detach() for name, value in named.items()},
+        gradients=gradients,
+        activations=watch.activations(caught),
+        loss=loss,
+    )
+    for symmetry in symmetries:
+        missing = [name for name in symmetry.modules if name not in point.activations]
+        if missing:
+            return point, f"the module {missing[0]!r} did not run in the last forward pass"
+        frozen = [name for name in symmetry.parameters if not named[name].requires_grad]
+        if frozen:
+            return point, f"{frozen[0]!r} is frozen (requires_grad=False) now"
+    rebuilding = [each for each in symmetries if each.exactness == "batch-exact" and isinstance(each, Pair)]
+    if not rebuilding or not gradients:
+        return point, ""
+    cotangents = watch.cotangents(caught)
+    factor, reason = _factor(rebuilding, point, cotangents)
+    scaled = {name: factor * value for name, value in cotangents.items()}
+    return point.replace(cotangents=scaled, pullback=watch.pullback(caught, point.parameters, gradients)), reason
+
+
+def _factor(rebuilding: Sequence[Pair], point: Point, cotangents: Tensors) -> tuple[float, str]:
+    """What the gradients of the caught pass have to be multiplied by to be `p.grad`, and why there is no such number.
+
+    The gradient of a layer follows from the cotangent on its outputs and its inputs: it is held against `p.grad`.
+    """
+    found: float | None = None
+    for symmetry in rebuilding:
+        name = symmetry.second_weight
+        if name not in point.gradients:
+            continue
+        if symmetry.second not in cotangents:
+            return (
+                1.0,
+                f"the backward pass through {symmetry.second!r} was not seen; {symmetry.kind} rebuilds part of it",
+            )
+        seen, given = cotangents[symmetry.second].mT @ point.activations[symmetry.second], point.gradients[name]
+        scale, size = float(seen.square().sum()), float(given.norm())
+        factor = float((seen * given).sum()) / scale if scale > 0 else 0.0
+        tolerance = math.sqrt(torch.finfo(seen.dtype).eps)
+        fits = float((given - factor * seen).norm()) <= tolerance * size
+        if not fits or (found is not None and size > 0 and not math.isclose(factor, found, rel_tol=tolerance)):
+            return 1.0, (
+                f"the gradient of {name!r} is no multiple of the last pass's (accumulated, or clipped entry by entry); "
+                f"{symmetry.kind} rebuilds part of that pass"
+            )
+        found = factor if size > 0 else found
+    return (1.0 if found is None else found), ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Consequences:
+    """What a teleport would do.
+
+    Args:
+        drift: relative change of the outputs.
+        loss_change: change of the loss to first order in the drift; NaN where the gradient on the outputs is not known.
+        reason: why it may not be carried out; empty if it may.
+    """
+
+    drift: float = 0.0
+    loss_change: float = 0.0
+    reason: str = ""
+
+
+def consequences_of(watch: Watch, caught: CaughtPass, start: Point, arrived: Point, max_drift: float) -> Consequences:
+    """Looks at a teleport's end before anything is written.
+
+    Args:
+        watch: of the model.
+        caught: the forward pass that the teleport started from; it is repeated at the end, a third of an evaluation.
+        start: where it starts.
+        arrived: where it ends.
+        max_drift: largest relative change of the outputs.
+    """
+    stale = [name for name in start.gradients if name in arrived.stale]
+    if stale:
+        return Consequences(reason=f"the gradient of {stale[0]!r} could not be rebuilt")
+    values = [*arrived.parameters.items(), *((name, arrived.gradients[name]) for name in start.gradients)]
+    broken = [name for name, value in values if not bool(value.isfinite().all())]
+    if broken:
+        return Consequences(reason=f"the value or the gradient of {broken[0]!r} would not be finite")
+    after = watch.replay(caught, arrived.parameters)
+    drift = relative_drift(caught.outputs, after)
+    if not drift <= max_drift:
+        return Consequences(drift, reason=f"the outputs would change by {drift:.1e}, more than {max_drift:g}")
+    # The gradient on the outputs of the last pass says nothing of others before it.
+    if watch.passes != 1 or not caught.output_cotangents:
+        return Consequences(drift, float("nan"))
+    change = sum(
+        float((cotangent.double() * (after[place].double() - caught.outputs[place].double())).sum())
+        for place, cotangent in caught.output_cotangents.items()
+    )
+    return Consequences(drift, change)
+
+
+def relative_drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Relative change of a model's outputs, all of them taken as one vector."""
+    return relative_change(
+        *(torch.cat([each.detach().double().reshape(-1) for each in side]) for side in (before, after))
+    )
