@@ -121,6 +121,7 @@ class Step:
 
     Args:
         parameters: where to evaluate next, stacked.
+        teleported: where the teleport led to, before the update; its start is in the state as `accepted`.
         state: the state after the step.
         evaluations: gradient evaluations beyond the one that gave the point.
         accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
@@ -130,6 +131,7 @@ class Step:
     """
 
     parameters: Tensors
+    teleported: Tensors
     state: MetaState
     evaluations: Tensor
     accepted: Tensor
@@ -238,6 +240,7 @@ class MetaOptimizer(nn.Module):
         zero = torch.zeros_like(point.loss.detach())
         return Step(
             parameters=parameters,
+            teleported=moved.parameters,
             state=MetaState(progress, base, teleporter_state, rule_state, state.deterministic),
             evaluations=sum((move.evaluations for move in moves), zero),
             accepted=accepted,
