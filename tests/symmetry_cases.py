@@ -186,7 +186,7 @@ CASES: list[Case] = [
         (6, 3),
     ),
     Case("chain of rescalings", _mlp(3, 4, 5, 2, activation=_leaky), mt.symmetries_of, (6, 3)),
-    Case("chain of 2022 forms", _mlp(5, 5, 5, 3, activation=_leaky), _batch(mt.BatchPair2022, 0, 2), (3, 5)),
+    Case("chain of 2022 forms", _mlp(5, 6, 4, 3, activation=_leaky), _batch(mt.BatchPair2022, 0, 2), (3, 5)),
     Case(
         "chain of 2024 forms",
         _mlp(4, 6, 6, 3, activation=nn.Tanh),
