@@ -85,13 +85,20 @@ def train(
 def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]:
     example = family.stack([0], "train", config.seed, config.torch_dtype)
     groups = tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries))
-    shape = MetaOptimizerConfig(mode=config.mode, network=config.network, hidden=config.hidden)
-    if shape.teleports and not groups:
-        raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if config.network == "flat":
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items())
-    shape = dataclasses.replace(shape, groups=groups, shapes=shapes, base=config.base, base_lr=config.base_lr)
+    shape = MetaOptimizerConfig(
+        mode=config.mode,
+        network=config.network,
+        hidden=config.hidden,
+        groups=groups,
+        shapes=shapes,
+        base=config.base,
+        base_lr=config.base_lr,
+    )
+    if shape.teleports and not groups:
+        raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
     wanted = {_LEARNED: shape}
     if shape.teleports and shape.steps:
         wanted[_STEP_ONLY] = shape.without_teleport()

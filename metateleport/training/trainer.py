@@ -159,9 +159,13 @@ class MetaTrainer:
 
     def _next_stack(self) -> Any:
         number, config = self.progression.stack, self.config
-        family = self.family.augmented(number, config.seed)
+        family = self._family(number, config.seed)
         indices = range(number * config.tasks, (number + 1) * config.tasks)
         return family.stack(indices, "train", config.seed, config.torch_dtype, self.device)
+
+    def _family(self, number: int, seed: int) -> TaskFamily:
+        """The settings of one stack; the flat networks serve one shape, so theirs do not vary."""
+        return self.family if self.config.network == "flat" else self.family.augmented(number, seed)
 
     def _windows(self) -> int:
         full = self.config.horizon / self.config.unroll
@@ -197,7 +201,7 @@ class MetaTrainer:
         """Mean log loss along the full horizon on validation tasks, over the settings that training varies."""
         scores = []
         for part in range(2):
-            family = self.family.augmented(part, self.config.seed + 1)
+            family = self._family(part, self.config.seed + 1)
             count = max(1, self.config.validation_tasks // 2)
             indices = range(part * count, (part + 1) * count)
             stack = family.stack(indices, "validation", self.config.seed, self.config.torch_dtype, self.device)
