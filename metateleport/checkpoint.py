@@ -248,7 +248,9 @@ def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: 
         values["shapes"] = tuple((name, tuple(size)) for name, size in values["shapes"])
         meta = MetaOptimizer(MetaOptimizerConfig(**values))
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the card of {path} does not describe a meta-optimizer of this version ({error})") from error
+        raise CheckpointError(
+            f"the card of {path} does not describe a meta-optimizer of this version ({error})"
+        ) from error
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
         meta.load_state_dict(own)

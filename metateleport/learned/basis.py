@@ -158,16 +158,19 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
         factors = _factor_norms(name, matrices)
         trace = torch.diagonal(matrices[name], dim1=-2, dim2=-1).sum(-1)
         features += [norm / factors, trace / factors]
-    generators.append(group.project(torch.eye(group.size, dtype=known.dtype, device=known.device)).expand(*batch, *group.shape))
+    generators.append(
+        group.project(torch.eye(group.size, dtype=known.dtype, device=known.device)).expand(*batch, *group.shape)
+    )
     return Observation(torch.stack(generators, len(batch)), torch.stack(features, -1))
 
 
 def _factor_norms(name: str, matrices: dict[str, Tensor]) -> Tensor:
     side = name.removesuffix("_moment")
-    product = 1.0
-    for factor in (f"{side}_covariance", f"{side}_gradient_covariance"):
-        product = product * torch.diagonal(matrices[factor], dim1=-2, dim2=-1).sum(-1)
-    return torch.as_tensor(product).clamp_min(torch.finfo(matrices[name].dtype).tiny).sqrt()
+    weights, gradients = (
+        torch.diagonal(matrices[factor], dim1=-2, dim2=-1).sum(-1)
+        for factor in (f"{side}_covariance", f"{side}_gradient_covariance")
+    )
+    return (weights * gradients).clamp_min(torch.finfo(weights.dtype).tiny).sqrt()
 
 
 def _observe_vectors(group: Group, matrices: dict[str, Tensor]) -> Observation:

@@ -46,7 +46,9 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
             RuntimeError: if the forward pass was not probed.
         """
         if params is not None or any(value is not None for value in keywords.values()):
-            raise ValueError("a learned optimizer steps its patched model: params, override and callbacks are not taken")
+            raise ValueError(
+                "a learned optimizer steps its patched model: params, override and callbacks are not taken"
+            )
         if self._fmodel is None or self._fmodel.evaluation is None:
             raise RuntimeError("run the patched model with probe=True before the step")
         self._update([])

@@ -117,7 +117,9 @@ class FlatTeleporter(Teleporter, nn.Module):
         single = point.loss is None or point.loss.ndim == 0
         stacked = point.map(lambda value: value.unsqueeze(0)) if single else point
         cell = state[str(symmetry.parameters)]
-        hidden, memory = self.cell(_flat(stacked, self.shapes).to(own), tuple(part.reshape(-1, self.hidden) for part in cell))
+        hidden, memory = self.cell(
+            _flat(stacked, self.shapes).to(own), tuple(part.reshape(-1, self.hidden) for part in cell)
+        )
         matrix = self.heads[str(group.size)](hidden).reshape(-1, group.size, group.size)
         matrix = matrix.squeeze(0) if single else matrix
         chosen = group.project(matrix.to(next(iter(point.parameters.values())).dtype))

@@ -152,7 +152,9 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
     except FileNotFoundError:
         raise TrainingError(f"there is nothing to resume: {folder} does not exist. Start without --resume") from None
     except ValueError as error:
-        raise TrainingError(f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew") from error
+        raise TrainingError(
+            f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
+        ) from error
     wanted = _settings(config)
     changed = [name for name, value in wanted.items() if state["config"].get(name) != value]
     if changed:
@@ -164,9 +166,7 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
         trainer.restore(Snapshot(load_file(folder / f"{name}.safetensors"), state["progressions"][name]))
 
 
-def _card(
-    config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
-) -> dict[str, Any]:
+def _card(config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str) -> dict[str, Any]:
     runs = {}
     for name, trainer in trainers.items():
         done = trainer.progression
