@@ -61,20 +61,32 @@ def carry_state(
             if isinstance(value, Tensor) and value.shape == named[name].shape and key != "step":
                 entries.setdefault(key, {})[name] = value
     exact = True
-    for key, kept in entries.items():
-        carried, well = _carried(_kind_of(key, entries), kept, moves, start)
+    carried = {key: _carried(_kind_of(key, entries), kept, moves, start) for key, kept in entries.items()}
+    if "square_avg" in entries and "grad_avg" in entries:
+        carried["square_avg"] = _about_the_mean(entries["square_avg"], entries["grad_avg"], moves, start)
+    for key, (tensors, well) in carried.items():
         exact = exact and well
-        if not well and carried is kept and key not in warned:
+        if tensors is entries[key] and key not in warned:
             warned.add(key)
             warnings.warn(
                 f"the state {key!r} of {type(optimizer).__name__} is not known to be made of gradients: a teleport "
                 "keeps it as it is; state='reset' drops it instead",
                 stacklevel=5,
             )
-        for name, value in kept.items():
-            if carried[name] is not value:
-                value.copy_(carried[name])
+        for name, value in entries[key].items():
+            if tensors[name] is not value:
+                value.copy_(tensors[name])
     return "transport" if exact else "approximate"
+
+
+def _about_the_mean(squares: Tensors, means: Tensors, moves: Sequence[Move], start: Point) -> tuple[Tensors, bool]:
+    """Means of squares, carried so that they stay above the squares of the means, which a centred optimizer needs."""
+    spread = {name: (value - means[name].square()).clamp_min(0) for name, value in squares.items()}
+    carried, exact = _carried("square", spread, moves, start)
+    moved, _ = _carried("covector", means, moves, start)
+    # By a little more than rounding takes away.
+    room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
+    return {name: value + room[name] * moved[name].square() for name, value in carried.items()}, exact
 
 
 def _kind_of(key: str, entries: Mapping[str, Tensors]) -> str:
