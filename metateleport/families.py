@@ -157,7 +157,7 @@ class TaskFamily(abc.ABC):
         `task` calls this, torch's global random numbers on the CPU are seeded with `seed` and restored afterwards.
         """
 
-    def augmented(self, index: int, seed: int) -> TaskFamily:  # noqa: ARG002 - for families that vary
+    def augmented(self, index: int, seed: int) -> TaskFamily:
         """The settings to use for one meta-training batch; a family may vary its own here. By default fixed."""
         return self
 

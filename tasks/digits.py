@@ -34,7 +34,7 @@ def images() -> tuple[Tensor, Tensor]:
         FamilyError: if scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - optional, and slow to import
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise FamilyError(
             "the digits come with scikit-learn, which is not installed: pip install 'metateleport[tasks]'"

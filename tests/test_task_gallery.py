@@ -68,6 +68,7 @@ def test_equal_seeds_give_equal_tasks(name: str, settings: dict[str, Any]) -> No
         torch.rand(3)
         assert same(first, load(name, settings).task(2, split, seed=1))
         assert torch.equal(first.batch(3)[0][0], load(name, settings).task(2, split, seed=1).batch(3)[0][0])
+        assert first.seed == task_seed(1, split, 2), "it orders the minibatches"
     tasks = [load(name, settings).task(i, split, seed=s) for i in (0, 1) for split in SPLITS for s in (0, 1)]
     assert not any(same(one, other) for one, other in itertools.combinations(tasks, 2))
 
@@ -257,7 +258,7 @@ def test_leaky_mlp_names_the_symmetries_that_hold(
 @pytest.fixture(scope="module")
 def known() -> dict[bytes, tuple[int, int]]:
     """Number and digit of every image in scikit-learn's own order, by its pixels."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     return {
