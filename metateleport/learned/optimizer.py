@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metateleport.capture import Recording, modules_of, record
+from metateleport._optim_capture import CaughtPass, Watch
+from metateleport._optim_teleport import start_of
+from metateleport.capture import modules_of
 from metateleport.detect import symmetries_of
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
 from metateleport.point import Point, Tensors
 from metateleport.stack import StackedModel
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters import Teleporter
+from metateleport.teleporters import NoTeleport, Teleporter
 
 __all__ = ["LearnedOptimizer", "StackOptimizer"]
 
@@ -41,11 +43,11 @@ class _MetaSteps(torch.optim.Optimizer, abc.ABC):
         self.meta_state: MetaState | None = None
         self.last_step: Step | None = None
 
-    def _take(self, point: Point) -> Tensors:
-        """The parameters to go to from a stacked point."""
+    def _take(self, point: Point, instead: Teleporter | None = None) -> Tensors:
+        """The parameters to go to from a stacked point; `instead` takes the teleporter's place in this step."""
         if self.meta_state is None:
             self.meta_state = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
-        self.last_step = self.meta.step(point, self.symmetries, self.meta_state, self.teleporter)
+        self.last_step = self.meta.step(point, self.symmetries, self.meta_state, instead or self.teleporter)
         self.meta_state = self.last_step.state
         return self.last_step.parameters
 
@@ -104,6 +106,10 @@ class LearnedOptimizer(_MetaSteps):
     Like L-BFGS it takes back a step that made the loss worse, so it needs a closure. The loss of a fixed data set is
     compared exactly, that of minibatches (`deterministic=False`) with its running mean and spread.
 
+    A teleport along a batch-exact symmetry rebuilds part of the backward pass, from the last forward pass. Where the
+    gradients are not that pass's alone (summed over several batches, clipped entry by entry) the step goes without
+    the teleport.
+
     Args:
         model: the model to train.
         checkpoint: a checkpoint's name or path, a loaded checkpoint or a `MetaOptimizer`.
@@ -159,52 +165,64 @@ class LearnedOptimizer(_MetaSteps):
             The loss before the step.
 
         Raises:
-            RuntimeError: without a closure, or if it left no gradients.
+            RuntimeError: without a closure, or if it did not run the model or left no gradients.
+            ValueError: if the closure returns something other than a scalar.
         """
         if closure is None:
             raise RuntimeError(
                 "a learned optimizer judges its last step by the loss: call step(closure), where closure() clears "
                 "the gradients, evaluates the model, calls backward() and returns the loss"
             )
-        cotangents: Tensors = {}
-        with torch.enable_grad(), _watch(self.model, modules_of(self.symmetries), cotangents) as recording:
-            loss = closure()
-        with torch.no_grad():
-            moved = self._take(self._point(loss.detach(), recording, cotangents))
-            for name, value in self.model.named_parameters():
-                if value.requires_grad:
-                    value.copy_(moved[name][0])
-        return loss.detach()
+        watch = Watch(self.model, modules_of(self.symmetries))
+        try:
+            with torch.enable_grad():
+                loss = torch.as_tensor(closure()).detach()
+            if loss.numel() != 1:
+                raise ValueError(f"the closure has to return a scalar loss; it returned shape {tuple(loss.shape)}")
+            if watch.last is None:
+                raise RuntimeError("the closure did not run the model that this optimizer was made for")
+            with torch.no_grad():
+                self._step(watch, watch.last, loss.reshape(()))
+        finally:
+            watch.close()
+        return loss
 
-    def _point(self, loss: Tensor, recording: Recording, cotangents: Tensors) -> Point:
+    def _step(self, watch: Watch, caught: CaughtPass, loss: Tensor) -> None:
         named = dict(self.model.named_parameters())
-        gradients = {name: value.grad.detach() for name, value in named.items() if value.grad is not None}
-        if not gradients:
+        point, reason = start_of(watch, caught, named, self.symmetries, loss)
+        if not point.gradients:
             raise RuntimeError("the closure left no gradients: it has to call backward() on the loss that it returns")
-        point = Point(
-            parameters={name: value.detach() for name, value in named.items()},
-            gradients=gradients,
-            activations=recording.activations(),
-            cotangents=recording.layout(cotangents),
-            loss=loss,
-        )
-        return point.map(lambda value: value.detach().clone().unsqueeze(0))
+        if not point.cotangents:
+            point = point.replace(cotangents=watch.cotangents(caught))
+        replays = caught.replays
+        moved = self._take(_stack_of_one(point), NoTeleport() if reason else None)
+        if self.last_step is not None and caught.replays > replays:
+            evaluations = self.last_step.evaluations + (caught.replays - replays) / 3
+            self.last_step = dataclasses.replace(self.last_step, evaluations=evaluations)
+        for name, value in named.items():
+            if value.requires_grad:
+                value.copy_(moved[name][0])
+
+
+def _stack_of_one(point: Point) -> Point:
+    """Copies of a point's tensors with a task dimension in front; its backward pass is rebuilt through the same."""
+    stacked = point.map(lambda value: value.detach().clone().unsqueeze(0))
+    single = point.pullback
+    if single is None:
+        return stacked
+
+    def pullback(module: str, cotangent: Tensor) -> tuple[Tensors, Tensors]:
+        gradients, cotangents = single(module, cotangent.squeeze(0))
+        return _unsqueezed(gradients), _unsqueezed(cotangents)
+
+    return stacked.replace(pullback=pullback)
+
+
+def _unsqueezed(tensors: Tensors) -> Tensors:
+    return {name: value.unsqueeze(0) for name, value in tensors.items()}
 
 
 def _loaded(checkpoint: Any) -> MetaOptimizer:
     from metateleport.checkpoint import meta_optimizer_of
 
     return meta_optimizer_of(checkpoint)
-
-
-@contextmanager
-def _watch(model: nn.Module, modules: Sequence[str], cotangents: Tensors) -> Iterator[Recording]:
-    """Records modules, and into `cotangents` the gradients that arrive at their outputs."""
-
-    def adjust(name: str, output: Tensor) -> Tensor:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: cotangents.__setitem__(name, gradient))
-        return output
-
-    with record(model, modules, adjust) as recording:
-        yield recording
