@@ -233,10 +233,12 @@ def _read_card(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / _CARD} is truncated or not JSON ({error}): copy it again") from error
     if not isinstance(card, dict) or card.get("schema") != SCHEMA:
-        found = card.get("schema") if isinstance(card, dict) else None
+        card = card if isinstance(card, dict) else {}
+        wrote = card.get("versions")
+        version = wrote.get("metateleport", "unknown") if isinstance(wrote, dict) else "unknown"
         raise CheckpointError(
-            f"{path} is a checkpoint of schema {found!r}, and this version reads {SCHEMA}: use the version of "
-            f"metateleport that wrote it ({card.get('versions', {}).get('metateleport', 'unknown') if found else 'unknown'})"
+            f"{path} is a checkpoint of schema {card.get('schema')!r}, and this version reads {SCHEMA}: use the "
+            f"version of metateleport that wrote it ({version})"
         )
     return card
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import higher
-import torch
 from torch import Tensor
 
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step

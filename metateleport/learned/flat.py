@@ -40,7 +40,7 @@ def _flat(point: Point, shapes: Shapes) -> Tensor:
 
 
 class FlatRule(nn.Module, UpdateRule):
-    r"""An LSTM over all gradients at once that puts out one learning rate for each tensor, or every coordinate's update.
+    r"""An LSTM over all gradients at once that puts out a learning rate for each tensor, or every coordinate's update.
 
     Args:
         shapes: names and shapes of the parameters it is made for.

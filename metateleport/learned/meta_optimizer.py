@@ -147,10 +147,13 @@ class MetaOptimizer(nn.Module):
 
     1. accept the point or, task by task, go back to the last accepted one, with the step damped;
     2. teleport along the symmetries, gradients carried along;
-    3. step, within the curvature bound.
+    3. step, within the curvature bound; a task whose step is not finite stays where it is.
 
     It is pure: networks are its parameters, all else is in the state. `LearnedOptimizer` wraps it for models,
     `DifferentiableLearnedOptimizer` for `higher`.
+
+    What the networks read is kept out of the graph. Only tests of the gradient itself set `detach` to False, here, in
+    the teleporter and in the rule.
 
     Args:
         config: its shape.
@@ -164,6 +167,7 @@ class MetaOptimizer(nn.Module):
     def __init__(self, config: MetaOptimizerConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or MetaOptimizerConfig()
+        self.detach = True
         region = TrustRegion(max_size=config.max_size)
         self.teleporter: Teleporter | None = None
         self.rule: UpdateRule
@@ -200,7 +204,7 @@ class MetaOptimizer(nn.Module):
         assert point.loss is not None
         chosen = teleporter or self.teleporter or NoTeleport()
         return MetaState(
-            progress=Progress.begin(point.loss),
+            progress=Progress.begin(point.loss.detach() if self.detach else point.loss),
             accepted=None,
             teleporter=chosen.initial_state(point, symmetries),
             rule=self.rule.initial_state(point),
@@ -227,7 +231,8 @@ class MetaOptimizer(nn.Module):
         if point.loss is None or not point.gradients:
             raise ValueError("a step needs an evaluated point: loss and gradients")
         chosen = teleporter or self.teleporter or NoTeleport()
-        progress, accepted = state.progress.judge(point.loss, state.deterministic)
+        seen = point.loss.detach() if self.detach else point.loss
+        progress, accepted = state.progress.judge(seen, state.deterministic)
         base = point
         if state.accepted is not None and not bool(accepted.all()):
             base = point.choose(accepted, state.accepted)
@@ -237,14 +242,30 @@ class MetaOptimizer(nn.Module):
         moved, moves, teleporter_state = travel(chosen, base, symmetries, teleporter_state, allowed=accepted)
         rule_state = self.rule.carry(state.rule, moves, base)
         parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state)
+        parameters = _where_finite(parameters, base)
         zero = torch.zeros_like(point.loss.detach())
         return Step(
             parameters=parameters,
             teleported=moved.parameters,
-            state=MetaState(progress, base, teleporter_state, rule_state, state.deterministic),
+            state=MetaState(progress, base.replace(pullback=None), teleporter_state, rule_state, state.deterministic),
             evaluations=sum((move.evaluations for move in moves), zero),
             accepted=accepted,
             moves=tuple(moves),
             size=sum((move.size.square() for move in moves), zero).sqrt(),
             refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
         )
+
+
+def _where_finite(parameters: Tensors, base: Point) -> Tensors:
+    """The parameters of each task whose loss and new parameters are finite; the others stay where they were."""
+    assert base.loss is not None
+    finite = base.loss.detach().isfinite()
+    for value in parameters.values():
+        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
+    if bool(finite.all()):
+        return parameters
+    chosen = {}
+    for name, value in parameters.items():
+        mask = finite.reshape(*finite.shape, *(1,) * (value.ndim - finite.ndim))
+        chosen[name] = torch.where(mask, value, base.parameters[name])
+    return chosen

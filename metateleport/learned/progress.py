@@ -16,6 +16,8 @@ PROGRESS_FEATURES = 5
 class Progress:
     """What is remembered of the course of each task; tensors are `(tasks,)`.
 
+    Whoever keeps it in an unroll gives it losses cut from the graph: what a network reads of it are features.
+
     Args:
         time: number of evaluations seen.
         start: loss at the first evaluation.
@@ -24,6 +26,13 @@ class Progress:
         gain: log of the last accepted loss over the one before.
         damping: factor on the step, at most one; falls when a step is taken back.
         rejected: number of steps taken back.
+
+    Example:
+        >>> start = torch.tensor([1.0, 1.0])
+        >>> progress, _ = Progress.begin(start).judge(start, deterministic=True)
+        >>> progress, accepted = progress.judge(torch.tensor([0.5, 2.0]), deterministic=True)
+        >>> accepted, progress.last
+        (tensor([ True, False]), tensor([0.5000, 1.0000]))
     """
 
     time: int
@@ -36,8 +45,7 @@ class Progress:
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:
-        """The state before the first evaluation is judged."""
-        loss = loss.detach()
+        """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
         return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero)
 
@@ -54,11 +62,12 @@ class Progress:
         Returns:
             The progress after it, and where the point is accepted.
         """
-        loss = loss.detach()
         first = self.last.isinf()
         bound = self.last if deterministic else self.last + 3 * self.spread + 0.1 * self.last.abs()
         accepted = loss.isfinite() & (first | (loss <= bound))
-        seen = torch.where(accepted, loss, torch.where(first, self.start, self.last))
+        # A first loss that is not finite is none: the next one is the first.
+        start = torch.where(first & accepted, loss, self.start)
+        seen = torch.where(accepted, loss, self.last)
         before = torch.where(first, seen, self.last)
         if deterministic:
             last, spread = seen, self.spread
@@ -68,9 +77,10 @@ class Progress:
             spread = (0.8 * self.spread.square() + 0.2 * deviation).sqrt()
         tiny = torch.finfo(loss.dtype).tiny
         gain = ((last.abs() + tiny).log() - (before.abs() + tiny).log()).clamp(-20, 20)
+        gain = torch.where(last.isfinite(), gain, 0.0)
         damping = torch.where(accepted, (self.damping * 1.5).clamp_max(1.0), self.damping * 0.3)
         rejected = self.rejected + (~accepted).to(loss.dtype)
-        return Progress(self.time + 1, self.start, last, spread, gain, damping, rejected), accepted
+        return Progress(self.time + 1, start, last, spread, gain, damping, rejected), accepted
 
     def features(self) -> Tensor:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,14 +52,22 @@ class StepRule(nn.Module, UpdateRule):
     shared, state its own), $d \le 1$ the task's damping. Tensors without a bound take Polyak's step $L / |\nabla L|^2$
     in its place.
 
+    The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
+    `detach` to False, or put another function in the place of `observe`.
+
     Args:
         hidden: units of the LSTM.
-        outputs: further outputs for rules that build on this one.
+
+    Example:
+        >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
+        617
     """
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.hidden = hidden
+        self.detach = True
+        self.observe: Callable[[Point, Tensors, Progress], Tensor] = _observe
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, 1)
         with torch.no_grad():
@@ -70,7 +78,7 @@ class StepRule(nn.Module, UpdateRule):
         assert point.loss is not None
         own = self.head.weight
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
-        return {"cells": {name: (zero, zero) for name in point.gradients}}
+        return {"cells": dict.fromkeys(point.gradients, (zero, zero))}
 
     def step(
         self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
@@ -91,9 +99,12 @@ class StepRule(nn.Module, UpdateRule):
         polyak = point.loss.abs() / point.squared_gradient_norm().clamp_min(tiny)
         names = list(point.gradients)
         own = self.head.weight.dtype
-        shared = progress.features()
-        inputs = torch.stack([torch.cat((_tensor_features(point, name, bounds), shared), -1) for name in names])
-        inputs = torch.nan_to_num(inputs.detach(), 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        if self.detach:
+            fixed = {name: value.detach() for name, value in bounds.items()}
+            inputs = self.observe(point.detach(), fixed, progress)
+        else:
+            inputs = self.observe(point, bounds, progress)
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
@@ -128,6 +139,7 @@ class CoordinateRule(StepRule):
     def __init__(self, hidden: int = 32, coordinate_hidden: int = 20) -> None:
         super().__init__(hidden)
         self.coordinate_hidden = coordinate_hidden
+        self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _coordinate_features
         self.first = nn.LSTMCell(self._FEATURES, coordinate_hidden)
         self.second = nn.LSTMCell(coordinate_hidden, coordinate_hidden)
         self.coordinate_head = nn.Linear(coordinate_hidden, 2)
@@ -149,11 +161,11 @@ class CoordinateRule(StepRule):
         own = self.coordinate_head.weight.dtype
         momentum, squares, inputs, sizes = {}, {}, [], {}
         for name, gradient in point.gradients.items():
-            fixed = gradient.detach()
+            fixed = gradient.detach() if self.detach else gradient
             momentum[name] = 0.9 * state["momentum"][name] + 0.1 * fixed
             squares[name] = 0.95 * state["squares"][name] + 0.05 * fixed.square()
             sizes[name] = _rms(gradient)
-            inputs.append(_coordinate_features(fixed, momentum[name], squares[name], progress.time).to(own))
+            inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
         flat = torch.cat(inputs)
         first = self.first(flat, state["layers"][:2])
         second = self.second(first[0], state["layers"][2:])
@@ -169,7 +181,8 @@ class CoordinateRule(StepRule):
         return moved, after
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
-        return {**state, **_carried(state, moves, point, ("momentum",), ("squares",))}
+        # The moments are features here, and features are kept out of the graph.
+        return {**state, **_carried(state, moves, point, self.detach)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,20 +233,16 @@ class BaseRule(UpdateRule):
         return moved, {"momentum": momentum, "squares": squares, "time": time}
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
-        return {**state, **_carried(state, moves, point, ("momentum",), ("squares",))}
+        return {**state, **_carried(state, moves, point, detach=False)}
 
 
-def _carried(
-    state: dict[str, Any], moves: Sequence[Move], point: Point, covectors: Sequence[str], squares: Sequence[str]
-) -> dict[str, Any]:
-    carried = {}
-    for key in (*covectors, *squares):
-        tensors = dict(state[key])
-        for move in moves:
-            carry = move.symmetry.carry_covectors if key in covectors else move.symmetry.carry_squares
-            tensors.update(carry(move.element.detach(), tensors, point).tensors)
-        carried[key] = tensors
-    return carried
+def _carried(state: dict[str, Any], moves: Sequence[Move], point: Point, detach: bool) -> dict[str, Any]:
+    momentum, squares = dict(state["momentum"]), dict(state["squares"])
+    for move in moves:
+        element = move.element.detach() if detach else move.element
+        momentum.update(move.symmetry.carry_covectors(element, momentum, point).tensors)
+        squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
+    return {"momentum": momentum, "squares": squares}
 
 
 def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
@@ -247,21 +256,27 @@ def _rms(tensor: Tensor) -> Tensor:
     return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
 
 
+def _observe(point: Point, bounds: Tensors, progress: Progress) -> Tensor:
+    """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
+    shared = progress.features()
+    return torch.stack([torch.cat((_tensor_features(point, name, bounds), shared), -1) for name in point.gradients])
+
+
 def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
     """What the step network sees of one tensor: how uneven its inputs are, how steep it is, and its place."""
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
-    loss = point.loss.detach()
+    loss = point.loss
     tiny = torch.finfo(loss.dtype).tiny
     uneven, steep = torch.zeros_like(loss), torch.zeros_like(loss)
     if layer in point.activations and kind == "weight":
-        inputs = point.activations[layer].detach()
+        inputs = point.activations[layer]
         mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
         uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
     if name in bounds:
-        squared = point.gradients[name].detach().square().reshape(*loss.shape, -1).sum(-1)
+        squared = point.gradients[name].square().reshape(*loss.shape, -1).sum(-1)
         # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
-        share = squared / (2 * bounds[name].detach() * loss.abs()).clamp_min(tiny)
+        share = squared / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
         steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
     known = torch.full_like(loss, float(name in bounds))
     return torch.stack((uneven / 2, steep, known, torch.full_like(loss, float(kind == "bias"))), -1)

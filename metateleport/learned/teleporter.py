@@ -90,7 +90,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         like = next(iter(point.parameters.values()))
         batch = () if point.loss is None else point.loss.shape
         zero = like.new_zeros(*batch, self.hidden)
-        loss = point.loss if point.loss is not None else like.new_ones(())
+        loss = point.loss.detach() if point.loss is not None else like.new_ones(())
         state: dict[str, Any] = {_key(symmetry): (zero, zero) for symmetry in symmetries}
         state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
         return state
