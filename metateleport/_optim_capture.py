@@ -216,9 +216,7 @@ class Watch:
         if self.wanted and not self._muted and torch.is_grad_enabled():
             self._running = self._snapshot(positional, keywords)
 
-    def _see(
-        self, name: str, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
-    ) -> None:
+    def _see(self, name: str, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         caught = self._running
         if caught is None:
             return
@@ -229,7 +227,7 @@ class Watch:
         caught.connected.discard(name)
         if seen.requires_grad:
             caught.connected.add(name)
-        if output.requires_grad:
+        if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: _add(caught.cotangents, name, gradient))
 
     def _end(self, _: nn.Module, _positional: Any, _keywords: Any, output: Any) -> None:

@@ -17,6 +17,7 @@ from symmetry_cases import Problem, assert_close, case, relative
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.learned import LearnedTeleporter
 from metateleport.optim import TeleportingOptimizer
 
 INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -196,6 +197,34 @@ def test_carried_gradients_are_those_at_the_moved_weights(name: str, with_closur
     assert math.isnan(report.loss_before) is not with_closure
     if with_closure:
         assert report.loss_before == pytest.approx(loss)
+
+
+@each_problem
+@pytest.mark.parametrize("teleporter", TELEPORTERS)
+def test_with_and_without_a_closure_the_steps_are_the_same(name: str, teleporter: str) -> None:
+    one, other = case(name).problem(), case(name).problem()
+    mine = train(one, wrap(one, "momentum", TELEPORTERS[teleporter](), every=3), 8)
+    theirs = train(other, wrap(other, "momentum", TELEPORTERS[teleporter](), every=3), 8, closure=False)
+    assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+
+
+def test_a_learned_teleporter_moves_and_remembers() -> None:
+    problem = case("linear pair").problem()
+    teleporter = LearnedTeleporter(hidden=4)
+    optimizer = wrap(problem, "momentum", teleporter, every=2)
+    train(problem, optimizer, 3)
+    packed = copy.deepcopy((problem.model.state_dict(), optimizer.state_dict()))
+    expected = train(problem, optimizer, 4)
+    assert all(report.size > 0 for report in optimizer.reports)
+    problem.model.load_state_dict(packed[0])
+    resumed = wrap(problem, "momentum", teleporter, every=2)
+    resumed.load_state_dict(packed[1])
+    assert all(torch.equal(*pair) for pair in zip(train(problem, resumed, 4), expected, strict=True))
+    # Forgetting shows.
+    problem.model.load_state_dict(packed[0])
+    packed[1]["teleporting"]["state"] = None
+    resumed.load_state_dict(packed[1])
+    assert not torch.equal(train(problem, resumed, 4)[-1], expected[-1])
 
 
 def test_evaluations_count_the_drift_and_what_is_rebuilt() -> None:
@@ -476,7 +505,7 @@ def test_a_closure_is_asked_again_once_the_weights_have_changed() -> None:
                     for value in group["params"]:
                         value.add_(0.1)
             with torch.enable_grad():
-                self.seen.append(float(closure()))
+                self.seen.append(float(closure().detach()))
             return self.seen[-1]
 
     problem = case("linear pair").problem()
