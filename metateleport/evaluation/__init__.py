@@ -1,0 +1,37 @@
+"""Evaluation: methods on held-out tasks, by gradient evaluations."""
+
+from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
+from metateleport.evaluation.lbfgs import LBFGS
+from metateleport.evaluation.plot import plot
+from metateleport.evaluation.recipes import BASELINES
+from metateleport.evaluation.report import PairedRatio, paired_ratio, report_of, write_report
+from metateleport.evaluation.run import Evaluation, EvaluationError, Result, evaluate
+from metateleport.evaluation.table import table_of
+from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
+from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
+
+__all__ = [
+    "BASELINES",
+    "LBFGS",
+    "SCHEDULES",
+    "Choice",
+    "Evaluation",
+    "EvaluationError",
+    "FirstOrder",
+    "GradientAscent",
+    "Lattice",
+    "Method",
+    "PairedRatio",
+    "Recipe",
+    "Recorder",
+    "Result",
+    "Trajectory",
+    "evaluate",
+    "output_drift",
+    "paired_ratio",
+    "plot",
+    "report_of",
+    "table_of",
+    "tune",
+    "write_report",
+]

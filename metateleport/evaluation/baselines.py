@@ -1,0 +1,126 @@
+"""First-order baselines on a stack of tasks: torch's own optimizers, and gradient descent that teleports."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
+from metateleport.families import TaskStack
+from metateleport.teleporters import GradientAscentTeleporter, travel
+
+__all__ = ["SCHEDULES", "FirstOrder", "GradientAscent"]
+
+
+class FirstOrder(Method):
+    """An elementwise optimizer of `torch.optim`, run on the stacked parameters.
+
+    Every coordinate is treated alone, so that a stack takes the steps that each task would take by itself.
+
+    Args:
+        name: of the method.
+        optimizer: makes the optimizer from the parameters and the settings.
+        settings: keyword arguments of `optimizer`.
+
+    Example:
+        >>> FirstOrder("momentum", torch.optim.SGD, lr=0.01, momentum=0.9).settings
+        {'lr': 0.01, 'momentum': 0.9}
+    """
+
+    def __init__(
+        self, name: str, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **settings: Any
+    ) -> None:
+        super().__init__(name, settings)
+        self.optimizer = optimizer
+
+    def run(self, stack: TaskStack, budget: int) -> Trajectory:
+        model = copy.deepcopy(stack.model)
+        optimizer = self.optimizer(model.parameters(), **self.settings)
+        recorder = Recorder(stack, budget)
+        for step in range(budget):
+            optimizer.zero_grad()
+            model(stack.batch(step)).sum().backward()
+            optimizer.step()
+            recorder.charge(1.0)
+            recorder.record(model.tensors())
+        return recorder.trajectory()
+
+
+SCHEDULES: dict[str, Callable[[int], bool]] = {
+    "once, before step 0": lambda step: step == 0,
+    "once, before step 5": lambda step: step == 5,
+    "before every 10th step": lambda step: step % 10 == 0,
+    "before every 30th step": lambda step: step % 30 == 0,
+}
+"""When gradient ascent teleports, by name: from the number of the step to whether it teleports before it."""
+
+
+class GradientAscent(Method):
+    r"""Gradient descent that teleports by gradient ascent on the squared gradient norm, as in the source papers.
+
+    A teleport of n ascent steps costs what they evaluate, as counted by its moves; the gradient is carried along,
+    so the step after it needs no second one.
+
+    Args:
+        lr: step size of gradient descent.
+        schedule: when to teleport, a key of `SCHEDULES`.
+        ascent_steps: steps of each ascent.
+        size: largest Frobenius norm of the generator; each ascent step is `size / ascent_steps` long at first.
+
+    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), algorithm 1.
+    """
+
+    teleports = True
+
+    def __init__(
+        self, lr: float, schedule: str = "once, before step 0", ascent_steps: int = 10, size: float = 1.0
+    ) -> None:
+        super().__init__(
+            "gradient-ascent", {"lr": lr, "schedule": schedule, "ascent_steps": ascent_steps, "size": size}
+        )
+        self.lr, self.due = lr, SCHEDULES[schedule]
+        self.teleporter = GradientAscentTeleporter(steps=ascent_steps, step_size=size / ascent_steps, cap=size)
+
+    def run(self, stack: TaskStack, budget: int) -> Trajectory:
+        model = stack.model
+        parameters = {name: value.detach() for name, value in model.tensors().items()}
+        recorder = Recorder(stack, budget)
+        lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
+        start: Tensor | None = None
+        step, state = 0, None
+        while bool(recorder.affords().any()):
+            batch = stack.batch(step)
+            point = model.point_at(parameters, batch)
+            recorder.charge(1.0)
+            assert point.loss is not None
+            start = point.loss if start is None else start
+            lost = lost | ~(point.loss <= _LOST * start.abs())
+            if self.due(step) and stack.symmetries:
+                arrived, moves, state = travel(self.teleporter, point, stack.symmetries, state, allowed=~lost)
+                for move in moves:
+                    recorder.charge(move.evaluations)
+                recorder.drift(point.parameters, arrived.parameters, batch, where=~lost)
+                point = arrived
+                if arrived.stale:
+                    point = model.point_at(arrived.parameters, batch)
+                    recorder.charge(1.0)
+            stepped = {
+                name: value.detach() - self.lr * point.gradients[name] for name, value in point.parameters.items()
+            }
+            parameters = {name: _where(lost, parameters[name], value) for name, value in stepped.items()}
+            recorder.record(parameters)
+            step += 1
+        return recorder.trajectory()
+
+
+# A task whose loss has grown by this factor stays where it is: it counts as diverged, and what overflows next would
+# stop the linear algebra of the tasks beside it.
+_LOST = 1e12
+
+
+def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *(1,) * (no.ndim - 1)), yes, no)

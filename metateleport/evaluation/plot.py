@@ -1,0 +1,97 @@
+"""The picture of an evaluation: loss by gradient evaluations, and by seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metateleport.files import replacing
+
+__all__ = ["plot"]
+
+# Okabe and Ito's colours, told apart by the colour-blind too; learned methods share one and differ in their lines.
+_COLOURS = {
+    "learned": "#D55E00",
+    "gd": "#7F7F7F",
+    "momentum": "#56B4E9",
+    "adam": "#0072B2",
+    "lbfgs": "#009E73",
+    "gradient-ascent": "#CC79A7",
+}
+_OTHERS = ("#E69F00", "#000000", "#8C564B", "#B5A400")
+_LINES = {"teleport-off": (0, (5, 2)), "random-teleport": (0, (1, 1.5)), "step-only": (0, (4, 1.5, 1, 1.5))}
+
+
+def plot(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draws the median of every method with its interquartile band, by gradient evaluations and by seconds.
+
+    Args:
+        report: what `report_of` gave, or a file written by `write_report`.
+        path: where to write; the suffix tells the format (png, svg, pdf).
+
+    Raises:
+        ValueError: if the suffix is of no format that matplotlib writes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods: Mapping[str, Any] = report["methods"]
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_evaluations, by_seconds = figure.subplots(1, 2, sharey=True)
+    low, high = _limits(methods)
+    others = iter(_OTHERS * len(methods))
+    colours = {name: _COLOURS.get(name.split("/")[0]) or next(others) for name in methods}
+    # The learned method is drawn last, over the others.
+    for name in sorted(methods, key=lambda each: (each == "learned", each.startswith("learned"))):
+        entry = methods[name]
+        median, q25, q75 = (np.clip(np.asarray(entry[key]), low, high) for key in ("median", "q25", "q75"))
+        style: dict[str, Any] = {
+            "color": colours[name],
+            "linestyle": _LINES.get(name.partition("/")[2], "-"),
+            "linewidth": 2.4 if name == "learned" else 1.5,
+        }
+        for axes, key in ((by_evaluations, "gradient_evaluations"), (by_seconds, "seconds_along")):
+            axes.plot(entry[key], median, label=name, **style)
+            axes.fill_between(entry[key], q25, q75, color=colours[name], alpha=0.13, linewidth=0)
+    by_evaluations.set(yscale="log", ylim=(low, high), xlim=(0, report["steps"]))
+    by_evaluations.set(xlabel="gradient evaluations", ylabel="loss, full training objective")
+    longest = max(max(entry["seconds_along"]) for entry in methods.values())
+    shortest = min(min((s for s in entry["seconds_along"] if s > 0), default=longest) for entry in methods.values())
+    if longest > 0:
+        by_seconds.set(xscale="log", xlim=(shortest, longest))
+    by_seconds.set(xlabel=f"seconds, all {report['tasks']} tasks together ({report['conditions']['device']})")
+    for axes in (by_evaluations, by_seconds):
+        axes.grid(visible=True, which="major", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = by_evaluations.get_legend_handles_labels()
+    order = [labels.index(name) for name in methods]
+    figure.legend(
+        [handles[each] for each in order], [labels[each] for each in order], loc="outside right upper", frameon=False
+    )
+    settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
+    figure.suptitle(
+        f"{report['task']['name']} ({settings})\n"
+        f"median and quartiles of {report['tasks']} held-out tasks, {report['dtype']}, seed {report['seed']}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def _limits(methods: Mapping[str, Any]) -> tuple[float, float]:
+    """Limits of the loss's axis: what diverges and exact zeros leave the picture."""
+    start = max(float(entry["q75"][0]) for entry in methods.values())
+    values: list[npt.NDArray[np.float64]] = [
+        np.asarray(entry[key]) for entry in methods.values() for key in ("q25", "median")
+    ]
+    together = np.concatenate(values)
+    shown = together[(together > 0) & (together <= 10 * start)]
+    lowest = float(shown.min()) if shown.size else start * 1e-3
+    return max(lowest / 2, start * 1e-40, 1e-300), max(3 * start, 1e-290)

@@ -1,0 +1,49 @@
+"""The baselines that a learned optimizer is held against, each with the grid that it is tuned on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
+from metateleport.evaluation.lbfgs import LBFGS
+from metateleport.evaluation.trajectory import Method
+from metateleport.evaluation.tuning import Choice, Lattice, Recipe
+
+__all__ = ["BASELINES"]
+
+
+def _gd(**settings: Any) -> Method:
+    return FirstOrder("gd", torch.optim.SGD, **settings)
+
+
+def _momentum(**settings: Any) -> Method:
+    return FirstOrder("momentum", torch.optim.SGD, momentum=0.9, **settings)
+
+
+def _adam(**settings: Any) -> Method:
+    return FirstOrder("adam", torch.optim.Adam, **settings)
+
+
+BASELINES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("gd", _gd),
+        Recipe("momentum", _momentum),
+        Recipe("adam", _adam),
+        # Its line search finds the length; lr is only the first trial's.
+        Recipe("lbfgs", LBFGS, Lattice(-1, 0), tasks=16),
+        Recipe(
+            "gradient-ascent",
+            GradientAscent,
+            choices={
+                "schedule": Choice(tuple(SCHEDULES)),
+                "ascent_steps": Choice((10, 1)),
+                "size": Choice((1.0, 0.3, 3.0)),
+            },
+            tasks=16,
+        ),
+    )
+}
+"""By method name, in the order of tables."""

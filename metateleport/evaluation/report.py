@@ -1,0 +1,172 @@
+"""An evaluation as JSON, and the paired comparison of two methods."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from metateleport.evaluation.run import Evaluation, Result
+from metateleport.evaluation.tuning import LARGEST
+from metateleport.files import write_text
+
+__all__ = ["REFERENCE", "SCHEMA", "PairedRatio", "paired_ratio", "report_of", "write_report"]
+
+SCHEMA = 1
+REFERENCE = "learned"
+"""The method that others are compared to, task by task, where it is there."""
+
+_SMALLEST = 1e-300
+
+
+class PairedRatio(NamedTuple):
+    """Median over tasks of the ratio of two methods' losses on one task, with its interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def paired_ratio(
+    losses: npt.ArrayLike, reference: npt.ArrayLike, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> PairedRatio:
+    """Compares two methods task by task: the median of log ratios, with a bootstrap interval over tasks.
+
+    Args:
+        losses: final losses of one method, `(tasks,)`.
+        reference: those of the other on the same tasks.
+        confidence: of the interval.
+        draws: number of bootstrap samples.
+        seed: seeds them.
+
+    Returns:
+        The ratio, above 1 where `reference` is better, and the percentile interval. Losses are taken between 1e-300
+        and 1e300.
+
+    Raises:
+        ValueError: if the tasks are not the same in number.
+
+    Example:
+        >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).ratio
+        2.0
+    """
+    ours, theirs = (np.asarray(each, dtype=np.float64).clip(_SMALLEST, LARGEST) for each in (losses, reference))
+    if ours.shape != theirs.shape or ours.ndim != 1:
+        raise ValueError(f"a paired comparison needs the same tasks: got {ours.shape} and {theirs.shape} losses")
+    logs = np.log(ours) - np.log(theirs)
+    picks = np.random.default_rng(seed).integers(len(logs), size=(draws, len(logs)))
+    medians = np.median(logs[picks], axis=1)
+    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
+    # exp of a difference of two such logs can still overflow.
+    return PairedRatio(*(float(np.exp(min(value, _LARGEST_LOG))) for value in (np.median(logs), low, high)))
+
+
+_LARGEST_LOG = float(np.log(LARGEST))
+
+
+def report_of(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain values for JSON: numbers, strings, booleans; never null, NaN or infinity.
+
+    A loss that is not finite, or is larger, stands as 1e300, and `diverged` tells so. A setting that is None reads
+    `"none"`, as it is written on the command line.
+
+    Args:
+        evaluation: the evaluation.
+
+    Returns:
+        `schema`, `task`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and `methods`: by name the
+        lists along the trajectory (`gradient_evaluations`, `mean`, `median`, `q25`, `q75`, `seconds_along`), `final`
+        and `diverged` for each task, `seconds` of the whole run, `drift_max` where it teleports, `settings`, `tuning`
+        where it was tuned, `held_out_loss` and `held_out_accuracy` where the tasks have such, and
+        `paired_ratio_to_learned` where there is a learned method.
+    """
+    methods = {name: _method(result) for name, result in evaluation.results.items()}
+    if REFERENCE in methods:
+        for name, entry in methods.items():
+            if name != REFERENCE:
+                pair = paired_ratio(entry["final"], methods[REFERENCE]["final"])
+                entry[f"paired_ratio_to_{REFERENCE}"] = {**pair._asdict(), "confidence": 0.95}
+    return {
+        "schema": SCHEMA,
+        "task": {"name": evaluation.family, "settings": _plain(evaluation.settings)},
+        "checkpoint": evaluation.checkpoint,
+        "seed": evaluation.seed,
+        "tasks": evaluation.tasks,
+        "steps": evaluation.steps,
+        "dtype": evaluation.dtype,
+        "conditions": {
+            "device": evaluation.device,
+            "accelerator": torch.cuda.get_device_name(evaluation.device) if "cuda" in evaluation.device else "none",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count() or 1} CPUs",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "methods": methods,
+    }
+
+
+def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Writes a report as JSON, in one piece.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    write_text(Path(path), json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _method(result: Result) -> dict[str, Any]:
+    trajectory = result.trajectory
+    entry: dict[str, Any] = {
+        "gradient_evaluations": list(range(trajectory.loss.shape[1])),
+        **_along(trajectory.loss),
+        "diverged": trajectory.diverged.tolist(),
+        "seconds": trajectory.seconds,
+        "seconds_along": trajectory.seconds_along.tolist(),
+        "settings": _plain(result.settings),
+    }
+    if result.teleports:
+        entry["drift_max"] = float(_finite(np.asarray(trajectory.drift_max or 0.0)))
+    if trajectory.held_out_loss is not None:
+        entry["held_out_loss"] = _along(trajectory.held_out_loss)
+    if trajectory.held_out_accuracy is not None:
+        entry["held_out_accuracy"] = _along(trajectory.held_out_accuracy)
+    if result.tuning is not None:
+        entry["tuning"] = _plain(result.tuning)
+    return entry
+
+
+def _along(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    values = _finite(values)
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+    return {
+        "mean": values.mean(0).tolist(),
+        "median": middle.tolist(),
+        "q25": low.tolist(),
+        "q75": high.tolist(),
+        "final": values[:, -1].tolist(),
+    }
+
+
+def _finite(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.nan_to_num(values, nan=LARGEST, posinf=LARGEST, neginf=-LARGEST).clip(-LARGEST, LARGEST)
+
+
+def _plain(value: Any) -> Any:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,123 @@
+"""Running methods on held-out tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from metateleport.evaluation.trajectory import Method, Trajectory
+from metateleport.families import TaskFamily
+
+__all__ = ["Evaluation", "EvaluationError", "Result", "evaluate"]
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made as asked for; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one method did: its trajectory, and how it was set."""
+
+    trajectory: Trajectory
+    teleports: bool
+    settings: dict[str, Any]
+    tuning: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Methods compared on the same held-out tasks.
+
+    Args:
+        family: name of the task family.
+        settings: its settings.
+        checkpoint: name of the checkpoint, `none` without one.
+        tasks: number of tasks.
+        steps: gradient evaluations that each method could spend on each task.
+        seed: the run's seed.
+        dtype: of the tasks, as `float64`.
+        device: where it ran.
+        results: by method name.
+    """
+
+    family: str
+    settings: dict[str, Any]
+    checkpoint: str
+    tasks: int
+    steps: int
+    seed: int
+    dtype: str
+    device: str
+    results: dict[str, Result]
+
+
+def evaluate(
+    family: TaskFamily,
+    methods: Sequence[Method],
+    tasks: int = 64,
+    steps: int = 100,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    checkpoint: str = "none",
+    progress: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Runs methods on held-out tasks of a family, each from the same starts with the same budget.
+
+    Args:
+        family: the tasks; the first `tasks` of the split `held-out`.
+        methods: what to compare, tuned already.
+        tasks: number of tasks.
+        steps: gradient evaluations that each method may spend on each task.
+        seed: the run's seed.
+        dtype: of the tasks; the family's own if not given.
+        device: where to run.
+        checkpoint: name of the checkpoint that the learned methods are from.
+        progress: called with a method's name before it runs.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        EvaluationError: if there are no methods, tasks or steps, or two methods have one name.
+
+    Example:
+        >>> from metateleport import load_family
+        >>> from metateleport.evaluation import BASELINES
+        >>> gd = BASELINES["gd"].make(lr=3e-4)
+        >>> evaluation = evaluate(load_family("leaky_mlp", {"width": 4}), [gd], tasks=3, steps=5)
+        >>> evaluation.results["gd"].trajectory.loss.shape
+        (3, 6)
+    """
+    names = [method.name for method in methods]
+    if not names or len(set(names)) < len(names):
+        raise EvaluationError(f"an evaluation needs methods of different names; got {', '.join(names) or 'none'}")
+    for what, count in (("tasks", tasks), ("steps", steps)):
+        if count < 1:
+            raise EvaluationError(f"an evaluation needs at least 1 of {what}, not {count}")
+    if seed < 0:
+        raise EvaluationError(f"a seed is not negative: {seed}")
+    stack = family.stack(range(tasks), "held-out", seed, dtype, device)
+    results = {}
+    for method in methods:
+        if progress is not None:
+            progress(method.name)
+        # The first steps of a process pay for imports and memory, whichever method comes first.
+        method.run(stack, min(2, steps))
+        trajectory = method.run(stack, steps)
+        results[method.name] = Result(trajectory, method.teleports, method.settings, method.tuning)
+    return Evaluation(
+        family=family.name,
+        settings=family.settings(),
+        checkpoint=checkpoint,
+        tasks=tasks,
+        steps=steps,
+        seed=seed,
+        dtype=str(dtype or family.dtype).removeprefix("torch."),
+        device=str(device),
+        results=results,
+    )

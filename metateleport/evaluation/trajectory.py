@@ -1,0 +1,220 @@
+"""What a method is in an evaluation, and the account that its trajectory comes from."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metateleport.families import TaskStack
+from metateleport.stack import Batch
+
+__all__ = ["Method", "Recorder", "Trajectory", "output_drift"]
+
+Array = npt.NDArray[np.float64]
+
+# Costs are sums of thirds: what rounding adds to one must not push it over a whole number.
+_ROUNDING = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Losses of a stack of tasks on the grid 0, 1, ..., budget of gradient evaluations.
+
+    At k stands the task's last accepted point that cost at most k; index 0 is the start.
+
+    Args:
+        loss: full training objective, `(tasks, budget + 1)`, float64; not finite where a task has diverged.
+        seconds: wall seconds of the method's own work on the whole stack, passes made to report left out.
+        seconds_along: seconds that had passed when the tasks' points were reached, mean over tasks, `(budget + 1,)`.
+        held_out_loss: loss on each task's held-out data, as `loss`, where there is such data.
+        held_out_accuracy: accuracy on each task's held-out data, as `loss`, where the tasks have a score.
+        drift_max: largest relative change of the outputs by a teleport; None where none was measured.
+    """
+
+    loss: Array
+    seconds: float
+    seconds_along: Array
+    held_out_loss: Array | None = None
+    held_out_accuracy: Array | None = None
+    drift_max: float | None = None
+
+    @property
+    def diverged(self) -> npt.NDArray[np.bool_]:
+        """Tasks whose loss was not finite at some point, or is above the start at the end, `(tasks,)`."""
+        return ~np.isfinite(self.loss).all(1) | ~(self.loss[:, -1] <= self.loss[:, 0])
+
+
+class Method(abc.ABC):
+    """A way to optimise a stack of tasks within a number of gradient evaluations.
+
+    `name` stands in tables and files, `settings` are what it was run with, `tuning` is how they were found (None
+    where nothing was tuned), `teleports` says whether it moves along symmetries.
+    """
+
+    name: str
+    teleports: ClassVar[bool] = False
+
+    def __init__(self, name: str, settings: Mapping[str, Any] | None = None) -> None:
+        self.name = name
+        self.settings: dict[str, Any] = dict(settings or {})
+        self.tuning: dict[str, Any] | None = None
+
+    @abc.abstractmethod
+    def run(self, stack: TaskStack, budget: int) -> Trajectory:
+        """Optimises every task of the stack from its start; the stack is left as it was.
+
+        Args:
+            stack: the tasks.
+            budget: gradient evaluations that each task may spend.
+
+        Returns:
+            The trajectory, made by a `Recorder`.
+        """
+
+
+class Recorder:
+    """Counts what each task has spent, and keeps the losses of the points it reached.
+
+    The rule for a method that tests its points: a point is recorded when it is known to be accepted, so at what had
+    been spent by then.
+
+    Args:
+        stack: the tasks, at their start.
+        budget: gradient evaluations that each task may spend.
+
+    Raises:
+        ValueError: if the budget is not at least one.
+
+    Example:
+        >>> from torch import nn
+        >>> from metateleport.families import Task, TaskStack
+        >>> x = torch.ones(4, 1)
+        >>> stack = TaskStack([Task(nn.Linear(1, 1), nn.functional.mse_loss, (x,), (x,)) for _ in range(2)])
+        >>> recorder = Recorder(stack, budget=3)
+        >>> recorder.charge(torch.tensor([1.0, 4 / 3]))
+        >>> recorder.record({name: value * 0 for name, value in stack.model.tensors().items()})
+        >>> loss = recorder.trajectory().loss
+        >>> loss[0, 1], loss[1, 1] == loss[1, 0], loss[1, 2]
+        (np.float64(1.0), np.True_, np.float64(1.0))
+    """
+
+    def __init__(self, stack: TaskStack, budget: int) -> None:
+        if budget < 1:
+            raise ValueError(f"a method needs at least one gradient evaluation to spend, not {budget!r}")
+        self.stack, self.budget = stack, budget
+        self.spent = torch.zeros(len(stack), dtype=torch.float64)
+        self._drift: float | None = None
+        self._grid = np.arange(budget + 1, dtype=np.float64)
+        start = self._measure({name: value.detach() for name, value in stack.model.tensors().items()})
+        self._values = {name: np.repeat(values[:, None], budget + 1, axis=1) for name, values in start.items()}
+        self._reached = np.zeros((len(stack), budget + 1))
+        self._paused = 0.0
+        self._began = self._now()
+
+    def affords(self, cost: float = 1.0) -> Tensor:
+        """Tasks that can still spend `cost`, boolean `(tasks,)`, on the CPU."""
+        return self.spent + cost <= self.budget + _ROUNDING
+
+    def charge(self, cost: float | Tensor) -> None:
+        """Adds gradient evaluations, one number or `(tasks,)`, to what each task has spent."""
+        self.spent = self.spent + (cost.detach().cpu().double() if isinstance(cost, Tensor) else cost)
+
+    def record(self, parameters: Mapping[str, Tensor], accepted: Tensor | None = None) -> None:
+        """Notes where the tasks stand now, at what they have spent.
+
+        Args:
+            parameters: stacked, by name.
+            accepted: boolean `(tasks,)`; tasks where it is false stay at their last accepted point.
+        """
+        with self.untimed() as now:
+            reached = self._grid[None] >= self.spent.numpy()[:, None] - _ROUNDING
+            if accepted is not None:
+                reached &= accepted.detach().cpu().numpy()[:, None]
+            if not reached.any():
+                return
+            for name, values in self._measure(parameters).items():
+                self._values[name] = np.where(reached, values[:, None], self._values[name])
+            self._reached[reached] = now
+
+    def drift(
+        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], batch: Batch, where: Tensor | None = None
+    ) -> Tensor:
+        """Measures how far a teleport changed the outputs on its batch, free of charge.
+
+        Args:
+            before: stacked parameters before the teleport.
+            after: and after it.
+            batch: what the teleport was computed on.
+            where: tasks to keep the largest value of, boolean `(tasks,)`; all if not given.
+
+        Returns:
+            The relative change, `(tasks,)`.
+        """
+        with self.untimed():
+            drift = output_drift(self.stack, before, after, batch)
+            counted = (self.spent <= self.budget + _ROUNDING).to(drift.device)
+            counted = counted if where is None else counted & where
+            self._drift = max(self._drift or 0.0, float(torch.where(counted, drift, 0.0).max()))
+        return drift
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[float]:
+        """Stops the clock, for passes made only to report; gives the seconds so far."""
+        paused = self._now()
+        try:
+            yield paused - self._began - self._paused
+        finally:
+            self._paused += self._now() - paused
+
+    def trajectory(self) -> Trajectory:
+        """What was recorded, on the grid."""
+        seconds = self._now() - self._began - self._paused
+        return Trajectory(
+            self._values["loss"],
+            seconds,
+            self._reached.mean(0),
+            self._values.get("held_out_loss"),
+            self._values.get("held_out_accuracy"),
+            self._drift,
+        )
+
+    def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
+        model, held_out, score = self.stack.model, self.stack.held_out, self.stack.score
+        found = {"loss": model.losses_at(parameters, self.stack.full)}
+        if held_out is not None:
+            found["held_out_loss"] = model.losses_at(parameters, held_out)
+            if score is not None:
+                outputs = model.outputs(parameters, held_out[0])
+                found["held_out_accuracy"] = torch.func.vmap(score)(outputs, *held_out[1])
+        return {name: values.detach().double().cpu().numpy() for name, values in found.items()}
+
+    def _now(self) -> float:
+        if self.stack.device.type == "cuda":
+            torch.cuda.synchronize(self.stack.device)
+        return time.perf_counter()
+
+
+def output_drift(stack: TaskStack, before: Mapping[str, Tensor], after: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """Relative change of every task's outputs on a batch, in the Frobenius norm and float64, `(tasks,)`.
+
+    Infinite where the new outputs are not finite.
+
+    Args:
+        stack: the tasks.
+        before: stacked parameters.
+        after: stacked parameters.
+        batch: inputs and targets, stacked.
+    """
+    old, new = (stack.model.outputs(at, batch[0]).double().reshape(len(stack), -1) for at in (before, after))
+    scale = torch.linalg.vector_norm(old, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    change = torch.linalg.vector_norm(new - old, dim=1) / scale
+    return torch.where(new.isfinite().all(1), change, torch.inf)
