@@ -27,6 +27,11 @@ def test_other_activations_break_the_chain() -> None:
     assert names(model) == [("Rescaling", "2", "4")]
 
 
+def test_what_acts_on_single_units_leaves_the_diagonal_only() -> None:
+    for between in (nn.Dropout(0.5), nn.ReLU(), nn.PReLU()):
+        assert names(nn.Sequential(nn.Linear(3, 4), between, nn.Linear(4, 2))) == [("Rescaling", "0", "2")]
+
+
 def test_nested_chains_convolutions_and_flattening() -> None:
     body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2), nn.LeakyReLU(0.1))
     model = nn.Sequential(body, nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 1)).double()
