@@ -1,0 +1,1 @@
+"""Measurements of speed, each a command of its own: `python -m benchmarks.meta_training`."""

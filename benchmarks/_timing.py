@@ -1,0 +1,181 @@
+"""Timing of several cases side by side: warm-up, interleaved rounds, and the conditions of the machine."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+__all__ = ["Case", "Measurement", "Summary", "conditions", "measure"]
+
+_ROUND_SECONDS = 0.2
+_MOST_REPEATS = 16
+
+
+class Case(Protocol):
+    """Something whose meta-steps are timed."""
+
+    name: str
+    task_steps: int
+    """Tasks times inner steps of one meta-step."""
+
+    def rewind(self) -> None:
+        """Goes back to the start, untimed."""
+
+    def meta_gradient(self) -> None:
+        """Forward passes, inner steps and the meta-backward pass."""
+
+    def meta_step(self) -> float:
+        """Clips and takes the optimizer's step; returns the norm of the meta-gradient."""
+
+
+class Summary(NamedTuple):
+    """Median and range over rounds."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """The summary of some numbers.
+
+        Example:
+            >>> Summary.of([3.0, 1.0, 8.0])
+            Summary(median=3.0, min=1.0, max=8.0)
+        """
+        return cls(statistics.median(values), min(values), max(values))
+
+
+class Measurement(NamedTuple):
+    """Microseconds per task-step of one case, a value per round.
+
+    Args:
+        meta_gradient: forward passes, inner steps and the meta-backward pass.
+        meta_step: the same with clipping and the optimizer's step.
+        cpu: CPU time of the meta-gradient, which other programs on the machine add little to.
+    """
+
+    meta_gradient: list[float]
+    meta_step: list[float]
+    cpu: list[float]
+
+
+def measure(
+    cases: Sequence[Case],
+    rounds: int | None,
+    seconds: float,
+    device: torch.device,
+    report: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Measurement]:
+    """Times all cases in every round, in an order that changes, so that a busy spell of the machine meets them alike.
+
+    One meta-step of each case before the first round is warm-up and tells how often the case is repeated in a round.
+
+    Args:
+        cases: what to time.
+        rounds: number of rounds; as many as `seconds` allow, and at least three, if not given.
+        seconds: how long to go on without `rounds`, warm-up included.
+        device: waited for whenever the clock is read.
+        report: called with a line on how far it has come.
+        clock: seconds; another one in tests.
+
+    Returns:
+        The measurements by name.
+
+    Raises:
+        FloatingPointError: if a meta-gradient is not finite.
+    """
+    began = clock()
+    repeats = {}
+    for case in cases:
+        report(f"warm-up: {case.name}")
+        spent = _timed(case, device, clock)[1]
+        repeats[case.name] = min(_MOST_REPEATS, max(1, round(_ROUND_SECONDS / max(spent, 1e-9))))
+    found = {case.name: Measurement([], [], []) for case in cases}
+    # What is there by now stays: without it a collection takes a moment and not the better part of a second.
+    gc.collect()
+    gc.freeze()
+    try:
+        _rounds(cases, repeats, rounds, began + seconds, device, report, clock, found)
+    finally:
+        gc.unfreeze()
+    return found
+
+
+def _rounds(
+    cases: Sequence[Case],
+    repeats: Mapping[str, int],
+    rounds: int | None,
+    until: float,
+    device: torch.device,
+    report: Callable[[str], None],
+    clock: Callable[[], float],
+    found: Mapping[str, Measurement],
+) -> None:
+    """Adds to `found`, case by case and round by round."""
+    order, done, slowest = random.Random(0), 0, 0.0
+    while done < (rounds or 3) or (rounds is None and clock() + slowest < until):
+        started = clock()
+        for case in order.sample(list(cases), len(cases)):
+            report(f"round {done + 1}{f' of {rounds}' if rounds else ''}: {case.name}")
+            # Cycles that the last case left behind are not this one's to clear.
+            gc.collect()
+            times = [_timed(case, device, clock) for _ in range(repeats[case.name])]
+            for kept, parts in zip(found[case.name], zip(*times, strict=True), strict=True):
+                kept.append(1e6 * sum(parts) / len(parts) / case.task_steps)
+        done, slowest = done + 1, max(slowest, clock() - started)
+
+
+def _timed(case: Case, device: torch.device, clock: Callable[[], float]) -> tuple[float, float, float]:
+    """Seconds of one meta-step: its meta-gradient, all of it, and the CPU time of its meta-gradient."""
+
+    def now() -> tuple[float, float]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock(), time.process_time()
+
+    case.rewind()
+    start = now()
+    case.meta_gradient()
+    middle = now()
+    norm = case.meta_step()
+    end = now()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{case.name}: the meta-gradient is not finite, so its timing would mean nothing")
+    return middle[0] - start[0], end[0] - start[0], middle[1] - start[1]
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What a timing depends on: processor, cores, threads, versions, and how busy the machine is."""
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+    }
+    if hasattr(os, "getloadavg"):
+        found["load_before"] = os.getloadavg()[0]
+    return found
+
+
+def _cpu() -> str:
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
