@@ -26,6 +26,7 @@ class Progress:
         gain: log of the last accepted loss over the one before.
         damping: factor on the step, at most one; falls when a step is taken back.
         rejected: number of steps taken back.
+        accepted: whether the last evaluation was accepted.
 
     Example:
         >>> start = torch.tensor([1.0, 1.0])
@@ -42,12 +43,13 @@ class Progress:
     gain: Tensor
     damping: Tensor
     rejected: Tensor
+    accepted: Tensor
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:
         """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
-        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero)
+        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool())
 
     def judge(self, loss: Tensor, deterministic: bool) -> tuple[Progress, Tensor]:
         """Decides which tasks accept the point they stepped to, and what is remembered then.
@@ -80,7 +82,7 @@ class Progress:
         gain = torch.where(last.isfinite(), gain, 0.0)
         damping = torch.where(accepted, (self.damping * 1.5).clamp_max(1.0), self.damping * 0.3)
         rejected = self.rejected + (~accepted).to(loss.dtype)
-        return Progress(self.time + 1, start, last, spread, gain, damping, rejected), accepted
+        return Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted), accepted
 
     def features(self) -> Tensor:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""

@@ -46,11 +46,16 @@ class UpdateRule(abc.ABC):
 
 
 class StepRule(nn.Module, UpdateRule):
-    r"""Gradient descent with a learned step for each tensor, $W \mapsto W - m\,d\,G / \kappa$.
+    r"""Gradient descent with momentum, step and momentum of each tensor learned.
 
-    $\kappa$ is the smooth curvature bound of the layer, $m \in (0, 2)$ the output of an LSTM for each tensor (weights
-    shared, state its own), $d \le 1$ the task's damping. Tensors without a bound take Polyak's step $L / |\nabla L|^2$
-    in its place.
+    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,v / \kappa$$
+
+    $\kappa$ is the smooth curvature bound of the layer, $d \le 1$ the task's damping. An LSTM for each tensor (weights
+    shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at the
+    start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
+    large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
+    a task that goes back to its last accepted point starts with none. Tensors without a bound take Polyak's step
+    $L / |\nabla L|^2$ in the place of $1 / \kappa$.
 
     The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
     `detach` to False, or put another function in the place of `observe`.
@@ -60,7 +65,7 @@ class StepRule(nn.Module, UpdateRule):
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
-        617
+        626
     """
 
     def __init__(self, hidden: int = 32) -> None:
@@ -69,30 +74,37 @@ class StepRule(nn.Module, UpdateRule):
         self.detach = True
         self.observe: Callable[[Point, Tensors, Progress], Tensor] = _observe
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 1)
+        self.head = nn.Linear(hidden, 2)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.fill_(-1.0)
+            self.head.bias.copy_(torch.tensor([-0.7, -3.0]))
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
         own = self.head.weight
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
-        return {"cells": dict.fromkeys(point.gradients, (zero, zero))}
+        still = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still}
 
     def step(
         self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, cells = self._scales(point, symmetries, progress, state["cells"])
+        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
         moved = dict(point.parameters)
-        for name, gradient in point.gradients.items():
-            moved[name] = point.parameters[name] - _fit(scales[name], gradient) * gradient
-        return moved, {**state, "cells": cells}
+        for name, speed in velocity.items():
+            moved[name] = point.parameters[name] - _fit(scales[name], speed) * speed
+        return moved, {"cells": cells, "velocity": velocity}
 
-    def _scales(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, cells: dict[str, Cell]
-    ) -> tuple[Tensors, dict[str, Cell]]:
-        """The factor on each tensor's gradient, `(tasks,)`; all tensors in one call of the LSTM."""
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
+        velocity = dict(state["velocity"])
+        for move in moves:
+            velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
+        return {**state, "velocity": velocity}
+
+    def _velocities(
+        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+    ) -> tuple[Tensors, Tensors, dict[str, Cell]]:
+        """The factor on each tensor's velocity, `(tasks,)`, and the velocities; all tensors in one call of the LSTM."""
         assert point.loss is not None
         bounds = curvature_bounds(point, symmetries)
         tiny = torch.finfo(point.loss.dtype).tiny
@@ -105,25 +117,30 @@ class StepRule(nn.Module, UpdateRule):
         else:
             inputs = self.observe(point, bounds, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        multipliers = 2 * self.head(hidden).squeeze(-1).sigmoid().reshape(size).to(point.loss.dtype)
+        outputs = self.head(hidden).to(point.loss.dtype).reshape(*size, 2)
+        multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
-        scales, after = {}, {}
+        scales, velocity, after = {}, {}, {}
         for index, name in enumerate(names):
+            gradient = point.gradients[name]
             reach = bounds[name].reciprocal() if name in bounds else polyak
             scales[name] = multipliers[index] * progress.damping * reach
+            kept = torch.where(_fit(progress.accepted, gradient), state["velocity"][name], 0.0)
+            velocity[name] = _fit(memories[index], gradient) * kept + gradient
             after[name] = (hidden[index], memory[index])
-        return scales, after
+        return scales, velocity, after
 
 
 class CoordinateRule(StepRule):
     r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
 
-    $$W \mapsto W - m\,d\,\frac{\mathrm{rms}(G)}{\kappa}\left(2\sigma(o_2)\,\hat g + \tanh(o_1)\right)$$
+    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,v + \mathrm{rms}(v)\tanh(o_1)\right)$$
 
-    with $\hat g = G / \mathrm{rms}(G)$ and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free inputs: the
+    with $v$ the velocity of the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free inputs: the
     gradient over its root mean square, the momentum over the root of the second moment, the log of the second moment
     over its mean, and the time. At the start of meta-training this is the learned step alone.
 
@@ -157,14 +174,14 @@ class CoordinateRule(StepRule):
     def step(
         self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, cells = self._scales(point, symmetries, progress, state["cells"])
+        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
         own = self.coordinate_head.weight.dtype
         momentum, squares, inputs, sizes = {}, {}, [], {}
         for name, gradient in point.gradients.items():
             fixed = gradient.detach() if self.detach else gradient
             momentum[name] = 0.9 * state["momentum"][name] + 0.1 * fixed
             squares[name] = 0.95 * state["squares"][name] + 0.05 * fixed.square()
-            sizes[name] = _rms(gradient)
+            sizes[name] = _rms(velocity[name])
             inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
         flat = torch.cat(inputs)
         first = self.first(flat, state["layers"][:2])
@@ -175,14 +192,15 @@ class CoordinateRule(StepRule):
             own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
             start += gradient.numel()
             shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
-            direction = 2 * gain.sigmoid() * gradient + _fit(sizes[name], gradient) * shift.tanh()
+            direction = 2 * gain.sigmoid() * velocity[name] + _fit(sizes[name], gradient) * shift.tanh()
             moved[name] = point.parameters[name] - _fit(scales[name], gradient) * direction
-        after = {"cells": cells, "layers": (*first, *second), "momentum": momentum, "squares": squares}
+        layers = (*first, *second)
+        after = {"cells": cells, "velocity": velocity, "layers": layers, "momentum": momentum, "squares": squares}
         return moved, after
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
         # The moments are features here, and features are kept out of the graph.
-        return {**state, **_carried(state, moves, point, self.detach)}
+        return {**super().carry(state, moves, point), **_carried(state, moves, point, self.detach)}
 
 
 @dataclasses.dataclass(frozen=True)
