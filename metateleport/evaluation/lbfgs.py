@@ -104,7 +104,7 @@ class _Solver:
             return found[1]
 
         before = [value.detach().clone() for value in self.parameters.values()]
-        self.optimizer.step(closure)  # type: ignore[arg-type]
+        self.optimizer.step(closure)
         self.iterations += 1
         stayed = all(map(torch.equal, before, self.parameters.values()))
         lost = not all(bool(value.isfinite().all()) for value in self.parameters.values())

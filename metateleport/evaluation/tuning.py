@@ -84,8 +84,8 @@ class Recipe:
     def grid(self) -> str:
         """The grid in words."""
         words = (
-            f"lr: 10^(j/4), scanned by whole powers of ten from 1e{self.step_size.low} to 1e{self.step_size.high}, then "
-            "at both neighbours of the best two and one places away, and on until both are worse, past the ends too"
+            f"lr: 10^(j/4), scanned by whole powers of ten from 1e{self.step_size.low} to 1e{self.step_size.high}, "
+            "then at both neighbours of the best two and one places away until both are worse, past the ends too"
         )
         for name, choice in self.choices.items():
             words += f"; {name}: one of {', '.join(map(str, choice.values))}"

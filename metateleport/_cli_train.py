@@ -1,0 +1,146 @@
+"""`metateleport train`: meta-trains a checkpoint on a task family."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from metateleport._cli_common import Parser, UsageError, not_negative, positive, say, settings_of
+
+if TYPE_CHECKING:
+    from metateleport.tracking import Run
+    from metateleport.training import Progression, TrainConfig
+
+__all__ = ["add"]
+
+_EXAMPLES = """\
+examples:
+  metateleport train leaky_mlp --seconds 60 --out my_teleporter
+  metateleport train tasks/digits.py --mode update+tele --meta-steps 200
+  metateleport train leaky_mlp --set width=12 --set distribution=normal --out runs/normal
+  metateleport train leaky_mlp --out runs/normal --resume            after Ctrl-C, with the same settings
+
+In a mode with '+tele' a second optimizer is trained by the same recipe without teleports, half of the time each: it
+ships in the same checkpoint, and 'evaluate' shows it as learned/step-only.
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to a parser's subcommands."""
+    from metateleport.learned.meta_optimizer import MODES
+
+    parser: Parser = commands.add_parser(
+        "train",
+        help="meta-train a checkpoint on a task family",
+        description="Meta-trains a learned optimizer that teleports, on tasks of one family; writes a checkpoint.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("task", help="task family: a bare name (see 'metateleport tasks') or the path of a file")
+    parser.add_argument("--mode", choices=MODES, default="lr+tele", help="what is learned (default %(default)s)")
+    parser.add_argument("--network", choices=("equivariant", "flat"), default="equivariant", help="flat: the paper's")
+    parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
+    parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")
+    parser.add_argument("--tasks", type=positive, metavar="N", help="tasks stacked in one graph")
+    parser.add_argument("--unroll", type=positive, metavar="N", help="inner steps that one meta-step goes through")
+    parser.add_argument("--horizon", type=positive, metavar="N", help="inner steps at the end of the curriculum")
+    parser.add_argument("--lr", type=float, metavar="X", help="step size of the meta-training")
+    parser.add_argument("--hidden", type=positive, metavar="N", help="units of the LSTMs")
+    parser.add_argument("--base", metavar="NAME", help="mode tele: the optimizer that takes the steps")
+    parser.add_argument("--base-lr", type=float, metavar="X", help="mode tele: its step size")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint (default runs/TASK)")
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="of networks and tasks (default 0)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
+    parser.add_argument("--no-track", action="store_true", help="leave MLflow out")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from metateleport.families import load_family
+    from metateleport.training import Interrupted, TrainConfig, device_for, train
+
+    device_for(arguments.device)
+    if not arguments.no_track:
+        from metateleport.tracking import require_mlflow
+
+        require_mlflow()
+    settings = settings_of(arguments.set)
+    family = load_family(arguments.task, settings)
+    out = arguments.out or Path("runs") / family.name
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, and a checkpoint is a folder: choose another --out")
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(TrainConfig)
+        if getattr(arguments, field.name, None) is not None
+    }
+    config = TrainConfig(**{**given, "family": arguments.task, "settings": family.settings()})
+    command = "metateleport " + shlex.join(sys.argv[1:])
+    with contextlib.ExitStack() as stack:
+        tracked: Run | None = None
+        if not arguments.no_track:
+            from metateleport.tracking import Run
+
+            parameters = {**dataclasses.asdict(config), **{f"task.{k}": v for k, v in config.settings.items()}}
+            del parameters["settings"]
+            tracked = stack.enter_context(Run(f"train/{family.name}", out.name, parameters, {"command": command}, say))
+        bar = stack.enter_context(_bar())
+        try:
+            path = train(config, out, arguments.resume, _Reporter(bar, tracked, config), command)
+        except Interrupted as interrupted:
+            raise KeyboardInterrupt(str(interrupted)) from None
+        if tracked is not None:
+            tracked.artifact(path)
+    say(f"wrote the checkpoint {path}")
+    if tracked is not None:
+        say(f"MLflow: run {tracked.id} in the experiment {tracked.experiment!r}; look at it with: metateleport ui")
+    say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(arguments.task)}")
+    return 0
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+class _Reporter:
+    """Shows how the training is getting on, and tracks it."""
+
+    def __init__(self, bar: Progress, tracked: Run | None, config: TrainConfig) -> None:
+        self.bar, self.tracked, self.config = bar, tracked, config
+        self.rows: dict[str, Any] = {}
+        self.validated: dict[str, int] = {}
+
+    def __call__(self, name: str, progression: Progression, share: float) -> None:
+        if name not in self.rows:
+            self.rows[name] = self.bar.add_task(name, total=1.0, status="")
+        loss = progression.meta_losses[-1] if progression.meta_losses else float("nan")
+        speed = progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0
+        status = f"meta-step {progression.meta_step}, mean log loss {loss:.2f}, {speed:.1f} meta-steps/s"
+        if progression.skipped:
+            status += f", {progression.skipped} skipped"
+        self.bar.update(self.rows[name], completed=share, status=status)
+        if self.tracked is None:
+            return
+        metrics = {f"{name}/meta_loss": loss, f"{name}/skipped": progression.skipped, f"{name}/speed": speed}
+        if len(progression.validations) > self.validated.get(name, 0):
+            self.validated[name] = len(progression.validations)
+            metrics[f"{name}/validation"] = progression.validations[-1][1]
+        self.tracked.log(metrics, step=progression.meta_step)

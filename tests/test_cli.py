@@ -1,0 +1,175 @@
+"""The command line: what it writes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metateleport import cli
+
+
+@pytest.fixture(autouse=True)
+def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every command runs in an empty folder with a memory of its own, and leaves MLflow's variables alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METATELEPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "evaluate none leaky_mlp --set width=4 --tasks 4 --steps 12 --json a.json --plot a.png --no-track".split()
+    assert cli.main(command) == 0
+    report = json.loads((away / "a.json").read_text())
+    assert list(report["methods"]) == ["gd", "momentum", "adam", "lbfgs", "gradient-ascent"]
+    assert report["checkpoint"] == "none"
+    assert report["task"]["settings"]["width"] == 4
+    for entry in report["methods"].values():
+        assert len(entry["median"]) == 13
+        assert entry["median"][-1] < entry["median"][0]
+        assert not any(entry["diverged"])
+        assert entry["tuning"]["split"] == "train"
+    assert (away / "a.png").stat().st_size > 10_000
+    assert "gradient-ascent" in capsys.readouterr().out
+    assert not (away / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate none nowhere", "no task family 'nowhere'"),
+        ("evaluate none missing.py", "no file missing.py"),
+        ("evaluate nowhere leaky_mlp", "no checkpoint 'nowhere'"),
+        ("evaluate none leaky_mlp --set width", "name=value"),
+        ("evaluate none leaky_mlp --set size=3", "no setting 'size'"),
+        ("evaluate none leaky_mlp --set width=-3", "width"),
+        ("evaluate none leaky_mlp --set width=3 --set width=4", "twice"),
+        ("evaluate none leaky_mlp --device tpu", "auto, cpu or cuda"),
+        ("evaluate none leaky_mlp --methods gd,learned", "no method 'learned' without a checkpoint"),
+        ("evaluate none leaky_mlp --methods ,", "names none"),
+        ("evaluate none leaky_mlp --tasks 0", "at least 1"),
+        ("evaluate none leaky_mlp --seed -1", "--seed"),
+        ("evaluate none leaky_mlp --plot a.bmp", "png, svg or pdf"),
+        ("evaluate none leaky_mlp --json .", "is a folder"),
+        ("train nowhere", "no task family 'nowhere'"),
+        ("train leaky_mlp --mode telepathy", "invalid choice"),
+        ("train leaky_mlp --unroll 10 --horizon 5", "horizon"),
+        ("train leaky_mlp --seconds -1", "seconds"),
+        ("ui", "no runs"),
+        ("teach", "invalid choice"),
+        ("", "COMMAND"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_any_work(
+    command: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, away: Path
+) -> None:
+    monkeypatch.setattr("metateleport.tracking.Run", lambda *_: pytest.fail("a run was opened"))
+    extra = ["--no-track"] if command.startswith(("evaluate", "train")) else []
+    assert cli.main([*command.split(), *extra]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("metateleport: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not out
+    assert not list(away.iterdir())
+
+
+def test_tracking_without_mlflow_is_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["evaluate", "none", "leaky_mlp"]) == 2
+    assert "--no-track" in capsys.readouterr().err
+
+
+def test_a_missing_device_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main("evaluate none leaky_mlp --device cuda --no-track".split()) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metateleport.families.load_family", stop)
+    assert cli.main("evaluate none leaky_mlp --no-track".split()) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metateleport.training import Interrupted
+
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("the same command with --resume goes on")
+
+    monkeypatch.setattr("metateleport.training.train", stop)
+    assert cli.main("train leaky_mlp --no-track".split()) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_train_passes_on_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {}
+
+    def fake(config, out, resume, report, command):  # type: ignore[no-untyped-def]
+        seen.update(config=config, out=out, resume=resume)
+        return out
+
+    monkeypatch.setattr("metateleport.training.train", fake)
+    command = (
+        "train leaky_mlp --set width=6 --mode lr --meta-steps 7 --seconds 2.5 --seed 3 --out x --resume --no-track"
+    )
+    assert cli.main(command.split()) == 0
+    config = seen["config"]
+    assert (config.mode, config.meta_steps, config.seconds, config.seed) == ("lr", 7, 2.5, 3)
+    assert config.settings["width"] == 6
+    assert seen["out"] == Path("x")
+    assert seen["resume"]
+    assert "metateleport evaluate x leaky_mlp" in capsys.readouterr().err
+
+
+def test_tasks_lists_the_gallery_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tasks", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["leaky_mlp"]["settings"]["width"] == 20
+    assert rows["leaky_mlp"]["summary"].startswith("Regression")
+
+
+def test_ui_serves_the_store_that_runs_are_written_to(monkeypatch: pytest.MonkeyPatch, away: Path) -> None:
+    (away / "mlflow.db").touch()
+    seen: list[list[str]] = []
+
+    def become(command: list[str]) -> int:
+        seen.append(command)
+        return 0
+
+    monkeypatch.setattr(cli, "_become", become)
+    assert cli.main("ui --port 5050".split()) == 0
+    assert f"sqlite:///{away / 'mlflow.db'}" in seen[0]
+    assert seen[0][-1] == "5050"
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "tasks", "ui"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    assert "usage: metateleport" in capsys.readouterr().out
+
+
+def test_it_starts_without_mlflow_and_matplotlib() -> None:
+    code = (
+        "import sys, metateleport.cli as c\n"
+        "c.main(['tasks', '--json'])\n"
+        "print([m for m in ('mlflow', 'matplotlib') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
