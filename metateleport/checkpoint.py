@@ -75,7 +75,7 @@ def shipped_checkpoints() -> dict[str, Path]:
     `METATELEPORT_CHECKPOINTS` names a further folder; then come the working folder's `checkpoints/` and the project's.
     """
     here = Path(__file__).resolve().parent
-    folders = [Path.cwd() / "checkpoints", here.parent / "checkpoints", here / "_checkpoints"]
+    folders = [Path.cwd() / "checkpoints", here / "_checkpoints", here.parent / "checkpoints"]
     if os.environ.get("METATELEPORT_CHECKPOINTS"):
         folders.insert(0, Path(os.environ["METATELEPORT_CHECKPOINTS"]))
     found: dict[str, Path] = {}

@@ -244,7 +244,7 @@ def gallery() -> dict[str, Path]:
     `METATELEPORT_TASKS` names a further folder; then come the working folder's `tasks/` and the project's own.
     """
     here = Path(__file__).resolve().parent
-    folders = [Path.cwd() / "tasks", here.parent / "tasks", here / "_gallery"]
+    folders = [Path.cwd() / "tasks", here / "_gallery", here.parent / "tasks"]
     if os.environ.get("METATELEPORT_TASKS"):
         folders.insert(0, Path(os.environ["METATELEPORT_TASKS"]))
     found: dict[str, Path] = {}
