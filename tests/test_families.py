@@ -122,7 +122,7 @@ def test_no_such_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("x = 1", "defines none"),
-        # A family that is only imported is not the file's own, and an abstract one is none.
+        # An abstract family is none.
         ("from metateleport import TaskFamily\nclass Base(TaskFamily):\n    pass", "defines none"),
         (LINE + LINE.replace("class Line", "class Other"), "defines Line, Other"),
         ("raise KeyError('oh')", "cannot be run: KeyError: 'oh'"),
@@ -139,6 +139,17 @@ def test_files_that_cannot_be_loaded(text: str, message: str, tmp_path: Path) ->
     with pytest.raises(mt.FamilyError, match=message) as caught:
         mt.load_family(path)
     assert "own.py" in str(caught.value)
+
+
+def test_a_family_that_is_only_imported_is_not_the_files_own(
+    line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line.rename(tmp_path / "elsewhere_line.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(mt.FamilyError, match="defines none"):
+        mt.load_family(write(tmp_path, "from elsewhere_line import Line"))
+    wider = "from elsewhere_line import Line\n" + LINE.replace("Line(TaskFamily)", "Wider(Line)")
+    assert mt.load_family(write(tmp_path, wider.replace("from __future__ import annotations", ""))).name == "own"
 
 
 def test_a_file_that_raises_leaves_no_module_behind(tmp_path: Path) -> None:
