@@ -1,0 +1,281 @@
+"""Meta-gradients against central differences: over one step, over five with nothing detached, and as trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.learned import StackOptimizer
+from metateleport.learned.differentiable import unroll_context
+from metateleport.learned.progress import Progress
+from metateleport.learned.rules import CoordinateRule, StepRule
+
+MODES = ["lr", "lr+tele", "update", "update+tele", "tele"]
+TASKS, WIDTH = 2, 3
+TOLERANCE = 1e-6
+
+every_problem = pytest.mark.parametrize(
+    ("mode", "kind"), list(itertools.product(MODES, ["linear pair", "rescaling", "2022 form"]))
+)
+
+Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum() / 2
+
+
+def stack(kind: str) -> tuple[mt.StackedModel, Batch]:
+    """Tasks whose covariances have eigenvalues far apart, so that `eigh` has a derivative."""
+    source = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    between: list[nn.Module] = [] if kind == "linear pair" else [nn.LeakyReLU(0.1)]
+    models = []
+    for _ in range(TASKS):
+        first, second = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        model = nn.Sequential(first, *between, second).double()
+        with torch.no_grad():
+            for layer in (first, second):
+                layer.weight.copy_(draw(*layer.weight.shape))
+                layer.bias.copy_(draw(*layer.bias.shape))
+        models.append(model)
+    if kind == "linear pair":
+        symmetries: list[mt.Symmetry] = [mt.LinearPair(models[0], "0", "1")]
+    elif kind == "rescaling":
+        symmetries = [mt.Rescaling(models[0], "0", "2")]
+    else:
+        symmetries = [mt.BatchPair2022(models[0], "0", "2", nn.LeakyReLU(0.1))]
+    samples = 3 if kind == "2022 form" else 6
+    batch = ((draw(TASKS, samples, 4),), (draw(TASKS, samples, 4),))
+    return mt.StackedModel(models, half_squared_error, symmetries), batch
+
+
+def meta_optimizer(mode: str, base: str = "momentum") -> mt.MetaOptimizer:
+    torch.manual_seed(0)
+    config = mt.MetaOptimizerConfig(mode=mode, hidden=4, coordinate_hidden=3, base=base, base_lr=1e-4)  # type: ignore[arg-type]
+    meta = mt.MetaOptimizer(config).double()
+    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+        with torch.no_grad():
+            for network in meta.teleporter.networks.values():
+                # Open enough that the teleport matters, and small enough that no step makes a task worse.
+                network.head.bias[-1] = -0.5
+                network.head.weight.mul_(5)
+    return meta
+
+
+def unrolled(
+    meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int, track: bool
+) -> tuple[Tensor, bool]:
+    """Mean log loss along an unroll, and whether every step was accepted and none of its teleports refused."""
+    model, batch = problem
+    optimizer = StackOptimizer(model, meta)
+    smooth, losses = True, []
+    with unroll_context(model, optimizer, track) as (patched, differentiable):
+        current = patched(batch, probe=True)
+        for _ in range(steps):
+            differentiable.step(current.sum())
+            taken = differentiable.last_step
+            smooth = smooth and bool(taken.accepted.all()) and not bool(taken.refused.any())
+            current = patched(batch, probe=True)
+            losses.append(current)
+        # The last point has to be one that the next step would accept, too.
+        smooth = smooth and bool((current <= differentiable.meta_state.progress.last).all())
+    return torch.stack(losses).log().mean(), smooth
+
+
+def analytic(meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int) -> list[Tensor]:
+    loss, smooth = unrolled(meta, problem, steps, track=True)
+    assert smooth
+    found = torch.autograd.grad(loss, list(meta.parameters()), allow_unused=True)
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(meta.parameters(), found, strict=True)
+    ]
+
+
+def difference(evaluate: Callable[[], Tensor], meta: mt.MetaOptimizer, direction: list[Tensor]) -> float:
+    """Central difference along a direction of the networks' parameters."""
+    start = [value.detach().clone() for value in meta.parameters()]
+    values = []
+    for step in (2e-6, -2e-6):
+        with torch.no_grad():
+            for parameter, value, along in zip(meta.parameters(), start, direction, strict=True):
+                parameter.copy_(value + step * along)
+        values.append(float(evaluate()))
+    with torch.no_grad():
+        for parameter, value in zip(meta.parameters(), start, strict=True):
+            parameter.copy_(value)
+    return (values[0] - values[1]) / 4e-6
+
+
+def error(gradient: list[Tensor], evaluate: Callable[[], Tensor], meta: mt.MetaOptimizer) -> float:
+    """Largest difference between a meta-gradient and central differences along random directions, relative."""
+    norm = torch.cat([each.flatten() for each in gradient]).norm()
+    assert float(norm) > 1e-4
+    worst = 0.0
+    for seed in range(2):
+        source = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(each.shape, generator=source, dtype=torch.float64) for each in gradient]
+        # Half of it along the gradient: what is compared is never small.
+        length = torch.cat([each.flatten() for each in drawn]).norm()
+        direction = [each / length + own / norm for each, own in zip(drawn, gradient, strict=True)]
+        expected = float(sum((each * own).sum() for each, own in zip(direction, gradient, strict=True)))
+        found = difference(evaluate, meta, direction)
+        worst = max(worst, abs(found - expected) / abs(expected))
+    return worst
+
+
+def compare(
+    meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int, evaluate: Callable[[], Tensor]
+) -> float:
+    return error(analytic(meta, problem, steps), evaluate, meta)
+
+
+class Tape:
+    """Records what functions answer, or answers with what was recorded; not what they call of one another."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+        self.replayed: Iterator[Any] | None = None
+        self.within = False
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def taped(*arguments: Any) -> Any:
+            if self.within:
+                return function(*arguments)
+            if self.replayed is not None:
+                return next(self.replayed)
+            self.within = True
+            answer = function(*arguments)
+            self.within = False
+            self.answers.append(answer)
+            return answer
+
+        return taped
+
+
+def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
+    """Puts all that the networks see on one tape."""
+    tape = Tape()
+    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+        meta.teleporter.observe = tape(meta.teleporter.observe)
+    if isinstance(meta.rule, StepRule):
+        meta.rule.observe = tape(meta.rule.observe)
+    if isinstance(meta.rule, CoordinateRule):
+        meta.rule.observe_coordinates = tape(meta.rule.observe_coordinates)
+    monkeypatch.setattr(Progress, "features", tape(Progress.features))
+    return tape
+
+
+def attached(meta: mt.MetaOptimizer) -> mt.MetaOptimizer:
+    """Leaves all that the networks see in the graph."""
+    meta.detach = False
+    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+        meta.teleporter.detach = False
+    if isinstance(meta.rule, StepRule):
+        meta.rule.detach = False
+    return meta
+
+
+def plain(meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int) -> Callable[[], Tensor]:
+    def evaluate() -> Tensor:
+        loss, smooth = unrolled(meta, problem, steps, track=False)
+        assert smooth
+        return loss.detach()
+
+    return evaluate
+
+
+@every_problem
+def test_over_one_step(mode: str, kind: str) -> None:
+    meta, problem = meta_optimizer(mode), stack(kind)
+    if meta.config.teleports and meta.config.steps:
+        # The step is chosen by what is seen after the teleport.
+        attached(meta)
+    assert compare(meta, problem, 1, plain(meta, problem, 1)) < TOLERANCE
+
+
+@every_problem
+def test_over_five_steps_with_nothing_detached(mode: str, kind: str) -> None:
+    meta, problem = attached(meta_optimizer(mode)), stack(kind)
+    assert compare(meta, problem, 5, plain(meta, problem, 5)) < TOLERANCE
+
+
+def recorded(
+    meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Tensor]:
+    """Evaluates with the basis and the features that were seen at the parameters which `meta` has now."""
+    tape = taped(meta, monkeypatch)
+    loss, smooth = unrolled(meta, problem, steps, track=False)
+    assert smooth
+
+    def evaluate() -> Tensor:
+        tape.replayed = iter(tape.answers)
+        value = plain(meta, problem, steps)()
+        assert next(tape.replayed, None) is None
+        return value
+
+    assert torch.equal(evaluate(), loss)
+    return evaluate
+
+
+@every_problem
+def test_over_five_steps_at_recorded_basis_and_features(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, problem = meta_optimizer(mode), stack(kind)
+    gradient = analytic(meta, problem, 5)
+    evaluate = recorded(meta, problem, 5, monkeypatch)
+    assert error(gradient, evaluate, meta) < TOLERANCE
+
+
+@pytest.mark.parametrize("base", ["sgd", "momentum", "adam"])
+def test_through_the_moments_of_every_base_optimizer(base: str) -> None:
+    meta, problem = attached(meta_optimizer("tele", base)), stack("linear pair")
+    assert compare(meta, problem, 3, plain(meta, problem, 3)) < TOLERANCE
+
+
+def test_differences_notice_what_is_detached() -> None:
+    """Five steps as trained, against plain differences: the part through basis and features is missing."""
+    meta, problem = meta_optimizer("lr+tele"), stack("linear pair")
+    assert compare(meta, problem, 5, plain(meta, problem, 5)) > 1e-4
+
+
+def test_first_order_leaves_the_derivative_of_gradients_out() -> None:
+    meta, problem = meta_optimizer("lr"), stack("linear pair")
+    model, batch = problem
+    gradients = []
+    for first_order in (False, True):
+        optimizer = StackOptimizer(model, meta)
+        optimizer.first_order = first_order
+        with unroll_context(model, optimizer) as (patched, differentiable):
+            losses = [patched(batch, probe=True)]
+            for _ in range(3):
+                differentiable.step(losses[-1].sum())
+                losses.append(patched(batch, probe=True))
+        found = torch.autograd.grad(torch.stack(losses[1:]).log().mean(), list(meta.rule.parameters()))
+        gradients.append(torch.cat([each.flatten() for each in found]))
+    exact, cheap = gradients
+    assert not torch.allclose(exact, cheap, rtol=1e-3)
+    assert float(exact @ cheap) > 0
+
+
+def test_all_networks_learn() -> None:
+    for mode, kind in itertools.product(MODES, ["linear pair", "rescaling"]):
+        meta, problem = meta_optimizer(mode), stack(kind)
+        loss, _ = unrolled(meta, problem, 2, track=True)
+        loss.backward()
+        group = "GL" if kind == "linear pair" else "diagonal"
+        for name, parameter in meta.named_parameters():
+            if "networks" in name and f"networks.{group}." not in name:
+                assert parameter.grad is None
+            else:
+                assert parameter.grad is not None, (mode, name)
+                assert parameter.grad.isfinite().all()
