@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import higher
+import torch
 from torch import Tensor
 
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
@@ -56,9 +57,11 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     def _update(self, grouped_grads: Any, **keywords: Any) -> None:
         model = self._fmodel
         point = model.evaluation.point(self._track_higher_grads, self._track_higher_grads and not self.first_order)
-        if self.meta_state is None:
-            self.meta_state = self.meta.initial_state(point, self.symmetries, self.deterministic)
-        taken = self.meta.step(point, self.symmetries, self.meta_state)
+        # Untracked, the networks' states would still tie all steps of an unroll together.
+        with torch.set_grad_enabled(self._track_higher_grads):
+            if self.meta_state is None:
+                self.meta_state = self.meta.initial_state(point, self.symmetries, self.deterministic)
+            taken = self.meta.step(point, self.symmetries, self.meta_state)
         self.meta_state, self.last_step = taken.state, taken
         moved = [taken.parameters[name] for name in model.names]
         if not self._track_higher_grads:

@@ -56,6 +56,10 @@ class Unroll:
         """Takes some inner steps and returns the log losses after each, `(length, tasks)`, in the graph.
 
         The next window starts where this one ended, cut from its graph.
+
+        Args:
+            length: number of inner steps.
+            track: keep the graph for the meta-gradient; without it nothing grows with the number of steps.
         """
         optimizer = StackOptimizer(self.stack.model, self.meta, self.stack.deterministic)
         optimizer.meta_state = self.state
@@ -67,6 +71,8 @@ class Unroll:
             for _ in range(length):
                 differentiable.step(losses[-1].sum())
                 self.steps += 1
+                if not track:
+                    losses[-1] = losses[-1].detach()
                 losses.append(model(self.stack.batch(self.steps), probe=True))
             moved = dict(zip(self.stack.model.names, model.fast_params, strict=True))
             assert differentiable.meta_state is not None
