@@ -402,8 +402,9 @@ def test_under_a_rescaling_the_state_of_adam_is_that_of_scaled_gradients() -> No
 
 def test_squares_of_a_centred_optimizer_stay_above_the_square_of_the_mean() -> None:
     problem = case("linear pair").problem()
-    optimizer = wrap(problem, "rmsprop", mt.NoTeleport(), every=100)
-    train(problem, optimizer, 5)
+    inner = torch.optim.RMSprop(problem.model.parameters(), lr=1e-4, alpha=0.5, centered=True)
+    optimizer = wrap(problem, inner, mt.NoTeleport(), every=100)
+    train(problem, optimizer, 20)
     after = seen_by_the_step(problem, optimizer, mt.RandomTeleporter(size=2.0, seed=1))
     for name, _ in problem.model.named_parameters():
         assert bool((after[f"{name}.square_avg"] >= after[f"{name}.grad_avg"].square()).all())
@@ -445,6 +446,14 @@ def test_reset_drops_the_state_of_what_moved_and_keep_leaves_it() -> None:
                 assert torch.equal(after[key], before[key])
             else:
                 assert key not in after
+
+
+def test_lbfgs_starts_anew_after_a_teleport_and_only_then() -> None:
+    problem = case("linear pair").problem()
+    optimizer, left = wrap(problem, "lbfgs", every=2), []
+    optimizer.optimizer.register_step_pre_hook(lambda inner, *_: left.append(len(inner.state)))
+    train(problem, optimizer, 4)
+    assert left == [0, 1, 0, 1]
 
 
 def test_state_of_unknown_meaning_stays_and_is_named_once() -> None:
@@ -787,9 +796,12 @@ def test_hooks_are_removed_and_the_inner_optimizer_goes_on() -> None:
 def test_the_model_is_copied_and_saved_with_its_hooks_on() -> None:
     problem = case("2022 form").problem()
     optimizer = wrap(problem, every=1)
+    empty, file = io.BytesIO(), io.BytesIO()
+    torch.save(problem.model, empty)
     out = problem.model(*problem.inputs)
-    file = io.BytesIO()
     torch.save(problem.model, file)
+    # Nothing that was caught goes with it.
+    assert file.tell() == empty.tell()
     file.seek(0)
     for other in (copy.deepcopy(problem.model), torch.load(file, weights_only=False)):
         assert torch.equal(other(*problem.inputs), out)
