@@ -96,6 +96,8 @@ class StackOptimizer(_MetaSteps):
             raise RuntimeError("the closure has to run the stack with probe=True")
         with torch.no_grad():
             point = self.model.evaluation.point(in_graph=False)
+            # Copies, as the point is remembered and the parameters are overwritten.
+            point = point.update({name: value.clone() for name, value in point.parameters.items()})
             self.model.load(self._take(point))
         return losses.detach()
 
