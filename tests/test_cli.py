@@ -22,7 +22,22 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = "evaluate none leaky_mlp --set width=4 --tasks 4 --steps 12 --json a.json --plot a.png --no-track".split()
+    command = [
+        "evaluate",
+        "none",
+        "leaky_mlp",
+        "--set",
+        "width=4",
+        "--tasks",
+        "4",
+        "--steps",
+        "12",
+        "--json",
+        "a.json",
+        "--plot",
+        "a.png",
+        "--no-track",
+    ]
     assert cli.main(command) == 0
     report = json.loads((away / "a.json").read_text())
     assert list(report["methods"]) == ["gd", "momentum", "adam", "lbfgs", "gradient-ascent"]
@@ -81,14 +96,14 @@ def test_bad_input_is_told_in_one_line_before_any_work(
 def test_tracking_without_mlflow_is_told_before_any_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert cli.main(["evaluate", "none", "leaky_mlp"]) == 2
     assert "--no-track" in capsys.readouterr().err
 
 
 def test_a_missing_device_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert cli.main("evaluate none leaky_mlp --device cuda --no-track".split()) == 2
+    assert cli.main(["evaluate", "none", "leaky_mlp", "--device", "cuda", "--no-track"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -97,7 +112,7 @@ def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: 
         raise KeyboardInterrupt
 
     monkeypatch.setattr("metateleport.families.load_family", stop)
-    assert cli.main("evaluate none leaky_mlp --no-track".split()) == 130
+    assert cli.main(["evaluate", "none", "leaky_mlp", "--no-track"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -110,7 +125,7 @@ def test_an_interrupted_training_says_how_to_go_on(
         raise Interrupted("the same command with --resume goes on")
 
     monkeypatch.setattr("metateleport.training.train", stop)
-    assert cli.main("train leaky_mlp --no-track".split()) == 130
+    assert cli.main(["train", "leaky_mlp", "--no-track"]) == 130
     assert "--resume" in capsys.readouterr().err
 
 
@@ -119,7 +134,7 @@ def test_train_passes_on_what_was_asked_for(
 ) -> None:
     seen = {}
 
-    def fake(config, out, resume, report, command):  # type: ignore[no-untyped-def]
+    def fake(config, out, resume, *_):  # type: ignore[no-untyped-def]
         seen.update(config=config, out=out, resume=resume)
         return out
 
@@ -152,7 +167,7 @@ def test_ui_serves_the_store_that_runs_are_written_to(monkeypatch: pytest.Monkey
         return 0
 
     monkeypatch.setattr(cli, "_become", become)
-    assert cli.main("ui --port 5050".split()) == 0
+    assert cli.main(["ui", "--port", "5050"]) == 0
     assert f"sqlite:///{away / 'mlflow.db'}" in seen[0]
     assert seen[0][-1] == "5050"
 

@@ -53,7 +53,7 @@ class FakeClient:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient()
-    monkeypatch.setattr(tracking, "_client", lambda say: fake)
+    monkeypatch.setattr(tracking, "_client", lambda _: fake)
     return fake
 
 
@@ -114,7 +114,7 @@ def test_an_evaluation_is_a_run_a_method_in_one_experiment_with_the_same_metrics
 
 
 def test_without_mlflow_the_error_names_the_way_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(TrackingError, match="--no-track"):
         require_mlflow()
 
