@@ -22,22 +22,8 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "evaluate",
-        "none",
-        "leaky_mlp",
-        "--set",
-        "width=4",
-        "--tasks",
-        "4",
-        "--steps",
-        "12",
-        "--json",
-        "a.json",
-        "--plot",
-        "a.png",
-        "--no-track",
-    ]
+    where = ["--json", "a.json", "--plot", "a.png", "--no-track"]
+    command = ["evaluate", "none", "leaky_mlp", "--set", "width=4", "--tasks", "4", "--steps", "12", *where]
     assert cli.main(command) == 0
     report = json.loads((away / "a.json").read_text())
     assert list(report["methods"]) == ["gd", "momentum", "adam", "lbfgs", "gradient-ascent"]

@@ -73,12 +73,14 @@ class TestRecorder:
         loss = recorder.trajectory().loss
         assert loss.tolist() == [[100, 9, 4, 4, 4], [100, 100, 9, 4, 4]]
 
-    def test_thirds_that_add_up_to_a_whole_number_cost_that_number(self) -> None:
-        recorder = Recorder(lines(1), budget=3)
-        for _ in range(9):
+    @pytest.mark.parametrize("budget", [3, 10, 40, 100])
+    def test_thirds_that_add_up_to_a_whole_number_cost_that_number(self, budget: int) -> None:
+        recorder = Recorder(lines(1), budget)
+        for _ in range(3 * budget):
+            assert recorder.affords(1 / 3).all()
             recorder.charge(1 / 3)
         recorder.record(at(1.0))
-        assert recorder.trajectory().loss[0].tolist() == [100, 100, 100, 1]
+        assert recorder.trajectory().loss[0].tolist() == [100] * budget + [1]
         assert not recorder.affords(1 / 3).any()
 
     def test_what_was_not_accepted_leaves_the_task_at_its_last_accepted_point(self) -> None:
@@ -178,6 +180,10 @@ class TestBaselines:
     def test_gradient_ascent_survives_a_task_that_explodes(self, family: TaskFamily) -> None:
         trajectory = GradientAscent(1e3, "before every 10th step", 1).run(family.stack(range(2), "held-out"), 30)
         assert trajectory.diverged.all()
+        # It stays where it was lost, and is not teleported from there.
+        assert np.isfinite(trajectory.loss).all()
+        assert trajectory.drift_max is not None
+        assert trajectory.drift_max < 1e-6
 
 
 class TestLBFGS:
