@@ -6,6 +6,7 @@ from metateleport.families import FamilyError, Task, TaskFamily, TaskStack, load
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.objectives import Objective, SquaredGradientNorm
+from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
 from metateleport.stack import StackedModel
 from metateleport.symmetries import (
@@ -59,6 +60,7 @@ __all__ = [
     "TaskStack",
     "TeleportReport",
     "Teleporter",
+    "TeleportingOptimizer",
     "TrustRegion",
     "Unsuitable",
     "load",
