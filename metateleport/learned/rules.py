@@ -207,7 +207,8 @@ class CoordinateRule(StepRule):
 class BaseRule(UpdateRule):
     """A hand-designed optimizer on the stack: what mode `tele` puts behind the learned teleporter.
 
-    The same steps as `torch.optim.SGD` (with momentum) and `torch.optim.Adam`, differentiable.
+    The same steps as `torch.optim.SGD` (with momentum) and `torch.optim.Adam`, differentiable, times the damping of
+    the task. A task that goes back to its last accepted point starts without momentum: what it had was carried on.
 
     Args:
         optimizer: `sgd`, `momentum` or `adam`.
@@ -236,14 +237,15 @@ class BaseRule(UpdateRule):
         time = state["time"] + 1
         momentum, squares, moved = {}, {}, dict(point.parameters)
         for name, gradient in point.gradients.items():
+            kept = torch.where(_fit(progress.accepted, gradient), state["momentum"][name], 0.0)
             if self.optimizer == "adam":
-                momentum[name] = 0.9 * state["momentum"][name] + 0.1 * gradient
+                momentum[name] = 0.9 * kept + 0.1 * gradient
                 squares[name] = 0.999 * state["squares"][name] + 0.001 * gradient.square()
                 # The root's derivative is infinite at zero, where a gradient of exactly zero would put a NaN.
                 root = (squares[name] / (1 - 0.999**time) + 1e-30).sqrt()
                 direction = momentum[name] / (1 - 0.9**time) / (root + 1e-8)
             elif self.optimizer == "momentum":
-                momentum[name] = 0.9 * state["momentum"][name] + gradient
+                momentum[name] = 0.9 * kept + gradient
                 squares[name], direction = state["squares"][name], momentum[name]
             else:
                 momentum[name], squares[name], direction = state["momentum"][name], state["squares"][name], gradient
