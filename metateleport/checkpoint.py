@@ -160,7 +160,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         tensors = load_tensors(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{path / _WEIGHTS} is not a safetensors file ({error}): copy it again") from error
-    learned = _build(path, card["meta_optimizer"], tensors, _LEARNED)
+    learned = _build(path, card.get("meta_optimizer"), tensors, _LEARNED)
     step_only = None
     if card.get("step_only") is not None:
         step_only = _build(path, card["step_only"], tensors, _STEP_ONLY)
@@ -211,12 +211,12 @@ def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
 
 
 def _resolve(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path)
+    path, known = Path(name_or_path), shipped_checkpoints()
+    # A folder that only happens to have a checkpoint's name does not hide it.
+    if str(name_or_path) in known and not (path / _CARD).is_file():
+        return known[str(name_or_path)]
     if path.is_dir():
         return path.resolve()
-    known = shipped_checkpoints()
-    if str(name_or_path) in known:
-        return known[str(name_or_path)]
     if path.is_file():
         raise CheckpointError(f"a checkpoint is a folder, and {path} is a file: give the folder that holds it")
     raise CheckpointError(
@@ -248,8 +248,10 @@ def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: 
         values = dict(shape)
         values["groups"] = tuple(values["groups"])
         values["shapes"] = tuple((name, tuple(size)) for name, size in values["shapes"])
-        meta = MetaOptimizer(MetaOptimizerConfig(**values))
-    except (TypeError, KeyError, ValueError) as error:
+        # The initial weights are overwritten: they shall take no random numbers of the caller's.
+        with torch.random.fork_rng(devices=[]):
+            meta = MetaOptimizer(MetaOptimizerConfig(**values))
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"the card of {path} does not describe a meta-optimizer of this version ({error})"
         ) from error
