@@ -1,0 +1,152 @@
+"""The learned teleporter: an equivariant generator, within bounds, for every width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from symmetry_cases import CASES, Case, case
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.capture import point_of
+from metateleport.learned.basis import BASIS
+from metateleport.teleporters import travel
+
+
+def teleporter(size: float = 10.0) -> mt.LearnedTeleporter:
+    torch.manual_seed(2)
+    made = mt.LearnedTeleporter(hidden=6).double()
+    with torch.no_grad():
+        for network in made.networks.values():
+            network.head.weight[:-1].mul_(size)
+            network.head.bias[-1] = 1.0
+    return made
+
+
+def pair(activation: nn.Module | None) -> tuple[nn.Sequential, mt.Symmetry]:
+    """As many samples, inputs and outputs as units: no covariance is singular."""
+    torch.manual_seed(0)
+    between = [] if activation is None else [activation]
+    model = nn.Sequential(nn.Linear(5, 5), *between, nn.Linear(5, 5)).double()
+    if activation is None:
+        return model, mt.LinearPair(model, "0", "1")
+    return model, mt.Rescaling(model, "0", "2")
+
+
+def generator_at(model: nn.Module, symmetry: mt.Symmetry, chosen: mt.LearnedTeleporter) -> Tensor:
+    source = torch.Generator().manual_seed(4)
+    inputs = torch.randn(7, 5, generator=source, dtype=torch.float64)
+    targets = torch.randn(7, 5, generator=source, dtype=torch.float64)
+    point, _ = point_of(model, [symmetry], (inputs,), None, lambda y: (y - targets).square().sum() / 2)
+    with torch.no_grad():
+        return chosen.generator(symmetry, point, chosen.initial_state(point, [symmetry]))[0]
+
+
+def changed(model: nn.Sequential, matrix: Tensor) -> None:
+    """Hidden units in another basis."""
+    with torch.no_grad():
+        model[0].weight.copy_(matrix @ model[0].weight)
+        model[0].bias.copy_(matrix @ model[0].bias)
+        model[-1].weight.copy_(model[-1].weight @ torch.linalg.inv(matrix))
+
+
+ORDER = torch.tensor([3, 0, 4, 1, 2])
+
+
+def test_a_permutation_permutes_the_generator_of_gl() -> None:
+    model, symmetry = pair(None)
+    chosen = teleporter()
+    before = generator_at(model, symmetry, chosen)
+    changed(model, torch.eye(5, dtype=torch.float64)[ORDER])
+    assert float(before.norm()) > 0.5
+    assert torch.allclose(generator_at(model, symmetry, chosen), before[ORDER][:, ORDER], atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.ReLU()])
+def test_a_permutation_permutes_the_generator_of_rescaling(activation: nn.Module) -> None:
+    model, symmetry = pair(activation)
+    chosen = teleporter()
+    before = generator_at(model, symmetry, chosen)
+    changed(model, torch.eye(5, dtype=torch.float64)[ORDER])
+    assert float(before.norm()) > 0.1
+    assert torch.allclose(generator_at(model, symmetry, chosen), before[ORDER], atol=1e-9)
+
+
+def test_a_rotation_conjugates_the_generator_of_gl() -> None:
+    model, symmetry = pair(None)
+    chosen = teleporter()
+    before = generator_at(model, symmetry, chosen)
+    rotation = mt.Orthogonal(5).random(size=2.0, seed=3, dtype=torch.float64)
+    changed(model, rotation)
+    assert torch.allclose(generator_at(model, symmetry, chosen), rotation @ before @ rotation.mT, atol=1e-9)
+
+
+def test_another_basis_than_an_orthogonal_one_does_not() -> None:
+    """The covariances know the orthogonal part only, which is what the documentation says; and this test can fail."""
+    model, symmetry = pair(None)
+    chosen = teleporter()
+    before = generator_at(model, symmetry, chosen)
+    g = mt.GeneralLinear(5).random(size=1.0, seed=3, dtype=torch.float64)
+    changed(model, g)
+    assert not torch.allclose(generator_at(model, symmetry, chosen), g @ before @ torch.linalg.inv(g), atol=1e-2)
+
+
+@pytest.mark.parametrize("each", CASES, ids=str)
+def test_one_teleporter_serves_every_symmetry_and_shape(each: Case) -> None:
+    problem = each.problem()
+    point = problem.point()
+    chosen = teleporter()
+    with torch.no_grad():
+        moved, moves, state = travel(chosen, point, problem.symmetries)
+        assert bool(torch.stack([move.size > 0 for move in moves]).any())
+        again, _, _ = travel(chosen, point, problem.symmetries, state)
+    fresh = problem.point(moved.parameters)
+    assert float(fresh.loss) == pytest.approx(float(point.loss), rel=1e-6)  # type: ignore[arg-type]
+    # It remembers: the second answer at one place is another.
+    assert any(not torch.equal(value, moved.parameters[name]) for name, value in again.parameters.items())
+
+
+def test_generators_stay_within_the_trust_region() -> None:
+    problem = case("linear pair").problem()
+    chosen = teleporter(size=1e6)
+    chosen.trust_region = mt.TrustRegion(max_size=0.5)
+    with torch.no_grad():
+        _, (move,), _ = travel(chosen, problem.point(), problem.symmetries)
+    assert not bool(move.refused)
+    assert float(move.size) == pytest.approx(0.99 * 0.5)
+
+
+def test_groups_without_a_network_are_left_alone() -> None:
+    problem = case("rescaling").problem()
+    chosen = mt.LearnedTeleporter(groups=("GL",), hidden=4).double()
+    point = problem.point()
+    with torch.no_grad():
+        moved, (move,), _ = travel(chosen, point, problem.symmetries)
+    assert float(move.size) == 0
+    assert all(torch.equal(value, point.parameters[name]) for name, value in moved.parameters.items())
+
+
+def test_it_starts_nearly_closed() -> None:
+    chosen = mt.LearnedTeleporter(hidden=8).double()
+    problem = case("linear pair").problem()
+    with torch.no_grad():
+        _, (move,), _ = travel(chosen, problem.point(), problem.symmetries)
+    assert 0 < float(move.size) < 2
+
+
+def test_weights_keep_their_dtype() -> None:
+    """Networks in float32 serve models in float64, and the other way round."""
+    for own, theirs in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        chosen = mt.LearnedTeleporter(hidden=4).to(own)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(theirs)
+        report = mt.teleport(model, chosen, torch.ones(5, 4, dtype=theirs), loss=lambda y: y.square().sum())
+        assert report.size > 0
+        assert model[0].weight.dtype == theirs
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=f"no basis for the group 'SL'; there is one for {', '.join(BASIS)}"):
+        mt.LearnedTeleporter(groups=("GL", "SL"))
+    problem = case("linear pair").problem()
+    with pytest.raises(ValueError, match="gradients"):
+        travel(teleporter(), problem.point().replace(gradients={}), problem.symmetries)
