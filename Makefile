@@ -28,6 +28,7 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 	@touch $@
 
 demo: venv ## meta-train a small teleporter on digits for two minutes, then evaluate it on tasks it never saw
+	rm -rf $(DEMO)/digits.unfinished
 	$(BIN)/metateleport train digits --seconds 120 --out $(DEMO)/digits
 	$(BIN)/metateleport evaluate $(DEMO)/digits digits --tasks 16 --steps 100 --json $(DEMO)/digits.json --plot $(DEMO)/digits.png
 

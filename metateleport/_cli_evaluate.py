@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +56,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot: png, svg or pdf")
+    parser.add_argument(
+        "--card", action="store_true", help="write the medians into the checkpoint's card, beside the command"
+    )
     parser.add_argument("--no-track", action="store_true", help="leave MLflow out")
     parser.set_defaults(run=run)
 
@@ -62,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     import torch
 
+    from metateleport.checkpoint import record_result
     from metateleport.evaluation import evaluate, plot, report_of, table_of, write_report
     from metateleport.families import load_family
     from metateleport.training import device_for
@@ -78,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_for(arguments.device)
     family = load_family(arguments.task, settings_of(arguments.set))
     checkpoint = _checkpoint(arguments.checkpoint)
+    if arguments.card and checkpoint is None:
+        raise UsageError("--card writes into a checkpoint's card, and 'none' has none: name a checkpoint")
     learned, baselines = _chosen(arguments.methods, checkpoint, arguments.seed)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with Console(stderr=True).status("starting") as status:
@@ -101,6 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot(report, arguments.plot)
         say(f"wrote {arguments.plot}")
+    if arguments.card and checkpoint is not None:
+        record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
+        say(f"wrote the result into the card of {checkpoint.name}")
     if not arguments.no_track:
         _track(report, None if checkpoint is None else checkpoint.path)
     return 0

@@ -32,6 +32,8 @@ In a mode with '+tele' a second optimizer is trained by the same recipe without 
 ships in the same checkpoint, and 'evaluate' shows it as learned/step-only.
 """
 
+_UNBOUNDED = 10**6
+
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
@@ -85,6 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         for field in dataclasses.fields(TrainConfig)
         if getattr(arguments, field.name, None) is not None
     }
+    if arguments.seconds is not None:
+        # Where only the time is given, it is the time that ends the run.
+        given.setdefault("meta_steps", _UNBOUNDED)
     config = TrainConfig(**{**given, "family": arguments.task, "settings": family.settings()})
     command = "metateleport " + shlex.join(sys.argv[1:])
     with contextlib.ExitStack() as stack:

@@ -48,8 +48,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, in one piece."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes a value as JSON, in one piece; a number that is not finite is an error."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
