@@ -16,7 +16,10 @@ from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["BaseRule", "CoordinateRule", "StepRule", "UpdateRule"]
+__all__ = ["BASES", "BaseRule", "CoordinateRule", "StepRule", "UpdateRule"]
+
+BASES = ("sgd", "momentum", "adam")
+"""Names of the hand-designed optimizers of mode `tele`."""
 
 Cell = tuple[Tensor, Tensor]
 _TENSOR_FEATURES = 4
@@ -51,8 +54,8 @@ class StepRule(nn.Module, UpdateRule):
     $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,v / \kappa$$
 
     $\kappa$ is the smooth curvature bound of the layer, $d \le 1$ the task's damping. An LSTM for each tensor (weights
-    shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at the
-    start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
+    shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
+    the start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
     large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
     a task that goes back to its last accepted point starts with none. Tensors without a bound take Polyak's step
     $L / |\nabla L|^2$ in the place of $1 / \kappa$.
@@ -140,9 +143,9 @@ class CoordinateRule(StepRule):
 
     $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,v + \mathrm{rms}(v)\tanh(o_1)\right)$$
 
-    with $v$ the velocity of the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free inputs: the
-    gradient over its root mean square, the momentum over the root of the second moment, the log of the second moment
-    over its mean, and the time. At the start of meta-training this is the learned step alone.
+    with $v$ the velocity of the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
+    inputs: the gradient over its root mean square, the momentum over the root of the second moment, the log of the
+    second moment over its mean, and the time. At the start of meta-training this is the learned step alone.
 
     Args:
         hidden: units of the per-tensor LSTM.
@@ -222,8 +225,8 @@ class BaseRule(UpdateRule):
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("sgd", "momentum", "adam"):
-            raise ValueError(f"a base optimizer is one of sgd, momentum, adam; not {self.optimizer!r}")
+        if self.optimizer not in BASES:
+            raise ValueError(f"a base optimizer is one of {', '.join(BASES)}; not {self.optimizer!r}")
         if not self.lr > 0:
             raise ValueError(f"the base optimizer's step size has to be positive, not {self.lr!r}")
 

@@ -8,8 +8,16 @@ from typing import Any, Literal
 import torch
 
 from metateleport.learned.meta_optimizer import MODES, Mode
+from metateleport.learned.rules import BASES
 
 __all__ = ["TrainConfig", "TrainingError", "device_for"]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "network": ("equivariant", "flat"),
+    "base": BASES,
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": (None, "float32", "float64"),
+}
 
 
 class TrainingError(ValueError):
@@ -44,6 +52,12 @@ class TrainConfig:
 
     Raises:
         TrainingError: if a value cannot work.
+
+    Example:
+        >>> TrainConfig("leaky_mlp", horizon=5)
+        Traceback (most recent call last):
+        metateleport.training.config.TrainingError: a horizon of 5 inner steps is shorter than one unroll of 10: \
+raise the horizon or shorten the unroll
     """
 
     family: str
@@ -70,6 +84,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise TrainingError(f"a mode is one of {', '.join(MODES)}; not {self.mode!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                allowed = ", ".join(str(each) for each in known if each is not None)
+                raise TrainingError(f"{name} is one of {allowed}; not {getattr(self, name)!r}")
         for name in ("meta_steps", "tasks", "unroll", "horizon", "validation_tasks", "validation_every", "hidden"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} has to be at least 1, not {getattr(self, name)}")

@@ -153,7 +153,9 @@ class MetaTrainer:
 
     def best_meta(self) -> MetaOptimizer:
         """The meta-optimizer that did best on the validation tasks."""
-        chosen = MetaOptimizer(self.meta.config)
+        # The initial weights are overwritten: they shall take no random numbers of the caller's.
+        with torch.random.fork_rng(devices=[]):
+            chosen = MetaOptimizer(self.meta.config)
         chosen.load_state_dict(self.best)
         return chosen.eval()
 
