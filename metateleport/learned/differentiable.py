@@ -66,7 +66,17 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         moved = [taken.parameters[name] for name in model.names]
         if not self._track_higher_grads:
             moved = [value.detach().requires_grad_() for value in moved]
+        else:
+            for value in moved:
+                if value.requires_grad:
+                    value.register_hook(_of_finite_tasks)
         model.update_params(moved)
+
+
+def _of_finite_tasks(gradient: Tensor) -> Tensor:
+    """A gradient without the tasks in which it is not finite: what diverges later on teaches the networks nothing."""
+    finite = gradient.isfinite().flatten(1).all(-1)
+    return torch.where(finite.reshape(-1, *(1,) * (gradient.ndim - 1)), gradient, 0.0)
 
 
 higher.register_optim(StackOptimizer, DifferentiableLearnedOptimizer)

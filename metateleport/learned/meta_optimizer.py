@@ -239,10 +239,12 @@ class MetaOptimizer(nn.Module):
         teleporter_state = state.teleporter
         if isinstance(teleporter_state, dict) and "progress" in teleporter_state:
             teleporter_state = {**teleporter_state, "progress": progress}
-        moved, moves, teleporter_state = travel(chosen, base, symmetries, teleporter_state, allowed=accepted)
-        rule_state = self.rule.carry(state.rule, moves, base)
+        usable = _finite(base)
+        start = base if bool(usable.all()) else _emptied(base, ~usable)
+        moved, moves, teleporter_state = travel(chosen, start, symmetries, teleporter_state, allowed=accepted & usable)
+        rule_state = self.rule.carry(state.rule, moves, start)
         parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state)
-        parameters = _where_finite(parameters, base)
+        parameters = _where_finite(parameters, base, usable)
         zero = torch.zeros_like(point.loss.detach())
         return Step(
             parameters=parameters,
@@ -256,10 +258,40 @@ class MetaOptimizer(nn.Module):
         )
 
 
-def _where_finite(parameters: Tensors, base: Point) -> Tensors:
-    """The parameters of each task whose loss and new parameters are finite; the others stay where they were."""
-    assert base.loss is not None
-    finite = base.loss.detach().isfinite()
+def _finite(point: Point) -> Tensor:
+    """Where the loss and all gradients are finite, `(tasks,)`."""
+    assert point.loss is not None
+    finite = point.loss.detach().isfinite()
+    for value in point.gradients.values():
+        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
+    return finite
+
+
+def _emptied(point: Point, mask: Tensor) -> Point:
+    """The point with what was evaluated put to zero where `mask` is true, and the loss to one.
+
+    Exchanged before anything is computed with it: a value that is not finite would reach the meta-gradient of the
+    whole stack, however little is made of it afterwards.
+    """
+    assert point.loss is not None
+
+    def zeroed(tensors: Tensors) -> Tensors:
+        return {
+            name: value.masked_fill(mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim)), 0.0)
+            for name, value in tensors.items()
+        }
+
+    return point.replace(
+        gradients=zeroed(point.gradients),
+        activations=zeroed(point.activations),
+        cotangents=zeroed(point.cotangents),
+        loss=point.loss.masked_fill(mask, 1.0),
+    )
+
+
+def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> Tensors:
+    """The new parameters of each task that is usable and whose parameters are finite; the others stay."""
+    finite = usable
     for value in parameters.values():
         finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
     if bool(finite.all()):
