@@ -57,7 +57,7 @@ def meta_optimizer(mode: str, like: mt.StackedModel | None = None, base: str = "
         with torch.no_grad():
             for each in meta.teleporter.networks.values():
                 each.head.bias[-1] = 0.0
-                each.head.weight.mul_(10)
+                each.head.weight.copy_((torch.rand(each.head.weight.shape) - 0.5) / 4)
     return meta.double()
 
 
@@ -133,7 +133,7 @@ def test_one_model_is_a_stack_of_one(mode: str, kind: str) -> None:
     meta = network_for(kind, mode, problem, 1)
     course, _ = single_run(problem, meta, steps=3)
     for ours, theirs in zip(course, stacked_run(problem, meta, 1, steps=3), strict=True):
-        assert_close(ours, theirs, 1e-8)
+        assert_close(ours, theirs, 1e-7)
 
 
 @pytest.mark.parametrize("problem", SQUARE, ids=str)
@@ -142,7 +142,7 @@ def test_one_model_is_a_stack_of_one_on_chains(problem: Case) -> None:
     meta = meta_optimizer("lr+tele")
     course, optimizer = single_run(problem, meta, steps=3)
     for ours, theirs in zip(course, stacked_run(problem, meta, 1, steps=3), strict=True):
-        assert_close(ours, theirs, 1e-8)
+        assert_close(ours, theirs, 1e-7)
     assert optimizer.last_step is not None
     assert not bool(optimizer.last_step.refused.any())
     assert bool((optimizer.last_step.size > 0).all())

@@ -18,7 +18,8 @@ def teleporter(size: float = 10.0) -> mt.LearnedTeleporter:
     made = mt.LearnedTeleporter(hidden=6).double()
     with torch.no_grad():
         for network in made.networks.values():
-            network.head.weight[:-1].mul_(size)
+            drawn = 2 * torch.rand(network.head.weight.shape, dtype=torch.float64) - 1
+            network.head.weight[:-1] = size * 0.1 * drawn[:-1] / 6**0.5
             network.head.bias[-1] = 1.0
     return made
 
@@ -126,7 +127,7 @@ def test_groups_without_a_network_are_left_alone() -> None:
     assert all(torch.equal(value, point.parameters[name]) for name, value in moved.parameters.items())
 
 
-def test_it_starts_nearly_closed() -> None:
+def test_it_starts_small() -> None:
     chosen = mt.LearnedTeleporter(hidden=8).double()
     problem = case("linear pair").problem()
     with torch.no_grad():

@@ -69,7 +69,7 @@ def meta_optimizer(mode: str, base: str = "momentum") -> mt.MetaOptimizer:
             for network in meta.teleporter.networks.values():
                 # Open enough that the teleport matters, and small enough that no step makes a task worse.
                 network.head.bias[-1] = -0.5
-                network.head.weight.mul_(5)
+                network.head.weight.copy_((torch.rand(network.head.weight.shape) - 0.5) / 2)
     return meta
 
 

@@ -21,14 +21,14 @@ TELEPORTING = ["lr+tele", "update+tele", "tele"]
 
 
 def meta_optimizer(mode: str, size: float = 10.0, seed: int = 1, **settings: Any) -> mt.MetaOptimizer:
-    """In float64, with networks of `size` times their usual outputs and an open gate."""
+    """In float64, with heads of a size of their own, whatever training starts from, and an open gate."""
     torch.manual_seed(seed)
     config: Any = {"mode": mode, "hidden": 6, "coordinate_hidden": 4, "base_lr": 1e-3, **settings}
     meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(**config)).double()
     with torch.no_grad():
         for name, value in meta.named_parameters():
             if "head.weight" in name:
-                value.mul_(size)
+                value.copy_(size * 0.1 * (2 * torch.rand(value.shape, dtype=value.dtype) - 1) / value.shape[-1] ** 0.5)
             if "networks" in name and "head.bias" in name:
                 value[-1] = 0.0
     return meta

@@ -248,13 +248,55 @@ def test_meta_steps_that_are_not_finite_are_skipped_and_counted(mode: str, tmp_p
     assert card["training"]["runs"]["learned"]["skipped"] == 3
 
 
-def test_a_spoilt_task_leaves_networks_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["lr", "lr+tele", "update+tele", "tele"])
+def test_a_spoilt_task_spoils_no_other(mode: str, tmp_path: Path) -> None:
     (tmp_path / "spoilt.py").write_text(NOT_FINITE)
-    settings = config(family=str(tmp_path / "spoilt.py"), settings={"every": 3}, meta_steps=6)
+    settings = config(family=str(tmp_path / "spoilt.py"), settings={"every": 3}, mode=mode)
     spoilt = trainer(settings)
+    family = mt.load_family(settings.family, settings.settings)
+    stack = family.stack(range(9))
+    broken = [bool(target.isnan().any()) for target in stack.full[1][0]]
+    assert 0 < sum(broken) < 9
+    good = family.stack([index for index, bad in enumerate(broken) if not bad])
+
+    def gradient(tasks: mt.TaskStack) -> Tensor:
+        losses = Unroll(tasks, spoilt.meta).window(4)
+        finite = losses.isfinite()
+        assert int(finite.sum()) == 4 * len(good)
+        found = torch.autograd.grad(
+            torch.where(finite, losses, 0.0).sum(), list(spoilt.meta.parameters()), allow_unused=True
+        )
+        return torch.cat([each.flatten() for each in found if each is not None])
+
+    alone = gradient(good)
+    assert bool(alone.any())
+    assert torch.allclose(gradient(stack), alone, rtol=1e-3, atol=1e-5 * float(alone.norm()))
     spoilt.run()
-    assert all(bool(value.isfinite().all()) for value in spoilt.meta.parameters())
-    assert all(math.isfinite(score) for _, score in spoilt.progression.validations)
+    assert spoilt.progression.skipped == 0
+
+
+def test_a_task_that_diverges_on_its_way_spoils_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation after the second step is not finite for the first task."""
+    family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4))
+    own, steps = mt.TaskStack.batch, []
+
+    def batch(self: mt.TaskStack, step: int) -> Any:
+        inputs, targets = own(self, step)
+        steps.append(step)
+        if step == 2:
+            spoilt = targets[0].clone()
+            spoilt[0] = float("nan")
+            targets = (spoilt,)
+        return inputs, targets
+
+    monkeypatch.setattr(mt.TaskStack, "batch", batch)
+    losses = Unroll(family.stack(range(3)), meta).window(4)
+    assert (~losses.isfinite()).nonzero().tolist() == [[1, 0]]
+    torch.where(losses.isfinite(), losses, 0.0).sum().backward()
+    for name, value in meta.named_parameters():
+        assert value.grad is None or bool(value.grad.isfinite().all()), name
+    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_the_best_on_validation_is_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
