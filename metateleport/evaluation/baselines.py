@@ -52,9 +52,7 @@ class FirstOrder(Method):
 
 SCHEDULES: dict[str, Callable[[int], bool]] = {
     "once, before step 0": lambda step: step == 0,
-    "once, before step 5": lambda step: step == 5,
     "before every 10th step": lambda step: step % 10 == 0,
-    "before every 30th step": lambda step: step % 30 == 0,
 }
 """When gradient ascent teleports, by name: from the number of the step to whether it teleports before it."""
 

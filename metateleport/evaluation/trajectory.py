@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import contextvars
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from metateleport.families import TaskStack
 from metateleport.stack import Batch
 
-__all__ = ["Method", "Recorder", "Trajectory", "output_drift"]
+__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift"]
 
 Array = npt.NDArray[np.float64]
 
@@ -81,6 +82,22 @@ class Method(abc.ABC):
         """
 
 
+_ends_only: contextvars.ContextVar[bool] = contextvars.ContextVar("ends_only", default=False)
+
+
+@contextlib.contextmanager
+def ends_only() -> Iterator[None]:
+    """While the block runs, recorders measure only the start and the end: a trajectory then is level up to its end.
+
+    Tuning reads nothing else, and on minibatches the passes made to report cost more than the steps themselves.
+    """
+    token = _ends_only.set(True)
+    try:
+        yield
+    finally:
+        _ends_only.reset(token)
+
+
 class Recorder:
     """Counts what each task has spent, and keeps the losses of the points it reached.
 
@@ -117,6 +134,8 @@ class Recorder:
         start = self._measure({name: value.detach() for name, value in stack.model.tensors().items()})
         self._values = {name: np.repeat(values[:, None], budget + 1, axis=1) for name, values in start.items()}
         self._reached = np.zeros((len(stack), budget + 1))
+        self._end: dict[str, Tensor] | None = None
+        self._ends_only = _ends_only.get()
         self._paused = 0.0
         self._began = self._now()
 
@@ -140,6 +159,9 @@ class Recorder:
             if accepted is not None:
                 reached &= accepted.detach().cpu().numpy()[:, None]
             if not reached.any():
+                return
+            if self._ends_only:
+                self._keep(parameters, torch.from_numpy(reached[:, -1]).to(self.stack.device))
                 return
             for name, values in self._measure(parameters).items():
                 self._values[name] = np.where(reached, values[:, None], self._values[name])
@@ -178,6 +200,9 @@ class Recorder:
     def trajectory(self) -> Trajectory:
         """What was recorded, on the grid."""
         seconds = self._now() - self._began - self._paused
+        if self._end is not None:
+            for name, values in self._measure(self._end).items():
+                self._values[name][:, -1] = values
         return Trajectory(
             self._values["loss"],
             seconds,
@@ -186,6 +211,14 @@ class Recorder:
             self._values.get("held_out_accuracy"),
             self._drift,
         )
+
+    def _keep(self, parameters: Mapping[str, Tensor], where: Tensor) -> None:
+        """Remembers the parameters of some tasks, to be measured at the end."""
+        before = self._end or {name: value.detach() for name, value in self.stack.model.tensors().items()}
+        self._end = {
+            name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), parameters[name].detach(), value)
+            for name, value in before.items()
+        }
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
         model, held_out, score = self.stack.model, self.stack.held_out, self.stack.score

@@ -78,7 +78,7 @@ def train(
         raise Interrupted(f"interrupted; the state is in {saved}, and the same command with --resume goes on") from None
     learned = trainers[_LEARNED].best_meta()
     step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
-    path = save_checkpoint(out, learned, step_only, _card(config, family, trainers, command))
+    path = save_checkpoint(out, learned, step_only, _card(Path(out).name, config, family, trainers, command))
     shutil.rmtree(saved, ignore_errors=True)
     return path
 
@@ -175,11 +175,13 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
             ) from error
 
 
-def _card(config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str) -> dict[str, Any]:
+def _card(
+    name: str, config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
+) -> dict[str, Any]:
     runs = {}
-    for name, trainer in trainers.items():
+    for network, trainer in trainers.items():
         done = trainer.progression
-        runs[name] = {
+        runs[network] = {
             "meta_steps": done.meta_step,
             "chosen_at": done.best_step,
             "validation": done.best,
@@ -189,7 +191,7 @@ def _card(config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrain
         }
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     return {
-        "name": "",
+        "name": name,
         "mode": config.mode,
         "family": {"name": family.name, "settings": family.settings()},
         "training": {"command": command, "config": settings, "runs": runs},
