@@ -57,10 +57,11 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.checkpoint import CheckpointError
     from metateleport.evaluation import EvaluationError
     from metateleport.families import FamilyError
+    from metateleport.symmetries import Unsuitable
     from metateleport.tracking import TrackingError
     from metateleport.training import TrainingError
 
-    return UsageError, FamilyError, CheckpointError, EvaluationError, TrainingError, TrackingError
+    return UsageError, FamilyError, CheckpointError, EvaluationError, TrainingError, TrackingError, Unsuitable
 
 
 def _parser() -> Parser:

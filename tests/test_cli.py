@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import metateleport as mt
 from metateleport import cli
+from metateleport.checkpoint import save_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +176,39 @@ def test_it_starts_without_mlflow_and_matplotlib() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_flat_networks_tell_a_shape_they_were_not_made_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = (("0.weight", (6, 6)), ("2.weight", (6, 6)))
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(network="flat", hidden=4, groups=("GL",), shapes=shape))
+    save_checkpoint(tmp_path / "flat", meta, None, {})
+    settings = ["--set", "width=8", "--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]
+    assert cli.main(["evaluate", str(tmp_path / "flat"), "leaky_mlp", *settings]) == 2
+    assert "were not made for" in capsys.readouterr().err
+
+
+def test_a_result_is_written_into_the_card(tmp_path: Path) -> None:
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
+    path = save_checkpoint(tmp_path / "small", meta, None, {"results": {}})
+    for width in (3, 4):
+        settings = ["--set", f"width={width}", "--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]
+        assert cli.main(["evaluate", str(path), "leaky_mlp", *settings, "--card"]) == 0
+    results = mt.load_checkpoint(path).card["results"]
+    assert len(results) == 2
+    for result in results.values():
+        assert result["methods"]["learned"]["median_loss"]["3"] > 0
+        assert "--card" in result["command"] or result["command"].startswith("metateleport")
+    assert cli.main(["evaluate", "none", "leaky_mlp", "--card", "--no-track"]) == 2
+
+
+def test_a_run_given_only_its_time_is_ended_by_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+
+    def fake(config: object, *_: object) -> Path:
+        seen.append(config)
+        return tmp_path
+
+    monkeypatch.setattr("metateleport.training.train", fake)
+    assert cli.main(["train", "leaky_mlp", "--seconds", "5", "--no-track"]) == 0
+    assert seen[0].seconds == 5  # type: ignore[attr-defined]
+    assert seen[0].meta_steps > 10_000  # type: ignore[attr-defined]

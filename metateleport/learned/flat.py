@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import UpdateRule
 from metateleport.point import Point, Tensors
-from metateleport.symmetries import Symmetry
+from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter, TrustRegion
 
 __all__ = ["FlatRule", "FlatTeleporter"]
@@ -29,7 +29,7 @@ def _flat(point: Point, shapes: Shapes) -> Tensor:
     parts = []
     for name, shape in shapes:
         if name not in point.gradients or tuple(point.gradients[name].shape[1:]) != tuple(shape):
-            raise ValueError(
+            raise Unsuitable(
                 f"these flat networks were made for {name} of shape {tuple(shape)}; the model has "
                 f"{tuple(point.gradients[name].shape[1:]) if name in point.gradients else 'no such parameter'}"
             )
@@ -113,7 +113,7 @@ class FlatTeleporter(Teleporter, nn.Module):
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         group, own = symmetry.group, self.cell.weight_hh.dtype
         if str(group.size) not in self.heads:
-            raise ValueError(f"these flat networks were not made for a symmetry of {group.size} units")
+            raise Unsuitable(f"these flat networks were not made for a symmetry of {group.size} units")
         single = point.loss is None or point.loss.ndim == 0
         stacked = point.map(lambda value: value.unsqueeze(0)) if single else point
         cell = state[str(symmetry.parameters)]
