@@ -157,7 +157,7 @@ class _Stage:
             for parameter, gradient in held:
                 parameter.grad = None
                 stack.callback(setattr, parameter, "grad", gradient)
-            self.model = copy.deepcopy(model).to(dtype)
+            self.model = copy.deepcopy(model, _computed(model)).to(dtype)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.named = dict(self.model.named_parameters())
@@ -248,6 +248,16 @@ class _Stage:
         with torch.no_grad(), _seeded(self.model):
             outputs = torch.func.functional_call(self.model, buffers, inputs, keywords)
             return observables(outputs if self.loss is None else self.loss(outputs))
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Plain copies of tensors that a module keeps beside its parameters and computed from them: torch copies no graph."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 def random_element(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -137,15 +139,9 @@ def _children(
 
 
 def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any], prefix: str) -> Graph:
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(observed, inputs, keywords, strict=False)
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings(), torch.enable_grad(), _quiet():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(observed, inputs, keywords, strict=False)
     signature = program.graph_signature
     named = {
         **signature.inputs_to_buffers,
@@ -158,6 +154,18 @@ def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any
         constants=tuple(value for value in program.constants.values() if isinstance(value, Tensor)),
         prefix=prefix,
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps to itself what torch.export logs and prints of a model that it cannot trace."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _first_line(error: BaseException) -> str:
