@@ -23,6 +23,7 @@ from metateleport.symmetries.linear_chain import LinearChain
 from metateleport.symmetries.lora import LoRAPair
 from metateleport.symmetries.norm_gain import NormGain
 from metateleport.symmetries.rotary import PlaneScaling
+from metateleport.symmetries.translation import Absorber, BiasTranslation
 
 __all__ = ["Candidate", "candidates"]
 
@@ -159,7 +160,10 @@ def _matrix_candidates(parts: _Parts, roots: np.ndarray, model: nn.Module) -> li
     symmetry: Symmetry = _build(parts, roots, _matrix_kind(parts, roots, legs), GeneralLinear(len(roots)), legs)
     if type(symmetry) is LinearChain:
         symmetry = _as_pair(symmetry, model, LinearPair)
-    return [Candidate(symmetry, parts.place(roots), instead)] if _two_sided(legs) else []
+    if not _two_sided(legs):
+        return []
+    first = Candidate(symmetry, parts.place(roots), instead)
+    return [first, *_translations(parts, roots, legs)]
 
 
 def _matrix_kind(parts: _Parts, roots: np.ndarray, legs: list[Leg]) -> type[AxisSymmetry]:
@@ -207,6 +211,29 @@ def _matrix_places(
             order = np.concatenate([pairs[..., 0], pairs[..., 1]])
         found.append((torch.from_numpy(order.T.copy()), dual, along[0]))
     return found
+
+
+def _translations(parts: _Parts, roots: np.ndarray, legs: list[Leg]) -> list[Candidate]:
+    """Translations of a bias among the legs of a matrix group."""
+
+    def is_bias(leg: Leg) -> bool:
+        return any(slot.name == leg.name and slot.variables.ndim == 1 for slot in parts.slots)
+
+    biases = {dual: [leg for leg in legs if leg.dual == dual and is_bias(leg)] for dual in (False, True)}
+    if parts.tagged("attention", roots):
+        free = [BiasTranslation(leg) for leg in biases[True] if leg.places.shape[0] == 1]
+    else:
+        weights = [leg for leg in legs if leg.dual and not is_bias(leg)]
+        if not biases[False] or not weights or any(leg.name not in parts.ledger.affine for leg in weights):
+            return []
+        absorbers = [_absorber(leg, *parts.ledger.affine[leg.name]) for leg in weights]
+        inputs = _module_legs(parts, roots, parts.ledger.inputs, GeneralLinear(len(roots)), False)
+        free = [BiasTranslation(leg, absorbers, inputs) for leg in biases[False][:1] if leg.places.shape[0] == 1]
+    return [Candidate(each, parts.place(roots)) for each in free]
+
+
+def _absorber(leg: Leg, bias: str, out_axis: int) -> Absorber:
+    return Absorber(leg.name, bias, leg.places, leg.axis, out_axis)
 
 
 def _two_sided(legs: list[Leg]) -> bool:

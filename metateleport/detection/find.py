@@ -11,13 +11,14 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor, nn
 
-from metateleport.certificate import certify
+from metateleport.detection.certificate import certify
 from metateleport.detection.assemble import Candidate, candidates
+from metateleport.detection.batch import batch_candidates
 from metateleport.detection.trace import Graph, split, trace
 from metateleport.detection.walk import Walk, aliased, walk
 from metateleport.symmetries import Symmetry, Unsuitable
 
-__all__ = ["Refused", "Symmetries", "find_symmetries"]
+__all__ = ["Refused", "Symmetries", "exact_symmetries", "find_symmetries"]
 
 SCHEMA = "metateleport.symmetries/1"
 
@@ -161,6 +162,8 @@ def find_symmetries(
     | attention QK, per key head | $(W_Q, W_K) \mapsto (A W_Q, A^{-\top} W_K)$ | $GL(d)$; rotary: $(\mathbb{C}^*)^{d/2}$ |
     | attention VO, per value head | $(W_V, W_O) \mapsto (B W_V, W_O B^{-1})$ | $GL(d)$ |
     | gated MLP | $(W_{up}, W_{down}) \mapsto (D W_{up}, W_{down} D^{-1})$ | $\mathbb{R}_{>0}^k$ |
+    | translation | $(b, c) \mapsto (b + t, c - W t)$; key biases freely | $\mathbb{R}^k$ |
+    | batch pair (2022), on the batch | $V \mapsto V + (s^{-1}(g s(Vh + b)) - b - Vh) h^+$, $U \mapsto U g^{-1}$ | $GL(k)$ |
     | LoRA pair | $(A, B) \mapsto (g A, B g^{-1})$ | $GL(r)$ |
 
     Args:
@@ -201,11 +204,12 @@ def _walked(graph: Graph, model: nn.Module) -> tuple[list[Candidate], list[Refus
     frozen = tuple(name for name, value in named.items() if not value.requires_grad and name in graph.parameters.values())
     movable = {name: value for name, value in named.items() if value.requires_grad and name not in pinned}
     statistics = frozenset(name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var")))
+    batch = [Candidate(each.symmetry, each.place) for each in batch_candidates(graph, model)]
     walked = walk(graph, movable, pinned, statistics)
     refused = [Refused(reason, (name,)) for name, reason in pinned.items()]
     if frozen:
         refused.append(Refused("frozen (requires_grad=False)", frozen))
-    return candidates(walked, model), [*refused, *_reasons(walked, named)]
+    return [*candidates(walked, model), *batch], [*refused, *_reasons(walked, named)]
 
 
 def _reasons(walked: Walk, named: dict[str, nn.Parameter]) -> list[Refused]:
@@ -250,7 +254,7 @@ def _certified(
     return [symmetry for _, symmetry in sorted(held, key=lambda pair: pair[0])]
 
 
-def require(model: nn.Module, example_input: Any) -> Symmetries:
+def exact_symmetries(model: nn.Module, example_input: Any) -> Symmetries:
     """The exact symmetries of a model, for those who cannot go on without any.
 
     Raises:

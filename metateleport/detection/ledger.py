@@ -73,6 +73,7 @@ class Ledger:
         self.slots: dict[tuple[object, ...], Slot] = {}
         self.by_parameter: dict[str, list[Slot]] = {}
         self.dead = np.zeros(1, dtype=bool)
+        self.affine: dict[str, tuple[str, int]] = {}
         self.first_use: dict[str, int] = {}
         self.history: dict[tuple[str, str], list[np.ndarray]] = {}
         self.begin()

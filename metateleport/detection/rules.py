@@ -47,6 +47,7 @@ def _linear(context: Context, shape: tuple[int, ...], x: Value, weight: Value, b
     batch = _LETTERS[: x.ndim - 1]
     labels = context.contract(x, f"{batch}z", weight, "yz" if weight.ndim == 2 else "z", f"{batch}y"[: len(shape)])
     result = _add_bias(context, labels, shape, bias, -1)
+    context.affine(weight, bias, 0)
     context.watch(weight, x, result, -1)
     return result
 
@@ -56,6 +57,7 @@ def _addmm(
     context: Context, shape: tuple[int, ...], bias: Value, x: Value, weight: Value, beta: float = 1, alpha: float = 1
 ) -> Value:
     labels = context.contract(x, "az", weight, "zy", "ay")
+    context.affine(weight, bias, 1)
     return context.value(shape, context.equal([context.value(shape, labels), bias]))
 
 
@@ -154,6 +156,8 @@ def _convolve(
         found = _grouped(context, x, weight, groups)
     labels = [label.reshape(*label.shape, *(1,) * (ndim - 2)) for label in found]
     result = _add_bias(context, labels, shape, bias, 1)
+    if groups == 1:
+        context.affine(weight, bias, order[0])
     context.watch(weight, x, result, 1)
     return result
 
@@ -420,6 +424,26 @@ def _homogeneous(context: Context, shape: tuple[int, ...], x: Value, *_: Any) ->
 def _prelu(context: Context, shape: tuple[int, ...], x: Value, weight: Value) -> Value:
     context.kill(weight, silent=True)
     return _homogeneous(context, shape, x)
+
+
+@_rule("gt", "lt", "ge", "le", "eq", "ne", "sign")
+def _sign(context: Context, shape: tuple[int, ...], x: Value, number: Any = 0) -> Value | None:
+    """The sign of what is scaled by a positive number stays."""
+    if isinstance(number, Value) or number != 0:
+        return None
+    _homogeneous(context, shape, x)
+    return Value(shape)
+
+
+@_rule("where")
+def _where(context: Context, shape: tuple[int, ...], condition: Value, left: Any, right: Any) -> Value | None:
+    if condition.labels:
+        return None
+    sides = [each for each in (left, right) if isinstance(each, Value)]
+    if not sides or any(each != 0 for each in (left, right) if not isinstance(each, Value)):
+        return None
+    labels = context.equal(sides) if len(sides) == 2 else sides[0].labels
+    return _homogeneous(context, shape, context.value(shape, labels))
 
 
 @_rule("clamp", "clamp_min")

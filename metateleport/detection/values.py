@@ -68,6 +68,11 @@ class Context:
                 kept.append(label)
         return Value(shape, tuple(kept))
 
+    def affine(self, weight: Value, bias: Value | None, out_axis: int) -> None:
+        """Notes which parameter is added to what a weight gives."""
+        if weight.parameter and bias is not None and bias.parameter:
+            self.ledger.affine[weight.parameter] = (bias.parameter, out_axis)
+
     def watch(self, weight: Value, x: Value, result: Value, dim: int) -> None:
         """Notes how the features that a layer takes in and puts out scale, if it was called as a module."""
         if self.module and weight.parameter == f"{self.module}.weight":

@@ -15,7 +15,7 @@ from metateleport.detection.rules import FRESH, RULES
 from metateleport.detection.trace import Graph
 from metateleport.detection.values import Context, Value
 
-__all__ = ["Walk", "walk"]
+__all__ = ["Walk", "aliased", "module_of", "name_of", "walk"]
 
 _MOST_PASSES = 50
 _SHAPE_ONLY = frozenset(
@@ -101,7 +101,7 @@ def _placeholder(
 
 def _call(graph: Graph, node: torch.fx.Node, number: int, ledger: Ledger, values: dict[torch.fx.Node, Any]) -> Any:
     shape = _shape(node)
-    name = _name(node)
+    name = name_of(node)
     if name == "getitem":
         source, place = node.args
         if isinstance(values[source], list):
@@ -112,7 +112,7 @@ def _call(graph: Graph, node: torch.fx.Node, number: int, ledger: Ledger, values
         if value.parameter or value.buffer:
             ledger.first_use.setdefault(value.parameter or str(value.buffer), number)
     base = name.removesuffix("_") if not name.startswith("_") else name
-    context = Context(ledger, number, base, graph.prefix + _module_of(node), node.target)  # type: ignore[arg-type]
+    context = Context(ledger, number, base, graph.prefix + module_of(node), node.target)  # type: ignore[arg-type]
     if not any(value.labels for value in labelled) or base in _SHAPE_ONLY:
         return _fixed(shape)
     schema = getattr(node.target, "_schema", None)
@@ -160,14 +160,16 @@ def _shape_of(value: Any) -> Any:
     return None
 
 
-def _name(node: torch.fx.Node) -> str:
+def name_of(node: torch.fx.Node) -> str:
+    """The name of a node's operation, without namespace and overload."""
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return str(schema.name.split("::")[-1])
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _module_of(node: torch.fx.Node) -> str:
+def module_of(node: torch.fx.Node) -> str:
+    """The path, in the traced module, of the module that a node belongs to."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
     return str(path).removeprefix("observed").removeprefix(".")
@@ -178,7 +180,7 @@ def _overwrites_its_own(node: torch.fx.Node) -> bool:
     source = node.args[0]
     if not isinstance(source, torch.fx.Node) or source.op != "call_function" or set(source.users) != {node}:
         return False
-    return _name(source) in FRESH and (not _name(source).endswith("_") or _overwrites_its_own(source))
+    return name_of(source) in FRESH and (not name_of(source).endswith("_") or _overwrites_its_own(source))
 
 
 def aliased(model: nn.Module, constants: tuple[Tensor, ...]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from metateleport.groups import Group
 from metateleport.point import Point
 
 if TYPE_CHECKING:
-    from metateleport.certificate import Certificate
+    from metateleport.detection.certificate import Certificate
 
 __all__ = ["Carried", "Pair", "Symmetry", "Unsuitable"]
 

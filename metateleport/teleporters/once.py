@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import point_of
-from metateleport.detect import symmetries_of
+from metateleport.detection import exact_symmetries
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Move, Teleporter, travel
@@ -128,7 +128,7 @@ def teleport(
     if teleporter.needs_gradient and loss is None:
         raise ValueError(f"{type(teleporter).__name__} looks at gradients: pass loss=, a callable on the outputs")
     if symmetries is None:
-        symmetries = symmetries_of(model)
+        symmetries = exact_symmetries(model, inputs)
     if not symmetries:
         raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
     positional, keywords = split_inputs(inputs)
@@ -145,10 +145,11 @@ def teleport(
         reason = f"the outputs would change by {drift:.1e}, more than {teleporter.trust_region.max_drift:g}"
     moved = kept and size > 0
     names = moved_names(symmetries)
+    buffers = {name for symmetry in symmetries for name in symmetry.buffers}
     if moved:
         with torch.no_grad():
-            for name, value in model.named_parameters():
-                if name in names:
+            for name, value in (*model.named_parameters(), *model.named_buffers()):
+                if name in names or name in buffers:
                     value.copy_(arrived.parameters[name])
     here = arrived if moved else point
     return TeleportReport(
@@ -184,4 +185,4 @@ def _same_draws(model: nn.Module) -> Iterator[None]:
 def _evaluate(model: nn.Module, point: Point, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.no_grad():
-        return torch.func.functional_call(model, {**point.parameters, **buffers}, positional, keywords)
+        return torch.func.functional_call(model, {**buffers, **point.parameters}, positional, keywords)
