@@ -121,10 +121,8 @@ class Symmetries(Sequence[Symmetry]):
     def __str__(self) -> str:
         rows = [("parameters", "kind", "group", "dimension", "exactness", "drift")]
         for each in self:
-            names = _short((*each.parameters, *each.buffers))
-            rows.append(
-                (names, each.kind, repr(each.group), str(each.dimension), each.exactness, f"{each.drift:.1e}")
-            )
+            row = (_short(each.where.split(", ")), each.kind, repr(each.group), str(each.dimension), each.exactness)
+            rows.append((*row, f"{each.drift:.1e}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"{len(self)} symmetries of {self.dimension} dimensions in all")
@@ -254,13 +252,22 @@ def _certified(
     return [symmetry for _, symmetry in sorted(held, key=lambda pair: pair[0])]
 
 
-def exact_symmetries(model: nn.Module, example_input: Any) -> Symmetries:
+def exact_symmetries(model: nn.Module, example_input: Any, buffers: bool = True) -> Symmetries:
     """The exact symmetries of a model, for those who cannot go on without any.
+
+    Args:
+        model: the model.
+        example_input: as in `find_symmetries`.
+        buffers: with those that move buffers too.
 
     Raises:
         Unsuitable: if there is none.
     """
-    found = find_symmetries(model, example_input).exact
-    if not found:
-        raise Unsuitable(f"no exact symmetry was found in this {type(model).__name__}:\n{found}")
-    return found
+    found = find_symmetries(model, example_input)
+    exact = Symmetries([each for each in found.exact if buffers or not each.buffers], found.refused)
+    if not exact:
+        raise Unsuitable(
+            f"no exact symmetry was found in this {type(model).__name__}; if you know one, name it with "
+            f"symmetries=[metateleport.Rescaling(model, first, second), ...]\n{found}"
+        )
+    return exact

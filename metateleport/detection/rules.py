@@ -347,7 +347,7 @@ def _attention(
     scores = context.contract(query, f"{names[0]}xz", key, f"{names[1]}yz", f"{batch}xy", tag="attention")
     context.kill_labels(scores, "scores of an attention")
     fixed = Value((*shape[:-1], value.shape[-2]))
-    labels = context.contract(fixed, f"{batch}xy", value, f"{names[2]}yz", f"{batch}xz")
+    labels = context.contract(fixed, f"{batch}xy", value, f"{names[2]}yz", f"{batch}xz", tag="attention")
     return context.value(shape, labels)
 
 

@@ -148,21 +148,23 @@ class Context:
                 (meeting if along & summed else passing).append((spread, along))
             sides.append((passing, meeting))
         result = []
-        for side, other_names in ((sides[0], right_names), (sides[1], left_names)):
-            for spread, along in side[0]:
+        for passing, _ in sides:
+            for spread, along in passing:
                 fibers = along & shared
                 if fibers:
                     self.ledger.touch(self.operation, spread, tuple(wide.index(name) for name in sorted(fibers)))
-                    self.ledger.tag("mixed by attention", spread)
+                if tag:
+                    self.ledger.tag(f"mixed by {tag}", spread)
                 result.append(spread[(slice(None),) * len(out_names) + (0,) * (len(wide) - len(out_names))])
         tentative = len(sides[0][1]) > 1 or len(sides[1][1]) > 1
         waiting = list(sides[1][1])
         extra = 0
         for spread, along in sides[0][1]:
-            found = next((i for i, (_, other) in enumerate(waiting) if other == along), None)
+            # Along dimensions that both have, one may be the same for all that the other tells apart (shared heads).
+            found = next((i for i, (_, other) in enumerate(waiting) if other ^ along <= shared), None)
             if found is not None:
-                partner = waiting.pop(found)[0]
-                self._meet(spread, partner, along & shared, wide, tag, tentative)
+                partner, other = waiting.pop(found)
+                self._meet(*torch.broadcast_tensors(spread, partner), (along | other) & shared, wide, tag, tentative)
             elif right.parameter is not None and along <= set(right_names) and not along & shared:
                 shape = tuple(
                     right.shape[i] if name in along else 1 for i, name in enumerate(right_names)

@@ -84,6 +84,15 @@ class AxisSymmetry(Symmetry):
         """Whether elements are vectors that scale entries, not matrices."""
         return len(self.group.shape) == 1
 
+    @property
+    def where(self) -> str:
+        names = list(dict.fromkeys(leg.name for leg in self.legs))
+        first = self.legs[0]
+        if not self.is_diagonal:
+            # Heads share their parameters, and differ in the rows of them that they move.
+            names[0] += f"[{int(first.places.min())}:{int(first.places.max()) + 1}]"
+        return ", ".join(names)
+
     def act(self, element: Tensor, point: Point) -> Point:
         inverse = self.group.inverse(element)
         direct, dual = self._pair(element, inverse)
@@ -119,9 +128,13 @@ class AxisSymmetry(Symmetry):
 
     def matrices(self, point: Point) -> dict[str, Tensor]:
         found = {}
+        axes: dict[str, set[tuple[int, ...]]] = {}
+        for leg in self.legs:
+            axes.setdefault(leg.name, set()).add(self._axes(leg))
+        # The rows of what moves on both sides (a layer inside a residual stream) do not transform by one of them.
+        usable = [leg for leg in self.legs if leg.name in self.parameters and len(axes[leg.name]) == 1]
         for name, dual in (("incoming", False), ("outgoing", True)):
-            legs = [leg for leg in self.legs if leg.dual == dual and leg.variance is None]
-            legs = [leg for leg in legs if leg.name in self.parameters]
+            legs = [leg for leg in usable if leg.dual == dual]
             if not legs:
                 continue
             found[f"{name}_covariance"] = self._gram(legs, point.parameters, point.parameters, point)
@@ -135,6 +148,11 @@ class AxisSymmetry(Symmetry):
         if inputs:
             found["feature_covariance"] = self._gram(inputs, point.activations, point.activations, point)
         return found
+
+    def _axes(self, leg: Leg) -> tuple[int, ...]:
+        if self.is_diagonal:
+            return tuple(dim for dim, size in enumerate(leg.places.shape) if size > 1)
+        return (leg.axis,)
 
     def _pair(self, element: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         return (element, inverse) if self.is_diagonal else (element, inverse.mT)
@@ -211,6 +229,10 @@ def _factor(leg: Leg, diagonal: Tensor) -> Tensor:
 
 def _scaled(leg: Leg, diagonal: Tensor, tensor: Tensor) -> Tensor:
     factor = _factor(leg, diagonal)
+    batch = diagonal.shape[:-1]
+    # What a module takes in or puts out has samples in rows before its features.
+    between = tensor.ndim - len(batch) - leg.places.ndim
+    factor = factor.reshape(*batch, *(1,) * between, *leg.places.shape)
     if leg.variance is None:
         return tensor * factor
     return factor.square() * (tensor + leg.variance) - leg.variance

@@ -55,6 +55,11 @@ class Symmetry(abc.ABC):
         return self.group.dimension
 
     @property
+    def where(self) -> str:
+        """The parameters that it moves, as text that tells it from all other symmetries of its kind."""
+        return ", ".join((*self.parameters, *self.buffers))
+
+    @property
     def drift(self) -> float:
         """Largest relative drift of the outputs on inputs not used for finding it; NaN without a certificate."""
         return float("nan") if self.certificate is None else self.certificate.drift
@@ -124,7 +129,7 @@ class Symmetry(abc.ABC):
         return 0 if point.loss is None else point.loss.ndim
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.parameters)}; {self.group}, {self.exactness})"
+        return f"{type(self).__name__}({self.where}; {self.group}, {self.exactness})"
 
 
 class Pair(Symmetry):

@@ -97,6 +97,13 @@ class BiasTranslation(Symmetry):
         self.parameters = tuple(dict.fromkeys((bias.name, *absorbing)))
         self.modules = tuple(dict.fromkeys(leg.name for leg in self.inputs))
 
+    @property
+    def where(self) -> str:
+        places = self.bias.places
+        names = list(self.parameters)
+        names[0] += f"[{int(places.min())}:{int(places.max()) + 1}]"
+        return ", ".join(names)
+
     def act(self, element: Tensor, point: Point) -> Point:
         parameters = {self.bias.name: _added(self.bias, element, point.parameters[self.bias.name])}
         for each in self.absorbers:
