@@ -86,6 +86,11 @@ class _Parts:
         every = [slot.variables.numpy().reshape(-1) for slot in movable]
         alive = np.concatenate(every) if every else np.zeros(0, np.int64)
         self.roots = np.unique(classes.root[alive[~classes.dead[alive]]])
+        self.by_root: dict[int, list[int]] = {}
+        for number, slot in enumerate(self.slots):
+            flat = slot.variables.numpy().reshape(-1)
+            for root in np.unique(classes.root[flat[~classes.dead[flat]]]).tolist():
+                self.by_root.setdefault(root, []).append(number)
         # What comes first in the data flow moves by the element itself, what undoes it by the inverse.
         self.orientation = np.zeros(count, np.int64)
         self.order = np.zeros(count, np.int64)
@@ -121,6 +126,11 @@ class _Parts:
         found = np.minimum(found, len(roots) - 1)
         match = (roots[found] == self.classes.root[variables]) & ~self.classes.dead[variables]
         return np.where(match, found, -1)
+
+    def slots_of(self, roots: np.ndarray) -> list[Slot]:
+        """The slots that some classes stand in, in the order of the data flow."""
+        numbers = {number for root in roots.tolist() for number in self.by_root.get(root, ())}
+        return [self.slots[number] for number in sorted(numbers)]
 
     def signs(self, variables: np.ndarray) -> np.ndarray:
         """The sign of each variable, the first of its class in the data flow counting as positive."""
@@ -179,7 +189,7 @@ def _matrix_kind(parts: _Parts, roots: np.ndarray, legs: list[Leg]) -> type[Axis
 def _matrix_legs(parts: _Parts, roots: np.ndarray, planes: bool = False) -> list[Leg] | None:
     """Legs of a matrix group on some classes; None where they do not stand along axes as such a group needs."""
     legs = []
-    for slot in parts.slots:
+    for slot in parts.slots_of(roots):
         found = _matrix_places(parts, roots, slot.variables, planes)
         if found is None:
             return None
@@ -217,7 +227,7 @@ def _translations(parts: _Parts, roots: np.ndarray, legs: list[Leg]) -> list[Can
     """Translations of a bias among the legs of a matrix group."""
 
     def is_bias(leg: Leg) -> bool:
-        return any(slot.name == leg.name and slot.variables.ndim == 1 for slot in parts.slots)
+        return any(slot.name == leg.name and slot.variables.ndim == 1 for slot in parts.slots_of(roots))
 
     biases = {dual: [leg for leg in legs if leg.dual == dual and is_bias(leg)] for dual in (False, True)}
     if parts.tagged("attention", roots):
@@ -243,7 +253,7 @@ def _two_sided(legs: list[Leg]) -> bool:
 
 def _diagonal_candidates(parts: _Parts, roots: np.ndarray, model: nn.Module) -> list[Candidate]:
     legs = []
-    for slot in parts.slots:
+    for slot in parts.slots_of(roots):
         flat = slot.variables.numpy().reshape(-1)
         coordinates = parts.places(roots, flat)
         if not (coordinates >= 0).any():

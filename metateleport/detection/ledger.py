@@ -110,8 +110,9 @@ class Ledger:
     def equal(self, first: Tensor, second: Tensor, sign: int = 1, tentative: bool = False) -> None:
         """Asks $s_a = \\pm s_b$, place by place."""
         a, b = torch.broadcast_tensors(first, second)
-        pairs = torch.unique(torch.stack((a.reshape(-1), b.reshape(-1))), dim=1).numpy()
-        self.edges.append((pairs[0], pairs[1], sign, tentative))
+        # Both numbers of a pair in one, so that finding the different ones is fast.
+        pairs = np.unique(((a << 32) | b).numpy())
+        self.edges.append((pairs >> 32, pairs & 0xFFFFFFFF, sign, tentative))
 
     def kill(self, labels: list[Tensor], reason: str = "", module: str = "", tentative: bool = False) -> None:
         """Asks that the variables of some labels stay; `tentative` where that may change once more is known."""
