@@ -197,20 +197,46 @@ LinearPair(2.weight, 2.bias, 3.weight; GeneralLinear(2), exact)])
 
 
 def _walked(graph: Graph, model: nn.Module) -> tuple[list[Candidate], list[Refused]]:
+    graph, shared = _by_first_name(graph, model)
     pinned = aliased(model, graph.constants)
+    if graph.prefix:
+        # Outside of the part that was traced nobody has looked.
+        pinned.update({name: f"shared ({', '.join(names)}) beyond what could be traced" for name, names in shared.items()})
     named = dict(model.named_parameters())
-    frozen = tuple(name for name, value in named.items() if not value.requires_grad and name in graph.parameters.values())
-    movable = {name: value for name, value in named.items() if value.requires_grad and name not in pinned}
-    statistics = frozenset(name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var")))
-    batch = [Candidate(each.symmetry, each.place) for each in batch_candidates(graph, model)]
-    walked = walk(graph, movable, pinned, statistics)
-    refused = [Refused(reason, (name,)) for name, reason in pinned.items()]
+    used = set(graph.parameters.values())
+    frozen = tuple(name for name, value in named.items() if not value.requires_grad and name in used)
+    movable = {
+        name
+        for name, value in named.items()
+        if value.requires_grad and value.is_floating_point() and name not in pinned
+    }
+    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    walked = walk(graph, movable, statistics)
+    refused = [Refused(reason, (name,)) for name, reason in pinned.items() if name in used]
     if frozen:
         refused.append(Refused("frozen (requires_grad=False)", frozen))
-    return [*candidates(walked, model), *batch], [*refused, *_reasons(walked, named)]
+    batch = [Candidate(each.symmetry, each.place) for each in batch_candidates(graph, model)]
+    return [*candidates(walked, model), *batch], [*refused, *_reasons(walked, named, shared)]
 
 
-def _reasons(walked: Walk, named: dict[str, nn.Parameter]) -> list[Refused]:
+def _by_first_name(graph: Graph, model: nn.Module) -> tuple[Graph, dict[str, list[str]]]:
+    """The graph with every parameter and buffer under the first of its names, and those that have several."""
+    names: dict[int, list[str]] = {}
+    for name, value in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(value), []).append(name)
+    first = {name: several[0] for several in names.values() for name in several}
+    renamed = dataclasses.replace(
+        graph,
+        parameters={key: first.get(name, name) for key, name in graph.parameters.items()},
+        tensors={key: first.get(name, name) for key, name in graph.tensors.items()},
+    )
+    return renamed, {several[0]: several for several in names.values() if len(several) > 1}
+
+
+def _reasons(walked: Walk, named: dict[str, nn.Parameter], shared: dict[str, list[str]]) -> list[Refused]:
     """What holds the parameters that cannot move, one entry for each place that says so."""
     ledger, classes = walked.ledger, walked.classes
     owner: dict[int, list[str]] = {}
@@ -223,7 +249,12 @@ def _reasons(walked: Walk, named: dict[str, nn.Parameter]) -> list[Refused]:
         for root in np.unique(classes.root[np.concatenate(parts)]).tolist():
             if root:
                 found.setdefault(place, {}).update(dict.fromkeys(owner.get(root, ())))
-    return [Refused(reason, tuple(names), module) for (module, reason), names in found.items() if names]
+    refused = [Refused(reason, tuple(names), module) for (module, reason), names in found.items() if names]
+    for name, names in shared.items():
+        slots = ledger.by_parameter.get(name, []) if name in named else []
+        if slots and all(bool(classes.dead[slot.variables.numpy()].all()) for slot in slots):
+            refused.append(Refused(f"shared ({', '.join(names)}): it cannot move in one place only", (name,)))
+    return refused
 
 
 def _certified(

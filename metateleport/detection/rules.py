@@ -17,8 +17,7 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 """By the operation's name: gets the context, the shape of the result and the arguments, gives the result's value."""
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_UNFIT = "inputs of a {} whose scaling differs along a dimension that it runs over"
+_LETTERS = "abcdefghijklmnopqrstuvw"
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
@@ -143,8 +142,8 @@ def _convolve(
     order: tuple[int, int],
 ) -> Value:
     ndim = x.ndim
-    x = _without(context, x, range(2, ndim), "convolution")
-    weight = _without(context, weight, range(2, ndim), "", silent=True)
+    x = _constant(context, x, range(2, ndim))
+    weight = _without(weight, context, range(2, ndim))
     if groups == 1:
         names = "yz" if order == (0, 1) else "zy"
         flat = context.value(x.shape[:2], [label.reshape(label.shape[:2]) for label in x.labels])
@@ -192,17 +191,30 @@ def _is_other(key: tuple[object, ...], own: tuple[object, ...], grouped: tuple[o
     return key[0] == own[0] and key not in (own, grouped)
 
 
-def _without(context: Context, value: Value, dims: Sequence[int], name: str, silent: bool = False) -> Value:
+def _without(value: Value, context: Context, dims: Sequence[int]) -> Value:
     """The value without the labels that vary along some dimensions; those have to stay."""
     bad = [label for label in value.labels if set(varying(label)) & set(dims)]
-    context.kill_labels(bad, _UNFIT.format(name), silent)
+    context.kill_labels(bad, silent=True)
     kept = tuple(label for label in value.labels if not set(varying(label)) & set(dims))
     return Value(value.shape, kept, value.parameter, value.buffer)
 
 
+def _constant(context: Context, value: Value, dims: Sequence[int]) -> Value:
+    """The value, all of whose entries along some dimensions have to scale alike."""
+    labels = []
+    for label in value.labels:
+        first = label
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        if first.shape != label.shape:
+            context.ledger.equal(label, first, tentative=len(value.labels) > 1)
+        labels.append(first)
+    return Value(value.shape, tuple(labels), value.parameter, value.buffer)
+
+
 @_rule("embedding")
 def _embedding(context: Context, shape: tuple[int, ...], weight: Value, indices: Value, *_: Any) -> Value:
-    weight = _without(context, weight, (0,), "", silent=True)
+    weight = _without(weight, context, (0,))
     context.kill(indices)
     return context.value(shape, [label.reshape(-1) for label in weight.labels])
 
@@ -296,7 +308,7 @@ def _batch_norm(
     eps: float,
     cudnn: bool,
 ) -> Value:
-    x = _without(context, x, (0, *range(2, x.ndim)), "batch norm")
+    x = _constant(context, x, (0, *range(2, x.ndim)))
     context.kill_labels(x.labels[1:], tentative=True)
     known = mean is not None and variance is not None and mean.buffer is not None and variance.buffer is not None
     if not known and not training:
@@ -471,20 +483,18 @@ def _masked_fill(context: Context, shape: tuple[int, ...], x: Value, mask: Value
 
 def _pool(name: str, dims: int, homogeneous: bool) -> None:
     def rule(context: Context, shape: tuple[int, ...], x: Value, *_: Any, **__: Any) -> Value:
-        x = _without(context, x, range(x.ndim - dims, x.ndim), "pooling")
+        x = _constant(context, x, range(x.ndim - dims, x.ndim))
         return (_homogeneous if homogeneous else _same)(context, shape, x)
 
     RULES[name] = rule
 
 
 for _dims in (1, 2, 3):
-    for _name in (f"avg_pool{_dims}d", f"adaptive_avg_pool{_dims}d"):
+    for _name in (f"avg_pool{_dims}d", f"adaptive_avg_pool{_dims}d", f"upsample_nearest{_dims}d"):
         _pool(_name, _dims, False)
     _pool(f"max_pool{_dims}d", _dims, True)
-    for _name in ("linear", "bilinear", "trilinear"):
-        _pool(f"upsample_nearest{_dims}d", _dims, False)
-        _pool(f"upsample_{_name}{_dims}d", _dims, False)
-_pool("upsample_bicubic2d", 2, False)
+for _name, _dims in (("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2), ("trilinear3d", 3)):
+    _pool(f"upsample_{_name}", _dims, False)
 
 
 @_rule("mean", "sum", "amax", "amin")
@@ -493,7 +503,7 @@ def _reduce(
 ) -> Value:
     dims = list(range(x.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     dims = [dim % x.ndim for dim in dims]
-    x = _without(context, x, dims, context.name)
+    x = _constant(context, x, dims)
     labels = list(x.labels)
     if not keepdim:
         kept = [dim for dim in range(x.ndim) if dim not in dims]
@@ -507,7 +517,7 @@ def _pad(context: Context, shape: tuple[int, ...], x: Value, pads: Sequence[int]
     if any(each not in (0, "constant", None) for each in rest):
         return None
     padded = [x.ndim - 1 - i for i in range(len(pads) // 2) if pads[2 * i] or pads[2 * i + 1]]
-    return context.value(shape, _without(context, x, padded, "padding").labels)
+    return context.value(shape, _constant(context, x, padded).labels)
 
 
 # Shapes.
@@ -521,7 +531,9 @@ _MOVING = (
 ).split()
 
 
-def _reshape(context: Context, shape: tuple[int, ...], x: Value, *_: Any, **__: Any) -> Value:
+def _reshape(context: Context, shape: tuple[int, ...], x: Value, *arguments: Any, **__: Any) -> Value | None:
+    if any(isinstance(each, torch.dtype) for each in arguments):
+        return None
     return context.value(shape, [label.expand(x.shape).reshape(shape) for label in x.labels])
 
 

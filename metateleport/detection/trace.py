@@ -47,8 +47,15 @@ def split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def observables(outputs: Any) -> tuple[Tensor, ...]:
-    """The tensors of a model's outputs, nested ones included; caches of keys and values are not outputs."""
-    return tuple(_tensors_of(outputs))
+    """The tensors of a model's outputs, nested ones included; caches of keys and values are not outputs.
+
+    Raises:
+        TypeError: if there are none, or something among the outputs may hide some.
+    """
+    found = tuple(_tensors_of(outputs))
+    if not found:
+        raise TypeError(f"the model puts out no tensor, but a {type(outputs).__name__}")
+    return found
 
 
 def _tensors_of(value: Any) -> Iterator[Tensor]:
@@ -64,6 +71,12 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _tensors_of(getattr(value, field.name))
+    elif not (value is None or isinstance(value, bool | int | float | str) or _is_cache(value)):
+        raise TypeError(f"outputs of type {type(value).__name__} are not followed")
+
+
+def _is_cache(value: Any) -> bool:
+    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
 
 
 class Observed(nn.Module):
@@ -114,7 +127,7 @@ def _children(
     handles = [module.register_forward_pre_hook(catch(name), with_kwargs=True) for name, module in modules.items()]
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _restored(model):
             torch.func.functional_call(model, buffers, inputs, keywords)
     finally:
         for handle in handles:
@@ -139,7 +152,7 @@ def _children(
 
 
 def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any], prefix: str) -> Graph:
-    with warnings.catch_warnings(), torch.enable_grad(), _quiet():
+    with warnings.catch_warnings(), torch.enable_grad(), _quiet(), _restored(observed):
         warnings.simplefilter("ignore")
         program = torch.export.export(observed, inputs, keywords, strict=False)
     signature = program.graph_signature
@@ -154,6 +167,26 @@ def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any
         constants=tuple(value for value in program.constants.values() if isinstance(value, Tensor)),
         prefix=prefix,
     )
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Gives modules back the attributes that they had: a forward pass may keep tensors, and a trace's are of no use."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    contents: list[tuple[Any, Any]] = []
+    for _, values in attributes:
+        for name, value in values.items():
+            if type(value) in (list, dict) and name not in ("_modules", "_parameters"):
+                contents.append((value, value.copy()))
+    try:
+        yield
+    finally:
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        for value, before in contents:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
 
 
 @contextlib.contextmanager

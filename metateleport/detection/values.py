@@ -171,7 +171,9 @@ class Context:
                 )
                 key = (right.parameter, "again", tuple(sorted(along)), extra)
                 extra += 1
-                partner = self.ledger.slot(key, right.parameter, shape)
+                # A kernel comes without its last dimensions.
+                behind = self.ledger.by_parameter[right.parameter][0].variables.ndim - len(shape)
+                partner = self.ledger.slot(key, right.parameter, (*shape, *(1,) * behind)).reshape(shape)
                 self._meet(spread, _spread(partner, right_names, wide), set(), wide, tag, True)
             else:
                 self.kill_labels([spread], f"{self.name} with a value that cannot undo its scaling", tentative=tentative)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Walk:
         self.ledger, self.classes = ledger, classes
 
 
-def walk(graph: Graph, movable: Mapping[str, Tensor], pinned: Mapping[str, str], buffers: frozenset[str]) -> Walk:
+def walk(graph: Graph, movable: Collection[str], buffers: Collection[str]) -> Walk:
     """Passes over a graph until no more variables turn out to have to stay.
 
     A norm seen late makes what led to it stay, and with it what was matched with it on the way: passes are repeated
@@ -44,8 +44,7 @@ def walk(graph: Graph, movable: Mapping[str, Tensor], pinned: Mapping[str, str],
 
     Args:
         graph: the graph.
-        movable: the parameters that may move, by name.
-        pinned: the parameters that must not, by name, each with the reason.
+        movable: names of the parameters that may move.
         buffers: names of the buffers that may move (running statistics).
     """
     ledger = Ledger()
@@ -53,7 +52,7 @@ def walk(graph: Graph, movable: Mapping[str, Tensor], pinned: Mapping[str, str],
     for _ in range(_MOST_PASSES):
         size = ledger.size
         ledger.begin()
-        _pass(graph, ledger, movable, pinned, buffers)
+        _pass(graph, ledger, movable, buffers)
         classes = ledger.solve(tentative)
         ledger.remember(tentative)
         changed = not np.array_equal(classes.dead, ledger.dead) or ledger.size != size
@@ -68,9 +67,8 @@ def walk(graph: Graph, movable: Mapping[str, Tensor], pinned: Mapping[str, str],
 def _pass(
     graph: Graph,
     ledger: Ledger,
-    movable: Mapping[str, Tensor],
-    pinned: Mapping[str, str],
-    buffers: frozenset[str],
+    movable: Collection[str],
+    buffers: Collection[str],
 ) -> None:
     values: dict[torch.fx.Node, Any] = {}
     for number, node in enumerate(graph.nodes):
@@ -83,7 +81,7 @@ def _pass(
 
 
 def _placeholder(
-    graph: Graph, node: torch.fx.Node, ledger: Ledger, movable: Mapping[str, Tensor], buffers: frozenset[str]
+    graph: Graph, node: torch.fx.Node, ledger: Ledger, movable: Collection[str], buffers: Collection[str]
 ) -> Any:
     shape = _shape(node)
     name = graph.parameters.get(node.name)
@@ -124,7 +122,8 @@ def _call(graph: Graph, node: torch.fx.Node, number: int, ledger: Ledger, values
         # An overload that a rule does not know asks for more or other arguments: it is not followed.
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):
             result = RULES[base](context, shape, *arguments, **torch.fx.map_arg(node.kwargs, values.get))
-    if result is None:
+    # Rounding to whole numbers does not scale.
+    if result is None or not _is_floating(node.meta.get("val")):
         context.kill(labelled)
         return _fixed(shape)
     return result
@@ -146,6 +145,13 @@ def _fixed(shape: Any) -> Any:
     if isinstance(shape, list):
         return [_fixed(each) for each in shape]
     return Value(shape) if isinstance(shape, tuple) else shape
+
+
+def _is_floating(value: Any) -> bool:
+    """Whether a tensor, or all of several, holds floating-point numbers, or truth values that say no more than signs."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.dtype is torch.bool
+    return isinstance(value, tuple | list) and all(_is_floating(each) for each in value)
 
 
 def _shape(node: torch.fx.Node) -> Any:
