@@ -192,7 +192,13 @@ class _Streams(nn.Module):
 
 def _batch_normed() -> nn.Module:
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 2),
     )
     for module in model:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -167,9 +167,8 @@ def _matrix_candidates(parts: _Parts, roots: np.ndarray, model: nn.Module) -> li
     legs = _matrix_legs(parts, roots)
     if legs is None:
         return list(instead)
-    symmetry: Symmetry = _build(parts, roots, _matrix_kind(parts, roots, legs), GeneralLinear(len(roots)), legs)
-    if type(symmetry) is LinearChain:
-        symmetry = _as_pair(symmetry, model, LinearPair)
+    built = _build(parts, roots, _matrix_kind(parts, roots, legs), GeneralLinear(len(roots)), legs)
+    symmetry: Symmetry = _as_pair(built, model, LinearPair) if type(built) is LinearChain else built
     if not _two_sided(legs):
         return []
     first = Candidate(symmetry, parts.place(roots), instead)
@@ -266,10 +265,9 @@ def _diagonal_candidates(parts: _Parts, roots: np.ndarray, model: nn.Module) -> 
                 legs.append(Leg(slot.name, places, 0, dual, slot.variance))
     if not _two_sided(legs):
         return []
-    kind, exactness = _diagonal_kind(parts, roots, legs)
-    symmetry: Symmetry = _build(parts, roots, kind, PositiveDiagonal(len(roots)), legs, exactness)
-    if kind is ChannelRescaling:
-        symmetry = _as_pair(symmetry, model, Rescaling)
+    kind, exactness = _diagonal_kind(parts, roots)
+    built = _build(parts, roots, kind, PositiveDiagonal(len(roots)), legs, exactness)
+    symmetry: Symmetry = _as_pair(built, model, Rescaling) if kind is ChannelRescaling else built
     plain = Candidate(symmetry, parts.place(roots))
     if not parts.tagged("attention", roots):
         return [plain]
@@ -285,7 +283,7 @@ def _diagonal_candidates(parts: _Parts, roots: np.ndarray, model: nn.Module) -> 
     return [first, *found[1:]]
 
 
-def _diagonal_kind(parts: _Parts, roots: np.ndarray, legs: list[Leg]) -> tuple[type[AxisSymmetry], str]:
+def _diagonal_kind(parts: _Parts, roots: np.ndarray) -> tuple[type[AxisSymmetry], str]:
     if parts.tagged("before batch norm, training", roots):
         return BeforeBatchNorm, "approximate"
     for tag, kind in (

@@ -46,7 +46,9 @@ def batch_candidates(graph: Graph, model: nn.Module) -> list[BatchCandidate]:
         if called.count(first) > 1 or called.count(second) > 1:
             continue
         with contextlib.suppress(Unsuitable):
-            found.append(BatchCandidate(BatchPair2022(model, first, second, activation), (position[node], position[after])))
+            found.append(
+                BatchCandidate(BatchPair2022(model, first, second, activation), (position[node], position[after]))
+            )
     return found
 
 

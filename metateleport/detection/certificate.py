@@ -135,7 +135,13 @@ class _Record:
     def certificate(self, dtype: torch.dtype) -> Certificate:
         sizes = tuple(sorted(self.sizes))
         return Certificate(
-            self.drift[True] if self.fresh else self.drift[False], self.drift[False], sizes, len(self.weights), dtype, self.together, self.reason
+            self.drift[True] if self.fresh else self.drift[False],
+            self.drift[False],
+            sizes,
+            len(self.weights),
+            dtype,
+            self.together,
+            self.reason,
         )
 
 
@@ -209,7 +215,7 @@ class _Stage:
             records[i].add(setting, worst, reason, len(chosen))
 
     def _measure(self, symmetries: Sequence[Symmetry], setting: _Setting) -> tuple[float, str]:
-        """The largest drift under elements of norm at most one, and why the symmetries do not hold together."""
+        """The largest drift, and why the symmetries do not hold together."""
         exact = symmetries[0].exactness == "exact"
         worst = 0.0
         for number, size in enumerate(setting.sizes):
@@ -226,8 +232,7 @@ class _Stage:
             if not drift <= limit:
                 where = "random weights" if setting.weights else "the model's weights"
                 return worst, f"outputs drift by {drift:.1e} under an element of norm {size:g} at {where}"
-            if size <= 1:
-                worst = max(worst, drift)
+            worst = max(worst, drift)
         return worst, ""
 
     def _measure_on_batch(self, symmetry: Symmetry, setting: _Setting, record: _Record) -> None:
@@ -248,7 +253,9 @@ class _Stage:
             self.tensors[name].copy_(point.parameters[name])
         # A batch form solves a linear system, which costs digits.
         held = drift <= 1e4 * EXACT[self.dtype]
-        record.add(here, drift, "" if held else f"outputs on the batch drift by {drift:.1e} under an element of norm 1", 1)
+        record.add(
+            here, drift, "" if held else f"outputs on the batch drift by {drift:.1e} under an element of norm 1", 1
+        )
 
     def _element(self, symmetry: Symmetry, size: float, source: torch.Generator) -> Tensor:
         return random_element(symmetry.group, size, source, self.dtype, next(iter(self.named.values())).device)
@@ -272,7 +279,7 @@ class _Stage:
 
 
 def _computed(model: nn.Module) -> dict[int, Any]:
-    """Plain copies of tensors that a module keeps beside its parameters and computed from them: torch copies no graph."""
+    """Plain copies of tensors that a module computed from its parameters and keeps: torch copies no graph."""
     return {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -320,11 +327,11 @@ def randomise(model: nn.Module, scale: float, seed: int) -> None:
                 width = value.shape[1:].numel() if value.ndim > 1 else 4
                 bound = scale * (3 / max(width, 1)) ** 0.5
                 value.uniform_(-bound, bound, generator=source(value))
-        for name, value in model.named_buffers():
+        for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
-                value.normal_(0.0, 0.3, generator=source(value))
+                buffer.normal_(0.0, 0.3, generator=source(buffer))
             elif name.endswith("running_var"):
-                value.uniform_(0.5, 1.5, generator=source(value))
+                buffer.uniform_(0.5, 1.5, generator=source(buffer))
 
 
 def fresh_inputs(given: Any, seed: int) -> Any:

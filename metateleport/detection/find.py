@@ -11,9 +11,9 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor, nn
 
-from metateleport.detection.certificate import certify
 from metateleport.detection.assemble import Candidate, candidates
 from metateleport.detection.batch import batch_candidates
+from metateleport.detection.certificate import certify
 from metateleport.detection.trace import Graph, split, trace
 from metateleport.detection.walk import Walk, aliased, walk
 from metateleport.symmetries import Symmetry, Unsuitable
@@ -141,9 +141,7 @@ def _short(names: Sequence[str], most: int = 4) -> str:
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
-def find_symmetries(
-    model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None
-) -> Symmetries:
+def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None) -> Symmetries:
     r"""Finds the continuous symmetries of a model's parameters, and certifies each.
 
     The model is traced by `torch.export`; every axis of every parameter gets a scaling $s$, and every operation says
@@ -153,15 +151,15 @@ def find_symmetries(
 
     | kind | action | group |
     |---|---|---|
-    | linear pair, linear chain | $(U, V, b) \mapsto (U g^{-1}, g V, g b)$ | $GL(k)$ |
-    | rescaling (ReLU, LeakyReLU, PReLU; convolutions) | $(U, V, b) \mapsto (U D^{-1}, D V, D b)$ | $\mathbb{R}_{>0}^k$ |
-    | before batch norm | $(V, b, \mu) \mapsto (DV, Db, D\mu)$, $v \mapsto d^2(v+\epsilon)-\epsilon$ | $\mathbb{R}_{>0}^k$ |
-    | after batch norm, norm gain | $(\gamma, \beta, W) \mapsto (d\gamma, d\beta, W\,\mathrm{diag}(d)^{-1})$ | $\mathbb{R}_{>0}^k$ |
-    | attention QK, per key head | $(W_Q, W_K) \mapsto (A W_Q, A^{-\top} W_K)$ | $GL(d)$; rotary: $(\mathbb{C}^*)^{d/2}$ |
-    | attention VO, per value head | $(W_V, W_O) \mapsto (B W_V, W_O B^{-1})$ | $GL(d)$ |
-    | gated MLP | $(W_{up}, W_{down}) \mapsto (D W_{up}, W_{down} D^{-1})$ | $\mathbb{R}_{>0}^k$ |
+    | linear pair, chain | $(U, V, b) \mapsto (U g^{-1}, g V, g b)$ | $GL(k)$ |
+    | rescaling | $(U, V, b) \mapsto (U D^{-1}, D V, D b)$ through ReLU, LeakyReLU, PReLU | $D \in \mathbb{R}_{>0}^k$ |
+    | before batch norm | $(V, b, \mu) \mapsto (DV, Db, D\mu)$, $v \mapsto d^2(v+\epsilon)-\epsilon$ | diagonal |
+    | after batch norm, norm gain | $(\gamma, \beta, W) \mapsto (D\gamma, D\beta, W D^{-1})$ | diagonal |
+    | attention QK, a key head | $(W_Q, W_K) \mapsto (A W_Q, A^{-\top} W_K)$ | $GL(d)$; rotary $(\mathbb{C}^*)^{d/2}$ |
+    | attention VO, a value head | $(W_V, W_O) \mapsto (B W_V, W_O B^{-1})$ | $GL(d)$ |
+    | gated MLP | $(W_{up}, W_{down}) \mapsto (D W_{up}, W_{down} D^{-1})$ | diagonal |
     | translation | $(b, c) \mapsto (b + t, c - W t)$; key biases freely | $\mathbb{R}^k$ |
-    | batch pair (2022), on the batch | $V \mapsto V + (s^{-1}(g s(Vh + b)) - b - Vh) h^+$, $U \mapsto U g^{-1}$ | $GL(k)$ |
+    | batch pair, 2022 form | bijective activations, on the batch: see `BatchPair2022` | $GL(k)$ |
     | LoRA pair | $(A, B) \mapsto (g A, B g^{-1})$ | $GL(r)$ |
 
     Args:
@@ -201,7 +199,9 @@ def _walked(graph: Graph, model: nn.Module) -> tuple[list[Candidate], list[Refus
     pinned = aliased(model, graph.constants)
     if graph.prefix:
         # Outside of the part that was traced nobody has looked.
-        pinned.update({name: f"shared ({', '.join(names)}) beyond what could be traced" for name, names in shared.items()})
+        pinned.update(
+            {name: f"shared ({', '.join(names)}) beyond what could be traced" for name, names in shared.items()}
+        )
     named = dict(model.named_parameters())
     used = set(graph.parameters.values())
     frozen = tuple(name for name, value in named.items() if not value.requires_grad and name in used)

@@ -130,7 +130,9 @@ class Ledger:
             shape = [1] * label.ndim
             shape[dim] = label.shape[dim]
             fiber = fiber * label.shape[dim] + torch.arange(label.shape[dim]).reshape(shape)
-        self.touches.append((operation, label.reshape(-1).numpy(), fiber.expand(label.shape).reshape(-1).numpy(), scales))
+        self.touches.append(
+            (operation, label.reshape(-1).numpy(), fiber.expand(label.shape).reshape(-1).numpy(), scales)
+        )
 
     def elementwise(self, label: Tensor) -> None:
         """Records that each variable of a label is treated by itself."""

@@ -141,7 +141,8 @@ class Context:
         shared = {name for name in out_names if name in left_names and name in right_names}
         sides = []
         for value, names in ((left, left_names), (right, right_names)):
-            passing, meeting = [], []
+            passing: list[tuple[Tensor, set[str]]] = []
+            meeting: list[tuple[Tensor, set[str]]] = []
             for label in value.labels:
                 spread = _spread(label, names, wide)
                 along = {wide[dim] for dim in varying(spread)}
@@ -164,11 +165,10 @@ class Context:
             found = next((i for i, (_, other) in enumerate(waiting) if other ^ along <= shared), None)
             if found is not None:
                 partner, other = waiting.pop(found)
-                self._meet(*torch.broadcast_tensors(spread, partner), (along | other) & shared, wide, tag, tentative)
+                wider, partner = torch.broadcast_tensors(spread, partner)
+                self._meet(wider, partner, (along | other) & shared, wide, tag, tentative)
             elif right.parameter is not None and along <= set(right_names) and not along & shared:
-                shape = tuple(
-                    right.shape[i] if name in along else 1 for i, name in enumerate(right_names)
-                )
+                shape = tuple(right.shape[i] if name in along else 1 for i, name in enumerate(right_names))
                 key = (right.parameter, "again", tuple(sorted(along)), extra)
                 extra += 1
                 # A kernel comes without its last dimensions.
@@ -176,16 +176,16 @@ class Context:
                 partner = self.ledger.slot(key, right.parameter, (*shape, *(1,) * behind)).reshape(shape)
                 self._meet(spread, _spread(partner, right_names, wide), set(), wide, tag, True)
             else:
-                self.kill_labels([spread], f"{self.name} with a value that cannot undo its scaling", tentative=tentative)
+                self.kill_labels(
+                    [spread], f"{self.name} with a value that cannot undo its scaling", tentative=tentative
+                )
         # Without a label on the left the border of the model, or what is said above, holds the right side in place.
         reason = f"{self.name} with a value that cannot undo its scaling"
         silent = not left.labels or right.parameter is not None
         self.kill_labels([spread for spread, _ in waiting], reason, silent, tentative and bool(left.labels))
         return tuple(result)
 
-    def _meet(
-        self, label: Tensor, partner: Tensor, fibers: set[str], wide: str, tag: str, tentative: bool
-    ) -> None:
+    def _meet(self, label: Tensor, partner: Tensor, fibers: set[str], wide: str, tag: str, tentative: bool) -> None:
         self.ledger.equal(label, partner, -1, tentative)
         self.ledger.touch(self.operation, label, tuple(wide.index(name) for name in sorted(fibers)))
         if tag:

@@ -19,7 +19,17 @@ __all__ = ["Walk", "aliased", "module_of", "name_of", "walk"]
 
 _MOST_PASSES = 50
 _SHAPE_ONLY = frozenset(
-    "zeros_like ones_like full_like rand_like randn_like empty_like sym_size size _assert_tensor_metadata".split()
+    (
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "empty_like",
+        "sym_size",
+        "size",
+        "_assert_tensor_metadata",
+    )
 )
 """Operations that look at no entry of their inputs."""
 
@@ -101,7 +111,8 @@ def _call(graph: Graph, node: torch.fx.Node, number: int, ledger: Ledger, values
     shape = _shape(node)
     name = name_of(node)
     if name == "getitem":
-        source, place = node.args
+        source: Any = node.args[0]
+        place: Any = node.args[1]
         if isinstance(values[source], list):
             return values[source][place]
         return Value(shape) if isinstance(shape, tuple) else shape
@@ -148,7 +159,7 @@ def _fixed(shape: Any) -> Any:
 
 
 def _is_floating(value: Any) -> bool:
-    """Whether a tensor, or all of several, holds floating-point numbers, or truth values that say no more than signs."""
+    """Whether a tensor, or all of several, holds floating-point numbers, or truth values (signs)."""
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.dtype is torch.bool
     return isinstance(value, tuple | list) and all(_is_floating(each) for each in value)
