@@ -176,14 +176,20 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 1))
-        >>> find_symmetries(model, torch.ones(5, 3))
-        Symmetries([Rescaling(0.weight, 0.bias, 2.weight; PositiveDiagonal(4), exact), \
-LinearPair(2.weight, 2.bias, 3.weight; GeneralLinear(2), exact)])
+        >>> for found in find_symmetries(model, torch.ones(5, 3)):
+        ...     print(found.kind, found.group, found.where)
+        rescaling PositiveDiagonal(4) 0.weight, 0.bias, 2.weight
+        linear pair GeneralLinear(2) 2.weight, 2.bias, 3.weight
+        translation Translation(2) 2.bias[0:2], 3.weight, 3.bias
     """
     inputs, keywords = split(example_input)
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so it has no parameter symmetries")
-    graphs, unfollowed = trace(model, inputs, keywords, loss)
+    try:
+        graphs, unfollowed = trace(model, inputs, keywords, loss)
+    except Exception as error:
+        name = type(model).__name__
+        raise ValueError(f"{name} does not run on its example input: {type(error).__name__}: {error}") from error
     refused = [Refused(reason, (), module) for module, reason in unfollowed]
     found: list[Candidate] = []
     for graph in graphs:
