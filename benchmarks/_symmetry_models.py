@@ -82,7 +82,7 @@ def _autoencoder() -> tuple[nn.Module, Any]:
 
 
 def _resnet18() -> tuple[nn.Module, Any]:
-    return _torchvision().resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    return _torchvision().resnet18(num_classes=10), torch.randn(2, 3, 224, 224)
 
 
 def _vgg11_bn() -> tuple[nn.Module, Any]:

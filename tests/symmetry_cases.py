@@ -376,6 +376,10 @@ CASES: list[Case] = [
 ]
 
 
+LEARNED: list[Case] = [each for each in CASES if each.name != "translations"]
+"""Cases that a learned teleporter moves along; it has no basis for translations and leaves them alone."""
+
+
 def case(name: str) -> Case:
     return next(each for each in CASES if each.name == name)
 

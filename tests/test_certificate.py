@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.detection.certificate import fresh_inputs, random_element, randomise
+from metateleport.detection.rules import RULES
 from metateleport.groups import GeneralLinear, PositiveDiagonal
 from metateleport.symmetries import axes
 from metateleport.symmetries.lora import LoRAPair
@@ -95,10 +96,20 @@ def test_a_translation_with_the_wrong_absorber_is_refused() -> None:
     assert [each.holds for each in mt.certify(model, claims, (torch.randn(5, 3),))] == [True, False]
 
 
+def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    monkeypatch.setitem(RULES, "tanh", RULES["relu"])
+    found = mt.find_symmetries(model, torch.randn(5, 3))
+    assert len(found) == 0
+    assert any("outputs drift by" in each.reason for each in found.refused)
+
+
 def test_the_model_is_not_touched() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
     before = copy.deepcopy(model.state_dict())
-    mt.certify(model, [mt.LinearPair(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "0", "1")][:0], (torch.ones(2, 3),))
+    mt.certify(
+        model, [mt.LinearPair(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "0", "1")][:0], (torch.ones(2, 3),)
+    )
     mt.find_symmetries(model, torch.randn(8, 3))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -72,7 +72,7 @@ def _kept(m: Any, x: Tensor) -> Tensor:
 
 def _hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    model[1].register_forward_hook(lambda module, inputs, output: output.clamp(max=10.0))
+    model[1].register_forward_hook(lambda *told: told[-1].clamp(max=10.0))
     return model
 
 
@@ -88,7 +88,7 @@ NOTHING: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: functional.linear(torch.relu(m.a(x)), m.a.weight.T), a=nn.Linear(4, 6)
     ),
     "homogeneous below six": lambda: _pair(lambda m, x: m.b(functional.relu6(m.a(x)))),
-    "nearly homogeneous": lambda: _pair(lambda m, x: m.b((lambda h: h.relu() + 1e-7 * h.relu() ** 2)(m.a(x)))),
+    "nearly homogeneous": lambda: _pair(lambda m, x: m.b(_nearly(m.a(x)))),
     "homogeneous of degree zero": lambda: _pair(lambda m, x: m.b(functional.normalize(m.a(x).relu()))),
     "softplus that looks like ReLU": lambda: _pair(lambda m, x: m.b(functional.softplus(m.a(x), beta=1e3))),
     "a threshold": lambda: _pair(lambda m, x: m.b((lambda h: h * (h > 0.1))(m.a(x)))),
@@ -112,9 +112,7 @@ NOTHING: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": lambda: nn.Sequential(
         nn.Linear(4, 5), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(5, 2))
     ),
-    "spectral norm of old": lambda: nn.Sequential(
-        nn.Linear(4, 5), nn.ReLU(), nn.utils.spectral_norm(nn.Linear(5, 2))
-    ),
+    "spectral norm of old": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.utils.spectral_norm(nn.Linear(5, 2))),
     "a hook": _hooked,
     "an LSTM": lambda: Written(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(4, 3)),
 }
@@ -168,9 +166,9 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         5,
     ),
     "one layer twice moves as one": (
-        lambda: (lambda layer: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(5, 2)))(
-            nn.Linear(5, 5)
-        ),
+        lambda: (
+            lambda layer: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(5, 2))
+        )(nn.Linear(5, 5)),
         5,
     ),
 }

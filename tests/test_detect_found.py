@@ -53,11 +53,12 @@ def test_a_chain_gives_its_pairs_in_the_order_of_the_data_flow() -> None:
 
 
 def test_the_order_is_that_of_the_flow_not_that_of_definition() -> None:
-    model = Written(
-        lambda m, h: m.a(m.b(torch.relu(m.c(h)))), a=nn.Linear(5, 2), b=nn.Linear(4, 5), c=nn.Linear(3, 4)
-    )
+    model = Written(lambda m, h: m.a(m.b(torch.relu(m.c(h)))), a=nn.Linear(5, 2), b=nn.Linear(4, 5), c=nn.Linear(3, 4))
     found = [each for each in mt.find_symmetries(model, x(6, 3)) if each.kind != "translation"]
-    assert [each.parameters for each in found] == [("c.weight", "c.bias", "b.weight"), ("b.weight", "b.bias", "a.weight")]
+    assert [each.parameters for each in found] == [
+        ("c.weight", "c.bias", "b.weight"),
+        ("b.weight", "b.bias", "a.weight"),
+    ]
 
 
 def test_functional_calls_residual_streams_and_containers() -> None:
@@ -249,6 +250,16 @@ def test_optimizers_find_what_an_example_shows() -> None:
         example_input=inputs,
     )
     assert [each.kind for each in half.symmetries] == ["gated MLP"]
+
+
+def test_optimizers_tell_that_they_move_no_buffers() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    found = mt.find_symmetries(model, x(16, 3))
+    inner = torch.optim.SGD(model.parameters(), 1e-3)
+    with pytest.raises(ValueError, match=r"moves the buffer '1\.running_mean'"):
+        mt.TeleportingOptimizer(inner, model, mt.RandomTeleporter(), symmetries=found)
+    quiet = mt.TeleportingOptimizer(inner, model, mt.RandomTeleporter(), example_input=x(16, 3))
+    assert [each.kind for each in quiet.symmetries] == ["after batch norm"]
 
 
 def _gated() -> dict[str, nn.Module]:

@@ -154,7 +154,9 @@ NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilene
 NAMES += ["GPT-2", "Llama", "BERT", "MiniLM", "LoRA on MiniLM"]
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_stay_on_inputs_never_seen_and_the_way_back_returns_the_weights(
     name: str, dtype: torch.dtype, limit: float

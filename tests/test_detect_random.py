@@ -59,7 +59,9 @@ class Chain(nn.Module):
 def plans(draw: strategies.DrawFn) -> Plan:
     depth = draw(strategies.integers(2, 5))
     widths = tuple(draw(strategies.lists(strategies.integers(2, 4), min_size=depth + 1, max_size=depth + 1)))
-    between = tuple(draw(strategies.lists(strategies.sampled_from(sorted(UNITS)), min_size=depth - 1, max_size=depth - 1)))
+    between = tuple(
+        draw(strategies.lists(strategies.sampled_from(sorted(UNITS)), min_size=depth - 1, max_size=depth - 1))
+    )
     skips = tuple(draw(strategies.lists(strategies.booleans(), min_size=depth, max_size=depth)))
     return Plan(widths, between, skips, draw(strategies.booleans()), draw(strategies.integers(0, 99)))
 

@@ -156,6 +156,8 @@ class LearnedOptimizer(_MetaSteps):
         symmetries = tuple(symmetries)
         named = dict(model.named_parameters())
         for symmetry in symmetries:
+            if symmetry.buffers:
+                raise ValueError(f"{symmetry!r} moves a buffer, and an optimizer moves parameters: leave it out")
             unknown = [name for name in symmetry.parameters if name not in named]
             if unknown:
                 raise ValueError(f"{symmetry!r} moves {unknown[0]!r}, which the model does not have")

@@ -110,7 +110,8 @@ def teleport(
         teleporter: chooses the group elements.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         loss: maps the outputs to a scalar; only needed by teleporters that look at gradients.
-        symmetries: those to move along, in the order of the data flow; found in the model if not given.
+        symmetries: those to move along, in the order of the data flow; the exact ones are found if not given, which
+            takes a trace of the model: find them once and give them where teleports are many.
 
     Returns:
         The report.
