@@ -70,6 +70,19 @@ def _kept(m: Any, x: Tensor) -> Tensor:
     return m.b(m.kept) + 1e-3 * m.kept.tanh().sum()
 
 
+def _nearly(h: Tensor) -> Tensor:
+    return h.relu() + 1e-7 * h.relu() ** 2
+
+
+def _twice_used(m: Any, h: Tensor, second: Callable[[Tensor], Tensor]) -> Tensor:
+    return m.b(h) + second(h)
+
+
+def _one_layer_twice() -> nn.Module:
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(5, 2))
+
+
 def _hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     model[1].register_forward_hook(lambda *told: told[-1].clamp(max=10.0))
@@ -91,11 +104,11 @@ NOTHING: dict[str, Callable[[], nn.Module]] = {
     "nearly homogeneous": lambda: _pair(lambda m, x: m.b(_nearly(m.a(x)))),
     "homogeneous of degree zero": lambda: _pair(lambda m, x: m.b(functional.normalize(m.a(x).relu()))),
     "softplus that looks like ReLU": lambda: _pair(lambda m, x: m.b(functional.softplus(m.a(x), beta=1e3))),
-    "a threshold": lambda: _pair(lambda m, x: m.b((lambda h: h * (h > 0.1))(m.a(x)))),
+    "a threshold": lambda: _pair(lambda m, x: m.b(m.a(x) * (m.a(x) > 0.1))),
     "a clamp far away": lambda: _pair(lambda m, x: m.b(m.a(x).clamp(0, 1e6))),
     "whole numbers": lambda: _pair(lambda m, x: m.b(m.a(x).to(torch.int64).to(x.dtype))),
-    "a second use": lambda: _pair(lambda m, x: (lambda h: m.b(h) + h.sum(-1, keepdim=True))(torch.relu(m.a(x)))),
-    "a small second use": lambda: _pair(lambda m, x: (lambda h: m.b(h) + 1e-6 * h.norm())(torch.relu(m.a(x)))),
+    "a second use": lambda: _pair(lambda m, x: _twice_used(m, torch.relu(m.a(x)), lambda h: h.sum(-1, keepdim=True))),
+    "a small second use": lambda: _pair(lambda m, x: _twice_used(m, torch.relu(m.a(x)), lambda h: 1e-6 * h.norm())),
     "a use that is kept": lambda: _pair(_kept),
     "a use put out": lambda: _pair(lambda m, x: {"y": m.b(torch.relu(m.a(x))), "features": [m.a(x)]}),
     "a number put out": lambda: _pair(lambda m, x: (m.b(torch.relu(m.a(x))), m.a(x).sum().item())),
@@ -166,9 +179,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         5,
     ),
     "one layer twice moves as one": (
-        lambda: (
-            lambda layer: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(5, 2))
-        )(nn.Linear(5, 5)),
+        _one_layer_twice,
         5,
     ),
 }
