@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,19 @@ def _move(symmetry: mt.Symmetry, element: Tensor, tensors: dict[str, Tensor]) ->
     moved = symmetry.act(element, mt.Point({name: tensors[name] for name in names}))
     for name in names:
         tensors[name].copy_(moved.parameters[name])
+
+
+def test_the_command_makes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.symmetries import main
+
+    chosen = ["--models", "MLP", "linear autoencoder"]
+    assert main([*chosen, "--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]) == 0
+    printed = capsys.readouterr().out
+    assert "| MLP | 179 | rescaling 2 (18) | 18 |" in printed
+    assert printed in (tmp_path / "a.md").read_text(encoding="utf-8")
+    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["models"]
+    assert [row["model"] for row in rows] == ["MLP", "linear autoencoder"]
+    assert rows[0]["kinds"] == {"rescaling": {"count": 2, "dimension": 18}}
 
 
 def test_the_drift_told_is_small_and_measured() -> None:

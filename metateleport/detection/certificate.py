@@ -158,15 +158,7 @@ class _Stage:
     ) -> None:
         self.loss, self.dtype = loss, dtype
         self.given = _cast((inputs, keywords), dtype)
-        with contextlib.ExitStack() as stack:
-            # Gradients would be copied along, and are of no use here.
-            held = [(each, each.grad) for each in model.parameters() if each.grad is not None]
-            for parameter, gradient in held:
-                parameter.grad = None
-                stack.callback(setattr, parameter, "grad", gradient)
-            self.model = copy.deepcopy(model, _computed(model)).to(dtype)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
+        self.model = copy.deepcopy(model, _copies(model, dtype))
         self.named = dict(self.model.named_parameters())
         self.tensors: dict[str, Tensor] = {**self.named, **dict(self.model.named_buffers())}
         self.expected: tuple[Tensor, ...] = ()
@@ -278,14 +270,25 @@ class _Stage:
             return observables(outputs if self.loss is None else self.loss(outputs))
 
 
-def _computed(model: nn.Module) -> dict[int, Any]:
-    """Plain copies of tensors that a module computed from its parameters and keeps: torch copies no graph."""
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+def _copies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
+    """Tensors that a copy of the model shall have in the place of its own, by their identity.
+
+    Parameters and buffers are copied into the dtype at once, so that there is no moment with two more copies. What a
+    module computed from its parameters and keeps becomes a plain tensor: torch copies no graph.
+    """
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        kept = (
+            parameter.detach().clone() if not parameter.is_floating_point() else parameter.detach().to(dtype, copy=True)
+        )
+        copies[id(parameter)] = nn.Parameter(kept, requires_grad=False)
+    for buffer in model.buffers():
+        copies[id(buffer)] = buffer.detach().to(dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                copies[id(value)] = value.detach().clone()
+    return copies
 
 
 def random_element(

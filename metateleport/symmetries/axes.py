@@ -94,6 +94,9 @@ class AxisSymmetry(Symmetry):
         return ", ".join(names)
 
     def act(self, element: Tensor, point: Point) -> Point:
+        missing = [leg.name for leg in self.legs if leg.name not in point.parameters]
+        if missing:
+            raise KeyError(f"the point lacks {missing[0]!r}, which {self!r} moves; buffers belong among its parameters")
         inverse = self.group.inverse(element)
         direct, dual = self._pair(element, inverse)
         parameters = self._move(self.legs, direct, dual, point.parameters)
