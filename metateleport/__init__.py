@@ -2,6 +2,7 @@
 
 from metateleport.checkpoint import Checkpoint, CheckpointError, load, load_checkpoint
 from metateleport.detect import symmetries_of
+from metateleport.detection import Certificate, Refused, Symmetries, certify, find_symmetries
 from metateleport.families import FamilyError, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchPair2022",
     "BatchPair2024",
+    "Certificate",
     "Checkpoint",
     "CheckpointError",
     "FamilyError",
@@ -51,9 +53,11 @@ __all__ = [
     "PositiveDiagonal",
     "QuadraticRotation",
     "RandomTeleporter",
+    "Refused",
     "Rescaling",
     "SquaredGradientNorm",
     "StackedModel",
+    "Symmetries",
     "Symmetry",
     "Task",
     "TaskFamily",
@@ -63,6 +67,8 @@ __all__ = [
     "TeleportingOptimizer",
     "TrustRegion",
     "Unsuitable",
+    "certify",
+    "find_symmetries",
     "load",
     "load_checkpoint",
     "load_family",

@@ -37,6 +37,11 @@ def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Opti
     named, modules = dict(model.named_parameters()), dict(model.named_modules())
     held = {id(value) for group in optimizer.param_groups for value in group["params"]}
     for symmetry in symmetries:
+        if symmetry.buffers:
+            raise ValueError(
+                f"{symmetry!r} moves the buffer {symmetry.buffers[0]!r}, and an optimizer moves parameters: leave it "
+                "out, or move along it with metateleport.teleport"
+            )
         for name in symmetry.modules:
             if name not in modules:
                 raise ValueError(f"{symmetry!r} wants to see the module {name!r}, which the model does not have")

@@ -142,14 +142,16 @@ def point_of(
     Raises:
         ValueError: if the loss is not a scalar, or does not depend on any parameter that requires a gradient.
     """
+    symmetries = tuple(symmetries)
     leaves = {name: value.detach().clone() for name, value in model.named_parameters()}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
+    moved = {name: buffers[name].clone() for symmetry in symmetries for name in symmetry.buffers}
     keywords = dict(keywords or {})
     modules = modules_of(symmetries)
     if loss is None:
         with torch.no_grad(), record(model, modules) as recording:
             outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
-        return Point(parameters=leaves, activations=recording.activations()), outputs
+        return Point(parameters={**leaves, **moved}, activations=recording.activations()), outputs
     wanted = {name: leaves[name].requires_grad_() for name, value in model.named_parameters() if value.requires_grad}
     # The model goes on with a copy: an activation in place would turn the recorded output into its own.
     with torch.enable_grad(), record(model, modules, lambda _, output: output.clone()) as recording:
@@ -165,7 +167,7 @@ def point_of(
     gradients = {name: grad for name, grad in zip(wanted, found, strict=False) if grad is not None}
     on_outputs = {name: grad for name, grad in zip(watched, found[len(wanted) :], strict=True) if grad is not None}
     point = Point(
-        parameters=leaves,
+        parameters={**leaves, **moved},
         gradients=gradients,
         activations=recording.activations(),
         cotangents=recording.layout(on_outputs),

@@ -16,6 +16,7 @@ from metateleport._optim_state import carry_state, plain, restored
 from metateleport._optim_teleport import Consequences, consequences_of, start_of
 from metateleport.capture import modules_of
 from metateleport.detect import symmetries_of
+from metateleport.detection import exact_symmetries
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TeleportReport, travel
@@ -112,7 +113,14 @@ class TeleportingOptimizer(torch.optim.Optimizer):
         if state not in _STATES:
             raise ValueError(f"state is one of {', '.join(_STATES)}, not {state!r}")
         self.optimizer, self.model, self.teleporter = optimizer, model, teleporter
-        self.symmetries = tuple(symmetries_of(model) if symmetries is None else symmetries)
+        if symmetries is None and example_input is None:
+            symmetries = symmetries_of(model)
+        elif symmetries is None:
+            held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+            names = {name for name, value in model.named_parameters() if id(value) in held}
+            found = exact_symmetries(model, example_input, buffers=False)
+            symmetries = [each for each in found if names.issuperset(each.parameters)]
+        self.symmetries = tuple(symmetries)
         self.every, self.example_input, self.state_mode = every, example_input, state
         check_parameters(optimizer.param_groups, model)
         check_symmetries(self.symmetries, optimizer, model)

@@ -22,7 +22,7 @@ class Point:
     in front (stacked tasks), the same for all.
 
     Args:
-        parameters: by name, as in `named_parameters()`.
+        parameters: by name, as in `named_parameters()`, and the buffers that a symmetry moves.
         gradients: of the loss, by parameter name.
         activations: the input of a module by the module's name, its samples in rows: `(*batch, samples, features)`.
         cotangents: the gradient of the loss with respect to a module's output, by module name, in the same layout.

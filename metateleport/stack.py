@@ -61,6 +61,7 @@ class StackedModel(nn.Module):
         # In a tuple, so that the template's own parameters are not parameters of the stack.
         self._template = (models[0],)
         self._buffer_names = tuple(name for name, _ in models[0].named_buffers())
+        self.moved_buffers = tuple(dict.fromkeys(name for symmetry in symmetries for name in symmetry.buffers))
         self._watched = modules_of(symmetries)
         self._has_channels = channel_modules(models[0], self._watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
@@ -72,13 +73,14 @@ class StackedModel(nn.Module):
         return self._template[0]
 
     def tensors(self) -> Tensors:
-        """The current parameters by their names in the model, `(tasks, ...)`; those of an unroll where patched."""
-        return {name: getattr(self, _key(name)) for name in self.names}
+        """The current parameters, and the buffers that symmetries move, by their names in the model, `(tasks, ...)`;
+        those of an unroll where patched."""
+        return {name: getattr(self, _key(name)) for name in (*self.names, *self.moved_buffers)}
 
     def load(self, parameters: Mapping[str, Tensor]) -> None:
         """Overwrites the parameters, in place."""
         with torch.no_grad():
-            for name in self.names:
+            for name in (*self.names, *self.moved_buffers):
                 getattr(self, _key(name)).copy_(parameters[name])
 
     def forward(self, batch: Batch, probe: bool = False) -> Tensor:
@@ -97,7 +99,7 @@ class StackedModel(nn.Module):
         """Outputs of every task at the given parameters, without a graph, `(tasks, ...)`."""
 
         def single(values: Tensors, buffers: Tensors, one: tuple[Tensor, ...]) -> Tensor:
-            return torch.func.functional_call(self.template, {**values, **buffers}, one)
+            return torch.func.functional_call(self.template, {**buffers, **values}, one)
 
         with torch.no_grad():
             return torch.func.vmap(single, randomness="different")(dict(parameters), self._buffers_now(), inputs)
@@ -111,6 +113,7 @@ class StackedModel(nn.Module):
         """Evaluates all tasks at the given parameters: one gradient evaluation; detached from any graph but for
         what rebuilds the backward pass."""
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.names}
+        leaves.update({name: parameters[name].detach() for name in self.moved_buffers})
         with torch.enable_grad():
             losses, activations, probes = self._run(leaves, batch, probe=True)
         return _Evaluation(leaves, losses, activations, probes, self._layout).point(in_graph=False)
@@ -130,7 +133,7 @@ class StackedModel(nn.Module):
         ) -> tuple[Tensor, Tensors]:
             watched = self._watched if probe else ()
             with record(self.template, watched, lambda name, output: output + added[name]) as recording:
-                outputs = torch.func.functional_call(self.template, {**values, **buffers}, one)
+                outputs = torch.func.functional_call(self.template, {**buffers, **values}, one)
             activations = recording.activations()
             return self.loss(outputs, *wanted), activations
 
@@ -175,11 +178,12 @@ class _Evaluation:
             second_order: keep the gradients in it too; as `in_graph` if not given.
         """
         second_order = in_graph if second_order is None else second_order
-        targets = [*self.parameters.values(), *self.probes.values()]
+        wanted = {name: value for name, value in self.parameters.items() if value.requires_grad}
+        targets = [*wanted.values(), *self.probes.values()]
         ones = torch.ones_like(self.losses)
         found = torch.autograd.grad(self.losses, targets, ones, create_graph=second_order, retain_graph=True)
-        gradients = dict(zip(self.parameters, found, strict=False))
-        cotangents = dict(zip(self.probes, found[len(self.parameters) :], strict=True))
+        gradients = dict(zip(wanted, found, strict=False))
+        cotangents = dict(zip(self.probes, found[len(wanted) :], strict=True))
         point = Point(
             parameters=self.parameters,
             gradients=gradients,
@@ -187,7 +191,7 @@ class _Evaluation:
             cotangents=self.layout(cotangents),
             loss=self.losses,
         )
-        pullback = pullback_through(self.activations, self.parameters, self.probes, self.layout)
+        pullback = pullback_through(self.activations, wanted, self.probes, self.layout)
         return (point if in_graph else point.detach()).replace(pullback=pullback)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -65,9 +66,15 @@ class Case:
     shape: tuple[int, ...]
     group_law: bool = True
     """Whether acting twice is acting with the product."""
+    conditioned: bool = True
+    """Whether large elements are ill-conditioned, and not rotations or translations."""
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def diagonal(self) -> bool:
+        return all(symmetry.group.name == "diagonal" for symmetry in self.problem().symmetries)
 
     @property
     def exact(self) -> bool:
@@ -155,6 +162,165 @@ def _mixed(model: nn.Module) -> Sequence[mt.Symmetry]:
     ]
 
 
+def _grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 1, groups=2),
+        nn.AvgPool2d(3),
+        nn.PReLU(6),
+        nn.Flatten(),
+        nn.Linear(6, 2),
+    )
+
+
+class _Streams(nn.Module):
+    """A residual stream with no norm, and a skip that is concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inwards, self.block, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(9, 2)
+        self.branch = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.inwards(x))
+        h = torch.relu(h + self.block(h))
+        return self.out(torch.cat((torch.nn.functional.leaky_relu(self.branch(h)), h), -1))
+
+
+def _batch_normed() -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 2),
+    )
+    for module in model:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def _normed() -> nn.Module:
+    return nn.Sequential(
+        nn.GroupNorm(1, 2),
+        nn.ReLU(),
+        nn.Conv2d(2, 3, 3),
+        nn.Flatten(),
+        nn.LayerNorm(24),
+        nn.Linear(24, 5, bias=False),
+        nn.RMSNorm(5),
+        nn.Linear(5, 2),
+    )
+
+
+class _Attention(nn.Module):
+    """Two heads, written by hand, with separate projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def heads(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return layer(x).unflatten(-1, (2, 4)).transpose(-2, -3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (self.heads(x, layer) for layer in (self.query, self.key, self.value))
+        scores = (query @ key.mT / 2).softmax(-1)
+        return self.out((scores @ value).transpose(-2, -3).flatten(-2))
+
+
+class _FusedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+class _RotaryAttention(nn.Module):
+    """Two query heads that share a key and a value head, with a rotary embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.out = nn.Linear(8, 8)
+
+    def turned(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[-2]).unsqueeze(-1) * torch.tensor([1.0, 0.1]).to(x.dtype)
+        angles = torch.cat((angles, angles), -1)
+        return x * angles.cos() + torch.cat((-x[..., 2:], x[..., :2]), -1) * angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.turned(self.query(x).unflatten(-1, (2, 4)).transpose(-2, -3))
+        key, value = self.turned(self.key(x).unsqueeze(-3)), self.value(x).unsqueeze(-3)
+        key, value = (each.expand(query.shape) for each in (key, value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(-2, -3).flatten(-2))
+
+
+class _Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class _Adapter(nn.Module):
+    """A layer with a low-rank adapter, named as PEFT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 5)
+        self.lora_A, self.lora_B = nn.Linear(6, 3, bias=False), nn.Linear(3, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2 * self.lora_B(self.lora_A(x))
+
+
+class _LinearStream(nn.Module):
+    """A residual stream of linear layers, behind a convolution of one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inwards, self.block, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Conv1d(4, 5, 1)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inwards(x)
+        h = h + self.block(h)
+        return self.last(self.out(h.unsqueeze(-1)).squeeze(-1))
+
+
+def _found_case(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], kinds: Sequence[str], **settings: bool
+) -> Case:
+    """A case whose symmetries are found, once: those of some kinds, which have to be as many as expected."""
+
+    @functools.cache
+    def found() -> Sequence[mt.Symmetry]:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            every = mt.find_symmetries(build().double(), torch.randn(shape, dtype=torch.float64))
+        # A key's bias that moves freely has no gradient that could be compared.
+        chosen = [each for each in every if each.kind in kinds and each.parameters != ("key.bias",)]
+        assert sorted(each.kind for each in chosen) == sorted(kinds), every
+        return chosen
+
+    return Case(name, build, lambda _: found(), shape, **settings)
+
+
 CASES: list[Case] = [
     Case("linear pair", _mlp(3, 4, 2, activation=None), lambda m: [mt.LinearPair(m, "0", "1")], (6, 3)),
     Case(
@@ -195,8 +361,23 @@ CASES: list[Case] = [
         group_law=False,
     ),
     Case("mixed chain", _mlp(4, 6, 6, 6, 3, activation=_leaky), _mixed, (4, 4), group_law=False),
-    QuadraticCase("quadratic", lambda: Quadratic(4), lambda m: [mt.QuadraticRotation(m)], (4, 4)),
+    QuadraticCase("quadratic", lambda: Quadratic(4), lambda m: [mt.QuadraticRotation(m)], (4, 4), conditioned=False),
+    _found_case("rescaling, grouped and depthwise convolutions", _grouped, (3, 2, 7, 7), ["rescaling"] * 3),
+    _found_case("rescaling, residual stream and concatenated skip", _Streams, (3, 3), ["rescaling"] * 2),
+    _found_case("batch norm, evaluation", _batch_normed, (4, 2, 6, 6), ["before batch norm", "after batch norm"] * 2),
+    _found_case("norm gains", _normed, (3, 2, 6, 4), ["norm gain"] * 3),
+    _found_case("attention", _Attention, (3, 5, 8), ["attention QK"] * 2 + ["attention VO"] * 2),
+    _found_case("attention, one projection", _FusedAttention, (3, 5, 8), ["attention QK"] * 2 + ["attention VO"] * 2),
+    _found_case("attention, rotary and grouped", _RotaryAttention, (3, 5, 8), ["attention QK", "attention VO"]),
+    _found_case("gated", _Gated, (5, 3), ["gated MLP"]),
+    _found_case("low-rank adapter", _Adapter, (5, 6), ["LoRA pair"]),
+    _found_case("linear chain", _LinearStream, (5, 3), ["linear chain"] * 2),
+    _found_case("translations", _Attention, (3, 5, 8), ["translation"] * 2, conditioned=False),
 ]
+
+
+LEARNED: list[Case] = [each for each in CASES if each.name != "translations"]
+"""Cases that a learned teleporter moves along; it has no basis for translations and leaves them alone."""
 
 
 def case(name: str) -> Case:

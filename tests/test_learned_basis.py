@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from symmetry_cases import CASES, Case, case
+from symmetry_cases import LEARNED, Case, case
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -15,7 +15,7 @@ from metateleport.capture import point_of
 from metateleport.learned.basis import BASIS, FEATURES, observe, symmetric_log
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize("case", LEARNED, ids=str)
 
 
 def spectrum(*values: float, seed: int = 0) -> Tensor:

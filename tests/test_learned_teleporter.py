@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from symmetry_cases import CASES, Case, case
+from symmetry_cases import LEARNED, Case, case
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -92,7 +92,7 @@ def test_another_basis_than_an_orthogonal_one_does_not() -> None:
     assert not torch.allclose(generator_at(model, symmetry, chosen), g @ before @ torch.linalg.inv(g), atol=1e-2)
 
 
-@pytest.mark.parametrize("each", CASES, ids=str)
+@pytest.mark.parametrize("each", LEARNED, ids=str)
 def test_one_teleporter_serves_every_symmetry_and_shape(each: Case) -> None:
     problem = each.problem()
     point = problem.point()

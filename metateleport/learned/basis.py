@@ -144,7 +144,7 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
             generators.append(logs)
         else:
             generator, logs = symmetric_log(matrices[name])
-            generators.append(generator)
+            generators.append(group.project(generator))
         features += [(logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10]
     for name in _MOMENTS:
         if name not in matrices:

@@ -14,6 +14,7 @@ from metateleport._optim_capture import CaughtPass, Watch
 from metateleport._optim_teleport import start_of
 from metateleport.capture import modules_of
 from metateleport.detect import symmetries_of
+from metateleport.detection import exact_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
 from metateleport.point import Point, Tensors
 from metateleport.stack import StackedModel
@@ -117,6 +118,8 @@ class LearnedOptimizer(_MetaSteps):
         checkpoint: a checkpoint's name or path, a loaded checkpoint or a `MetaOptimizer`.
         symmetries: of the model, in the order of the data flow; found in it if not given.
         deterministic: whether every call of the closure evaluates the same data.
+        example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model, not only of
+            an `nn.Sequential`.
 
     Raises:
         ValueError: if a symmetry names parameters that the model does not have.
@@ -143,11 +146,18 @@ class LearnedOptimizer(_MetaSteps):
         checkpoint: Any,
         symmetries: Sequence[Symmetry] | None = None,
         deterministic: bool = True,
+        example_input: Any = None,
     ) -> None:
         meta = checkpoint if isinstance(checkpoint, MetaOptimizer) else _loaded(checkpoint)
-        symmetries = tuple(symmetries_of(model) if symmetries is None else symmetries)
+        if symmetries is None and example_input is None:
+            symmetries = symmetries_of(model)
+        elif symmetries is None:
+            symmetries = exact_symmetries(model, example_input, buffers=False)
+        symmetries = tuple(symmetries)
         named = dict(model.named_parameters())
         for symmetry in symmetries:
+            if symmetry.buffers:
+                raise ValueError(f"{symmetry!r} moves a buffer, and an optimizer moves parameters: leave it out")
             unknown = [name for name in symmetry.parameters if name not in named]
             if unknown:
                 raise ValueError(f"{symmetry!r} moves {unknown[0]!r}, which the model does not have")

@@ -122,4 +122,4 @@ class LearnedTeleporter(Teleporter, nn.Module):
 
 
 def _key(symmetry: Symmetry) -> str:
-    return "/".join((symmetry.kind, *symmetry.parameters))
+    return f"{symmetry.kind}/{symmetry.where}"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metateleport.groups import Group
 from metateleport.point import Point
+
+if TYPE_CHECKING:
+    from metateleport.detection.certificate import Certificate
 
 __all__ = ["Carried", "Pair", "Symmetry", "Unsuitable"]
 
@@ -40,12 +43,26 @@ class Symmetry(abc.ABC):
     exactness: str
     group: Group
     parameters: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
+    """Buffers that it moves too (running statistics); a point holds them among its parameters."""
     modules: tuple[str, ...] = ()
+    certificate: Certificate | None = None
+    """What was measured of it, where it was found and not named by hand."""
 
     @property
     def dimension(self) -> int:
         """Dimension of the Lie group."""
         return self.group.dimension
+
+    @property
+    def where(self) -> str:
+        """The parameters that it moves, as text that tells it from all other symmetries of its kind."""
+        return ", ".join((*self.parameters, *self.buffers))
+
+    @property
+    def drift(self) -> float:
+        """Largest relative drift of the outputs on inputs not used for finding it; NaN without a certificate."""
+        return float("nan") if self.certificate is None else self.certificate.drift
 
     @abc.abstractmethod
     def act(self, element: Tensor, point: Point) -> Point:
@@ -112,7 +129,7 @@ class Symmetry(abc.ABC):
         return 0 if point.loss is None else point.loss.ndim
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.parameters)}; {self.group}, {self.exactness})"
+        return f"{type(self).__name__}({self.where}; {self.group}, {self.exactness})"
 
 
 class Pair(Symmetry):

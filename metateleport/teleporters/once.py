@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import point_of
-from metateleport.detect import symmetries_of
+from metateleport.detection import exact_symmetries
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Move, Teleporter, travel
@@ -110,7 +110,8 @@ def teleport(
         teleporter: chooses the group elements.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         loss: maps the outputs to a scalar; only needed by teleporters that look at gradients.
-        symmetries: those to move along, in the order of the data flow; found in the model if not given.
+        symmetries: those to move along, in the order of the data flow; the exact ones are found if not given, which
+            takes a trace of the model: find them once and give them where teleports are many.
 
     Returns:
         The report.
@@ -128,7 +129,7 @@ def teleport(
     if teleporter.needs_gradient and loss is None:
         raise ValueError(f"{type(teleporter).__name__} looks at gradients: pass loss=, a callable on the outputs")
     if symmetries is None:
-        symmetries = symmetries_of(model)
+        symmetries = exact_symmetries(model, inputs)
     if not symmetries:
         raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
     positional, keywords = split_inputs(inputs)
@@ -145,10 +146,11 @@ def teleport(
         reason = f"the outputs would change by {drift:.1e}, more than {teleporter.trust_region.max_drift:g}"
     moved = kept and size > 0
     names = moved_names(symmetries)
+    buffers = {name for symmetry in symmetries for name in symmetry.buffers}
     if moved:
         with torch.no_grad():
-            for name, value in model.named_parameters():
-                if name in names:
+            for name, value in (*model.named_parameters(), *model.named_buffers()):
+                if name in names or name in buffers:
                     value.copy_(arrived.parameters[name])
     here = arrived if moved else point
     return TeleportReport(
@@ -184,4 +186,4 @@ def _same_draws(model: nn.Module) -> Iterator[None]:
 def _evaluate(model: nn.Module, point: Point, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.no_grad():
-        return torch.func.functional_call(model, {**point.parameters, **buffers}, positional, keywords)
+        return torch.func.functional_call(model, {**buffers, **point.parameters}, positional, keywords)

@@ -1,0 +1,310 @@
+"""Finding the continuous symmetries of a module, each with a certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import numpy as np
+from torch import Tensor, nn
+
+from metateleport.detection.assemble import Candidate, candidates
+from metateleport.detection.batch import batch_candidates
+from metateleport.detection.certificate import certify
+from metateleport.detection.trace import Graph, split, trace
+from metateleport.detection.walk import Walk, aliased, walk
+from metateleport.symmetries import Symmetry, Unsuitable
+
+__all__ = ["Refused", "Symmetries", "exact_symmetries", "find_symmetries"]
+
+SCHEMA = "metateleport.symmetries/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """What was looked at and not claimed.
+
+    Args:
+        reason: why.
+        parameters: names of the parameters that it is about.
+        module: path of the module that it is about; empty for the model itself.
+    """
+
+    reason: str
+    parameters: tuple[str, ...] = ()
+    module: str = ""
+
+
+class Symmetries(Sequence[Symmetry]):
+    """The certified symmetries of a model, in the order of the data flow; printing it gives a table.
+
+    Args:
+        symmetries: what was found.
+        refused: what was looked at and not claimed.
+
+    Example:
+        >>> found = Symmetries([], [Refused("tanh is not followed", ("0.weight",), "1")])
+        >>> len(found), found.dimension
+        (0, 0)
+    """
+
+    def __init__(self, symmetries: Iterable[Symmetry], refused: Iterable[Refused] = ()) -> None:
+        self._symmetries = tuple(symmetries)
+        self.refused = tuple(refused)
+
+    def __len__(self) -> int:
+        return len(self._symmetries)
+
+    @overload
+    def __getitem__(self, index: int) -> Symmetry: ...
+    @overload
+    def __getitem__(self, index: slice) -> Symmetries: ...
+    def __getitem__(self, index: int | slice) -> Symmetry | Symmetries:
+        if isinstance(index, slice):
+            return Symmetries(self._symmetries[index], self.refused)
+        return self._symmetries[index]
+
+    @property
+    def exact(self) -> Symmetries:
+        """Those that hold for all inputs."""
+        return Symmetries([each for each in self if each.exactness == "exact"], self.refused)
+
+    @property
+    def dimension(self) -> int:
+        """Sum of the dimensions of all groups."""
+        return sum(symmetry.dimension for symmetry in self)
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """How many symmetries there are of each kind, and their dimensions together."""
+        counts: dict[str, tuple[int, int]] = {}
+        for symmetry in self:
+            count, dimension = counts.get(symmetry.kind, (0, 0))
+            counts[symmetry.kind] = (count + 1, dimension + symmetry.dimension)
+        return counts
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `metateleport symmetries --json` writes."""
+        return {
+            "schema": SCHEMA,
+            "symmetries": [
+                {
+                    "kind": each.kind,
+                    "group": repr(each.group),
+                    "dimension": each.dimension,
+                    "exactness": each.exactness,
+                    "parameters": list(each.parameters),
+                    "buffers": list(each.buffers),
+                    "drift": each.drift,
+                }
+                for each in self
+            ],
+            "refused": [
+                {"parameters": list(each.parameters), "module": each.module, "reason": each.reason}
+                for each in self.refused
+            ],
+        }
+
+    def to_json(self) -> str:
+        """`as_dict` as text; a drift that was not measured is null."""
+        data = self.as_dict()
+        for each in data["symmetries"]:
+            if not math.isfinite(each["drift"]):
+                each["drift"] = None
+        return json.dumps(data, indent=2)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self._symmetries)!r})"
+
+    def __str__(self) -> str:
+        rows = [("parameters", "kind", "group", "dimension", "exactness", "drift")]
+        for each in self:
+            row = (_short(each.where.split(", ")), each.kind, repr(each.group), str(each.dimension), each.exactness)
+            rows.append((*row, f"{each.drift:.1e}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"{len(self)} symmetries of {self.dimension} dimensions in all")
+        if self.refused:
+            lines.append("")
+            lines.append(f"not claimed ({len(self.refused)}):")
+            for refused in self.refused:
+                where = f"{refused.module}: " if refused.module else ""
+                names = f" [{_short(refused.parameters)}]" if refused.parameters else ""
+                lines.append(f"  {where}{refused.reason}{names}")
+        return "\n".join(lines)
+
+
+def _short(names: Sequence[str], most: int = 4) -> str:
+    text = ", ".join(names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None) -> Symmetries:
+    r"""Finds the continuous symmetries of a model's parameters, and certifies each.
+
+    The model is traced by `torch.export`; every axis of every parameter gets a scaling $s$, and every operation says
+    which scalings it asks to be equal, opposite or one. What is left over is a symmetry: of a matrix group where all
+    operations treat the features of an axis alike and linearly, of a diagonal one elsewhere. An operation without a
+    rule lets nothing pass. Every claim is then tried on a copy of the model in float64: see `certify`.
+
+    | kind | action | group |
+    |---|---|---|
+    | linear pair, chain | $(U, V, b) \mapsto (U g^{-1}, g V, g b)$ | $GL(k)$ |
+    | rescaling | $(U, V, b) \mapsto (U D^{-1}, D V, D b)$ through ReLU, LeakyReLU, PReLU | $D \in \mathbb{R}_{>0}^k$ |
+    | before batch norm | $(V, b, \mu) \mapsto (DV, Db, D\mu)$, $v \mapsto d^2(v+\epsilon)-\epsilon$ | diagonal |
+    | after batch norm, norm gain | $(\gamma, \beta, W) \mapsto (D\gamma, D\beta, W D^{-1})$ | diagonal |
+    | attention QK, a key head | $(W_Q, W_K) \mapsto (A W_Q, A^{-\top} W_K)$ | $GL(d)$; rotary $(\mathbb{C}^*)^{d/2}$ |
+    | attention VO, a value head | $(W_V, W_O) \mapsto (B W_V, W_O B^{-1})$ | $GL(d)$ |
+    | gated MLP | $(W_{up}, W_{down}) \mapsto (D W_{up}, W_{down} D^{-1})$ | diagonal |
+    | translation | $(b, c) \mapsto (b + t, c - W t)$; key biases freely | $\mathbb{R}^k$ |
+    | batch pair, 2022 form | bijective activations, on the batch: see `BatchPair2022` | $GL(k)$ |
+    | LoRA pair | $(A, B) \mapsto (g A, B g^{-1})$ | $GL(r)$ |
+
+    Args:
+        model: the model, in the mode (train or eval) that it is used in; it is not changed.
+        example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        loss: maps the model's outputs to what has to stay; the outputs themselves if not given.
+
+    Returns:
+        The symmetries in the order of the data flow, those that hold; `refused` lists what was looked at besides.
+
+    Raises:
+        ValueError: if the model has no parameters, or does not run on the example input.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 1))
+        >>> for found in find_symmetries(model, torch.ones(5, 3)):
+        ...     print(found.kind, found.group, found.where)
+        rescaling PositiveDiagonal(4) 0.weight, 0.bias, 2.weight
+        linear pair GeneralLinear(2) 2.weight, 2.bias, 3.weight
+        translation Translation(2) 2.bias[0:2], 3.weight, 3.bias
+    """
+    inputs, keywords = split(example_input)
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters, so it has no parameter symmetries")
+    try:
+        graphs, unfollowed = trace(model, inputs, keywords, loss)
+    except Exception as error:
+        name = type(model).__name__
+        raise ValueError(f"{name} does not run on its example input: {type(error).__name__}: {error}") from error
+    refused = [Refused(reason, (), module) for module, reason in unfollowed]
+    found: list[Candidate] = []
+    for graph in graphs:
+        more, reasons = _walked(graph, model)
+        found += more
+        refused += reasons
+    held = _certified(model, found, inputs, keywords, loss, refused)
+    return Symmetries(held, refused)
+
+
+def _walked(graph: Graph, model: nn.Module) -> tuple[list[Candidate], list[Refused]]:
+    graph, shared = _by_first_name(graph, model)
+    pinned = aliased(model, graph.constants)
+    if graph.prefix:
+        # Outside of the part that was traced nobody has looked.
+        pinned.update(
+            {name: f"shared ({', '.join(names)}) beyond what could be traced" for name, names in shared.items()}
+        )
+    named = dict(model.named_parameters())
+    used = set(graph.parameters.values())
+    frozen = tuple(name for name, value in named.items() if not value.requires_grad and name in used)
+    movable = {
+        name
+        for name, value in named.items()
+        if value.requires_grad and value.is_floating_point() and name not in pinned
+    }
+    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    walked = walk(graph, movable, statistics)
+    refused = [Refused(reason, (name,)) for name, reason in pinned.items() if name in used]
+    if frozen:
+        refused.append(Refused("frozen (requires_grad=False)", frozen))
+    batch = [Candidate(each.symmetry, each.place) for each in batch_candidates(graph, model)]
+    return [*candidates(walked, model), *batch], [*refused, *_reasons(walked, named, shared)]
+
+
+def _by_first_name(graph: Graph, model: nn.Module) -> tuple[Graph, dict[str, list[str]]]:
+    """The graph with every parameter and buffer under the first of its names, and those that have several."""
+    names: dict[int, list[str]] = {}
+    for name, value in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(value), []).append(name)
+    first = {name: several[0] for several in names.values() for name in several}
+    renamed = dataclasses.replace(
+        graph,
+        parameters={key: first.get(name, name) for key, name in graph.parameters.items()},
+        tensors={key: first.get(name, name) for key, name in graph.tensors.items()},
+    )
+    return renamed, {several[0]: several for several in names.values() if len(several) > 1}
+
+
+def _reasons(walked: Walk, named: dict[str, nn.Parameter], shared: dict[str, list[str]]) -> list[Refused]:
+    """What holds the parameters that cannot move, one entry for each place that says so."""
+    ledger, classes = walked.ledger, walked.classes
+    owner: dict[int, list[str]] = {}
+    for slot in ledger.slots.values():
+        if slot.name in named:
+            for root in np.unique(classes.root[slot.variables.numpy()]).tolist():
+                owner.setdefault(root, []).append(slot.name)
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for place, parts in ledger.history.items():
+        for root in np.unique(classes.root[np.concatenate(parts)]).tolist():
+            if root:
+                found.setdefault(place, {}).update(dict.fromkeys(owner.get(root, ())))
+    refused = [Refused(reason, tuple(names), module) for (module, reason), names in found.items() if names]
+    for name, names in shared.items():
+        slots = ledger.by_parameter.get(name, []) if name in named else []
+        if slots and all(bool(classes.dead[slot.variables.numpy()].all()) for slot in slots):
+            refused.append(Refused(f"shared ({', '.join(names)}): it cannot move in one place only", (name,)))
+    return refused
+
+
+def _certified(
+    model: nn.Module,
+    found: list[Candidate],
+    inputs: tuple[Any, ...],
+    keywords: dict[str, Any],
+    loss: Callable[[Any], Tensor] | None,
+    refused: list[Refused],
+) -> list[Symmetry]:
+    held: list[tuple[tuple[int, int], Symmetry]] = []
+    waiting = found
+    while waiting:
+        certificates = certify(model, [candidate.symmetry for candidate in waiting], inputs, keywords, loss)
+        instead: list[Candidate] = []
+        for candidate, certificate in zip(waiting, certificates, strict=True):
+            symmetry = candidate.symmetry
+            symmetry.certificate = certificate
+            if certificate.holds:
+                held.append((candidate.place, symmetry))
+            else:
+                what = f"{symmetry.kind} under {symmetry.group!r}: {certificate.reason}"
+                refused.append(Refused(what, symmetry.parameters))
+                instead += candidate.instead
+        waiting = instead
+    return [symmetry for _, symmetry in sorted(held, key=lambda pair: pair[0])]
+
+
+def exact_symmetries(model: nn.Module, example_input: Any, buffers: bool = True) -> Symmetries:
+    """The exact symmetries of a model, for those who cannot go on without any.
+
+    Args:
+        model: the model.
+        example_input: as in `find_symmetries`.
+        buffers: with those that move buffers too.
+
+    Raises:
+        Unsuitable: if there is none.
+    """
+    found = find_symmetries(model, example_input)
+    exact = Symmetries([each for each in found.exact if buffers or not each.buffers], found.refused)
+    if not exact:
+        raise Unsuitable(
+            f"no exact symmetry was found in this {type(model).__name__}; if you know one, name it with "
+            f"symmetries=[metateleport.Rescaling(model, first, second), ...]\n{found}"
+        )
+    return exact

@@ -1,0 +1,104 @@
+"""Operations on each entry by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metateleport.detection.rules.registry import homogeneous, rule, same
+from metateleport.detection.values import Context, Value, varying
+
+
+@rule("add", "sub", "maximum", "minimum")
+def _add(context: Context, shape: tuple[int, ...], left: Any, right: Any, **_: Any) -> Value:
+    if not isinstance(left, Value) or not isinstance(right, Value):
+        number, value = (left, right) if isinstance(right, Value) else (right, left)
+        if number != 0:
+            context.kill(value, f"{context.name} of a number")
+            return Value(shape)
+        return context.value(shape, value.labels)
+    labels = context.equal([left, right])
+    if context.name in ("maximum", "minimum"):
+        for label in labels:
+            context.ledger.elementwise(label)
+    return context.value(shape, labels)
+
+
+@rule("mul")
+def _mul(context: Context, shape: tuple[int, ...], left: Any, right: Any) -> Value:
+    if not isinstance(left, Value) or not isinstance(right, Value):
+        value = left if isinstance(left, Value) else right
+        return context.value(shape, value.labels)
+    ndim = len(shape)
+    result = []
+    for value, other in ((left, right), (right, left)):
+        wide = (1,) * (ndim - other.ndim) + other.shape
+        for each in value.labels:
+            label = each.reshape((1,) * (ndim - each.ndim) + tuple(each.shape))
+            along = tuple(dim for dim in varying(label) if wide[dim] > 1)
+            if along and along == varying(label):
+                context.ledger.elementwise(label)
+                context.ledger.tag("gain" if value.parameter or other.parameter else "product", label)
+            elif along:
+                context.ledger.touch(context.operation, label, along, scales=True)
+            result.append(label)
+    return context.value(shape, result)
+
+
+@rule("div")
+def _div(context: Context, shape: tuple[int, ...], left: Any, right: Any, **keywords: Any) -> Value | None:
+    if keywords.get("rounding_mode") is not None or not isinstance(left, Value):
+        return None
+    if isinstance(right, Value):
+        context.kill(right)
+        right = Value(right.shape)
+    return _mul(context, shape, left, right)
+
+
+rule("neg", "clone", "contiguous", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "type_as")(same)
+rule("relu", "leaky_relu", "abs")(homogeneous)
+
+
+@rule("prelu")
+def _prelu(context: Context, shape: tuple[int, ...], x: Value, weight: Value) -> Value:
+    context.kill(weight, silent=True)
+    return homogeneous(context, shape, x)
+
+
+@rule("gt", "lt", "ge", "le", "eq", "ne", "sign")
+def _sign(context: Context, shape: tuple[int, ...], x: Value, number: Any = 0) -> Value | None:
+    """The sign of what is scaled by a positive number stays."""
+    if isinstance(number, Value) or number != 0:
+        return None
+    homogeneous(context, shape, x)
+    return Value(shape)
+
+
+@rule("where")
+def _where(context: Context, shape: tuple[int, ...], condition: Value, left: Any, right: Any) -> Value | None:
+    if condition.labels:
+        return None
+    sides = [each for each in (left, right) if isinstance(each, Value)]
+    if not sides or any(each != 0 for each in (left, right) if not isinstance(each, Value)):
+        return None
+    labels = context.equal(sides) if len(sides) == 2 else sides[0].labels
+    return homogeneous(context, shape, context.value(shape, labels))
+
+
+@rule("clamp", "clamp_min")
+def _clamp(context: Context, shape: tuple[int, ...], x: Value, low: Any = None, high: Any = None) -> Value | None:
+    if low in (0, None) and high in (0, None) and not isinstance(low, Value) and not isinstance(high, Value):
+        return homogeneous(context, shape, x)
+    return None
+
+
+@rule("dropout", "feature_dropout")
+def _dropout(context: Context, shape: tuple[int, ...], x: Value, p: float, train: bool) -> Value:
+    return homogeneous(context, shape, x) if train and p > 0 else context.value(shape, x.labels)
+
+
+@rule("masked_fill")
+def _masked_fill(context: Context, shape: tuple[int, ...], x: Value, mask: Value, number: Any) -> Value | None:
+    if isinstance(number, Value) or number != 0:
+        return None
+    context.kill(mask)
+    return homogeneous(context, shape, x)

@@ -1,0 +1,19 @@
+"""Scaling of a norm's gain, undone by what reads it."""
+
+from __future__ import annotations
+
+from metateleport.symmetries.axes import AxisSymmetry
+
+__all__ = ["NormGain"]
+
+
+class NormGain(AxisSymmetry):
+    r"""Positive scaling of the gain and bias of a LayerNorm, RMSNorm, GroupNorm or InstanceNorm, exact.
+
+    $$(\gamma, \beta) \mapsto (d\gamma,\ d\beta), \qquad W_j \mapsto W_j\,\mathrm{diag}(d)^{-1}$$
+
+    for all layers $W_j$ that take in what the norm puts out (query, key and value; gate and up). A gain whose result
+    goes into a residual stream cannot move.
+    """
+
+    kind = "norm gain"

@@ -1,0 +1,275 @@
+"""What is found in modules of every kind: counts, groups, order, and how it is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metateleport as mt
+
+
+class Written(nn.Module):
+    """A module whose forward pass is given as a function."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Tensor, **keywords: Tensor) -> Any:
+        return self.function(self, *inputs, **keywords)
+
+
+def kinds(found: mt.Symmetries) -> dict[str, int]:
+    """Dimensions by kind, but for translations."""
+    return {kind: total for kind, (_, total) in found.by_kind().items() if kind != "translation"}
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def test_a_chain_gives_its_pairs_in_the_order_of_the_data_flow() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 5), nn.PReLU(), nn.Linear(5, 1))
+    found = mt.find_symmetries(model, x(6, 3))
+    told = [(each.kind, each.dimension, each.exactness) for each in found]
+    expected = [("rescaling", 4), ("linear pair", 4), ("translation", 2), ("rescaling", 5)]
+    assert told == [(kind, dimension, "exact") for kind, dimension in expected]
+    assert isinstance(found[0], mt.Rescaling)
+    assert isinstance(found[1], mt.LinearPair)
+    assert found[1].parameters == ("2.weight", "2.bias", "3.weight")
+    assert all(each.drift <= 1e-12 for each in found)
+    assert found.dimension == 15
+    assert not found.refused
+
+
+def test_the_order_is_that_of_the_flow_not_that_of_definition() -> None:
+    model = Written(lambda m, h: m.a(m.b(torch.relu(m.c(h)))), a=nn.Linear(5, 2), b=nn.Linear(4, 5), c=nn.Linear(3, 4))
+    found = [each for each in mt.find_symmetries(model, x(6, 3)) if each.kind != "translation"]
+    assert [each.parameters for each in found] == [
+        ("c.weight", "c.bias", "b.weight"),
+        ("b.weight", "b.bias", "a.weight"),
+    ]
+
+
+def test_functional_calls_residual_streams_and_containers() -> None:
+    blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(m: Any, h: Tensor) -> Tensor:
+        h = nn.functional.relu(m.inwards(h))
+        for block in m.blocks:
+            h = h + nn.functional.leaky_relu(block(h), 0.2)
+        return m.out(nn.functional.dropout(h, 0.5, m.training))
+
+    model = Written(forward, inwards=nn.Linear(3, 4), blocks=blocks, out=nn.Linear(4, 2))
+    for mode in (True, False):
+        (stream,) = mt.find_symmetries(model.train(mode), x(6, 3))
+        assert (stream.kind, stream.dimension) == ("rescaling", 4)
+        assert set(stream.parameters) == {name for name, _ in model.named_parameters()} - {"out.bias"}
+
+
+@pytest.mark.parametrize("unit", [nn.Tanh(), nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.Softplus(), nn.ELU(), nn.Softmax(-1)])
+def test_what_is_not_homogeneous_lets_nothing_pass_and_is_named(unit: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), unit, nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    found = mt.find_symmetries(model, x(6, 3))
+    assert [each.parameters for each in found] == [("2.weight", "2.bias", "4.weight")]
+    (refused,) = found.refused
+    assert refused.module == "1"
+    assert "not followed" in refused.reason
+    assert "0.weight" in refused.parameters
+
+
+@pytest.mark.parametrize(
+    ("between", "shape"),
+    [
+        ([nn.MaxPool2d(2), nn.Dropout(0.5)], (3, 2, 8, 8)),
+        ([nn.AvgPool2d(2), nn.ReLU()], (3, 2, 8, 8)),
+        ([nn.AdaptiveAvgPool2d(4), nn.PReLU()], (3, 2, 8, 8)),
+        ([nn.ZeroPad2d(1), nn.LeakyReLU(0.1)], (3, 2, 8, 8)),
+        ([nn.Upsample(scale_factor=2), nn.ReLU()], (3, 2, 8, 8)),
+    ],
+    ids=lambda value: value[0].__class__.__name__ if isinstance(value, list) else "",
+)
+def test_convolutions_through_what_stands_between(between: list[nn.Module], shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), *between, nn.Conv2d(6, 4, 2, groups=2), nn.ReLU(), nn.Flatten())
+    model.append(nn.LazyLinear(3))
+    model(x(*shape))
+    assert kinds(mt.find_symmetries(model, x(*shape))) == {"rescaling": 10}
+
+
+def test_convolutions_alone_have_matrices() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.AvgPool2d(2), nn.Conv2d(4, 3, 2))
+    assert kinds(mt.find_symmetries(model, x(3, 2, 8, 8))) == {"linear chain": 16}
+
+
+def test_depthwise_kernels_move_on_both_sides() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 8, 3, groups=4), nn.ReLU(), nn.Conv1d(8, 2, 1))
+    found = mt.find_symmetries(model, x(3, 2, 12))
+    assert [(each.kind, each.dimension) for each in found] == [("rescaling", 4), ("rescaling", 8)]
+
+
+def test_batch_norm_in_training_and_evaluation() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    before, after = mt.find_symmetries(model.eval(), x(16, 3))
+    assert (before.kind, before.exactness, before.dimension) == ("before batch norm", "exact", 4)
+    assert before.buffers == ("1.running_mean", "1.running_var")
+    assert (after.kind, after.exactness) == ("after batch norm", "exact")
+    before, after = mt.find_symmetries(model.train(), x(16, 3))
+    assert (before.exactness, after.exactness) == ("approximate", "exact")
+    assert 1e-12 < before.drift < 1e-2
+    assert after.drift <= 1e-12
+
+
+def test_moved_running_statistics_reach_the_model() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double().eval()
+    inputs = x(16, 3).double()
+    expected, variance = model(inputs).detach(), model[1].running_var.clone()
+    assert mt.teleport(model, mt.RandomTeleporter(seed=0), inputs).accepted
+    assert not torch.equal(model[1].running_var, variance)
+    assert torch.allclose(model(inputs), expected, rtol=1e-12)
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    model[0].bias.requires_grad_(False)
+    found = mt.find_symmetries(model, x(6, 3))
+    assert [each.parameters for each in found] == [("2.weight", "2.bias", "4.weight")]
+    assert any("frozen" in each.reason and each.parameters == ("0.bias",) for each in found.refused)
+
+
+def test_batch_forms_are_found_where_the_samples_are_few() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2))
+    few = mt.find_symmetries(model, x(4, 6))
+    assert [(each.exactness, each.dimension) for each in few] == [("exact", 5), ("batch-exact", 25)]
+    assert isinstance(few[1], mt.BatchPair2022)
+    many = mt.find_symmetries(model, x(7, 6))
+    assert [each.exactness for each in many] == ["exact"]
+    assert any("more samples" in each.reason for each in many.refused)
+    assert [each.exactness for each in few.exact] == ["exact"]
+
+
+def test_groups_of_dimension_one_are_not_needed() -> None:
+    found = mt.find_symmetries(nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2)), x(6, 3))
+    assert len(found) == 0
+
+
+def test_inputs_as_tensor_tuple_and_dict() -> None:
+    model = Written(lambda m, a, b: m.out(torch.relu(m.into(a) + b)), into=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    assert len(mt.find_symmetries(model, (x(6, 3), torch.zeros(4)))) == 0
+    scaled = Written(lambda m, a, b: m.out(torch.relu(m.into(a)) * b), into=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    for example in ((x(6, 3), torch.tensor(2.0)), {"a": x(6, 3), "b": torch.tensor(2.0)}):
+        assert kinds(mt.find_symmetries(scaled, example)) == {"rescaling": 4}
+
+
+def test_a_loss_may_leave_more_free_than_the_outputs() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = mt.find_symmetries(model, x(6, 3), loss=lambda outputs: outputs.square().mean())
+    assert kinds(found) == {"rescaling": 4}
+
+
+def test_nothing_of_the_model_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    model(x(8, 3)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    gradients = [value.grad.clone() for value in model.parameters()]  # type: ignore[union-attr]
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    mt.find_symmetries(model, torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.rand(3), drawn)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for value, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(value.grad, gradient)  # type: ignore[arg-type]
+        assert value.requires_grad
+
+
+def test_a_table_and_json_are_made_of_what_was_found() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 2))
+    found = mt.find_symmetries(model, x(6, 3))
+    text = str(found)
+    assert "0.weight, 0.bias, 2.weight" in text
+    assert "PositiveDiagonal(4)" in text
+    assert "3: tanh is not followed [2.weight]" in text
+    data = json.loads(found.to_json())
+    assert set(data) == {"schema", "symmetries", "refused"}
+    (entry,) = data["symmetries"]
+    assert entry["parameters"] == ["0.weight", "0.bias", "2.weight"]
+    assert entry["kind"] == "rescaling"
+    assert entry["dimension"] == 4
+    assert entry["drift"] <= 1e-12
+    assert data["refused"][0]["module"] == "3"
+    assert isinstance(found[:1], mt.Symmetries)
+
+
+def test_a_symmetry_named_by_hand_has_no_drift() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    assert math.isnan(mt.LinearPair(model, "0", "1").drift)
+
+
+def test_bad_input_is_told() -> None:
+    with pytest.raises(ValueError, match="ReLU has no parameters"):
+        mt.find_symmetries(nn.ReLU(), x(2, 3))
+    with pytest.raises(ValueError, match="does not run on its example input"):
+        mt.find_symmetries(nn.Linear(3, 2), x(2, 4))
+
+
+def test_optimizers_find_what_an_example_shows() -> None:
+    torch.manual_seed(0)
+    model = Written(lambda m, h: m.out(nn.functional.silu(m.gate(h)) * m.up(h)), **_gated()).double()
+    inputs = x(6, 3).double()
+    optimizer = mt.TeleportingOptimizer(
+        torch.optim.SGD(model.parameters(), 1e-3), model, mt.RandomTeleporter(seed=0), every=1, example_input=inputs
+    )
+    assert [each.kind for each in optimizer.symmetries] == ["gated MLP"]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.last_report is not None
+    assert optimizer.last_report.accepted
+    assert optimizer.last_report.drift <= 1e-12
+    half = mt.TeleportingOptimizer(
+        torch.optim.SGD(nn.Sequential(model.up, model.out).parameters(), 1e-3),
+        model,
+        mt.RandomTeleporter(seed=0),
+        example_input=inputs,
+    )
+    assert [each.kind for each in half.symmetries] == ["gated MLP"]
+
+
+def test_optimizers_tell_that_they_move_no_buffers() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    found = mt.find_symmetries(model, x(16, 3))
+    inner = torch.optim.SGD(model.parameters(), 1e-3)
+    with pytest.raises(ValueError, match=r"moves the buffer '1\.running_mean'"):
+        mt.TeleportingOptimizer(inner, model, mt.RandomTeleporter(), symmetries=found)
+    quiet = mt.TeleportingOptimizer(inner, model, mt.RandomTeleporter(), example_input=x(16, 3))
+    assert [each.kind for each in quiet.symmetries] == ["after batch norm"]
+
+
+def _gated() -> dict[str, nn.Module]:
+    return {"gate": nn.Linear(3, 4), "up": nn.Linear(3, 4), "out": nn.Linear(4, 2)}
+
+
+def test_heads_are_told_apart_by_a_learned_teleporter() -> None:
+    from metateleport.learned.teleporter import _key
+
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    found = mt.find_symmetries(attention, (x(2, 5, 8),) * 3)
+    assert Counter(each.kind for each in found)["attention QK"] == 2
+    assert len({_key(each) for each in found}) == len(found)
