@@ -12,7 +12,7 @@ from typing import Any
 from metateleport._cli_common import UsageError
 from metateleport.files import write_text
 
-__all__ = ["load_factory", "register"]
+__all__ = ["add", "load_factory"]
 
 _DESCRIPTION = """\
 Finds the continuous symmetries of a model and prints them as a table, each with its certificate.
@@ -28,7 +28,7 @@ tensor, a tuple of positional inputs or a dict of keyword inputs):
 """
 
 
-def register(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Adds the command to the subparsers of `metateleport`."""
     command = commands.add_parser(
         "symmetries",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metateleport._cli_common import UsageError
-from metateleport._cli_symmetries import register
+from metateleport._cli_symmetries import add
 
 NETS = """
 import torch
@@ -43,7 +43,7 @@ def nets(tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    register(parser.add_subparsers())
+    add(parser.add_subparsers())
     parsed = parser.parse_args(["symmetries", *arguments])
     return int(parsed.run(parsed))
 
