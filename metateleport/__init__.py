@@ -26,6 +26,7 @@ from metateleport.teleporters import (
     Teleporter,
     TeleportReport,
     TrustRegion,
+    WhiteningTeleporter,
     teleport,
 )
 
@@ -67,6 +68,7 @@ __all__ = [
     "TeleportingOptimizer",
     "TrustRegion",
     "Unsuitable",
+    "WhiteningTeleporter",
     "certify",
     "find_symmetries",
     "load",

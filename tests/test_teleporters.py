@@ -13,6 +13,7 @@ from symmetry_cases import CASES, Case, assert_close, case, relative
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.capture import point_of
 from metateleport.teleporters import travel
 
 TASKS = 3
@@ -20,10 +21,12 @@ TELEPORTERS: list[Callable[[], mt.Teleporter]] = [
     mt.NoTeleport,
     lambda: mt.RandomTeleporter(size=0.7, seed=0),
     lambda: mt.GradientAscentTeleporter(steps=4, step_size=0.02, cap=0.5),
+    *(lambda side=side: mt.WhiteningTeleporter(side) for side in ("features", "outgoing", "balanced")),
 ]
+NAMES = ["none", "random", "gradient-ascent", "whitening", "whitening-outgoing", "whitening-balanced"]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_teleporter = pytest.mark.parametrize("make", TELEPORTERS, ids=["none", "random", "gradient-ascent"])
+each_teleporter = pytest.mark.parametrize("make", TELEPORTERS, ids=NAMES)
 
 
 class Fixed(mt.Teleporter):
@@ -91,6 +94,9 @@ def test_every_teleporter_on_every_symmetry(case: Case, make: Callable[[], mt.Te
         assert report.size == 0
     else:
         for symmetry in problem.symmetries:
+            if teleporter.name == "whitening" and symmetry.kind == "quadratic rotation":
+                assert report.size == 0, "it has nothing to whiten"
+                continue
             assert not torch.equal(now[symmetry.parameters[0]], before[symmetry.parameters[0]])
         moving = {name for each in problem.symmetries for name in (*each.parameters, *each.buffers)}
         for name in now.keys() - moving:
@@ -114,7 +120,7 @@ def test_stacked_tasks_travel_like_single_ones(case: Case, make: Callable[[], mt
     assert not any(bool(move.refused.any()) or move.reason for move in moves)
     for move in moves:
         assert move.size.shape == move.refused.shape == move.evaluations.shape == (TASKS,)
-    if make().name == "gradient-ascent":
+    if make().name in ("gradient-ascent", "whitening"):
         for task in range(TASKS):
             problem = case.problem(task)
             alone, _, _ = travel(make(), problem.point(), problem.symmetries)
@@ -392,6 +398,74 @@ def test_an_objective_of_ones_own_is_followed() -> None:
     assert float(problem.model[2].weight.detach().square().sum()) < before  # type: ignore[index]
 
 
+def covariances(problem: Any) -> dict[str, Tensor]:
+    (symmetry,) = problem.symmetries
+    return symmetry.matrices(problem.point())
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "white"),
+    [
+        ("2022 form, samples at width", "features", "feature_covariance"),
+        ("2024 form, samples at width", "features", "preactivation_covariance"),
+        ("rescaling", "features", "feature_covariance"),
+        ("rescaling, convolution to linear", "features", "feature_covariance"),
+        ("rescaling", "outgoing", "outgoing_covariance"),
+    ],
+)
+def test_whitening_makes_white(name: str, side: Any, white: str) -> None:
+    problem = case(name).problem()
+    mt.teleport(problem.model, mt.WhiteningTeleporter(side), problem.inputs, None, problem.symmetries)
+    covariance = covariances(problem)[white]
+    if problem.symmetries[0].group.name == "diagonal":
+        covariance = torch.diag(torch.diagonal(covariance))
+    assert relative(covariance, torch.eye(len(covariance), dtype=torch.float64)) <= 1e-6
+
+
+def test_whitening_does_not_stretch_what_is_not_there() -> None:
+    problem = case("2022 form").problem()
+    report = mt.teleport(problem.model, mt.WhiteningTeleporter(), problem.inputs, None, problem.symmetries)
+    values = torch.linalg.eigvalsh(covariances(problem)["feature_covariance"])
+    assert values.tolist() == pytest.approx([0, 1, 1, 1, 1], abs=1e-6)
+    assert report.size < 20, "the fifth direction has no features and would be stretched by 1e6"
+
+
+def bottleneck() -> tuple[nn.Module, Tensor, list[mt.Symmetry]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 5, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.tensor([[10.0], [1.0], [0.1]]))
+    return model, torch.randn(9, 6, dtype=torch.float64), [mt.LinearPair(model, "0", "1")]
+
+
+def test_balanced_factors_have_equal_covariances() -> None:
+    model, inputs, symmetries = bottleneck()
+    mt.teleport(model, mt.WhiteningTeleporter("balanced", damping=1e-13), inputs, None, symmetries)
+    v, u = (value.detach() for value in model.parameters())
+    assert relative(v @ v.mT, u.mT @ u) <= 1e-9
+
+
+def test_alternating_whitens_one_side_and_then_the_other() -> None:
+    model, inputs, symmetries = bottleneck()
+    teleporter = mt.WhiteningTeleporter("alternating")
+    one = torch.eye(3, dtype=torch.float64)
+    state = None
+    point = point_of(model, symmetries, (inputs,), None, lambda out: out.square().sum())[0]
+    for name in ("feature_covariance", "outgoing_covariance", "feature_covariance"):
+        point, _, state = travel(teleporter, point, symmetries, state)
+        assert relative(symmetries[0].matrices(point)[name], one) <= 1e-8
+
+
+def test_whitening_in_float32() -> None:
+    model, inputs, symmetries = bottleneck()
+    model, inputs = model.float(), inputs.float()
+    report = mt.teleport(model, mt.WhiteningTeleporter(), inputs, None, symmetries)
+    assert report.accepted
+    assert report.drift < 1e-4
+    features = model[0](inputs).detach()
+    assert relative(features.mT @ features, torch.eye(3)) <= 1e-2
+
+
 def test_a_point_where_the_objective_is_flat_stays() -> None:
     problem = case("linear pair").problem()
     problem.targets = (problem.outputs(),)
@@ -413,6 +487,9 @@ def test_a_point_where_the_objective_is_flat_stays() -> None:
         (lambda: mt.GradientAscentTeleporter(steps=0), "at least one step"),
         (lambda: mt.GradientAscentTeleporter(cap=0.0), "has to be positive"),
         (lambda: mt.GradientAscentTeleporter(cap=float("nan")), "has to be positive"),
+        (lambda: mt.WhiteningTeleporter("gradients"), "one of features, outgoing, balanced, alternating"),  # type: ignore[arg-type]
+        (lambda: mt.WhiteningTeleporter(damping=-1.0), "at least zero"),
+        (lambda: mt.WhiteningTeleporter(damping=float("nan")), "at least zero"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(build: Callable[[], object], says: str) -> None:

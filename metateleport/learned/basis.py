@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metateleport.groups import Group
 from metateleport.point import Point
+from metateleport.spectral import relative_shift, symmetric_log
 from metateleport.symmetries import Symmetry
 
 __all__ = ["BASIS", "FEATURES", "Observation", "observe", "symmetric_log"]
@@ -38,8 +39,6 @@ BASIS: dict[str, tuple[str, ...]] = {
 FEATURES: dict[str, int] = {"GL": 14, "diagonal": 14, "O": 6}
 """Number of invariant features by the group's name."""
 
-_RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
-
 
 class Observation(NamedTuple):
     """What a learned teleporter sees of one symmetry.
@@ -51,60 +50,6 @@ class Observation(NamedTuple):
 
     basis: Tensor
     features: Tensor
-
-
-def symmetric_log(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Logarithm of positive semidefinite matrices, $\log(A + \epsilon\,\lambda_{\max} 1)$, in float64.
-
-    Where `eigh` does not converge (seen on ill-conditioned stacks) a larger shift is tried, and where that fails the
-    logarithm is zero: the generator is then left out.
-
-    Args:
-        matrix: `(*batch, k, k)`, symmetric up to rounding.
-
-    Returns:
-        The logarithms, `(*batch, k, k)`, and the logarithms of the eigenvalues in ascending order, `(*batch, k)`,
-        both in the dtype of the input.
-
-    Example:
-        >>> log, _ = symmetric_log(torch.diag(torch.tensor([1.0, 4.0])))
-        >>> bool(torch.allclose(log, torch.diag(torch.tensor([0.0, 1.3863])), atol=1e-4))
-        True
-    """
-    symmetric = (matrix + matrix.mT).double() / 2
-    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    scaled = symmetric / scale[..., None, None]
-    usable = scaled.isfinite().all(-1).all(-1) & (scale < float("inf"))
-    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    scaled = torch.where(usable[..., None, None], scaled, unit)
-    values, vectors, converged = _eigh(scaled)
-    usable = usable & converged
-    largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
-    shift = _RELATIVE_SHIFT.get(matrix.dtype, 1e-9) * largest
-    logs = (values.clamp_min(0) + shift).log() + scale.log().unsqueeze(-1)
-    logs = torch.where(usable.unsqueeze(-1), logs, torch.zeros_like(logs))
-    log = (vectors * logs.unsqueeze(-2)) @ vectors.mT
-    return log.to(matrix.dtype), logs.to(matrix.dtype)
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, eigenvectors and where they converged; a stack of which one matrix fails is taken apart."""
-    batch = matrix.shape[:-2]
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors, torch.ones(batch, dtype=torch.bool, device=matrix.device)
-    except torch.linalg.LinAlgError:
-        pass
-    if batch:
-        parts = [_eigh(each) for each in matrix.flatten(0, -3)]
-        values, vectors, converged = (torch.stack(each) for each in zip(*parts, strict=True))
-        return values.reshape(*batch, -1), vectors.reshape(matrix.shape), converged.reshape(batch)
-    unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    try:
-        values, vectors = torch.linalg.eigh(matrix + 1e-8 * unit)
-        return values, vectors, torch.ones((), dtype=torch.bool, device=matrix.device)
-    except torch.linalg.LinAlgError:
-        return torch.ones_like(matrix[0]), unit, torch.zeros((), dtype=torch.bool, device=matrix.device)
 
 
 def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observation:
@@ -140,7 +85,7 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
         if group.name == "diagonal":
             diagonal = torch.diagonal(matrices[name], dim1=-2, dim2=-1).clamp_min(0)
             largest = diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(known.dtype).tiny)
-            logs = (diagonal + _RELATIVE_SHIFT.get(known.dtype, 1e-9) * largest).log()
+            logs = (diagonal + relative_shift(known.dtype) * largest).log()
             generators.append(logs)
         else:
             generator, logs = symmetric_log(matrices[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -114,6 +114,15 @@ class Symmetry(abc.ABC):
 
     def rebuild_cost(self, point: Point) -> float:
         """Share of a gradient evaluation that carrying the gradients along costs; zero where they are covectors."""
+        return 0.0
+
+    def undo_cost(self, point: Point, changed: Sequence[str]) -> float:
+        """Share of a gradient evaluation that acting once more costs after a step; zero where it is algebra alone.
+
+        Args:
+            point: where the step led to.
+            changed: names of the parameters that were stepped.
+        """
         return 0.0
 
     def matrices(self, point: Point) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class _BatchPair(Pair):
             stale = point.stale | point.gradients.keys()
             return point.update(parameters, activations=activations, stale=frozenset(stale))
         above = point.cotangents[self.second]
+        if self.first not in point.cotangents:
+            # The point has let go of everything below U: only U's gradient is made.
+            stale = (point.stale | point.gradients.keys()) - {self.second_weight}
+            gradients = {self.second_weight: above.mT @ features}
+            return point.update(parameters, gradients, {self.second: features}, stale=frozenset(stale))
         below = (above @ parameters[self.second_weight]) * slope(self.activation, before)
         gradients = {
             self.second_weight: above.mT @ features,
@@ -89,16 +94,25 @@ class _BatchPair(Pair):
         """Share of a gradient evaluation: a layer costs three products, the rebuilt part counts those it makes anew.
 
         Of U's layer the product that sends the cotangent down, of V's layer the weight gradient, of every layer
-        below both and the product that leads to it.
+        below both and the product that leads to it. Layers whose cotangents the point has let go of are left out.
         """
+        if self.first not in point.cotangents:
+            return 0.0
         sizes = {name: _products(point, name) for name in point.activations}
         total = 3 * sum(sizes.values())
         order = list(point.activations)
         below = order[: order.index(self.first)] if self.first in order else []
+        below = [name for name in below if name in point.cotangents]
         rebuilt = sizes[self.second] + sizes[self.first] + sum(2 * sizes[name] for name in below)
         if below:
             rebuilt += sizes[self.first] - sizes[below[0]]
         return rebuilt / total
+
+    def undo_cost(self, point: Point, changed: Sequence[str]) -> float:
+        if not {self.first_weight, self.first_bias} & set(changed):
+            return 0.0
+        # V's layer runs once more on the batch: one product of its three.
+        return _products(point, self.first) / (3 * sum(_products(point, name) for name in point.activations))
 
 
 def _products(point: Point, module: str) -> float:
@@ -192,6 +206,11 @@ class BatchPair2024(_BatchPair):
     """
 
     kind = "batch pair, 2024 form"
+
+    def matrices(self, point: Point) -> dict[str, Tensor]:
+        before = self._before(point) if self.first in point.activations else None
+        found = super().matrices(point)
+        return found if before is None else {**found, "preactivation_covariance": before.mT @ before}
 
     def _solved_for(self, point: Point, element: Tensor | None) -> Tensor:
         before = self._before(point)

@@ -4,6 +4,7 @@ from metateleport.teleporters.base import Move, Teleporter, TrustRegion, travel
 from metateleport.teleporters.gradient_ascent import GradientAscentTeleporter
 from metateleport.teleporters.once import TeleportReport, teleport
 from metateleport.teleporters.simple import NoTeleport, RandomTeleporter
+from metateleport.teleporters.whitening import WhiteningTeleporter
 
 __all__ = [
     "GradientAscentTeleporter",
@@ -13,6 +14,7 @@ __all__ = [
     "TeleportReport",
     "Teleporter",
     "TrustRegion",
+    "WhiteningTeleporter",
     "teleport",
     "travel",
 ]

@@ -12,10 +12,11 @@ from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Teleporter, TrustRegion
 
-__all__ = ["NoTeleport", "RandomTeleporter"]
+__all__ = ["NoTeleport", "RandomTeleporter", "no_motion"]
 
 
-def _zeros(symmetry: Symmetry, point: Point) -> Tensor:
+def no_motion(symmetry: Symmetry, point: Point) -> Tensor:
+    """The generator zero of a symmetry, in the point's batch, dtype and device."""
     weight = point.parameters[symmetry.parameters[0]]
     batch = () if point.loss is None else point.loss.shape
     return weight.new_zeros(*batch, *symmetry.group.shape)
@@ -32,7 +33,7 @@ class NoTeleport(Teleporter):
     name = "none"
 
     def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
-        return _zeros(symmetry, point), state
+        return no_motion(symmetry, point), state
 
 
 class RandomTeleporter(Teleporter):
@@ -68,7 +69,7 @@ class RandomTeleporter(Teleporter):
         self.source = random_source(seed, generator)
 
     def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
-        like = _zeros(symmetry, point)
+        like = no_motion(symmetry, point)
         batch = like.shape[: like.ndim - len(symmetry.group.shape)]
         drawn = symmetry.group.random_generator(
             *batch, size=self.size, generator=self.source, dtype=like.dtype, device=like.device

@@ -1,0 +1,186 @@
+"""Gauges: places on the orbit that single tensors are stepped in, and left again after the step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Pair, Symmetry
+from metateleport.teleporters import Move, Teleporter, travel
+
+__all__ = ["GaugedStep", "Names", "TensorGroup", "step_in_gauges", "tensor_groups", "undo"]
+
+Names = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorGroup:
+    """Tensors that one gauge serves: the same symmetries move them, in the same role.
+
+    Args:
+        names: of the tensors.
+        symmetries: those that move them, in the order of the data flow.
+    """
+
+    names: Names
+    symmetries: tuple[Symmetry, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GaugedStep:
+    """What a step in gauges gave.
+
+    Args:
+        parameters: all parameters after the step, back in the model's own place on the orbit.
+        evaluations: gradient evaluations that the gauges cost, `(*batch,)`.
+        moves: what each gauge was, by the group's names; elements that are not the identity were undone.
+        states: the teleporters' states, by the group's names.
+    """
+
+    parameters: Tensors
+    evaluations: Tensor
+    moves: dict[Names, list[Move]]
+    states: dict[Names, Any]
+
+
+def tensor_groups(names: Sequence[str], symmetries: Sequence[Symmetry]) -> tuple[TensorGroup, ...]:
+    """Sorts tensors by the symmetries that move them and, in a pair, by the layer that they belong to.
+
+    Args:
+        names: of the tensors.
+        symmetries: in the order of the data flow.
+
+    Returns:
+        The groups, in the order of the names. A weight and its bias share one; tensors that nothing moves share one
+        without symmetries.
+
+    Example:
+        >>> from torch import nn
+        >>> from metateleport import LinearPair
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+        >>> groups = tensor_groups([name for name, _ in model.named_parameters()], [LinearPair(model, "0", "1")])
+        >>> [group.names for group in groups]
+        [('0.weight', '0.bias'), ('1.weight',), ('1.bias',)]
+    """
+    sorted_names: dict[tuple[tuple[int, str], ...], list[str]] = {}
+    for name in names:
+        moving = [(index, each) for index, each in enumerate(symmetries) if name in each.parameters]
+        sorted_names.setdefault(tuple((index, _role(name, each)) for index, each in moving), []).append(name)
+    return tuple(
+        TensorGroup(tuple(members), tuple(symmetries[index] for index, _ in key))
+        for key, members in sorted_names.items()
+    )
+
+
+def _role(name: str, symmetry: Symmetry) -> str:
+    if isinstance(symmetry, Pair):
+        return "second" if name == symmetry.second_weight else "first"
+    return name
+
+
+def step_in_gauges(
+    point: Point,
+    symmetries: Sequence[Symmetry],
+    teleporter: Callable[[TensorGroup], Teleporter],
+    step: Callable[[Point, Names], Mapping[str, Tensor]],
+    states: Mapping[Names, Any] | None = None,
+    allowed: Tensor | None = None,
+) -> GaugedStep:
+    r"""Steps each tensor in a gauge of its own and undoes the gauge.
+
+    $$W_i \mapsto g_i^{-1} \cdot \left(\mathrm{step}(g_i \cdot W)\right)_i$$
+
+    The model never moves along its orbit: a gauge is a preconditioner. For factors $U V$, gradient descent in the
+    gauges $g_U = (V V^\top)^{-1/2}$ and $g_V = (U^\top U)^{1/2}$ is ScaledGD,
+    $U \mapsto U - \eta\, G_U (V V^\top)^{-1}$ and $V \mapsto V - \eta\, (U^\top U)^{-1} G_V$.
+
+    Only what the stepped tensors' gradients need is rebuilt and counted: nothing for exact symmetries, and nothing
+    for the upper layer of a batch form.
+
+    Args:
+        point: with gradients; activations and cotangents where a symmetry needs them.
+        symmetries: in the order of the data flow.
+        teleporter: chooses the elements for a group of tensors.
+        step: gets the point in the gauge and the names of the tensors to step; gives those tensors after the step.
+        states: the teleporters' states by the group's names, as the last call gave them.
+        allowed: where a gauge is allowed at all, boolean `(*batch,)`; elsewhere tensors are stepped as they are.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: if the point has no gradients.
+
+    Example:
+        >>> from torch import nn
+        >>> from metateleport import LinearPair, NoTeleport
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+        >>> ones = {name: torch.ones_like(value) for name, value in model.named_parameters()}
+        >>> point = Point({name: value.detach() for name, value in model.named_parameters()}, ones)
+        >>> descent = lambda at, names: {name: at.parameters[name] - 0.1 * at.gradients[name] for name in names}
+        >>> stepped = step_in_gauges(point, [LinearPair(model, "0", "1")], lambda group: NoTeleport(), descent)
+        >>> bool(torch.allclose(stepped.parameters["1.weight"], model[1].weight - 0.1))
+        True
+
+    Source: Tong, Ma and Chi, JMLR 2021 (arXiv 2005.08898), equation 3, for linear pairs.
+    """
+    if not point.gradients:
+        raise ValueError("a step in gauges needs gradients: evaluate the point first")
+    batch = () if point.loss is None else point.loss.shape
+    like = next(iter(point.gradients.values()))
+    spent = like.new_zeros(batch)
+    parameters, moves, new_states = dict(point.parameters), {}, {}
+    for group in tensor_groups(list(point.gradients), symmetries):
+        if not group.symmetries:
+            parameters.update(step(point, group.names))
+            continue
+        start = _without_what_lies_below(point, group)
+        before = None if states is None else states.get(group.names)
+        arrived, made, after = travel(teleporter(group), start, group.symmetries, before, allowed)
+        stepped = arrived.replace(parameters={**arrived.parameters, **step(arrived, group.names)})
+        home, cost = undo(made, stepped, group.names)
+        parameters.update({name: home.parameters[name] for name in group.names})
+        moves[group.names], new_states[group.names] = made, after
+        spent = spent + sum((move.evaluations for move in made), cost)
+    return GaugedStep(parameters, spent, moves, new_states)
+
+
+def undo(moves: Sequence[Move], point: Point, changed: Names = ()) -> tuple[Point, Tensor]:
+    """Moves a point back by the inverse of each move, the last one first.
+
+    Args:
+        moves: as `travel` gave them.
+        point: where they led to, or what a step has made of it.
+        changed: names of the parameters that were changed since: where a batch form has to run them again, that is
+            counted.
+
+    Returns:
+        The point, and the gradient evaluations that it cost, `(*batch,)`. Its gradients are not those of the new
+        place where a symmetry is not exact. Where a symmetry has no group law (the 2024 form with fewer samples than
+        units) it is another point with the same outputs on the batch.
+    """
+    cost: Tensor = torch.zeros_like(moves[0].size) if moves else torch.zeros(())
+    # What a batch form would rebuild of the backward pass is not asked for.
+    bare = point.replace(cotangents={}, pullback=None)
+    for move in reversed(moves):
+        moved = move.size > 0
+        if not bool(moved.any()):
+            continue
+        symmetry = move.symmetry
+        back = symmetry.act(symmetry.group.inverse(move.element), bare)
+        bare = back if bool(moved.all()) else back.choose(moved, bare)
+        cost = cost + moved.to(cost.dtype) * symmetry.undo_cost(point, changed)
+    return bare, cost
+
+
+def _without_what_lies_below(point: Point, group: TensorGroup) -> Point:
+    """Without the cotangents that only gradients of other tensors need, so that those are not rebuilt."""
+    kept = {symmetry.second for symmetry in group.symmetries if isinstance(symmetry, Pair)}
+    kept |= {name.rpartition(".")[0] for name in group.names}
+    cotangents = {name: value for name, value in point.cotangents.items() if name in kept}
+    return point.replace(cotangents=cotangents, pullback=None)

@@ -1,0 +1,78 @@
+"""Spectral functions of covariances that survive what optimisation does to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["relative_shift", "symmetric_log"]
+
+_RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
+
+
+def relative_shift(dtype: torch.dtype) -> float:
+    """What is added to a covariance before its logarithm, relative to its largest eigenvalue.
+
+    Example:
+        >>> relative_shift(torch.float64)
+        1e-13
+    """
+    return _RELATIVE_SHIFT.get(dtype, 1e-9)
+
+
+def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0) -> tuple[Tensor, Tensor]:
+    r"""Logarithm of positive semidefinite matrices, $\log(A + \epsilon\,\lambda_{\max} 1)$, in float64.
+
+    Where `eigh` does not converge (seen on ill-conditioned stacks) a larger shift is tried, and where that fails the
+    logarithm is zero: the generator is then left out.
+
+    Args:
+        matrix: `(*batch, k, k)`, symmetric up to rounding.
+        shift: $\epsilon$, relative to the largest eigenvalue; `relative_shift` of the dtype if not given.
+        rank: directions whose eigenvalue is below this, relative to the largest, get the largest one's logarithm: no
+            power of the matrix then stretches what is not there.
+
+    Returns:
+        The logarithms, `(*batch, k, k)`, and the logarithms of the eigenvalues in ascending order, `(*batch, k)`,
+        both in the dtype of the input.
+
+    Example:
+        >>> log, _ = symmetric_log(torch.diag(torch.tensor([1.0, 4.0])))
+        >>> bool(torch.allclose(log, torch.diag(torch.tensor([0.0, 1.3863])), atol=1e-4))
+        True
+    """
+    symmetric = (matrix + matrix.mT).double() / 2
+    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = symmetric / scale[..., None, None]
+    usable = scaled.isfinite().all(-1).all(-1) & (scale < float("inf"))
+    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    scaled = torch.where(usable[..., None, None], scaled, unit)
+    values, vectors, converged = _eigh(scaled)
+    usable = usable & converged
+    largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    values = torch.where(values < rank * largest, largest, values)
+    added = (relative_shift(matrix.dtype) if shift is None else shift) * largest
+    logs = (values.clamp_min(0) + added).log() + scale.log().unsqueeze(-1)
+    logs = torch.where(usable.unsqueeze(-1), logs, torch.zeros_like(logs))
+    log = (vectors * logs.unsqueeze(-2)) @ vectors.mT
+    return log.to(matrix.dtype), logs.to(matrix.dtype)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, eigenvectors and where they converged; a stack of which one matrix fails is taken apart."""
+    batch = matrix.shape[:-2]
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors, torch.ones(batch, dtype=torch.bool, device=matrix.device)
+    except torch.linalg.LinAlgError:
+        pass
+    if batch:
+        parts = [_eigh(each) for each in matrix.flatten(0, -3)]
+        values, vectors, converged = (torch.stack(each) for each in zip(*parts, strict=True))
+        return values.reshape(*batch, -1), vectors.reshape(matrix.shape), converged.reshape(batch)
+    unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    try:
+        values, vectors = torch.linalg.eigh(matrix + 1e-8 * unit)
+        return values, vectors, torch.ones((), dtype=torch.bool, device=matrix.device)
+    except torch.linalg.LinAlgError:
+        return torch.ones_like(matrix[0]), unit, torch.zeros((), dtype=torch.bool, device=matrix.device)
