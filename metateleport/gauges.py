@@ -90,6 +90,7 @@ def step_in_gauges(
     step: Callable[[Point, Names], Mapping[str, Tensor]],
     states: Mapping[Names, Any] | None = None,
     allowed: Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> GaugedStep:
     r"""Steps each tensor in a gauge of its own and undoes the gauge.
 
@@ -109,6 +110,7 @@ def step_in_gauges(
         step: gets the point in the gauge and the names of the tensors to step; gives those tensors after the step.
         states: the teleporters' states by the group's names, as the last call gave them.
         allowed: where a gauge is allowed at all, boolean `(*batch,)`; elsewhere tensors are stepped as they are.
+        names: the tensors to step; all that have a gradient if not given.
 
     Returns:
         The step.
@@ -135,11 +137,11 @@ def step_in_gauges(
     like = next(iter(point.gradients.values()))
     spent = like.new_zeros(batch)
     parameters, moves, new_states = dict(point.parameters), {}, {}
-    for group in tensor_groups(list(point.gradients), symmetries):
+    for group in tensor_groups(list(point.gradients) if names is None else names, symmetries):
         if not group.symmetries:
             parameters.update(step(point, group.names))
             continue
-        start = _without_what_lies_below(point, group)
+        start = only_for(point, group.names, group.symmetries)
         before = None if states is None else states.get(group.names)
         arrived, made, after = travel(teleporter(group), start, group.symmetries, before, allowed)
         stepped = arrived.replace(parameters={**arrived.parameters, **step(arrived, group.names)})
@@ -178,9 +180,17 @@ def undo(moves: Sequence[Move], point: Point, changed: Names = ()) -> tuple[Poin
     return bare, cost
 
 
-def _without_what_lies_below(point: Point, group: TensorGroup) -> Point:
-    """Without the cotangents that only gradients of other tensors need, so that those are not rebuilt."""
-    kept = {symmetry.second for symmetry in group.symmetries if isinstance(symmetry, Pair)}
-    kept |= {name.rpartition(".")[0] for name in group.names}
-    cotangents = {name: value for name, value in point.cotangents.items() if name in kept}
+def only_for(point: Point, names: Sequence[str], symmetries: Sequence[Symmetry]) -> Point:
+    """The point without what only the gradients of other tensors need: that is then neither rebuilt nor counted.
+
+    Args:
+        point: where to move from.
+        names: of the tensors that are going to be stepped.
+        symmetries: those that are going to be moved along.
+    """
+    needed = {symmetry.second for symmetry in symmetries if isinstance(symmetry, Pair)}
+    needed |= {name.rpartition(".")[0] for name in names}
+    order = list(point.activations)
+    lowest = min((order.index(name) for name in needed if name in order), default=0)
+    cotangents = {name: value for name, value in point.cotangents.items() if name not in order[:lowest]}
     return point.replace(cotangents=cotangents, pullback=None)

@@ -9,6 +9,7 @@ from metateleport.evaluation.run import Evaluation, EvaluationError, Result, eva
 from metateleport.evaluation.table import table_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
+from metateleport.evaluation.whitening import Whitening
 
 __all__ = [
     "BASELINES",
@@ -26,6 +27,7 @@ __all__ = [
     "Recorder",
     "Result",
     "Trajectory",
+    "Whitening",
     "evaluate",
     "output_drift",
     "paired_ratio",

@@ -73,6 +73,7 @@ class GradientAscent(Method):
     """
 
     teleports = True
+    gauge = "stays"
 
     def __init__(
         self, lr: float, schedule: str = "once, before step 0", ascent_steps: int = 10, size: float = 1.0

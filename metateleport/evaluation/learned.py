@@ -42,6 +42,7 @@ class Learned(Method):
         super().__init__(name, {"mode": meta.config.mode, "teleport": teleport})
         self.meta, self.teleport, self.seed = meta, teleport, seed
         self.teleports = meta.teleporter is not None and teleport != "off"  # type: ignore[misc]
+        self.gauge = "stays" if self.teleports else "none"
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         teleporter: Teleporter | None = None

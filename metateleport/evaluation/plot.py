@@ -21,8 +21,9 @@ _COLOURS = {
     "adam": "#0072B2",
     "lbfgs": "#009E73",
     "gradient-ascent": "#CC79A7",
+    "whitening": "#E69F00",
 }
-_OTHERS = ("#E69F00", "#000000", "#8C564B", "#B5A400")
+_OTHERS = ("#000000", "#8C564B", "#B5A400")
 _LINES = {"teleport-off": (0, (5, 2)), "random-teleport": (0, (1, 1.5)), "step-only": (0, (4, 1.5, 1, 1.5))}
 
 

@@ -10,6 +10,7 @@ from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAsc
 from metateleport.evaluation.lbfgs import LBFGS
 from metateleport.evaluation.trajectory import Method
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe
+from metateleport.evaluation.whitening import VARIANTS, Whitening
 
 __all__ = ["BASELINES"]
 
@@ -42,6 +43,14 @@ BASELINES: dict[str, Recipe] = {
                 "size": Choice((1.0, 3.0)),
             },
             tasks=8,
+        ),
+        # A step relative to the curvature bound is of order one.
+        Recipe(
+            "whitening",
+            Whitening,
+            Lattice(-2, 1),
+            choices={"variant": Choice(tuple(VARIANTS)), "relative": Choice((True, False))},
+            tasks=16,
         ),
     )
 }

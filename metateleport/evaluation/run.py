@@ -26,6 +26,7 @@ class Result:
     teleports: bool
     settings: dict[str, Any]
     tuning: dict[str, Any] | None
+    gauge: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def evaluate(
         # The first steps of a process pay for imports and memory, whichever method comes first.
         method.run(stack, min(2, steps))
         trajectory = method.run(stack, steps)
-        results[method.name] = Result(trajectory, method.teleports, method.settings, method.tuning)
+        results[method.name] = Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)
     return Evaluation(
         family=family.name,
         settings=family.settings(),

@@ -58,11 +58,13 @@ class Method(abc.ABC):
     """A way to optimise a stack of tasks within a number of gradient evaluations.
 
     `name` stands in tables and files, `settings` are what it was run with, `tuning` is how they were found (None
-    where nothing was tuned), `teleports` says whether it moves along symmetries.
+    where nothing was tuned), `teleports` says whether it moves along symmetries, and `gauge` how: by a teleport that
+    `stays`, by a gauge that is `undone` after the step, or by `both`.
     """
 
     name: str
     teleports: ClassVar[bool] = False
+    gauge: str = "none"
 
     def __init__(self, name: str, settings: Mapping[str, Any] | None = None) -> None:
         self.name = name
