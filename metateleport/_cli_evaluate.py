@@ -31,7 +31,8 @@ examples:
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
 teleport or a line search evaluates is counted. The baselines' step sizes are tuned on training tasks first, which is
-remembered under ~/.cache/metateleport (or METATELEPORT_CACHE).
+remembered under ~/.cache/metateleport (or METATELEPORT_CACHE). Under the table stands in words what the learned teleport
+brings; in the JSON's `attribution` stands every comparison behind it.
 """
 
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from metateleport.checkpoint import record_result
-    from metateleport.evaluation import evaluate, plot, report_of, table_of, write_report
+    from metateleport.evaluation import evaluate, plot, report_of, table_of, words_of, write_report
     from metateleport.families import load_family
     from metateleport.training import device_for
 
@@ -103,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     report = report_of(evaluation)
     _print(table_of(report))
+    for words in words_of(report):
+        Console(highlight=False, soft_wrap=True).print(words, markup=False)
     if arguments.json is not None:
         write_report(arguments.json, report)
         say(f"wrote {arguments.json}")

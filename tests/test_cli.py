@@ -28,7 +28,7 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
     command = ["evaluate", "none", "leaky_mlp", "--set", "width=4", "--tasks", "4", "--steps", "12", *where]
     assert cli.main(command) == 0
     report = json.loads((away / "a.json").read_text())
-    assert list(report["methods"]) == ["gd", "momentum", "adam", "lbfgs", "gradient-ascent"]
+    assert list(report["methods"]) == ["gd", "momentum", "adam", "lbfgs", "gradient-ascent", "whitening"]
     assert report["checkpoint"] == "none"
     assert report["task"]["settings"]["width"] == 4
     for entry in report["methods"].values():

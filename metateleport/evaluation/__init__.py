@@ -1,10 +1,12 @@
 """Evaluation: methods on held-out tasks, by gradient evaluations."""
 
+from metateleport.evaluation.attribution import attribution_of, words_of
 from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
 from metateleport.evaluation.lbfgs import LBFGS
+from metateleport.evaluation.paired import PairedRatio, paired_ratio
 from metateleport.evaluation.plot import plot
 from metateleport.evaluation.recipes import BASELINES
-from metateleport.evaluation.report import PairedRatio, paired_ratio, report_of, write_report
+from metateleport.evaluation.report import report_of, write_report
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result, evaluate
 from metateleport.evaluation.table import table_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
@@ -28,6 +30,7 @@ __all__ = [
     "Result",
     "Trajectory",
     "Whitening",
+    "attribution_of",
     "evaluate",
     "output_drift",
     "paired_ratio",
@@ -35,5 +38,6 @@ __all__ = [
     "report_of",
     "table_of",
     "tune",
+    "words_of",
     "write_report",
 ]

@@ -7,68 +7,21 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from metateleport.evaluation.attribution import attribution_of
+from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
 from metateleport.evaluation.run import Evaluation, Result
 from metateleport.evaluation.tuning import LARGEST
 from metateleport.files import write_text
 
-__all__ = ["REFERENCE", "SCHEMA", "PairedRatio", "paired_ratio", "report_of", "write_report"]
+__all__ = ["SCHEMA", "report_of", "write_report"]
 
 SCHEMA = 1
-REFERENCE = "learned"
-"""The method that others are compared to, task by task, where it is there."""
-
-_SMALLEST = 1e-300
-
-
-class PairedRatio(NamedTuple):
-    """Median over tasks of the ratio of two methods' losses on one task, with its interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-def paired_ratio(
-    losses: npt.ArrayLike, reference: npt.ArrayLike, confidence: float = 0.95, draws: int = 2000, seed: int = 0
-) -> PairedRatio:
-    """Compares two methods task by task: the median of log ratios, with a bootstrap interval over tasks.
-
-    Args:
-        losses: final losses of one method, `(tasks,)`.
-        reference: those of the other on the same tasks.
-        confidence: of the interval.
-        draws: number of bootstrap samples.
-        seed: seeds them.
-
-    Returns:
-        The ratio, above 1 where `reference` is better, and the percentile interval. Losses are taken between 1e-300
-        and 1e300.
-
-    Raises:
-        ValueError: if the tasks are not the same in number.
-
-    Example:
-        >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).ratio
-        2.0
-    """
-    ours, theirs = (np.asarray(each, dtype=np.float64).clip(_SMALLEST, LARGEST) for each in (losses, reference))
-    if ours.shape != theirs.shape or ours.ndim != 1:
-        raise ValueError(f"a paired comparison needs the same tasks: got {ours.shape} and {theirs.shape} losses")
-    logs = np.log(ours) - np.log(theirs)
-    picks = np.random.default_rng(seed).integers(len(logs), size=(draws, len(logs)))
-    medians = np.median(logs[picks], axis=1)
-    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
-    # exp of a difference of two such logs can still overflow.
-    return PairedRatio(*(float(np.exp(min(value, _LARGEST_LOG))) for value in (np.median(logs), low, high)))
-
-
-_LARGEST_LOG = float(np.log(LARGEST))
 
 
 def report_of(evaluation: Evaluation) -> dict[str, Any]:
@@ -83,16 +36,17 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
     Returns:
         `schema`, `task`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and `methods`: by name the
         lists along the trajectory (`gradient_evaluations`, `mean`, `median`, `q25`, `q75`, `seconds_along`), `final`
-        and `diverged` for each task, `seconds` of the whole run, `drift_max` where it teleports, `settings`, `tuning`
-        where it was tuned, `held_out_loss` and `held_out_accuracy` where the tasks have such, and
-        `paired_ratio_to_learned` where there is a learned method.
+        and `diverged` for each task, `seconds` of the whole run, `drift_max` and `gauge` where it teleports,
+        `settings`, `tuning` where it was tuned, `held_out_loss` and `held_out_accuracy` where the tasks have such, and
+        `paired_ratio_to_learned` where there is a learned method. `attribution` says what its teleport brings, as
+        `attribution_of` does.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
     if REFERENCE in methods:
         for name, entry in methods.items():
             if name != REFERENCE:
                 pair = paired_ratio(entry["final"], methods[REFERENCE]["final"])
-                entry[f"paired_ratio_to_{REFERENCE}"] = {**pair._asdict(), "confidence": 0.95}
+                entry[f"paired_ratio_to_{REFERENCE}"] = {**pair._asdict(), "confidence": CONFIDENCE}
     return {
         "schema": SCHEMA,
         "task": {"name": evaluation.family, "settings": _plain(evaluation.settings)},
@@ -111,6 +65,7 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "methods": methods,
+        "attribution": attribution_of(evaluation),
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from metateleport.evaluation.report import REFERENCE
+from metateleport.evaluation.attribution import marks
+from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.tuning import LARGEST
 
 __all__ = ["table_of"]
@@ -25,7 +26,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
     """
     methods: Mapping[str, Any] = report["methods"]
     steps, tasks = report["steps"], report["tasks"]
-    places = list(dict.fromkeys(max(1, place) for place in (steps // 10, steps // 3, steps)))
+    places = marks(steps)
     accurate = any("held_out_accuracy" in entry for entry in methods.values())
     table = Table(
         title=f"{report['task']['name']}: median loss of {tasks} held-out tasks by gradient evaluations",
