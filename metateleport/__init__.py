@@ -3,7 +3,7 @@
 from metateleport.checkpoint import Checkpoint, CheckpointError, load, load_checkpoint
 from metateleport.detect import symmetries_of
 from metateleport.detection import Certificate, Refused, Symmetries, certify, find_symmetries
-from metateleport.families import FamilyError, Task, TaskFamily, TaskStack, load_family
+from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.objectives import Objective, SquaredGradientNorm
@@ -45,6 +45,7 @@ __all__ = [
     "LearnedOptimizer",
     "LearnedTeleporter",
     "LinearPair",
+    "Measure",
     "MetaOptimizer",
     "MetaOptimizerConfig",
     "NoTeleport",

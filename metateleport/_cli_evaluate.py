@@ -31,8 +31,8 @@ examples:
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
 teleport or a line search evaluates is counted. The baselines' step sizes are tuned on training tasks first, which is
-remembered under ~/.cache/metateleport (or METATELEPORT_CACHE). Under the table stands in words what the learned teleport
-brings; in the JSON's `attribution` stands every comparison behind it.
+remembered under ~/.cache/metateleport (or METATELEPORT_CACHE). What the learned teleport brings stands in words under
+the table, and with every comparison behind it in the JSON's `attribution`.
 """
 
 

@@ -22,7 +22,9 @@ from metateleport.symmetries import Symmetry
 
 __all__ = [
     "SPLITS",
+    "TRAINING_LOSS",
     "FamilyError",
+    "Measure",
     "Split",
     "Task",
     "TaskFamily",
@@ -41,6 +43,29 @@ class FamilyError(ValueError):
     """A task family that is unknown, cannot be loaded or has settings that cannot work; the message says why."""
 
 
+TRAINING_LOSS = "training loss"
+"""What tasks are judged by, unless they name another measure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a task is judged by, where that is not its training loss: smaller is better.
+
+    Args:
+        name: as tables call it.
+        function: maps parameters by name and `data` to a scalar; the same for all tasks of a family.
+        data: the task's own, such as the matrix that is sought.
+
+    Example:
+        >>> Measure("distance", lambda parameters, x: (parameters["x"] - x).norm(), (torch.zeros(3),)).name
+        'distance'
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    data: tuple[Tensor, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One optimisation problem: a model at its start, data and a loss.
@@ -55,6 +80,7 @@ class Task:
         seed: seeds the order of the minibatches.
         held_out: inputs and targets that are never trained on.
         score: maps outputs and targets to an accuracy between 0 and 1, where the task has one.
+        measure: what methods are tuned and judged by, where that is not the loss on all of the training data.
     """
 
     model: nn.Module
@@ -66,6 +92,7 @@ class Task:
     seed: int = 0
     held_out: Batch | None = None
     score: Callable[..., Tensor] | None = None
+    measure: Measure | None = None
 
     def batch(self, step: int) -> Batch:
         """The minibatch of one evaluation: shuffled epochs, a function of the task's seed and the step alone."""
@@ -214,6 +241,10 @@ class TaskStack:
         if all(each is not None for each in held_out):
             self.held_out = self._stack([each for each in held_out if each is not None])
         self.score = tasks[0].score
+        self.measure = tasks[0].measure
+        self._sought: tuple[Tensor, ...] = ()
+        if self.measure is not None:
+            self._sought = self._stack([(task.measure.data, ()) for task in tasks if task.measure is not None])[0]
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -226,6 +257,13 @@ class TaskStack:
     def batch(self, step: int) -> Batch:
         """Every task's minibatch of one evaluation, stacked."""
         return self.full if self.deterministic else self._stack([task.batch(step) for task in self.tasks])
+
+    def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What every task is judged by at some parameters: its measure, or its full training loss, `(tasks,)`."""
+        if self.measure is None:
+            return self.model.losses_at(parameters, self.full)
+        with torch.no_grad():
+            return torch.func.vmap(self.measure.function)(dict(parameters), *self._sought)
 
     def _stack(self, batches: Sequence[Batch]) -> Batch:
         shapes = [[[value.shape for value in part] for part in each] for each in batches]

@@ -387,6 +387,20 @@ class TestReport:
     def test_all_methods_start_from_the_same_points(self, report: dict) -> None:
         assert len({entry["median"][0] for entry in report["methods"].values()}) == 1
 
+    def test_a_measure_of_the_tasks_own_takes_the_place_of_the_loss(self, report: dict, tmp_path: Path) -> None:
+        assert report["measure"] == "training loss"
+        family = load_family("matrix_factorisation", {"width": 5, "rank": 2, "batch": 20, "noise": 0.1})
+        judged = report_of(evaluate(family, [BASELINES["adam"].make(lr=0.05)], tasks=2, steps=40))
+        assert judged["measure"] == "squared relative error"
+        entry = judged["methods"]["adam"]
+        stack = family.stack(range(2), "held-out")
+        start = stack.measured({key: value.detach() for key, value in stack.model.tensors().items()})
+        assert entry["median"][0] == pytest.approx(float(start.mean()))
+        assert entry["median"][-1] < entry["median"][0]
+        assert "squared relative error" in str(table_of(judged).title)
+        plot(judged, tmp_path / "a.svg")
+        assert "squared relative error" in (tmp_path / "a.svg").read_text()
+
     def test_held_out_values_stand_beside(self) -> None:
         family = load_family("digits", {"samples": 64, "batch": 32})
         report = report_of(evaluate(family, [BASELINES["adam"].make(lr=1e-2)], tasks=2, steps=3))

@@ -29,6 +29,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("digits", {"hidden": 7, "depth": 4, "classes": 3, "samples": 50, "batch": None, "slope": 0.0}),
     ("quadratic", {}),
     ("quadratic", {"dimension": 3, "condition": 1e4}),
+    ("matrix_factorisation", {"width": 6, "rank": 2, "batch": 20}),
+    ("matrix_factorisation", {"width": 4, "rank": 4, "condition": 1e3, "batch": None, "noise": 0.1}),
 ]
 # Whatever else is in the gallery is met at its defaults.
 SETTINGS += [
@@ -51,7 +53,8 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> mt.TaskFamily:
 
 def tensors(task: mt.Task) -> list[Tensor]:
     held_out = task.held_out or ((), ())
-    return [*task.model.state_dict().values(), *task.inputs, *task.targets, *held_out[0], *held_out[1]]
+    sought = () if task.measure is None else task.measure.data
+    return [*task.model.state_dict().values(), *task.inputs, *task.targets, *held_out[0], *held_out[1], *sought]
 
 
 def same(one: mt.Task, other: mt.Task) -> bool:
@@ -385,6 +388,58 @@ def test_quadratics_are_turned_every_way() -> None:
     close(axes.T @ axes / 400, torch.eye(2, dtype=torch.float64) / 2, 0.2)
 
 
+# Matrix sensing
+
+
+@pytest.mark.parametrize(("rank", "condition"), [(1, 1.0), (3, 10.0), (5, 1e4)])
+def test_matrices_have_the_rank_and_the_condition_asked_for(rank: int, condition: float) -> None:
+    task = load("matrix_factorisation", {"width": 12, "rank": rank, "condition": condition, "batch": 50}).task(0)
+    assert task.measure is not None
+    (sought,) = task.measure.data
+    values = torch.linalg.svdvals(sought)
+    close(values[:rank], 3 * torch.logspace(0, -float(np.log10(condition)), rank, dtype=torch.float64), 1e-9)
+    assert bool((values[rank:] < 1e-13).all())
+    first, second = task.model.first.weight, task.model.second.weight
+    assert first.shape == (rank, 12)
+    assert second.shape == (12, rank)
+    assert task.inputs[0].shape == (8 * 12 * rank, 12, 12)
+    close(task.targets[0], torch.einsum("sij,ij->s", task.inputs[0], sought))
+    close(task.model(task.inputs[0]).detach(), torch.einsum("sij,ij->s", task.inputs[0], (second @ first).detach()))
+
+
+def test_matrix_factorisation_is_judged_by_the_matrix_and_not_by_the_measurements() -> None:
+    stack = load("matrix_factorisation", {"width": 6, "rank": 2, "batch": 20, "noise": 0.1}).stack([0, 1])
+    tasks = [task.measure for task in stack.tasks]
+    sought = torch.stack([each.data[0] for each in tasks if each is not None])
+    left, values, right = torch.linalg.svd(sought)
+    root = values[:, :2].sqrt()
+    exact = {"first.weight": root.unsqueeze(-1) * right[:, :2], "second.weight": left[:, :, :2] * root.unsqueeze(-2)}
+    assert bool((stack.measured(exact) < 1e-25).all())
+    assert bool((stack.model.losses_at(exact, stack.full) > 1e-3).all()), "the noise is in the loss"
+    half = {"first.weight": exact["first.weight"] / 2, "second.weight": exact["second.weight"]}
+    assert stack.measured(half).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_matrix_factorisation_noise_is_relative_to_the_measurements() -> None:
+    settings = {"width": 10, "rank": 5}
+    clean = load("matrix_factorisation", settings).task(0)
+    noisy = load("matrix_factorisation", {**settings, "noise": 0.3}).task(0)
+    noise = noisy.targets[0] - clean.targets[0]
+    assert float(noise.std() / clean.targets[0].std()) == pytest.approx(0.3, rel=0.2)
+
+
+def test_matrix_factorisation_varies_in_training() -> None:
+    family = load("matrix_factorisation")
+    drawn = [family.augmented(index, 0) for index in range(60)]
+    assert {each.rank for each in drawn} == set(range(2, 8))
+    assert {12, 24} <= {each.width for each in drawn} <= set(range(12, 25))
+    assert max(each.condition for each in drawn) > 100
+    assert all(each.batch == 100 for each in drawn)
+    assert family.augmented(3, 1) == family.augmented(3, 1)
+    small = load("matrix_factorisation", {"width": 3, "rank": 2, "batch": 48})
+    assert all(each.batch <= each.measurements for each in (small.augmented(index, 0) for index in range(40)))
+
+
 # Settings that cannot work
 
 
@@ -411,6 +466,11 @@ def test_quadratics_are_turned_every_way() -> None:
         ("digits", {"batch": 0}, "between 1 and samples=640"),
         ("digits", {"slope": "nan"}, "slope"),
         ("digits", {"slope": -0.1}, "slope"),
+        ("matrix_factorisation", {"rank": 0}, "rank=0"),
+        ("matrix_factorisation", {"rank": 21}, "between 1 and width=20"),
+        ("matrix_factorisation", {"condition": 0.5}, "between 1 and 1e"),
+        ("matrix_factorisation", {"batch": 801}, "between 1 and 800"),
+        ("matrix_factorisation", {"noise": -1.0}, "standard deviation"),
         ("quadratic", {"dimension": 1}, "at least 2"),
         ("quadratic", {"condition": 0.5}, "between 1 and 1e"),
         ("quadratic", {"condition": "nan"}, "between 1 and 1e"),

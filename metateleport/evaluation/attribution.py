@@ -144,8 +144,8 @@ def _in_words(gauge: str, against: Mapping[str, Any], verdict: str, steps: int) 
         "nothing": "the teleport brings nothing here",
         "harms": "the teleport does harm here",
     }[verdict]
-    sentence = f"{REFERENCE}: {opening} at {steps} gradient evaluations ({_KINDS[gauge]}). Loss over the learned one's"
-    sentence += f" at equal evaluations, {shown}; at equal seconds, "
+    sentence = f"{REFERENCE}: {opening} at {steps} gradient evaluations ({_KINDS[gauge]}). Losses of others over the "
+    sentence += f"learned one's, at equal evaluations: {shown}; at equal seconds: "
     sentence += ", ".join(f"{AGAINST[name]}: {_interval(timed[name])}" for name in deciding) + "."
     others = [name for name in against if name not in deciding]
     if others:

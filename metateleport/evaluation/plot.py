@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from metateleport.evaluation.table import measured
 from metateleport.files import replacing
 
 __all__ = ["plot"]
@@ -60,7 +61,7 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
             axes.plot(entry[key], median, label=name, **style)
             axes.fill_between(entry[key], q25, q75, color=colours[name], alpha=0.13, linewidth=0)
     by_evaluations.set(yscale="log", ylim=(low, high), xlim=(0, report["steps"]))
-    by_evaluations.set(xlabel="gradient evaluations", ylabel="loss, full training objective")
+    by_evaluations.set(xlabel="gradient evaluations", ylabel=measured(report))
     longest = max(max(entry["seconds_along"]) for entry in methods.values())
     shortest = min(min((s for s in entry["seconds_along"] if s > 0), default=longest) for entry in methods.values())
     if longest > 0:

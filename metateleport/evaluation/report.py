@@ -34,12 +34,12 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
         evaluation: the evaluation.
 
     Returns:
-        `schema`, `task`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and `methods`: by name the
-        lists along the trajectory (`gradient_evaluations`, `mean`, `median`, `q25`, `q75`, `seconds_along`), `final`
-        and `diverged` for each task, `seconds` of the whole run, `drift_max` and `gauge` where it teleports,
-        `settings`, `tuning` where it was tuned, `held_out_loss` and `held_out_accuracy` where the tasks have such, and
-        `paired_ratio_to_learned` where there is a learned method. `attribution` says what its teleport brings, as
-        `attribution_of` does.
+        `schema`, `task`, `measure`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and `methods`: by
+        name the lists of the measure along the trajectory (`gradient_evaluations`, `mean`, `median`, `q25`, `q75`,
+        `seconds_along`), `final` and `diverged` for each task, `seconds` of the whole run, `drift_max` and `gauge`
+        where it teleports, `settings`, `tuning` where it was tuned, `held_out_loss` and `held_out_accuracy` where the
+        tasks have such, and `paired_ratio_to_learned` where there is a learned method. `attribution` says what its
+        teleport brings, as `attribution_of` does.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
     if REFERENCE in methods:
@@ -50,6 +50,7 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "task": {"name": evaluation.family, "settings": _plain(evaluation.settings)},
+        "measure": evaluation.measure,
         "checkpoint": evaluation.checkpoint,
         "seed": evaluation.seed,
         "tasks": evaluation.tasks,

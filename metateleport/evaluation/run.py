@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metateleport.evaluation.trajectory import Method, Trajectory
-from metateleport.families import TaskFamily
+from metateleport.families import TRAINING_LOSS, TaskFamily
 
 __all__ = ["Evaluation", "EvaluationError", "Result", "evaluate"]
 
@@ -43,6 +43,7 @@ class Evaluation:
         dtype: of the tasks, as `float64`.
         device: where it ran.
         results: by method name.
+        measure: what the losses are.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Evaluation:
     dtype: str
     device: str
     results: dict[str, Result]
+    measure: str = TRAINING_LOSS
 
 
 def evaluate(
@@ -121,4 +123,5 @@ def evaluate(
         dtype=str(dtype or family.dtype).removeprefix("torch."),
         device=str(device),
         results=results,
+        measure=TRAINING_LOSS if stack.measure is None else stack.measure.name,
     )

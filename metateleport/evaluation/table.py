@@ -10,8 +10,14 @@ from rich.table import Table
 from metateleport.evaluation.attribution import marks
 from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.tuning import LARGEST
+from metateleport.families import TRAINING_LOSS
 
-__all__ = ["table_of"]
+__all__ = ["measured", "table_of"]
+
+
+def measured(report: Mapping[str, Any]) -> str:
+    """What a report's lists hold, as people call it."""
+    return str(report.get("measure", TRAINING_LOSS))
 
 
 def table_of(report: Mapping[str, Any]) -> Table:
@@ -29,7 +35,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
     places = marks(steps)
     accurate = any("held_out_accuracy" in entry for entry in methods.values())
     table = Table(
-        title=f"{report['task']['name']}: median loss of {tasks} held-out tasks by gradient evaluations",
+        title=f"{report['task']['name']}: {measured(report)}, median of {tasks} held-out tasks by gradient evaluations",
         caption=f"{report['dtype']}, seed {report['seed']}; seconds are of all {tasks} tasks together"
         + (f"; ratio: paired median of final losses over {REFERENCE}'s" if REFERENCE in methods else ""),
         title_justify="left",

@@ -33,7 +33,8 @@ class Trajectory:
     At k stands the task's last accepted point that cost at most k; index 0 is the start.
 
     Args:
-        loss: full training objective, `(tasks, budget + 1)`, float64; not finite where a task has diverged.
+        loss: what the tasks are judged by, their full training loss or another measure, `(tasks, budget + 1)`,
+            float64; not finite where a task has diverged.
         seconds: wall seconds of the method's own work on the whole stack, passes made to report left out.
         seconds_along: seconds that had passed when the tasks' points were reached, mean over tasks, `(budget + 1,)`.
         held_out_loss: loss on each task's held-out data, as `loss`, where there is such data.
@@ -224,7 +225,7 @@ class Recorder:
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
         model, held_out, score = self.stack.model, self.stack.held_out, self.stack.score
-        found = {"loss": model.losses_at(parameters, self.stack.full)}
+        found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
             found["held_out_loss"] = model.losses_at(parameters, held_out)
             if score is not None:
