@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 import tempfile
@@ -28,6 +29,7 @@ examples:
   metateleport evaluate leaky_mlp leaky_mlp --json result.json --plot result.png
   metateleport evaluate leaky_mlp leaky_mlp --set width=100          a width it was never trained on
   metateleport evaluate none digits --tasks 16 --methods adam,lbfgs  baselines alone
+  metateleport evaluate none leaky_mlp --methods whitening,gauss-newton,soap   second-order references
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
 teleport or a line search evaluates is counted. The baselines' step sizes are tuned on training tasks first, which is
@@ -52,7 +54,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="chooses the tasks (default 0)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
-    parser.add_argument("--methods", metavar="A,B", help="only these methods, separated by commas (default: all)")
+    parser.add_argument(
+        "--methods", metavar="A,B", help="only these methods, separated by commas (default: all but gauss-newton, soap)"
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
@@ -128,19 +132,24 @@ def _checkpoint(name: str) -> Checkpoint | None:
 
 def _chosen(names: str | None, checkpoint: Checkpoint | None, seed: int) -> tuple[Sequence[Method], list[str]]:
     """The learned methods and the names of the baselines that were asked for; all of both if none were."""
-    from metateleport.evaluation import BASELINES
+    from metateleport.evaluation import BASELINES, REFERENCES
     from metateleport.evaluation.learned import learned_methods
 
     learned = [] if checkpoint is None else learned_methods(checkpoint, seed=seed)
-    known = [*(method.name for method in learned), *BASELINES]
-    wanted = known if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    usual = [*(method.name for method in learned), *BASELINES]
+    known = [*usual, *REFERENCES]
+    wanted = usual if names is None else [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in known:
             where = "without a checkpoint" if checkpoint is None else f"for {checkpoint.name} (mode {checkpoint.mode})"
             raise UsageError(f"there is no method {name!r} {where}: there are {', '.join(known)}")
+    if "soap" in wanted and importlib.util.find_spec("pytorch_optimizer") is None:
+        raise UsageError("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'")
     if not wanted:
         raise UsageError(f"--methods names none: there are {', '.join(known)}")
-    return [method for method in learned if method.name in wanted], [name for name in BASELINES if name in wanted]
+    return [method for method in learned if method.name in wanted], [
+        name for name in (*BASELINES, *REFERENCES) if name in wanted
+    ]
 
 
 def _tuned(
@@ -151,12 +160,13 @@ def _tuned(
     device: torch.device,
     progress: Any,
 ) -> list[Method]:
-    from metateleport.evaluation import BASELINES, tune
+    from metateleport.evaluation import BASELINES, REFERENCES, tune
 
+    recipes = {**BASELINES, **REFERENCES}
     methods = []
     for name in names:
         progress(f"tuning {name} on training tasks (remembered for the next time)")
-        methods.append(tune(BASELINES[name], family, steps, dtype, device))
+        methods.append(tune(recipes[name], family, steps, dtype, device))
     return methods
 
 

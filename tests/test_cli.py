@@ -53,6 +53,7 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
         ("evaluate none leaky_mlp --set width=3 --set width=4", "twice"),
         ("evaluate none leaky_mlp --device tpu", "auto, cpu or cuda"),
         ("evaluate none leaky_mlp --methods gd,learned", "no method 'learned' without a checkpoint"),
+        ("evaluate none leaky_mlp --methods newton", "gauss-newton, soap"),
         ("evaluate none leaky_mlp --methods ,", "names none"),
         ("evaluate none leaky_mlp --tasks 0", "at least 1"),
         ("evaluate none leaky_mlp --seed -1", "--seed"),

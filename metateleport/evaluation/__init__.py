@@ -5,9 +5,10 @@ from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAsc
 from metateleport.evaluation.lbfgs import LBFGS
 from metateleport.evaluation.paired import PairedRatio, paired_ratio
 from metateleport.evaluation.plot import plot
-from metateleport.evaluation.recipes import BASELINES
+from metateleport.evaluation.recipes import BASELINES, REFERENCES
 from metateleport.evaluation.report import report_of, write_report
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result, evaluate
+from metateleport.evaluation.second_order import GaussNewton, PerTask
 from metateleport.evaluation.table import table_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
@@ -16,15 +17,18 @@ from metateleport.evaluation.whitening import Whitening
 __all__ = [
     "BASELINES",
     "LBFGS",
+    "REFERENCES",
     "SCHEDULES",
     "Choice",
     "Evaluation",
     "EvaluationError",
     "FirstOrder",
+    "GaussNewton",
     "GradientAscent",
     "Lattice",
     "Method",
     "PairedRatio",
+    "PerTask",
     "Recipe",
     "Recorder",
     "Result",

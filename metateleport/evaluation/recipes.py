@@ -8,11 +8,12 @@ import torch
 
 from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
 from metateleport.evaluation.lbfgs import LBFGS
+from metateleport.evaluation.second_order import GaussNewton, soap
 from metateleport.evaluation.trajectory import Method
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe
 from metateleport.evaluation.whitening import VARIANTS, Whitening
 
-__all__ = ["BASELINES"]
+__all__ = ["BASELINES", "REFERENCES"]
 
 
 def _gd(**settings: Any) -> Method:
@@ -55,3 +56,12 @@ BASELINES: dict[str, Recipe] = {
     )
 }
 """By method name, in the order of tables."""
+
+REFERENCES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("gauss-newton", GaussNewton, Lattice(-1, 0), choices={"damping": Choice((1e-3, 1.0))}, tasks=8),
+        Recipe("soap", soap, choices={"precondition_frequency": Choice((1, 10))}, tasks=8),
+    )
+}
+"""Second-order references, run where they are asked for by name: they take long, and `soap` a further package."""
