@@ -49,7 +49,7 @@ class GaugedStep:
 
 
 def tensor_groups(names: Sequence[str], symmetries: Sequence[Symmetry]) -> tuple[TensorGroup, ...]:
-    """Sorts tensors by the symmetries that move them and, in a pair, by the layer that they belong to.
+    """Sorts tensors by the symmetries that move them and, by whether they take in or put out what moves.
 
     Args:
         names: of the tensors.
@@ -78,9 +78,8 @@ def tensor_groups(names: Sequence[str], symmetries: Sequence[Symmetry]) -> tuple
 
 
 def _role(name: str, symmetry: Symmetry) -> str:
-    if isinstance(symmetry, Pair):
-        return "second" if name == symmetry.second_weight else "first"
-    return name
+    side = symmetry.side(name)
+    return name if side == "both" else side
 
 
 def step_in_gauges(

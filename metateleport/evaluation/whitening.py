@@ -12,7 +12,7 @@ from metateleport.families import TaskStack
 from metateleport.gauges import Names, only_for, step_in_gauges, tensor_groups
 from metateleport.learned.curvature import curvature_bounds
 from metateleport.point import Point, Tensors
-from metateleport.symmetries import Pair, Symmetry
+from metateleport.symmetries import Symmetry
 from metateleport.teleporters import WhiteningTeleporter, travel
 
 __all__ = ["VARIANTS", "Whitening"]
@@ -111,10 +111,9 @@ class Whitening(Method):
         """The tensors that a step moves: all, or those of one side and what no symmetry moves."""
         if self.stepped == "all":
             return tuple(names)
-        pairs = [symmetry for symmetry in symmetries if isinstance(symmetry, Pair)]
-        upper = {pair.second_weight for pair in pairs}
-        lower = {name for pair in pairs for name in pair.parameters if name != pair.second_weight}
-        side = lower if self.stepped == "in turn" and number % 2 else upper
+        sides = [(name, each.side(name)) for each in symmetries for name in each.parameters]
+        wanted = "out" if self.stepped == "in turn" and number % 2 else "in"
+        side = {name for name, found in sides if found in (wanted, "both")}
         free = {name for group in tensor_groups(names, symmetries) if not group.symmetries for name in group.names}
         return tuple(name for name in names if name in side | free)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +93,10 @@ class AxisSymmetry(Symmetry):
             # Heads share their parameters, and differ in the rows of them that they move.
             names[0] += f"[{int(first.places.min())}:{int(first.places.max()) + 1}]"
         return ", ".join(names)
+
+    def side(self, name: str) -> Literal["in", "out", "both"]:
+        duals = {leg.dual for leg in self.legs if leg.name == name}
+        return "both" if len(duals) > 1 else "in" if duals == {True} else "out"
 
     def act(self, element: Tensor, point: Point) -> Point:
         missing = [leg.name for leg in self.legs if leg.name not in point.parameters]

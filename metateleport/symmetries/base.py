@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,14 @@ class Symmetry(abc.ABC):
         """Share of a gradient evaluation that carrying the gradients along costs; zero where they are covectors."""
         return 0.0
 
+    def side(self, name: str) -> Literal["in", "out", "both"]:
+        """Whether a parameter takes in what moves (as U does), puts it out (as V does), or both.
+
+        Args:
+            name: of one of the symmetry's parameters.
+        """
+        return "both"
+
     def undo_cost(self, point: Point, changed: Sequence[str]) -> float:
         """Share of a gradient evaluation that acting once more costs after a step; zero where it is algebra alone.
 
@@ -184,6 +192,9 @@ class Pair(Symmetry):
             grouped = " in each group" if getattr(modules[second], "groups", 1) > 1 else ""
             raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}{grouped}")
         self._repeats = incoming // self.width
+
+    def side(self, name: str) -> Literal["in", "out", "both"]:
+        return "in" if name == self.second_weight else "out"
 
     def _refuse_unusual_parameters(self, model: nn.Module) -> None:
         """A weight that is shared, frozen or computed from others cannot be moved in one place only."""

@@ -24,6 +24,8 @@ _DAMPING = {torch.float64: 1e-13, torch.float32: 1e-6}
 # Two factors of a low rank can be balanced in many ways; those that stretch least are near a larger damping.
 _BALANCED = 1e-6
 
+_SIDES: dict[str, Side] = {"in": "features", "out": "outgoing", "both": "balanced"}
+
 Matrices = dict[str, Tensor]
 
 
@@ -41,9 +43,9 @@ class WhiteningTeleporter(Teleporter):
     | `alternating` | `features` and `outgoing` in turn | | |
 
     Where the features see an activation after the element (the 2024 form), the covariance is that of the
-    pre-activations. A diagonal group whitens the diagonal alone. A symmetry without these matrices stays. Directions
-    that a covariance does not span, fewer samples than units among them, are not stretched: they keep the scale of
-    the largest one.
+    pre-activations; where none were recorded (queries and keys), $V V^\top$ stands for it. A diagonal group whitens the
+    diagonal alone. A symmetry without these matrices stays. Directions that a covariance does not span, fewer samples
+    than units among them, are not stretched: they keep the scale of the largest one.
 
     After a step relative to the curvature, `features` solves the least-squares problem of the upper layer. Stepping
     each tensor in a gauge of its own is `metateleport.gauges.step_in_gauges`.
@@ -95,7 +97,7 @@ class WhiteningTeleporter(Teleporter):
         """
 
         def side(symmetry: Symmetry) -> Side:
-            return "features" if getattr(symmetry, "second_weight", None) in group.names else "outgoing"
+            return _SIDES[symmetry.side(next(name for name in group.names if name in symmetry.parameters))]
 
         return cls(side, damping)
 
@@ -113,7 +115,8 @@ class WhiteningTeleporter(Teleporter):
 
     def _logarithm(self, side: Side, group: Group, matrices: Matrices) -> Tensor | None:
         if side == "features":
-            features = matrices.get("preactivation_covariance", matrices.get("feature_covariance"))
+            known = (f"{name}_covariance" for name in ("preactivation", "feature", "incoming"))
+            features = next((matrices[name] for name in known if name in matrices), None)
             return None if features is None else -self._log(group, features, self.damping) / 2
         outgoing, incoming = matrices.get("outgoing_covariance"), matrices.get("incoming_covariance")
         if outgoing is None or incoming is None:
