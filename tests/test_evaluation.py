@@ -245,6 +245,7 @@ class TestSecondOrder:
         line = lines(2)
         # One Jacobian of one output, a trial, and the line is fitted.
         assert GaussNewton(damping=1e-12).run(line, 3).loss[:, 2] == pytest.approx([0, 0], abs=1e-15)
+        assert GaussNewton(damping=1e4).run(line, 40).loss[:, -1] == pytest.approx([0, 0], abs=1e-9), "damping falls"
 
     def test_a_jacobian_costs_its_multiplications(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
