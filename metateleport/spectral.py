@@ -50,9 +50,10 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
     values, vectors, converged = _eigh(scaled)
     usable = usable & converged
     largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    values = values.clamp_min(0)
     values = torch.where(values < rank * largest, largest, values)
     added = (relative_shift(matrix.dtype) if shift is None else shift) * largest
-    logs = (values.clamp_min(0) + added).log() + scale.log().unsqueeze(-1)
+    logs = (values + added).log() + scale.log().unsqueeze(-1)
     logs = torch.where(usable.unsqueeze(-1), logs, torch.zeros_like(logs))
     log = (vectors * logs.unsqueeze(-2)) @ vectors.mT
     return log.to(matrix.dtype), logs.to(matrix.dtype)
