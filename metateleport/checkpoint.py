@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from metateleport.files import replacing_folder, write_json
+from metateleport.files import replacing_folder, search_folders, write_json
 from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 
 __all__ = [
@@ -75,12 +74,8 @@ def shipped_checkpoints() -> dict[str, Path]:
 
     `METATELEPORT_CHECKPOINTS` names a further folder; then come the working folder's `checkpoints/` and the project's.
     """
-    here = Path(__file__).resolve().parent
-    folders = [Path.cwd() / "checkpoints", here / "_checkpoints", here.parent / "checkpoints"]
-    if os.environ.get("METATELEPORT_CHECKPOINTS"):
-        folders.insert(0, Path(os.environ["METATELEPORT_CHECKPOINTS"]))
     found: dict[str, Path] = {}
-    for folder in folders:
+    for folder in search_folders("checkpoints", "_checkpoints", "METATELEPORT_CHECKPOINTS"):
         for card in sorted(folder.glob(f"*/{_CARD}")) if folder.is_dir() else ():
             found.setdefault(card.parent.name, card.parent)
     return found

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import inspect
 import numbers
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metateleport.files import search_folders
 from metateleport.stack import Batch, StackedModel
 from metateleport.symmetries import Symmetry
 
@@ -281,12 +281,8 @@ def gallery() -> dict[str, Path]:
 
     `METATELEPORT_TASKS` names a further folder; then come the working folder's `tasks/` and the project's own.
     """
-    here = Path(__file__).resolve().parent
-    folders = [Path.cwd() / "tasks", here / "_gallery", here.parent / "tasks"]
-    if os.environ.get("METATELEPORT_TASKS"):
-        folders.insert(0, Path(os.environ["METATELEPORT_TASKS"]))
     found: dict[str, Path] = {}
-    for folder in folders:
+    for folder in search_folders("tasks", "_gallery", "METATELEPORT_TASKS"):
         for path in sorted(folder.glob("*.py")) if folder.is_dir() else ():
             if not path.name.startswith("_"):
                 found.setdefault(path.stem, path)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "replacing_folder", "write_json", "write_text"]
+__all__ = ["replacing", "replacing_folder", "search_folders", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -93,3 +93,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def search_folders(name: str, packaged: str, variable: str) -> list[Path]:
+    """Folders that bare names resolve to, the first to look in first; some may not be there.
+
+    Args:
+        name: of the folder, in the working folder and in the project.
+        packaged: its name inside an installed package.
+        variable: the environment variable that names a further one.
+    """
+    here = Path(__file__).resolve().parent
+    further = [Path(os.environ[variable])] if os.environ.get(variable) else []
+    return [*further, Path.cwd() / name, here / packaged, here.parent / name]

@@ -227,15 +227,8 @@ class Orthogonal(_MatrixGroup):
         return element.new_ones(element.shape[:-2])
 
 
-class PositiveDiagonal(Group):
-    r"""Positive diagonal matrices $\mathbb{R}_{>0}^k$, kept as vectors of their diagonals; dimension $k$.
-
-    Example:
-        >>> PositiveDiagonal(2).exp(torch.zeros(2))
-        tensor([1., 1.])
-    """
-
-    name = "diagonal"
+class VectorGroup(Group):
+    """A group whose generators and elements are kept as vectors: one number for each dimension of the space."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -247,6 +240,17 @@ class PositiveDiagonal(Group):
 
     def project(self, matrix: Tensor) -> Tensor:
         return torch.diagonal(matrix, dim1=-2, dim2=-1)
+
+
+class PositiveDiagonal(VectorGroup):
+    r"""Positive diagonal matrices $\mathbb{R}_{>0}^k$, kept as vectors of their diagonals; dimension $k$.
+
+    Example:
+        >>> PositiveDiagonal(2).exp(torch.zeros(2))
+        tensor([1., 1.])
+    """
+
+    name = "diagonal"
 
     def exp(self, generator: Tensor) -> Tensor:
         return generator.exp()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from metateleport.groups import Group
+from metateleport.groups import VectorGroup
 from metateleport.point import Point
 from metateleport.symmetries.axes import Leg
 from metateleport.symmetries.base import Carried, Symmetry
@@ -16,7 +16,7 @@ from metateleport.symmetries.base import Carried, Symmetry
 __all__ = ["Absorber", "BiasTranslation", "Translation"]
 
 
-class Translation(Group):
+class Translation(VectorGroup):
     r"""The additive group $\mathbb{R}^k$: elements are vectors, the exponential is the identity; dimension $k$.
 
     Example:
@@ -26,17 +26,6 @@ class Translation(Group):
     """
 
     name = "translation"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.size,)
-
-    @property
-    def dimension(self) -> int:
-        return self.size
-
-    def project(self, matrix: Tensor) -> Tensor:
-        return torch.diagonal(matrix, dim1=-2, dim2=-1)
 
     def exp(self, generator: Tensor) -> Tensor:
         return generator.clone()
