@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
@@ -33,7 +34,14 @@ class UpdateRule(abc.ABC):
         """The state before the first step."""
 
     @abc.abstractmethod
-    def step(self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: Any) -> tuple[Tensors, Any]:
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: Any,
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, Any]:
         """The next parameters and the new state.
 
         Args:
@@ -41,6 +49,7 @@ class UpdateRule(abc.ABC):
             symmetries: which tell how the layers follow one another.
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
+            gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
         """
 
     def carry(self, state: Any, moves: Sequence[Move], point: Point) -> Any:
@@ -51,14 +60,15 @@ class UpdateRule(abc.ABC):
 class StepRule(nn.Module, UpdateRule):
     r"""Gradient descent with momentum, step and momentum of each tensor learned.
 
-    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,v / \kappa$$
+    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,P v / \kappa$$
 
-    $\kappa$ is the smooth curvature bound of the layer, $d \le 1$ the task's damping. An LSTM for each tensor (weights
+    $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
+    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
     shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
     the start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
     large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
     a task that goes back to its last accepted point starts with none. Tensors without a bound take Polyak's step
-    $L / |\nabla L|^2$ in the place of $1 / \kappa$.
+    $L / \langle G, P G \rangle$, summed over all such, in the place of $1 / \kappa$.
 
     The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
     `detach` to False, or put another function in the place of `observe`.
@@ -90,11 +100,16 @@ class StepRule(nn.Module, UpdateRule):
         return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
+        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
         moved = dict(point.parameters)
-        for name, speed in velocity.items():
+        for name, speed in precondition(gauges, velocity, point).items():
             moved[name] = point.parameters[name] - _fit(scales[name], speed) * speed
         return moved, {"cells": cells, "velocity": velocity}
 
@@ -105,13 +120,17 @@ class StepRule(nn.Module, UpdateRule):
         return {**state, "velocity": velocity}
 
     def _velocities(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
     ) -> tuple[Tensors, Tensors, dict[str, Cell]]:
         """The factor on each tensor's velocity, `(tasks,)`, and the velocities; all tensors in one call of the LSTM."""
         assert point.loss is not None
-        bounds = curvature_bounds(point, symmetries)
-        tiny = torch.finfo(point.loss.dtype).tiny
-        polyak = point.loss.abs() / point.squared_gradient_norm().clamp_min(tiny)
+        bounds = curvature_bounds(point, symmetries, gauges)
+        polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
         names = list(point.gradients)
         own = self.head.weight.dtype
         if self.detach:
@@ -141,9 +160,9 @@ class StepRule(nn.Module, UpdateRule):
 class CoordinateRule(StepRule):
     r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
 
-    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,v + \mathrm{rms}(v)\tanh(o_1)\right)$$
+    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,P v + \mathrm{rms}(P v)\tanh(o_1)\right)$$
 
-    with $v$ the velocity of the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
+    with $P v$ the velocity of the learned step in its gauge and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
     inputs: the gradient over its root mean square, the momentum over the root of the second moment, the log of the
     second moment over its mean, and the time. At the start of meta-training this is the learned step alone.
 
@@ -175,16 +194,24 @@ class CoordinateRule(StepRule):
         return {**super().initial_state(point), "layers": (zero,) * 4, "momentum": moments, "squares": moments}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
+        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
+        steps = precondition(gauges, velocity, point)
         own = self.coordinate_head.weight.dtype
         momentum, squares, inputs, sizes = {}, {}, [], {}
         for name, gradient in point.gradients.items():
             fixed = gradient.detach() if self.detach else gradient
-            momentum[name] = 0.9 * state["momentum"][name] + 0.1 * fixed
-            squares[name] = 0.95 * state["squares"][name] + 0.05 * fixed.square()
-            sizes[name] = _rms(velocity[name])
+            # What a task remembers where its last step is taken back belongs to a place that it has left.
+            kept = _fit(progress.accepted, gradient).to(gradient.dtype)
+            momentum[name] = 0.9 * kept * state["momentum"][name] + 0.1 * fixed
+            squares[name] = 0.95 * kept * state["squares"][name] + 0.05 * fixed.square()
+            sizes[name] = _rms(steps[name])
             inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
         flat = torch.cat(inputs)
         first = self.first(flat, state["layers"][:2])
@@ -195,7 +222,7 @@ class CoordinateRule(StepRule):
             own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
             start += gradient.numel()
             shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
-            direction = 2 * gain.sigmoid() * velocity[name] + _fit(sizes[name], gradient) * shift.tanh()
+            direction = 2 * gain.sigmoid() * steps[name] + _fit(sizes[name], gradient) * shift.tanh()
             moved[name] = point.parameters[name] - _fit(scales[name], gradient) * direction
         layers = (*first, *second)
         after = {"cells": cells, "velocity": velocity, "layers": layers, "momentum": momentum, "squares": squares}
@@ -235,7 +262,12 @@ class BaseRule(UpdateRule):
         return {"momentum": moments, "squares": moments, "time": 0}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
         time = state["time"] + 1
         momentum, squares, moved = {}, {}, dict(point.parameters)
@@ -271,6 +303,16 @@ def _carried(state: dict[str, Any], moves: Sequence[Move], point: Point, detach:
 def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
     """A `(tasks,)` factor shaped so that it multiplies a tensor of the stack."""
     return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
+
+
+def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tensor:
+    """Polyak's step over some tensors together, in their gauges, `(tasks,)`."""
+    assert point.loss is not None
+    own = {name: point.gradients[name] for name in names}
+    raised = precondition(gauges, own, point)
+    products = [(own[name] * raised[name]).flatten(point.loss.ndim).sum(-1) for name in names]
+    total = sum(products, torch.zeros_like(point.loss))
+    return point.loss.abs() / total.clamp_min(torch.finfo(point.loss.dtype).tiny)
 
 
 def _rms(tensor: Tensor) -> Tensor:
