@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, Names, Side
 from metateleport.learned.curvature import output_curvatures
+from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
 from metateleport.spectral import relative_shift, symmetric_logs
@@ -49,7 +50,7 @@ class GaugeNetwork(nn.Module):
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Cell]:
         """Coefficients times gate, `(rows, basis)`, and the new state."""
         hidden, memory = self.cell(features, state)
-        out = self.head(hidden)
+        out = finite_gradient(self.head(hidden))
         return out[..., :-1].tanh() * out[..., -1:].sigmoid(), (hidden, memory)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
@@ -23,7 +25,7 @@ BASES = ("sgd", "momentum", "adam")
 """Names of the hand-designed optimizers of mode `tele`."""
 
 Cell = tuple[Tensor, Tensor]
-_TENSOR_FEATURES = 4
+_TENSOR_FEATURES = 6
 
 
 class UpdateRule(abc.ABC):
@@ -78,14 +80,14 @@ class StepRule(nn.Module, UpdateRule):
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
-        626
+        690
     """
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.hidden = hidden
         self.detach = True
-        self.observe: Callable[[Point, Tensors, Progress], Tensor] = _observe
+        self.observe: Callable[..., Tensor] = _observe
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, 2)
         with torch.no_grad():
@@ -135,24 +137,25 @@ class StepRule(nn.Module, UpdateRule):
         own = self.head.weight.dtype
         if self.detach:
             fixed = {name: value.detach() for name, value in bounds.items()}
-            inputs = self.observe(point.detach(), fixed, progress)
+            still = [dataclasses.replace(gauge, element=gauge.element.detach()) for gauge in gauges]
+            inputs = self.observe(point.detach(), fixed, progress, still, symmetries)
         else:
-            inputs = self.observe(point, bounds, progress)
+            inputs = self.observe(point, bounds, progress, gauges, symmetries)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = self.head(hidden).to(point.loss.dtype).reshape(*size, 2)
+        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, 2)
         multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
         scales, velocity, after = {}, {}, {}
         for index, name in enumerate(names):
             gradient = point.gradients[name]
-            reach = bounds[name].reciprocal() if name in bounds else polyak
+            reach = _reciprocal(bounds[name]) if name in bounds else polyak
             scales[name] = multipliers[index] * progress.damping * reach
             kept = torch.where(_fit(progress.accepted, gradient), state["velocity"][name], 0.0)
-            velocity[name] = _fit(memories[index], gradient) * kept + gradient
+            velocity[name] = _fit(memories[index], gradient) * finite_gradient(kept) + gradient
             after[name] = (hidden[index], memory[index])
         return scales, velocity, after
 
@@ -216,7 +219,7 @@ class CoordinateRule(StepRule):
         flat = torch.cat(inputs)
         first = self.first(flat, state["layers"][:2])
         second = self.second(first[0], state["layers"][2:])
-        outputs = self.coordinate_head(second[0])
+        outputs = finite_gradient(self.coordinate_head(second[0]))
         moved, start = dict(point.parameters), 0
         for name, gradient in point.gradients.items():
             own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
@@ -305,6 +308,12 @@ def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
     return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
 
 
+def _reciprocal(bound: Tensor) -> Tensor:
+    """One over a bound; zero where there is no curvature, as there is no gradient either."""
+    flat = bound <= 1e3 * torch.finfo(bound.dtype).tiny
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, bound).reciprocal())
+
+
 def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tensor:
     """Polyak's step over some tensors together, in their gauges, `(tasks,)`."""
     assert point.loss is not None
@@ -321,14 +330,22 @@ def _rms(tensor: Tensor) -> Tensor:
     return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
 
 
-def _observe(point: Point, bounds: Tensors, progress: Progress) -> Tensor:
+def _observe(
+    point: Point, bounds: Tensors, progress: Progress, gauges: Sequence[Gauge], symmetries: Sequence[Symmetry]
+) -> Tensor:
     """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
     shared = progress.features()
-    return torch.stack([torch.cat((_tensor_features(point, name, bounds), shared), -1) for name in point.gradients])
+    raised = precondition(gauges, point.gradients, point)
+    lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
+    rows = []
+    for name in point.gradients:
+        place = _place_features(point, name, lower)
+        rows.append(torch.cat((_tensor_features(point, name, bounds, raised[name]), place, shared), -1))
+    return torch.stack(rows)
 
 
-def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
-    """What the step network sees of one tensor: how uneven its inputs are, how steep it is, and its place."""
+def _tensor_features(point: Point, name: str, bounds: Tensors, raised: Tensor) -> Tensor:
+    """How uneven a tensor's inputs are, how steep it is in its gauge, and whether its curvature is known."""
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
     loss = point.loss
@@ -339,12 +356,21 @@ def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
         mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
         uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
     if name in bounds:
-        squared = point.gradients[name].square().reshape(*loss.shape, -1).sum(-1)
+        product = (point.gradients[name] * raised).reshape(*loss.shape, -1).sum(-1)
         # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
-        share = squared / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
+        share = product / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
         steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
     known = torch.full_like(loss, float(name in bounds))
-    return torch.stack((uneven / 2, steep, known, torch.full_like(loss, float(kind == "bias"))), -1)
+    return torch.stack((uneven / 2, steep, known), -1)
+
+
+def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
+    """Whether a tensor is a bias, whether a layer follows it, and how many samples there are for its inputs."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    inputs = point.activations.get(layer)
+    ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1]) / 3
+    return point.loss.new_tensor((kind == "bias", layer in lower, ratio)).expand(*point.loss.shape, 3)
 
 
 def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:
