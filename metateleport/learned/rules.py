@@ -78,7 +78,7 @@ class StepRule(nn.Module, UpdateRule):
     $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
     curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
     shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
-    the start an eighth. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
+    the start a twentieth. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
     large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
     a task that goes back to its last accepted point starts with $v = G$. Tensors without a bound take Polyak's step
     $L / \langle G, P G \rangle$, summed over all such, in the place of $1 / \kappa$.
@@ -109,8 +109,8 @@ class StepRule(nn.Module, UpdateRule):
         self.head = nn.Linear(hidden, 3 if secants else 2)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.zero_()
-            self.head.bias[:2] = torch.tensor([-0.7, -2.0])
+            # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
+            self.head.bias.copy_(torch.tensor([-0.7, -3.0, -3.0])[: len(self.head.bias)])
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
