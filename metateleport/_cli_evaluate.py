@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     import torch
 
-    from metateleport.checkpoint import record_result
+    from metateleport.checkpoint_results import record_result
     from metateleport.evaluation import evaluate, plot, report_of, table_of, words_of, write_report
     from metateleport.families import load_family
     from metateleport.training import device_for
