@@ -14,6 +14,7 @@ import metateleport as mt
 from metateleport import cli
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds, each_meta_seed
+from metateleport.evaluation import EvaluationError, FirstOrder, Seed, evaluate
 from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, train
 from metateleport.training.meta_seeds import seeds_folder, train_meta_seeds
 
@@ -185,3 +186,40 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "both of seed 0" in capsys.readouterr().err
     assert cli.main(["combine", "five", "--out", "all/card.json"]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+def test_evaluate_runs_the_learned_methods_of_every_seed_and_the_baselines_once(
+    together: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = combine_meta_seeds([together], tmp_path / "c")
+    ran: list[str] = []
+    own = FirstOrder.run
+    monkeypatch.setattr(FirstOrder, "run", lambda self, *rest: ran.append(self.name) or own(self, *rest))
+    small = ["--set", "width=3", "--tasks", "3", "--steps", "14", "--no-track"]
+    command = ["evaluate", str(path), "leaky_mlp", *small, "--methods", "learned,learned/step-only,gd"]
+    monkeypatch.setattr("metateleport.evaluation.tune", lambda recipe, *_: recipe.make(lr=1e-3))
+    assert cli.main([*command, "--json", "a.json", "--card"]) == 0
+    # Once to warm up, and once.
+    assert ran == ["gd", "gd"]
+    report = json.loads(Path("a.json").read_text())
+    assert [each["seed"] for each in report["meta_seeds"]["seeds"]] == [4, 5, 6]
+    chosen = next(each for each in report["meta_seeds"]["seeds"] if each["chosen"])
+    assert chosen["methods"]["learned"]["median_loss"]["12"] == report["methods"]["learned"]["median"][12]
+    medians = {each["methods"]["learned"]["median_loss"]["14"] for each in report["meta_seeds"]["seeds"]}
+    assert len(medians) == 3, "each seed has networks of its own"
+    assert "worst of 3 meta-seeds" in capsys.readouterr().out
+    (result,) = load_checkpoint(path).card["results"].values()
+    assert [each["seed"] for each in result["meta_seeds"]["seeds"]] == [4, 5, 6]
+    assert set(result["meta_seeds"]["worst"]["learned"]["median_loss"]) == {"12", "14"}
+    assert {"worst", "ratio", "low", "high"} <= result["meta_seeds"]["ratios_to_learned"]["gd"][0].keys()
+    assert cli.main([*command, "--json", "b.json", "--meta-seeds", "best"]) == 0
+    best = json.loads(Path("b.json").read_text())
+    assert best["meta_seeds"] == {}
+    assert best["methods"]["learned"]["median"] == report["methods"]["learned"]["median"]
+
+
+def test_of_several_seeds_one_is_the_chosen_one() -> None:
+    family = mt.load_family("leaky_mlp", {"width": 3})
+    gd = FirstOrder("gd", lr=1e-3)
+    with pytest.raises(EvaluationError, match="one has no methods of its own"):
+        evaluate(family, [gd], tasks=1, steps=2, meta_seeds=[Seed(0, 0.0), Seed(1, 0.0)])
