@@ -20,6 +20,8 @@ from metateleport.training.unroll import Unroll
 __all__ = ["MetaTrainer", "Progression", "Snapshot"]
 
 _VALIDATION_SEED = 0
+_VALIDATION_STACKS = 8
+"""Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
 
 
 @dataclasses.dataclass
@@ -207,9 +209,10 @@ class MetaTrainer:
         The validation tasks are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
         scores = []
-        for part in range(2):
+        parts = max(1, min(_VALIDATION_STACKS, self.config.validation_tasks // 2))
+        count = max(1, self.config.validation_tasks // parts)
+        for part in range(parts):
             family = self._family(part, _VALIDATION_SEED + 1)
-            count = max(1, self.config.validation_tasks // 2)
             indices = range(part * count, (part + 1) * count)
             stack = family.stack(indices, "validation", _VALIDATION_SEED, self.config.torch_dtype, self.device)
             losses = Unroll(stack, self.meta).window(self.config.horizon, track=False).detach()
