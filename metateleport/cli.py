@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from metateleport import _cli_combine, _cli_evaluate, _cli_symmetries, _cli_train
+from metateleport import _cli_combine, _cli_evaluate, _cli_reproduce, _cli_symmetries, _cli_train
 from metateleport._cli_common import Parser, UsageError, positive, say
 
 __all__ = ["main"]
@@ -78,6 +78,7 @@ def _parser() -> Parser:
     _cli_combine.add(commands)
     _cli_evaluate.add(commands)
     _cli_symmetries.add(commands)
+    _cli_reproduce.add(commands)
     tasks = commands.add_parser(
         "tasks",
         help="list the task families and their settings",

@@ -17,6 +17,7 @@ AGAINST: dict[str, str] = {
     f"{REFERENCE}/gauge-off": "the same networks without the gauge",
     f"{REFERENCE}/random-teleport": "a random element of the same size",
     f"{REFERENCE}/step-only": "a step learned without a teleport",
+    f"{REFERENCE}/guarded": "the same networks with steps that do harm taken back",
     "whitening": "whitening by hand",
     "gradient-ascent": "gradient ascent",
 }
