@@ -220,7 +220,9 @@ def _evaluated(
             made.append(Learned("learned/teleport-off", meta, "off"))
             made.append(Learned("learned/random-teleport", meta, "random"))
             made.append(Learned("learned/step-only", trained[_ALONE[mode]].metas[number]))
-        guarded = MetaOptimizer(meta.config)
+        # The initial weights are overwritten: they shall take no random numbers of the caller's.
+        with torch.random.fork_rng(devices=[]):
+            guarded = MetaOptimizer(meta.config)
         guarded.load_state_dict(meta.state_dict())
         return [*made, Learned("learned/guarded", guarded.eval())]
 

@@ -32,7 +32,7 @@ class SeedStack(nn.Module):
 
     def __init__(self, copies: Sequence[nn.Module]) -> None:
         super().__init__()
-        # Kept out of the module's own children: it lends its code, and its weights are not used.
+        # In a list, so that it is no child of this module: it tells the shape, and its weights are not used.
         self._template = [copy.deepcopy(copies[0])]
         self.count = len(copies)
         for name, _ in copies[0].named_parameters():
@@ -41,11 +41,11 @@ class SeedStack(nn.Module):
 
     def forward(self, inputs: Tensor, state: tuple[Tensor, Tensor] | None = None) -> Any:
         if isinstance(self._template[0], nn.Linear):
-            return self._linear(inputs, self.weight, self.bias)
+            return self._linear(inputs, "weight", "bias")
         assert state is not None
         hidden, memory = state
         # torch's LSTMCell has no batching rule; its equations, gates in its order.
-        gates = self._linear(inputs, self.weight_ih, self.bias_ih) + self._linear(hidden, self.weight_hh, self.bias_hh)
+        gates = self._linear(inputs, "weight_ih", "bias_ih") + self._linear(hidden, "weight_hh", "bias_hh")
         entry, forget, candidate, exit_ = gates.chunk(4, -1)
         memory = forget.sigmoid() * memory + entry.sigmoid() * candidate.tanh()
         return exit_.sigmoid() * memory.tanh(), memory
@@ -56,9 +56,10 @@ class SeedStack(nn.Module):
         made.load_state_dict({name: value[number] for name, value in self.state_dict().items()})
         return made
 
-    def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _linear(self, inputs: Tensor, weight: str, bias: str) -> Tensor:
         parts = inputs.reshape(self.count, -1, inputs.shape[-1])
-        return torch.baddbmm(bias.unsqueeze(1), parts, weight.mT).flatten(0, 1)
+        weights, biases = self.get_parameter(weight), self.get_parameter(bias)
+        return torch.baddbmm(biases.unsqueeze(1), parts, weights.mT).flatten(0, 1)
 
 
 def stack_seeds(metas: Sequence[MetaOptimizer]) -> MetaOptimizer:
