@@ -27,6 +27,7 @@ examples:
   metateleport train tasks/digits.py --mode update+tele --meta-steps 200
   metateleport train leaky_mlp --set width=12 --set distribution=normal --out runs/normal
   metateleport train leaky_mlp --out runs/normal --resume            after Ctrl-C, with the same settings
+  metateleport train leaky_mlp --meta-seeds 5 --out runs/five        seeds 0 to 4; the best of them on top
 
 In a mode with '+tele' a second optimizer is trained by the same recipe without teleports, half of the time each: it
 ships in the same checkpoint, and 'evaluate' shows it as learned/step-only.
@@ -60,6 +61,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint (default runs/TASK)")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="of networks and tasks (default 0)")
+    parser.add_argument(
+        "--meta-seeds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train from N seeds, S and on, one after another, into one checkpoint; --seconds is for each (default 1)",
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
@@ -70,7 +78,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import Interrupted, TrainConfig, device_for, train
+    from metateleport.training import Interrupted, TrainConfig, device_for, train, train_meta_seeds
 
     device_for(arguments.device)
     if not arguments.no_track:
@@ -102,7 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
             tracked = stack.enter_context(Run(f"train/{family.name}", out.name, parameters, {"command": command}, say))
         bar = stack.enter_context(_bar())
         try:
-            path = train(config, out, arguments.resume, _Reporter(bar, tracked, config), command)
+            reporter = _Reporter(bar, tracked, config)
+            if arguments.meta_seeds > 1:
+                path = train_meta_seeds(config, out, arguments.meta_seeds, arguments.resume, reporter, command)
+            else:
+                path = train(config, out, arguments.resume, reporter, command)
         except Interrupted as interrupted:
             raise KeyboardInterrupt(str(interrupted)) from None
         if tracked is not None:
