@@ -48,6 +48,7 @@ class TrainConfig:
         stays: learn a teleport that stays, in a mode with `tele`.
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
             `linearised` (also along pairs of linear layers with an activation between them).
+        secants: number of secant pairs that are built around the learned step where all data are seen.
         base: optimizer of mode `tele`.
         base_lr: its step size.
         seed: seeds the networks and the tasks.
@@ -81,6 +82,7 @@ raise the horizon or shorten the unroll
     hidden: int = 32
     stays: bool = True
     gauge: GaugeKind = "none"
+    secants: int = 0
     base: str = "sgd"
     base_lr: float = 1e-3
     seed: int = 0
