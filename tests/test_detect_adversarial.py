@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import metateleport as mt
-from metateleport.detection.certificate import random_element
+from metateleport.detection.draws import random_element
 
 
 def _pair(function: Callable[..., Any]) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.detection.certificate import fresh_inputs, random_element
+from metateleport.detection.draws import fresh_inputs, random_element
 from metateleport.detection.trace import observables, split
 from metateleport.symmetries.rotary import PlaneScaling
 

@@ -11,7 +11,7 @@ from hypothesis import strategies
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.detection.certificate import random_element
+from metateleport.detection.draws import random_element
 
 
 @dataclasses.dataclass(frozen=True)
