@@ -39,7 +39,7 @@ def x(*shape: int) -> Tensor:
 
 
 def test_a_chain_gives_its_pairs_in_the_order_of_the_data_flow() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 5), nn.PReLU(), nn.Linear(5, 1))
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2), nn.Linear(2, 5), nn.PReLU(), nn.Linear(5, 1))
     found = mt.find_symmetries(model, x(6, 3))
     told = [(each.kind, each.dimension, each.exactness) for each in found]
     expected = [("rescaling", 4), ("linear pair", 4), ("translation", 2), ("rescaling", 5)]
@@ -82,7 +82,7 @@ def test_what_is_not_homogeneous_lets_nothing_pass_and_is_named(unit: nn.Module)
     model = nn.Sequential(nn.Linear(3, 4), unit, nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     found = mt.find_symmetries(model, x(6, 3))
     assert [each.parameters for each in found] == [("2.weight", "2.bias", "4.weight")]
-    (refused,) = found.refused
+    (refused,) = (each for each in found.refused if "batch pair" not in each.reason)
     assert refused.module == "1"
     assert "not followed" in refused.reason
     assert "0.weight" in refused.parameters
@@ -153,8 +153,52 @@ def test_batch_forms_are_found_where_the_samples_are_few() -> None:
     assert isinstance(few[1], mt.BatchPair2022)
     many = mt.find_symmetries(model, x(7, 6))
     assert [each.exactness for each in many] == ["exact"]
-    assert any("more samples" in each.reason for each in many.refused)
+    reasons = [each.reason for each in many.refused]
+    assert [each.split(":")[0] for each in reasons] == ["batch pair, 2022 form", "batch pair, 2024 form"]
+    assert all("more samples" in each for each in reasons)
     assert [each.exactness for each in few.exact] == ["exact"]
+    # Five samples are no more than what the first layer puts out, but more than it takes in.
+    narrow = nn.Sequential(nn.Linear(3, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2))
+    assert [each.kind for each in mt.find_symmetries(narrow, x(5, 3))] == ["rescaling", "batch pair, 2024 form"]
+
+
+ELEMENTWISE = [nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Softplus(2.0), nn.ELU(0.5)]
+ELEMENTWISE += [nn.SELU(), nn.CELU(0.7), nn.LogSigmoid(), nn.Hardswish(), nn.ReLU(), nn.ELU(inplace=True)]
+
+
+@pytest.mark.parametrize("unit", ELEMENTWISE, ids=repr)
+def test_the_2024_form_is_found_through_any_activation_and_holds_on_its_batch_only(unit: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), unit, nn.Dropout(0.5), nn.Linear(8, 2)).double().eval()
+    inputs, fresh = x(5, 6).double(), x(5, 6).double()
+    (found,) = (each for each in mt.find_symmetries(model, inputs) if each.exactness == "batch-exact")
+    assert isinstance(found, mt.BatchPair2024)
+    assert found.dimension == 64
+    assert 0 < found.drift <= 1e-10
+    expected, elsewhere = model(inputs).detach(), model(fresh).detach()
+    report = mt.teleport(model, mt.RandomTeleporter(size=1.0, seed=0), inputs, symmetries=[found])
+    assert report.accepted
+    with torch.no_grad():
+        assert float((model(inputs) - expected).norm() / expected.norm()) <= 1e-10
+        assert float((model(fresh) - elsewhere).norm() / elsewhere.norm()) > 1e-4
+
+
+def test_batch_forms_through_functions_sequences_and_chains() -> None:
+    def forward(m: Any, h: Tensor) -> Tensor:
+        return m.c(nn.functional.gelu(m.b(torch.tanh(m.a(h))), approximate="tanh"))
+
+    model = Written(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 9), c=nn.Linear(9, 2))
+    found = mt.find_symmetries(model, x(2, 3, 4))
+    assert [(each.kind, each.dimension) for each in found] == [
+        ("batch pair, 2024 form", 64),
+        ("batch pair, 2024 form", 81),
+    ]
+    assert repr(found[1].activation) == "GELU(approximate='tanh')"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("between", [[nn.Softmax(-1)], [nn.Tanh(), nn.LayerNorm(8)], [nn.Tanh(), nn.Dropout(0.5)]])
+def test_batch_forms_need_one_activation_and_nothing_else(between: list[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), *between, nn.Linear(8, 2)).train()
+    assert not [each for each in mt.find_symmetries(model, x(3, 6)) if each.exactness == "batch-exact"]
 
 
 def test_groups_of_dimension_one_are_not_needed() -> None:

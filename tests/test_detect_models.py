@@ -40,7 +40,8 @@ def built(name: str) -> Built:
 
 
 def dimensions(name: str) -> dict[str, tuple[int, int]]:
-    return built(name)[2].by_kind()
+    """How many exact symmetries there are of each kind, and their dimensions together."""
+    return built(name)[2].exact.by_kind()
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -149,6 +150,15 @@ def test_lora_as_peft_builds_it() -> None:
     assert found.by_kind() == {"LoRA pair": (2 * layers, 2 * layers * rank**2)}
     assert all("lora_" in name for each in found for name in each.parameters)
     assert all(dict(model.named_parameters())[name].requires_grad for each in found for name in each.parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "inner"), [("vit", 2, 64), ("vgg11_bn", 2, 64), ("BERT", 2, 24), ("MiniLM", 6, 1536)]
+)
+def test_batch_forms_of_layers_wider_than_the_batch(name: str, layers: int, inner: int) -> None:
+    batch = [each for each in built(name)[2] if each.exactness == "batch-exact"]
+    assert [(each.kind, each.dimension) for each in batch] == [("batch pair, 2024 form", inner**2)] * layers
+    assert all(0 < each.drift <= 1e-6 for each in batch)
 
 
 NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilenet_v3_small", "vit"]

@@ -155,7 +155,9 @@ class Stage:
 
     def _element(self, symmetry: Symmetry) -> Tensor:
         """The symmetry's element of this trial: the same whenever it is asked for, others for other symmetries."""
-        source = torch.Generator().manual_seed(zlib.crc32(f"{symmetry.kind} {symmetry.where}".encode()) + self.trial.seed)
+        source = torch.Generator().manual_seed(
+            zlib.crc32(f"{symmetry.kind} {symmetry.where}".encode()) + self.trial.seed
+        )
         device = self.tensors[symmetry.parameters[0]].device
         return random_element(symmetry.group, self.trial.size, source, self.dtype, device)
 

@@ -1,6 +1,6 @@
 """Symmetries: groups acting on named parameters without changing what a model computes."""
 
-from metateleport.symmetries.activations import HOMOGENEOUS, inverse_of, slope
+from metateleport.symmetries.activations import HOMOGENEOUS, activation_of, inverse_of, slope
 from metateleport.symmetries.attention import AttentionQK, AttentionVO
 from metateleport.symmetries.axes import AxisSymmetry, Leg
 from metateleport.symmetries.base import Carried, Pair, Symmetry, Unsuitable
@@ -43,6 +43,7 @@ __all__ = [
     "Symmetry",
     "Translation",
     "Unsuitable",
+    "activation_of",
     "inverse_of",
     "slope",
 ]
