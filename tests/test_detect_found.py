@@ -201,9 +201,91 @@ def test_batch_forms_need_one_activation_and_nothing_else(between: list[nn.Modul
     assert not [each for each in mt.find_symmetries(model, x(3, 6)) if each.exactness == "batch-exact"]
 
 
-def test_groups_of_dimension_one_are_not_needed() -> None:
-    found = mt.find_symmetries(nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2)), x(6, 3))
-    assert len(found) == 0
+ONES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "a unit": (lambda: nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2)), (6, 3), {"rescaling": 1}),
+    "a bottleneck": (lambda: nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 3)), (6, 3), {"rescaling": 1}),
+    "units in a row": (
+        lambda: nn.Sequential(nn.Linear(3, 1), nn.PReLU(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 4)),
+        (6, 3),
+        {"rescaling": 2},
+    ),
+    "a channel": (
+        lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(49, 2)),
+        (2, 1, 9, 9),
+        {"rescaling": 1},
+    ),
+    "a normed unit": (
+        lambda: nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1), nn.ReLU(), nn.Linear(1, 2)).eval(),
+        (6, 3),
+        {"before batch norm": 1, "after batch norm": 1},
+    ),
+    "an output": (lambda: nn.Linear(3, 1), (6, 3), {}),
+    "a squashed unit": (lambda: nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 2)), (6, 3), {}),
+    "an adapter of rank one": (lambda: _adapter(1), (6, 4), {"LoRA pair": 1}),
+}
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_axes_of_one_entry_have_groups_of_dimension_one(name: str) -> None:
+    build, shape, expected = ONES[name]
+    found = mt.find_symmetries(build(), x(*shape))
+    assert kinds(found) == expected
+    assert all(each.drift <= 1e-12 for each in found)
+
+
+def _adapter(rank: int) -> nn.Module:
+    layers = {
+        "base": nn.Linear(4, 3),
+        "lora_A": nn.Linear(4, rank, bias=False),
+        "lora_B": nn.Linear(rank, 3, bias=False),
+    }
+    nn.init.zeros_(layers["lora_B"].weight)
+    return Written(lambda m, h: m.base(h) + m.lora_B(m.lora_A(h)), **layers)
+
+
+class Scaled(nn.Module):
+    """A branch with a vector of gains at its end, joined to a stream."""
+
+    def __init__(self, joined: bool, unit: Callable[[Tensor], Tensor], inplace: bool = False) -> None:
+        super().__init__()
+        self.inwards, self.branch, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.gamma = nn.Parameter(torch.full((4,), 1e-6))
+        self.joined, self.unit, self.inplace = joined, unit, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.unit(self.inwards(x))
+        branch = self.branch(h)
+        branch = branch.mul_(self.gamma) if self.inplace else self.gamma * branch
+        return self.out(self.unit(h + branch if self.joined else branch))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layer_scales_undo_what_they_take_in(inplace: bool) -> None:
+    branch = ("branch.weight", "branch.bias", "gamma")
+    (only,) = mt.find_symmetries(Scaled(True, torch.tanh, inplace), x(9, 3))
+    assert (only.kind, only.parameters, only.dimension) == ("layer scale", branch, 4)
+    stream, scale = mt.find_symmetries(Scaled(True, torch.relu, inplace), x(9, 3))
+    assert (stream.kind, stream.dimension, len(stream.parameters)) == ("rescaling", 4, 5)
+    assert "gamma" in stream.parameters
+    assert scale.parameters == branch
+    before, scale, behind = mt.find_symmetries(Scaled(False, torch.relu, inplace), x(9, 3))
+    assert before.parameters == ("inwards.weight", "inwards.bias", "branch.weight")
+    assert scale.parameters == branch
+    assert (behind.kind, behind.parameters) == ("rescaling", ("gamma", "out.weight"))
+
+
+def test_a_frozen_or_shared_layer_scale_undoes_nothing() -> None:
+    frozen = Scaled(False, torch.relu)
+    frozen.gamma.requires_grad_(False)
+    found = mt.find_symmetries(frozen, x(9, 3))
+    assert [each.parameters for each in found] == [
+        ("inwards.weight", "inwards.bias", "branch.weight"),
+        ("branch.weight", "branch.bias", "out.weight"),
+    ]
+    shared = Scaled(True, torch.tanh)
+    shared.out = Written(lambda m, h: m.layer(h) + m.gamma.sum(), layer=nn.Linear(4, 2))
+    shared.out.gamma = shared.gamma
+    assert len(mt.find_symmetries(shared, x(9, 3))) == 0
 
 
 def test_inputs_as_tensor_tuple_and_dict() -> None:

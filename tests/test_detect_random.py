@@ -58,7 +58,7 @@ class Chain(nn.Module):
 @strategies.composite
 def plans(draw: strategies.DrawFn) -> Plan:
     depth = draw(strategies.integers(2, 5))
-    widths = tuple(draw(strategies.lists(strategies.integers(2, 4), min_size=depth + 1, max_size=depth + 1)))
+    widths = tuple(draw(strategies.lists(strategies.integers(1, 4), min_size=depth + 1, max_size=depth + 1)))
     between = tuple(
         draw(strategies.lists(strategies.sampled_from(sorted(UNITS)), min_size=depth - 1, max_size=depth - 1))
     )

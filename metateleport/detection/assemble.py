@@ -18,6 +18,7 @@ from metateleport.symmetries.axes import AxisSymmetry, Leg
 from metateleport.symmetries.batch_norm import AfterBatchNorm, BeforeBatchNorm
 from metateleport.symmetries.channel_rescaling import ChannelRescaling
 from metateleport.symmetries.gated import GatedMLP
+from metateleport.symmetries.layer_scale import LayerScale
 from metateleport.symmetries.linear_chain import LinearChain
 from metateleport.symmetries.lora import LoRAPair
 from metateleport.symmetries.norm_gain import NormGain
@@ -67,13 +68,17 @@ def _matrix_candidates(parts: Parts, roots: np.ndarray, model: nn.Module) -> lis
 
 
 def _matrix_kind(parts: Parts, roots: np.ndarray, legs: list[Leg]) -> type[AxisSymmetry]:
-    if any("lora_" in leg.name for leg in legs):
+    if _is_adapter(legs):
         return LoRAPair
     if parts.tagged("attention", roots):
         return AttentionQK
     if parts.tagged("mixed by attention", roots):
         return AttentionVO
     return LinearChain
+
+
+def _is_adapter(legs: list[Leg]) -> bool:
+    return any("lora_" in leg.name for leg in legs)
 
 
 def _matrix_legs(parts: Parts, roots: np.ndarray, planes: bool = False) -> list[Leg] | None:
@@ -156,7 +161,7 @@ def _diagonal_candidates(parts: Parts, roots: np.ndarray, model: nn.Module) -> l
                 legs.append(Leg(slot.name, places, 0, dual, slot.variance))
     if not _two_sided(legs):
         return []
-    kind, exactness = _diagonal_kind(parts, roots)
+    kind, exactness = _diagonal_kind(parts, roots, legs)
     built = _build(parts, roots, kind, PositiveDiagonal(len(roots)), legs, exactness)
     symmetry: Symmetry = _as_pair(built, model, Rescaling) if kind is ChannelRescaling else built
     plain = Candidate(symmetry, parts.place(roots))
@@ -174,7 +179,9 @@ def _diagonal_candidates(parts: Parts, roots: np.ndarray, model: nn.Module) -> l
     return [first, *found[1:]]
 
 
-def _diagonal_kind(parts: Parts, roots: np.ndarray) -> tuple[type[AxisSymmetry], str]:
+def _diagonal_kind(parts: Parts, roots: np.ndarray, legs: list[Leg]) -> tuple[type[AxisSymmetry], str]:
+    if _is_adapter(legs):
+        return LoRAPair, "exact"
     if parts.tagged("before batch norm, training", roots):
         return BeforeBatchNorm, "approximate"
     for tag, kind in (
@@ -183,6 +190,7 @@ def _diagonal_kind(parts: Parts, roots: np.ndarray) -> tuple[type[AxisSymmetry],
         ("mixed by attention", AttentionVO),
         ("batch norm", AfterBatchNorm),
         ("norm", NormGain),
+        ("layer scale", LayerScale),
         ("gain", NormGain),
         ("product", GatedMLP),
     ):

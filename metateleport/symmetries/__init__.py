@@ -8,6 +8,7 @@ from metateleport.symmetries.batch_norm import AfterBatchNorm, BeforeBatchNorm
 from metateleport.symmetries.batch_pair import BatchPair2022, BatchPair2024
 from metateleport.symmetries.channel_rescaling import ChannelRescaling
 from metateleport.symmetries.gated import GatedMLP
+from metateleport.symmetries.layer_scale import LayerScale
 from metateleport.symmetries.linear_chain import LinearChain
 from metateleport.symmetries.linear_pair import LinearPair
 from metateleport.symmetries.lora import LoRAPair
@@ -31,6 +32,7 @@ __all__ = [
     "Carried",
     "ChannelRescaling",
     "GatedMLP",
+    "LayerScale",
     "Leg",
     "LinearChain",
     "LinearPair",
