@@ -109,6 +109,16 @@ def test_vision_transformer() -> None:
     }
 
 
+def test_convnext() -> None:
+    # A norm in each block, one before each stage but the first, one before the head; the first norm is in the stream.
+    blocks, between, head = [8, 8, 16], [8], [16]
+    norms = blocks + between + head
+    assert dimensions("ConvNeXt") == {
+        "norm gain": (len(norms), sum(norms)),
+        "layer scale": (len(blocks), sum(blocks)),
+    }
+
+
 def test_gpt2() -> None:
     layers, heads, width = 2, 4, 16
     size = width // heads
@@ -161,7 +171,7 @@ def test_batch_forms_of_layers_wider_than_the_batch(name: str, layers: int, inne
     assert all(0 < each.drift <= 1e-6 for each in batch)
 
 
-NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilenet_v3_small", "vit"]
+NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilenet_v3_small", "vit", "ConvNeXt"]
 NAMES += ["GPT-2", "Llama", "BERT", "MiniLM", "LoRA on MiniLM"]
 
 
