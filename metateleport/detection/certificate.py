@@ -85,8 +85,9 @@ def certify(
     are found. So a drift is that of the largest set that passed together, which none of its members alone exceeds but
     by chance, and six forward passes in float64 certify any number of exact symmetries that hold.
 
-    Beside the model there is one copy of it, in float64 where the model runs in it (for a model in float32 the memory
-    of two of its own), never a second; what moves is overwritten in place, a parameter at a time.
+    Beside the model, and what a forward pass takes for itself, there is one copy of it in float64 where the model runs
+    in it: for a model in float32 the memory of two of its own. Parameters are moved in that copy, and moved back; what
+    one symmetry moves (of batch forms, what all of them move) is there twice for a moment.
 
     Args:
         model: the model, in the mode (train or eval) that it shall be certified in; it is not changed.

@@ -69,7 +69,7 @@ class Stage:
         dtype: torch.dtype,
     ) -> None:
         self.loss, self.dtype = loss, dtype
-        self.given = _cast((inputs, keywords), dtype)
+        self.given = (inputs, keywords)
         self.model = copy.deepcopy(model, _copies(model, dtype))
         self.named = dict(self.model.named_parameters())
         self.tensors: dict[str, Tensor] = {**self.named, **dict(self.model.named_buffers())}
@@ -88,15 +88,13 @@ class Stage:
         if trial.weights != OWN:
             randomise(self.model, trial.weights, trial.seed)
         self.trial = trial
-        self._inputs = {"given": self.given}
+        self._inputs = {}
         self._expected = {}
 
     def expected(self, name: str) -> tuple[Tensor, ...]:
         """The outputs before anything moves, on the given or on fresh inputs; evaluated when first asked for."""
         if name not in self._expected:
             self._undo()
-            if name not in self._inputs:
-                self._inputs[name] = fresh_inputs(self.given, self.trial.seed)
             self._expected[name] = self._outputs(name)
         return self._expected[name]
 
@@ -178,6 +176,9 @@ class Stage:
 
     def _outputs(self, name: str, instead: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The outputs on some inputs; with other parameters in the place of some."""
+        if name not in self._inputs:
+            example = self.given if name == "given" else fresh_inputs(self.given, self.trial.seed)
+            self._inputs[name] = _cast(example, self.dtype)
         inputs, keywords = self._inputs[name]
         # Buffers that the model writes, and random numbers that it draws, are the same in every pass.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
