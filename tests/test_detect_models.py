@@ -242,7 +242,7 @@ def _move(symmetry: mt.Symmetry, element: Tensor, tensors: dict[str, Tensor]) ->
 def test_the_command_makes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.symmetries import main
 
-    chosen = ["--models", "MLP", "linear autoencoder"]
+    chosen = ["--models", "MLP", "linear autoencoder", "--rounds", "2"]
     assert main([*chosen, "--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]) == 0
     printed = capsys.readouterr().out
     assert "| MLP | 179 | rescaling 2 (18) | 18 |" in printed
@@ -250,6 +250,20 @@ def test_the_command_makes_the_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["models"]
     assert [row["model"] for row in rows] == ["MLP", "linear autoencoder"]
     assert rows[0]["kinds"] == {"rescaling": {"count": 2, "dimension": 18}}
+    ratios = rows[0]["passes_per_kind"]
+    assert 0 < ratios["min"] <= ratios["median"] <= ratios["max"]
+
+
+def test_the_cost_is_told_by_the_shape_of_the_input() -> None:
+    from benchmarks.symmetries import cost_of, cost_table
+
+    try:
+        cost = cost_of((1, 3, 32, 32), rounds=1)
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    assert cost["kinds"] == 2
+    assert cost["passes_per_kind"]["median"] == pytest.approx(cost["seconds"] / cost["pass_seconds"] / 2)
+    assert f"| 1x3x32x32 | {cost['seconds']:.2f} |" in cost_table([cost], 1)
 
 
 def test_the_drift_told_is_small_and_measured() -> None:
