@@ -1,8 +1,8 @@
 """The symmetries of models that people use: how many of each kind, how far they drift, how long finding takes.
 
-In every round finding and forward and backward passes on the same input take turns, after a first of each as warm-up;
-seconds are those of the processor, which other programs on the machine add little to, so their ratio means most. Small models are found in about half a second, most of which torch.export takes, whatever a pass of
-theirs takes.
+In every round finding and forward and backward passes on the same input take turns, after a first of each as warm-up.
+Seconds are those of the processor, which other programs on the machine add little to. Small models are found in about
+half a second, most of which torch.export takes, whatever a pass of theirs takes.
 
 Example:
     python -m benchmarks.symmetries --markdown docs/symmetries.md
@@ -53,10 +53,10 @@ alone.
 _COST = """
 ## What finding costs
 
-resnet18 again, by the shape of its input: seconds of finding, of a forward and backward pass in float32, and
-their ratio for each of its {kinds} kinds, as median (smallest to largest) of {rounds} rounds. Six forward passes in
-float64 certify all symmetries at once, about as long as as many forward and backward passes in float32; the trace takes
-a third of a second whatever the input, and so decides where a pass takes a hundredth.
+resnet18 again, by the shape of its input: seconds of finding, of a forward and backward pass in float32, and their
+ratio for each of its {kinds} kinds, as median (smallest to largest) of {rounds} rounds. Six forward passes in float64
+certify all symmetries at once, each about as long as a forward and backward pass in float32. The trace takes the same
+third of a second whatever the input, and weighs most where a pass is short.
 
 | input | seconds | pass | passes per kind |
 |---|---|---|---|
