@@ -146,6 +146,49 @@ def test_frozen_parameters_are_left_alone() -> None:
     assert any("frozen" in each.reason and each.parameters == ("0.bias",) for each in found.refused)
 
 
+def test_what_needs_nothing_frozen_remains() -> None:
+    layers = {name: nn.Linear(8, 8) for name in ("query", "key", "value", "out")}
+
+    def forward(m: Any, h: Tensor) -> Tensor:
+        query, key, value = (getattr(m, name)(h).unflatten(-1, (2, 4)).transpose(-2, -3) for name in list(layers)[:3])
+        return m.out(nn.functional.scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2))
+
+    model = Written(forward, **layers)
+    assert kinds(mt.find_symmetries(model, x(2, 5, 8))) == {"attention QK": 32, "attention VO": 32}
+    model.out.weight.requires_grad_(False)
+    found = mt.find_symmetries(model, x(2, 5, 8))
+    assert kinds(found) == {"attention QK": 32}
+    assert {each.parameters for each in found if each.kind == "translation"} == {("key.bias",)}
+
+
+def test_embeddings_and_heads_take_part() -> None:
+    def forward(m: Any, tokens: Tensor) -> Tensor:
+        h = m.tokens(tokens) + m.places(torch.arange(tokens.shape[-1]))
+        return m.head(m.norm(torch.tanh(m.up(h))))
+
+    model = Written(
+        forward,
+        tokens=nn.Embedding(11, 3),
+        places=nn.Embedding(7, 3),
+        up=nn.Linear(3, 6),
+        norm=nn.LayerNorm(6),
+        head=nn.Linear(6, 11),
+    )
+    embedded, gain = mt.find_symmetries(model, torch.randint(0, 11, (4, 7)))
+    assert (embedded.kind, embedded.dimension) == ("linear chain", 9)
+    assert embedded.parameters == ("tokens.weight", "places.weight", "up.weight")
+    assert (gain.kind, gain.parameters) == ("norm gain", ("norm.weight", "norm.bias", "head.weight"))
+
+
+def test_a_teleport_finds_the_exact_ones_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2)).double()
+    inputs = x(4, 6).double()
+    assert len(mt.find_symmetries(model, inputs)) == 2
+    report = mt.teleport(model, mt.RandomTeleporter(seed=0), inputs)
+    assert report.accepted
+    assert len(report.sizes) == 1
+
+
 def test_batch_forms_are_found_where_the_samples_are_few() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2))
     few = mt.find_symmetries(model, x(4, 6))

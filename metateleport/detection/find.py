@@ -33,6 +33,7 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
     | linear pair, chain | $(U, V, b) \mapsto (U g^{-1}, g V, g b)$ | $GL(k)$ |
     | rescaling | $(U, V, b) \mapsto (U D^{-1}, D V, D b)$ through ReLU, LeakyReLU, PReLU | $D \in \mathbb{R}_{>0}^k$ |
     | before batch norm | $(V, b, \mu) \mapsto (DV, Db, D\mu)$, $v \mapsto d^2(v+\epsilon)-\epsilon$ | diagonal |
+    | layer scale | $(W, b, \gamma) \mapsto (D W, D b, D^{-1} \gamma)$ | diagonal |
     | after batch norm, norm gain | $(\gamma, \beta, W) \mapsto (D\gamma, D\beta, W D^{-1})$ | diagonal |
     | attention QK, a key head | $(W_Q, W_K) \mapsto (A W_Q, A^{-\top} W_K)$ | $GL(d)$; rotary $(\mathbb{C}^*)^{d/2}$ |
     | attention VO, a value head | $(W_V, W_O) \mapsto (B W_V, W_O B^{-1})$ | $GL(d)$ |
