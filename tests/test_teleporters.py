@@ -379,7 +379,7 @@ def test_more_ascent_steps_reach_higher_and_descent_goes_down() -> None:
 
     few, many = reached(steps=2, step_size=0.05), reached(steps=6, step_size=0.05)
     assert 1 < few < many
-    assert reached(steps=2, step_size=-0.02) < 1
+    assert reached(steps=2, step_size=0.02, direction="descent") < 1
     capped = reached(steps=6, step_size=0.05, cap=0.05)
     assert 1 < capped < many
 
