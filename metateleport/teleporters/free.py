@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
@@ -132,7 +134,8 @@ class FreeTeleporter(Teleporter):
         seen = [(text, failure) for text, where, failure in refusals if bool(where.any())]
         failures = tuple(failure for _, failure in seen if failure)
         element = torch.where(moved.unsqueeze(-1), step, 0.0)
-        arrived, gain = point, torch.zeros_like(size)
+        stays = allowed & finite & (size == 0)
+        arrived, gain = point, torch.zeros_like(size) if bool(stays.any()) else None
         if bool(moved.any()):
             arrived = found.symmetry.act(element, start)
             gradients = {**start.gradients, **found.gradients}
@@ -141,7 +144,7 @@ class FreeTeleporter(Teleporter):
             if not bool(moved.all()):
                 arrived = arrived.choose(moved, start)
             gain = self.gain(start, arrived)
-        if bool((~(gain > 0) & ~(allowed & ~moved & (size > 0))).any()):
+        if gain is not None and bool(((moved | stays) & ~(gain > 0)).any()):
             failures = (*failures, "no gain")
         move = Move(
             symmetry=found.symmetry,
@@ -169,7 +172,7 @@ def gradients_at(point: Point, parameters: Mapping[str, Tensor], in_graph: bool 
         in_graph: whether the gradients can be differentiated; then in `parameters`, which have to stand in a graph.
     """
     assert point.loss_at is not None
-    with torch.enable_grad():
+    with torch.enable_grad(), _twice_differentiable() if in_graph else contextlib.nullcontext():
         known = {**point.parameters, **parameters}
         if not in_graph:
             known = {name: value.detach() for name, value in known.items()}
@@ -184,3 +187,10 @@ def gradients_at(point: Point, parameters: Mapping[str, Tensor], in_graph: bool 
         for (name, value), gradient in zip(wanted.items(), found, strict=True)
     }
     return losses if in_graph else losses.detach(), gradients
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Fused attention and cuDNN's recurrent networks have no second derivative: the plain ones take their place."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield

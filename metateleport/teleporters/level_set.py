@@ -32,7 +32,7 @@ class LevelSetTeleporter(FreeTeleporter):
     Args:
         steps: number of steps, at least one; each costs a Hessian-vector product, 2 gradient evaluations, and one for
             every point that is tried.
-        step_size: $\rho$ of the first step.
+        step_size: length of the first $\rho u$ over the norm of the weights.
         line_search: whether $\rho$ is searched for; otherwise it stays.
         backtracks: largest number of tries for one step.
         projections: largest number of projections at the end.
@@ -85,7 +85,7 @@ class LevelSetTeleporter(FreeTeleporter):
         batch = point.loss.ndim
         moving = Displacement({name: point.parameters[name].shape[batch:] for name in point.gradients})
         search = _Search(point, moving)
-        rho = torch.full_like(search.loss, self.step_size)
+        rho: Tensor | None = None
         for _ in range(self.steps):
             rho = self._step(search, rho)
         for _ in range(self.projections):
@@ -98,15 +98,16 @@ class LevelSetTeleporter(FreeTeleporter):
         gradients = moving.split(search.gradient)
         return Displaced(moving, search.x - search.origin, search.loss, gradients, search.spent)
 
-    def _step(self, search: _Search, rho: Tensor) -> Tensor:
+    def _step(self, search: _Search, rho: Tensor | None) -> Tensor:
         g, gap = search.gradient, search.loss - search.level
         squared = _dot(g, g)
         active = (squared > 0) & squared.isfinite() & search.loss.isfinite()
-        if not bool(active.any()):
-            return rho
         safe = torch.where(active, squared, 1.0)
         uphill = search.hessian_times_gradient(active) / safe.unsqueeze(-1)
         along = _dot(uphill, g)
+        if rho is None:
+            tiny = torch.finfo(g.dtype).tiny
+            rho = self.step_size * _norm(search.x) / _norm(uphill).clamp_min(tiny)
         # A penalty above the multiplier of the constraint makes the constrained maximum one of the merit function.
         penalty = _PENALTY * along.abs() / safe
         merit_here, searching = safe.log() / 2 - penalty * gap.abs(), active
@@ -169,6 +170,10 @@ class _Search:
         loss, gradient = self.evaluate(x, where)
         nearer = (loss - self.level).abs() < (self.loss - self.level).abs()
         self.take(x, loss, gradient, where & nearer)
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -75,12 +75,15 @@ class NullSpaceTeleporter(FreeTeleporter):
         assert point.loss is not None
         batch = point.loss.ndim
         projections = self._projections(point, batch)
-        moving = Displacement({name: point.parameters[name].shape[batch:] for name in projections})
+        moving = Displacement({name: point.parameters[name].shape[batch:] for name in projections or point.gradients})
         zero = torch.zeros_like(point.loss)
         if not projections:
-            step = zero.new_zeros(*zero.shape, 0)
-            return Displaced(moving, step, point.loss, {}, zero)
-        scale = torch.linalg.vector_norm(moving.flatten(point.parameters, batch), dim=-1, keepdim=True)
+            still = zero.new_zeros(*zero.shape, moving.group.size)
+            return Displaced(moving, still, point.loss, point.gradients, zero)
+        # Of stacked tasks only the weights that have room count, as if each were alone.
+        room = {name: _has_room(projection) for name, projection in projections.items()}
+        able = {name: point.parameters[name] * _over(room[name], point.parameters[name]) for name in projections}
+        scale = torch.linalg.vector_norm(moving.flatten(able, batch), dim=-1, keepdim=True)
 
         def unseen(relative: Tensor) -> Tensors:
             steps = moving.split(relative * scale)
@@ -122,7 +125,7 @@ class NullSpaceTeleporter(FreeTeleporter):
             if weight.shape[batch + 1] != rows.shape[-1]:
                 continue
             projection = null_projection(rows, self.energy)
-            if bool((torch.diagonal(projection, dim1=-2, dim2=-1) > 0).any()):
+            if bool(_has_room(projection).any()):
                 found[name] = projection
         return found
 
@@ -150,6 +153,14 @@ def null_projection(rows: Tensor, energy: float = 1.0) -> Tensor:
     unseen = (squares <= rounding * squares[..., :1]) | (above >= energy * total)
     unseen = unseen & finite.squeeze(-1)
     return (vectors.mT * unseen.unsqueeze(-2)) @ vectors
+
+
+def _has_room(projection: Tensor) -> Tensor:
+    return (torch.diagonal(projection, dim1=-2, dim2=-1) > 0).any(-1)
+
+
+def _over(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
 
 
 def _project(step: Tensor, projection: Tensor, batch: int) -> Tensor:

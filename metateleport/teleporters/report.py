@@ -94,7 +94,7 @@ def summary_of(moves: Sequence[Move]) -> tuple[float, tuple[float, ...], str, fl
 
 def gain_of(moves: Sequence[Move]) -> float:
     """What a single model's moves gained together, relatively; NaN where nothing was sought."""
-    gains = [float(move.gain) for move in moves if move.gain is not None and float(move.size) > 0]
+    gains = [float(move.gain) for move in moves if move.gain is not None]
     return sum(gains) if gains else _NAN
 
 
@@ -109,7 +109,11 @@ def failures_of(
         max_drift: the bound on it.
         held_out: loss on held-out data before and after.
     """
-    seen = {name for move in moves for name in move.failures}
+    seen = {name for move in moves for name in move.failures} - {"no gain"}
+    # One symmetry may lose what another gains twice.
+    gained = gain_of(moves)
+    if not (gained > 0 or math.isnan(gained)):
+        seen.add("no gain")
     if not drift <= max_drift:
         seen.add("drift beyond bound")
     # Less than what rounding does to an exact teleport is no worsening.
