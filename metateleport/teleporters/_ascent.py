@@ -94,6 +94,9 @@ class Ascent:
             values = values.detach()
             if first is None:
                 first = space.norm(slope).clamp_min(torch.finfo(slope.dtype).tiny)
+                # A slope that is rounding alone would become a direction when it is divided by its norm.
+                level = first * self.cap <= 1e3 * torch.finfo(slope.dtype).eps * values.abs()
+                first = torch.where(level, torch.inf, first)
             direction = slope / space.expand(first)
             if self.value_cap is not None:
                 direction = torch.where(space.expand(values > self.value_cap), 0.0, direction)
