@@ -6,7 +6,7 @@ from metateleport.detection import Certificate, Refused, Symmetries, certify, fi
 from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.objectives import Objective, SquaredGradientNorm
+from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
 from metateleport.stack import StackedModel
@@ -20,8 +20,11 @@ from metateleport.symmetries import (
     Unsuitable,
 )
 from metateleport.teleporters import (
+    FreeTeleporter,
     GradientAscentTeleporter,
+    LevelSetTeleporter,
     NoTeleport,
+    NullSpaceTeleporter,
     RandomTeleporter,
     Teleporter,
     TeleportReport,
@@ -38,17 +41,21 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "Curvature",
     "FamilyError",
+    "FreeTeleporter",
     "GeneralLinear",
     "GradientAscentTeleporter",
     "Group",
     "LearnedOptimizer",
     "LearnedTeleporter",
+    "LevelSetTeleporter",
     "LinearPair",
     "Measure",
     "MetaOptimizer",
     "MetaOptimizerConfig",
     "NoTeleport",
+    "NullSpaceTeleporter",
     "Objective",
     "Orthogonal",
     "Point",
@@ -57,6 +64,7 @@ __all__ = [
     "RandomTeleporter",
     "Refused",
     "Rescaling",
+    "Sharpness",
     "SquaredGradientNorm",
     "StackedModel",
     "Symmetries",
