@@ -6,7 +6,7 @@ from metateleport.detection import Certificate, Refused, Symmetries, certify, fi
 from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.objectives import Objective, SquaredGradientNorm
+from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
 from metateleport.stack import StackedModel
@@ -38,6 +38,7 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "Curvature",
     "FamilyError",
     "GeneralLinear",
     "GradientAscentTeleporter",
@@ -57,6 +58,7 @@ __all__ = [
     "RandomTeleporter",
     "Refused",
     "Rescaling",
+    "Sharpness",
     "SquaredGradientNorm",
     "StackedModel",
     "Symmetries",
