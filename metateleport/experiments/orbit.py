@@ -97,7 +97,11 @@ class Orbit(Experiment):
             return torch.func.functional_call(model, unflatten(weights, start.parameters, names), rows).flatten()
 
         batch = _jacobian(outputs, x, inputs)
-        leaving = batch if _is_data(task) else _jacobian(outputs, x, _fresh(inputs, batch.shape, len(x), seed))
+        if _is_data(task):
+            leaving, at_minima = batch, torch.func.hessian(lambda weights: outputs(weights, inputs).sum())(x)
+        else:
+            # With a loss that is a sum of squares the Hessian at zero loss is J'J.
+            leaving, at_minima = _jacobian(outputs, x, _fresh(inputs, batch.shape, len(x), seed)), batch
         lengths = moves.norm(dim=1) * gradient.norm()
         cosines = (moves @ gradient).abs()[lengths > 0] / lengths[lengths > 0]
         count = len(x)
@@ -105,7 +109,7 @@ class Orbit(Experiment):
             "exact_orbit": rank(exact_moves, self.tolerance),
             "orbit": rank(moves, self.tolerance),
             "level_set": count - 1,
-            "minima": count - rank(batch, self.tolerance),
+            "minima": count - rank(at_minima, self.tolerance),
             "same_function": count - rank(leaving, self.tolerance),
             "tangent": float(cosines.max()) if len(cosines) else 0.0,
             "symmetries": sorted({symmetry.kind for symmetry in found}),
@@ -149,12 +153,12 @@ def rank(matrix: Tensor, tolerance: float) -> int:
 
 
 def _jacobian(outputs: Any, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-    found: Tensor = torch.func.jacfwd(lambda weights: outputs(weights, rows), chunk_size=128)(x)
+    found: Tensor = torch.func.jacrev(lambda weights: outputs(weights, rows), chunk_size=256)(x)
     return found
 
 
 def _is_data(task: Task) -> bool:
-    """Whether the input is not a batch of samples but part of the problem, as a quadratic's matrix is."""
+    """Whether the input is not a batch of samples but the problem itself, as a quadratic's matrix is."""
     return not task.targets
 
 
@@ -204,8 +208,8 @@ def _claims(models: Sequence[Mapping[str, Any]]) -> list[Claim]:
                 min(whole) == 1,
             ),
             Claim(
-                "at minima of zero loss the orbit is the whole set of minima: smallest share of its dimension, over the "
-                "networks",
+                "at minima of zero loss the orbit is the whole set of minima: smallest share of its dimension, over "
+                "the networks",
                 "ICLR 2024, section 4",
                 min(at_minima, default=1.0),
                 None,
