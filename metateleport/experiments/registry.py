@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from metateleport.experiments.base import Experiment, ExperimentError
+from metateleport.experiments.generalisation import Generalisation
 from metateleport.experiments.newton import Newton
 from metateleport.experiments.one_teleport import OneTeleport
 from metateleport.experiments.orbit import Orbit
@@ -15,7 +16,9 @@ from metateleport.families import FamilyError, read_settings
 
 __all__ = ["EXPERIMENTS", "load_experiment", "summary_of"]
 
-EXPERIMENTS: dict[str, type[Experiment]] = {kind.name: kind for kind in (Quadratic, Newton, OneTeleport, Orbit)}
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    kind.name: kind for kind in (Quadratic, Generalisation, Newton, OneTeleport, Orbit)
+}
 
 
 def load_experiment(name: str, settings: Mapping[str, Any] | None = None) -> Experiment:
