@@ -9,6 +9,7 @@ from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimi
 from metateleport.objectives import Objective, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
+from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.stack import StackedModel
 from metateleport.symmetries import (
     BatchPair2022,
@@ -33,11 +34,13 @@ from metateleport.teleporters import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtSteps",
     "BatchPair2022",
     "BatchPair2024",
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "Every",
     "FamilyError",
     "GeneralLinear",
     "GradientAscentTeleporter",
@@ -57,6 +60,7 @@ __all__ = [
     "RandomTeleporter",
     "Refused",
     "Rescaling",
+    "Schedule",
     "SquaredGradientNorm",
     "StackedModel",
     "Symmetries",
@@ -69,6 +73,7 @@ __all__ = [
     "TeleportingOptimizer",
     "TrustRegion",
     "Unsuitable",
+    "WhenStalled",
     "WhiteningTeleporter",
     "certify",
     "find_symmetries",

@@ -50,6 +50,7 @@ class Move:
         refused: where the trust region or the symmetry's condition forbade the proposed element.
         evaluations: gradient evaluations that the teleporter and the rebuilding of gradients cost.
         reason: why it was refused, where it was; empty otherwise.
+        unstable: whether an element was refused for what it is: not finite, too large or ill-conditioned.
     """
 
     symmetry: Symmetry
@@ -58,6 +59,7 @@ class Move:
     refused: Tensor
     evaluations: Tensor
     reason: str = ""
+    unstable: bool = False
 
 
 class Teleporter(abc.ABC):
@@ -162,15 +164,16 @@ def _carry_out(
         f"the element's condition number is above {region.condition_for(element.dtype):.1e}": ~conditioned,
     }
     reason = "; ".join(text for text, where in reasons.items() if bool(where.any()))
+    unstable = bool((allowed & ~(finite & within & conditioned)).any())
     choosing = teleporter.evaluations(symmetry, start)
     cost = moved.to(size.dtype) * symmetry.rebuild_cost(start) + choosing
     zero = torch.zeros_like(size)
     if not bool(moved.any()):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
-        return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason)
+        return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason, unstable)
     if not bool(accepted.all()):
         element = group.exp(torch.where(group.expand(accepted), generator, torch.zeros_like(generator)))
     arrived = symmetry.act(element, start)
     if not bool(moved.all()):
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
-    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason)
+    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, unstable)

@@ -40,6 +40,11 @@ class TeleportReport:
         evaluations: gradient evaluations spent; a forward pass alone counts a third.
         state: how the optimizer's state came along, one of `transport`, `keep`, `reset`, `approximate`; empty
             without an optimizer.
+        state_entries: what became of each entry of the optimizer's state: `exact`, `approximate`, `kept` or `reset`.
+        signatures: signs that the teleport failed, by name, each with what was seen; empty where there are none. An
+            optimizer adds those that later steps show.
+        held_out_before: held-out loss before it; NaN where none was asked for.
+        held_out_after: held-out loss right after it; NaN where none was asked for.
     """
 
     teleporter: str
@@ -55,6 +60,10 @@ class TeleportReport:
     weight_decay_change: float
     evaluations: float
     state: str = ""
+    state_entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    signatures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    held_out_before: float = _NAN
+    held_out_after: float = _NAN
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
