@@ -1,4 +1,4 @@
-"""What a teleporter remembers, as a state dict holds it."""
+"""What a teleporter or a meta-optimizer remembers, as a state dict holds it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["plain", "restored"]
 
 
 def plain(value: Any) -> Any:
-    """A teleporter's state as dicts, lists, tensors and numbers, which a checkpoint takes."""
+    """A state as dicts, lists, tensors and numbers, which a checkpoint takes."""
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):
@@ -22,8 +22,13 @@ def plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def restored(like: Any, saved: Any) -> Any:
+def restored(like: Any, saved: Any, entry: str) -> Any:
     """What `plain` was given, of the types of a fresh state.
+
+    Args:
+        like: a fresh state.
+        saved: what `plain` gave.
+        entry: the entry of the state dict that it came from.
 
     Raises:
         ValueError: if the two do not fit together.
@@ -34,15 +39,15 @@ def restored(like: Any, saved: Any) -> Any:
         if isinstance(like, dict):
             if like.keys() != saved.keys():
                 raise ValueError("the entries differ")
-            return {key: restored(each, saved[key]) for key, each in like.items()}
+            return {key: restored(each, saved[key], entry) for key, each in like.items()}
         if isinstance(like, tuple | list):
-            return type(like)(restored(each, other) for each, other in zip(like, saved, strict=True))
+            return type(like)(restored(each, other, entry) for each, other in zip(like, saved, strict=True))
         if dataclasses.is_dataclass(like) and not isinstance(like, type):
-            fields = {f.name: restored(getattr(like, f.name), saved[f.name]) for f in dataclasses.fields(like)}
+            fields = {f.name: restored(getattr(like, f.name), saved[f.name], entry) for f in dataclasses.fields(like)}
             return dataclasses.replace(like, **fields)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            "the saved state of the teleporter does not fit this model and its symmetries: load it with the same "
-            f"ones, or take 'teleporting' out of the state ({error})"
+            f"the saved entry {entry!r} does not fit this model and its symmetries: load it with the same ones, or "
+            f"take {entry!r} out of the state ({error})"
         ) from error
     return saved

@@ -372,7 +372,7 @@ class TeleportingOptimizer(Wrapping):
     def _state_at(self, point: Point, loss: Tensor | None) -> Any:
         if self._teleporter_state is None and self._loaded_state is not None:
             fresh = self.teleporter.initial_state(point, self.symmetries)
-            self._teleporter_state, self._loaded_state = restored(fresh, self._loaded_state), None
+            self._teleporter_state, self._loaded_state = restored(fresh, self._loaded_state, _OWN), None
         state = self._teleporter_state
         if loss is not None and isinstance(state, dict) and "progress" in state:
             state = {**state, "progress": state["progress"].judge(loss, deterministic=False)[0]}
