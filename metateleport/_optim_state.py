@@ -81,8 +81,8 @@ def carry_state(
             said[key] = "kept"
             _warn_of(key, optimizer, warned)
     carried = {key: _carried(_kind_of(key, found), kept, moves, start) for key, kept in carriable.items()}
-    if "square_avg" in carriable and "grad_avg" in carriable:
-        carried["square_avg"] = _about_the_mean(carriable["square_avg"], carriable["grad_avg"], moves, start)
+    if "square_avg" in carriable:
+        carried |= _of_rmsprop(carriable, moves, start)
     for key, (tensors, exact) in carried.items():
         same = all(tensors[name] is value for name, value in carriable[key].items())
         said[key] = "exact" if exact else "kept" if same else "approximate"
@@ -116,21 +116,34 @@ def _warn_of(key: str, optimizer: torch.optim.Optimizer, warned: set[str]) -> No
         )
 
 
-def _about_the_mean(squares: Tensors, means: Tensors, moves: Sequence[Move], start: Point) -> tuple[Tensors, bool]:
-    """Means of squares, carried so that they stay above the squares of the means, which a centred optimizer needs."""
-    spread = {name: (value - means[name].square()).clamp_min(0) for name, value in squares.items()}
+def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Point) -> dict[str, tuple[Tensors, bool]]:
+    """Means of squares about the mean, which stay positive, and sums of gradients over the roots of them."""
+    squares, means, ratios = (entries.get(key, {}) for key in ("square_avg", "grad_avg", "momentum_buffer"))
+    spread = {
+        name: (value - means[name].square()).clamp_min(0) if name in means else value for name, value in squares.items()
+    }
+    found: dict[str, tuple[Tensors, bool]] = {}
     carried, exact = _carried("square", spread, moves, start)
-    moved, _ = _carried("covector", means, moves, start)
-    # By a little more than rounding takes away.
-    room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
-    return {name: value + room[name] * moved[name].square() for name, value in carried.items()}, exact
+    if means:
+        moved, _ = _carried("covector", means, moves, start)
+        # By a little more than rounding takes away.
+        room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
+        found["square_avg"] = (
+            {name: value + room[name] * moved[name].square() for name, value in carried.items()},
+            exact,
+        )
+    if ratios:
+        sums = {name: value * spread[name].sqrt() for name, value in ratios.items()}
+        moved, _ = _carried("covector", sums, moves, start)
+        found["momentum_buffer"] = (
+            {name: torch.where(carried[name] > 0, value / carried[name].sqrt(), 0.0) for name, value in moved.items()},
+            exact,
+        )
+    return found
 
 
 def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
     """What an entry is made of; the same name may mean something else beside other entries."""
-    if key == "momentum_buffer" and "square_avg" in entries:
-        # RMSprop sums gradients over their own root mean square, which a diagonal group leaves alone.
-        return "normalised"
     if key == "momentum_buffer" and "pre_cond_0" in entries:
         # Shampoo's is the last step, behind its preconditioners.
         return "unknown"
@@ -154,15 +167,20 @@ def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> t
         carry = move.symmetry.carry_covectors if kind == "covector" else move.symmetry.carry_squares
         found, well = carry(move.element, own, point)
         tensors.update(found)
-        # The gradient of a weight takes in that of the bias: where an optimizer keeps the two in different entries
-        # (Muon for weights, Adam for biases) that part is missing.
-        apart = isinstance(move.symmetry, BiasTranslation) and 0 < len(own) < len(move.symmetry.parameters)
-        exact = exact and well and not apart
+        exact = exact and well and not _lacks_a_bias(move, own)
         if move is not moves[-1]:
             point = move.symmetry.act(move.element, point)
-    if kind == "normalised":
-        # What leaves the roots of the squares consistent leaves the ratio alone.
-        return dict(kept), exact
     if kind == "root":
         tensors = {name: value.sqrt() for name, value in tensors.items()}
     return tensors, exact
+
+
+def _lacks_a_bias(move: Move, own: Tensors) -> bool:
+    """Whether a translation moves a weight's entry by that of a bias, which the optimizer keeps elsewhere.
+
+    So do optimizers that step weights and biases by different rules, as Muon with Adam does.
+    """
+    symmetry = move.symmetry
+    return isinstance(symmetry, BiasTranslation) and any(
+        each.weight in own and each.bias not in own for each in symmetry.absorbers
+    )
