@@ -25,6 +25,8 @@ UNSTABLE = "unstable element"
 _FEWEST = 4
 # A held-out loss that rises by less is taken for rounding and for the drift that the report tells.
 _MARGIN = 1e-3
+# Nor is a rate of descent that grows by less than this a gain.
+_LEAST_GAIN = 1e-6
 
 
 class Judge:
@@ -131,15 +133,15 @@ def slope(values: Sequence[float]) -> float:
 
 
 def _gain(before: Sequence[float], after: Sequence[float]) -> dict[str, str]:
-    steps, what = len(after) - 1, "loss"
+    steps, what, least = len(after) - 1, "loss", _LEAST_GAIN * max(abs(loss) for loss in after)
     if not all(math.isfinite(loss) for loss in after):
         return {NO_GAIN: f"the loss was not finite within {steps} steps after it"}
     # Linear convergence is a straight line in logs.
     if min(*before, *after) > 0:
-        what = "log of the loss"
+        what, least = "log of the loss", _LEAST_GAIN
         before, after = [math.log(loss) for loss in before], [math.log(loss) for loss in after]
     if len(before) < _FEWEST or not all(math.isfinite(loss) for loss in before):
-        return {NO_GAIN: f"the loss did not fall in the {steps} steps after it"} if slope(after) >= 0 else {}
-    if slope(after) < slope(before):
+        return {NO_GAIN: f"the loss did not fall in the {steps} steps after it"} if slope(after) > -least else {}
+    if slope(after) < slope(before) - least:
         return {}
     return {NO_GAIN: f"the {what} changed by {slope(after):.2g} a step after it, by {slope(before):.2g} before"}
