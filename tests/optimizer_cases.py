@@ -49,7 +49,7 @@ OPTIMIZERS: dict[str, Make] = {
     ),
     "muon": _muon,
     "lion": _library("Lion", lr=3e-4),
-    "shampoo": _library("Shampoo", lr=1e-3, momentum=0.5, preconditioning_compute_steps=5),
+    "shampoo": _library("Shampoo", lr=1e-2, momentum=0.5),
     "soap": _library("SOAP", lr=1e-3),
     "lbfgs": lambda model, scale: torch.optim.LBFGS(model.parameters(), lr=0.1 * scale, max_iter=2, history_size=3),
 }
