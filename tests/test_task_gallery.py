@@ -25,6 +25,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("leaky_mlp", {"width": 6, "activation": "tanh", "distribution": "normal", "samples": 12, "batch": 4}),
     ("leaky_mlp", {"width": 6, "activation": "relu", "distribution": "normal", "samples": 20, "batch": 10}),
     ("leaky_mlp", {"width": 6, "activation": "identity", "depth": 4, "labels": "teacher", "noise": 0.1}),
+    ("teacher", {"width": 6, "samples": 60, "batch": 10}),
+    ("teacher", {"width": 5, "samples": 40, "batch": None, "depth": 4, "noise": 0.0, "scale": 0.5, "slope": 0.0}),
     ("digits", {}),
     ("digits", {"hidden": 7, "depth": 4, "classes": 3, "samples": 50, "batch": None, "slope": 0.0}),
     ("quadratic", {}),
@@ -59,6 +61,13 @@ def tensors(task: mt.Task) -> list[Tensor]:
 
 def same(one: mt.Task, other: mt.Task) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def fills(values: list[float], low: float, high: float) -> None:
+    """The values lie in a range, and reach into its outer tenths."""
+    tenth = (high - low) / 10
+    assert low <= min(values) < low + tenth
+    assert high - tenth < max(values) <= high
 
 
 # Every family
@@ -253,6 +262,49 @@ def test_leaky_mlp_names_the_symmetries_that_hold(
     settings: dict[str, Any], kind: type[mt.Symmetry], count: int
 ) -> None:
     assert [type(each) for each in load("leaky_mlp", settings).task(0).symmetries] == [kind] * count
+
+
+# A teacher network
+
+
+def test_a_teachers_labels_are_those_of_one_network_and_the_noise_is_relative() -> None:
+    settings = {"width": 10, "samples": 2000, "slope": 1.0}
+    clean, noisy = (load("teacher", {**settings, "noise": noise}).task(0) for noise in (0.0, 0.3))
+    assert clean.held_out is not None
+    assert noisy.held_out is not None
+    assert residual(clean) < 1e-12, "with a slope of one the teacher is linear"
+    solution = torch.linalg.lstsq(clean.inputs[0], clean.targets[0]).solution
+    close(noisy.held_out[0][0] @ solution, noisy.held_out[1][0], 1e-10)
+    assert clean.held_out[0][0].shape == (500, 10)
+    noise = noisy.targets[0] - clean.targets[0]
+    assert torch.equal(noisy.inputs[0], clean.inputs[0])
+    assert float(noise.std() / clean.targets[0].std()) == pytest.approx(0.3, rel=0.03)
+    assert not noisy.targets[0].requires_grad
+    assert float(clean.loss(clean.model(*clean.inputs), *clean.targets).detach()) > 1, "the student is another network"
+
+
+def test_a_teachers_loss_is_of_one_scale_whatever_the_batch() -> None:
+    task = load("teacher", {"width": 4, "samples": 40, "batch": 10}).task(0)
+    losses = [task.loss(task.model(*inputs), *targets) for inputs, targets in (task.batch(step) for step in range(4))]
+    inputs, targets = task.training
+    whole = task.loss(task.model(*inputs), *targets).detach()
+    close(torch.stack(losses).mean().detach(), whole)
+    errors = (task.model(*inputs) - targets[0]).detach().square().sum(-1)
+    close(whole, errors.mean() / 2)
+
+
+def test_teachers_vary_in_training() -> None:
+    family = load("teacher")
+    drawn = [family.augmented(index, 0) for index in range(80)]
+    assert {12, 24} <= {each.width for each in drawn} <= set(range(12, 25))
+    assert {each.depth for each in drawn} == {2, 3, 4}
+    fills([each.batch for each in drawn], 25, 100)
+    fills([each.scale for each in drawn], 1 / 3, 3)
+    fills([each.noise for each in drawn], 0, 0.3)
+    assert family.augmented(3, 1) == family.augmented(3, 1)
+    assert load("teacher", {"batch": None}).augmented(0, 0).batch is None
+    tiny = load("teacher", {"width": 1, "samples": 3, "batch": 3, "slope": 1.0})
+    assert all(each.batch <= 3 and each.slope <= 1 for each in (tiny.augmented(index, 0) for index in range(40)))
 
 
 # Real digits
@@ -456,6 +508,13 @@ def test_matrix_factorisation_varies_in_training() -> None:
         ("leaky_mlp", {"activation": "gelu"}, "one of leaky_relu, relu, tanh, identity"),
         ("leaky_mlp", {"distribution": "cauchy"}, "one of uniform, normal"),
         ("leaky_mlp", {"labels": "none"}, "one of random, teacher"),
+        ("teacher", {"width": 0}, "width=0"),
+        ("teacher", {"depth": 1}, "depth=1"),
+        ("teacher", {"samples": 0}, "samples=0"),
+        ("teacher", {"batch": 2001}, "between 1 and samples=2000"),
+        ("teacher", {"noise": -0.1}, "standard deviation"),
+        ("teacher", {"scale": 0.0}, "positive standard deviation"),
+        ("teacher", {"slope": 1.5}, "slope"),
         ("digits", {"hidden": 0}, "hidden=0"),
         ("digits", {"depth": 1}, "depth=1"),
         ("digits", {"classes": 1}, "between 2 and 9"),
