@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metateleport.gauges import Gauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import UpdateRule
 from metateleport.point import Point, Tensors
@@ -65,7 +66,14 @@ class FlatRule(nn.Module, UpdateRule):
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=self.head.weight.dtype, device=point.loss.device)
         return (zero, zero)
 
-    def step(self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: Any) -> tuple[Tensors, Any]:
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: Any,
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, Any]:
         hidden, memory = self.cell(_flat(point, self.shapes).to(self.head.weight.dtype), state)
         outputs = self.head(hidden).to(progress.damping.dtype)
         moved, start = dict(point.parameters), 0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
@@ -22,7 +25,7 @@ BASES = ("sgd", "momentum", "adam")
 """Names of the hand-designed optimizers of mode `tele`."""
 
 Cell = tuple[Tensor, Tensor]
-_TENSOR_FEATURES = 4
+_TENSOR_FEATURES = 6
 
 
 class UpdateRule(abc.ABC):
@@ -33,7 +36,14 @@ class UpdateRule(abc.ABC):
         """The state before the first step."""
 
     @abc.abstractmethod
-    def step(self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: Any) -> tuple[Tensors, Any]:
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: Any,
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, Any]:
         """The next parameters and the new state.
 
         Args:
@@ -41,6 +51,7 @@ class UpdateRule(abc.ABC):
             symmetries: which tell how the layers follow one another.
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
+            gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
         """
 
     def carry(self, state: Any, moves: Sequence[Move], point: Point) -> Any:
@@ -51,14 +62,15 @@ class UpdateRule(abc.ABC):
 class StepRule(nn.Module, UpdateRule):
     r"""Gradient descent with momentum, step and momentum of each tensor learned.
 
-    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,v / \kappa$$
+    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,P v / \kappa$$
 
-    $\kappa$ is the smooth curvature bound of the layer, $d \le 1$ the task's damping. An LSTM for each tensor (weights
+    $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
+    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
     shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
     the start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
     large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
     a task that goes back to its last accepted point starts with none. Tensors without a bound take Polyak's step
-    $L / |\nabla L|^2$ in the place of $1 / \kappa$.
+    $L / \langle G, P G \rangle$, summed over all such, in the place of $1 / \kappa$.
 
     The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
     `detach` to False, or put another function in the place of `observe`.
@@ -68,14 +80,14 @@ class StepRule(nn.Module, UpdateRule):
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
-        626
+        690
     """
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.hidden = hidden
         self.detach = True
-        self.observe: Callable[[Point, Tensors, Progress], Tensor] = _observe
+        self.observe: Callable[..., Tensor] = _observe
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, 2)
         with torch.no_grad():
@@ -90,11 +102,16 @@ class StepRule(nn.Module, UpdateRule):
         return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
+        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
         moved = dict(point.parameters)
-        for name, speed in velocity.items():
+        for name, speed in precondition(gauges, velocity, point).items():
             moved[name] = point.parameters[name] - _fit(scales[name], speed) * speed
         return moved, {"cells": cells, "velocity": velocity}
 
@@ -105,35 +122,40 @@ class StepRule(nn.Module, UpdateRule):
         return {**state, "velocity": velocity}
 
     def _velocities(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
     ) -> tuple[Tensors, Tensors, dict[str, Cell]]:
         """The factor on each tensor's velocity, `(tasks,)`, and the velocities; all tensors in one call of the LSTM."""
         assert point.loss is not None
-        bounds = curvature_bounds(point, symmetries)
-        tiny = torch.finfo(point.loss.dtype).tiny
-        polyak = point.loss.abs() / point.squared_gradient_norm().clamp_min(tiny)
+        bounds = curvature_bounds(point, symmetries, gauges)
+        polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
         names = list(point.gradients)
         own = self.head.weight.dtype
         if self.detach:
             fixed = {name: value.detach() for name, value in bounds.items()}
-            inputs = self.observe(point.detach(), fixed, progress)
+            still = [dataclasses.replace(gauge, element=gauge.element.detach()) for gauge in gauges]
+            inputs = self.observe(point.detach(), fixed, progress, still, symmetries)
         else:
-            inputs = self.observe(point, bounds, progress)
+            inputs = self.observe(point, bounds, progress, gauges, symmetries)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = self.head(hidden).to(point.loss.dtype).reshape(*size, 2)
+        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, 2)
         multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
         scales, velocity, after = {}, {}, {}
         for index, name in enumerate(names):
             gradient = point.gradients[name]
-            reach = bounds[name].reciprocal() if name in bounds else polyak
+            reach = _reciprocal(bounds[name]) if name in bounds else polyak
             scales[name] = multipliers[index] * progress.damping * reach
             kept = torch.where(_fit(progress.accepted, gradient), state["velocity"][name], 0.0)
-            velocity[name] = _fit(memories[index], gradient) * kept + gradient
+            velocity[name] = _fit(memories[index], gradient) * finite_gradient(kept) + gradient
             after[name] = (hidden[index], memory[index])
         return scales, velocity, after
 
@@ -141,9 +163,9 @@ class StepRule(nn.Module, UpdateRule):
 class CoordinateRule(StepRule):
     r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
 
-    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,v + \mathrm{rms}(v)\tanh(o_1)\right)$$
+    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,P v + \mathrm{rms}(P v)\tanh(o_1)\right)$$
 
-    with $v$ the velocity of the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
+    with $P v$ the velocity of the learned step in its gauge and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
     inputs: the gradient over its root mean square, the momentum over the root of the second moment, the log of the
     second moment over its mean, and the time. At the start of meta-training this is the learned step alone.
 
@@ -175,27 +197,35 @@ class CoordinateRule(StepRule):
         return {**super().initial_state(point), "layers": (zero,) * 4, "momentum": moments, "squares": moments}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
+        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
+        steps = precondition(gauges, velocity, point)
         own = self.coordinate_head.weight.dtype
         momentum, squares, inputs, sizes = {}, {}, [], {}
         for name, gradient in point.gradients.items():
             fixed = gradient.detach() if self.detach else gradient
-            momentum[name] = 0.9 * state["momentum"][name] + 0.1 * fixed
-            squares[name] = 0.95 * state["squares"][name] + 0.05 * fixed.square()
-            sizes[name] = _rms(velocity[name])
+            # What a task remembers where its last step is taken back belongs to a place that it has left.
+            kept = _fit(progress.accepted, gradient).to(gradient.dtype)
+            momentum[name] = 0.9 * kept * state["momentum"][name] + 0.1 * fixed
+            squares[name] = 0.95 * kept * state["squares"][name] + 0.05 * fixed.square()
+            sizes[name] = _rms(steps[name])
             inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
         flat = torch.cat(inputs)
         first = self.first(flat, state["layers"][:2])
         second = self.second(first[0], state["layers"][2:])
-        outputs = self.coordinate_head(second[0])
+        outputs = finite_gradient(self.coordinate_head(second[0]))
         moved, start = dict(point.parameters), 0
         for name, gradient in point.gradients.items():
             own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
             start += gradient.numel()
             shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
-            direction = 2 * gain.sigmoid() * velocity[name] + _fit(sizes[name], gradient) * shift.tanh()
+            direction = 2 * gain.sigmoid() * steps[name] + _fit(sizes[name], gradient) * shift.tanh()
             moved[name] = point.parameters[name] - _fit(scales[name], gradient) * direction
         layers = (*first, *second)
         after = {"cells": cells, "velocity": velocity, "layers": layers, "momentum": momentum, "squares": squares}
@@ -235,7 +265,12 @@ class BaseRule(UpdateRule):
         return {"momentum": moments, "squares": moments, "time": 0}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
         time = state["time"] + 1
         momentum, squares, moved = {}, {}, dict(point.parameters)
@@ -273,20 +308,44 @@ def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
     return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
 
 
+def _reciprocal(bound: Tensor) -> Tensor:
+    """One over a bound; zero where there is no curvature, as there is no gradient either."""
+    flat = bound <= 1e3 * torch.finfo(bound.dtype).tiny
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, bound).reciprocal())
+
+
+def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tensor:
+    """Polyak's step over some tensors together, in their gauges, `(tasks,)`."""
+    assert point.loss is not None
+    own = {name: point.gradients[name] for name in names}
+    raised = precondition(gauges, own, point)
+    products = [(own[name] * raised[name]).flatten(point.loss.ndim).sum(-1) for name in names]
+    total = sum(products, torch.zeros_like(point.loss))
+    return point.loss.abs() / total.clamp_min(torch.finfo(point.loss.dtype).tiny)
+
+
 def _rms(tensor: Tensor) -> Tensor:
     """Root mean square of each task's tensor, `(tasks,)`."""
     square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
     return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
 
 
-def _observe(point: Point, bounds: Tensors, progress: Progress) -> Tensor:
+def _observe(
+    point: Point, bounds: Tensors, progress: Progress, gauges: Sequence[Gauge], symmetries: Sequence[Symmetry]
+) -> Tensor:
     """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
     shared = progress.features()
-    return torch.stack([torch.cat((_tensor_features(point, name, bounds), shared), -1) for name in point.gradients])
+    raised = precondition(gauges, point.gradients, point)
+    lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
+    rows = []
+    for name in point.gradients:
+        place = _place_features(point, name, lower)
+        rows.append(torch.cat((_tensor_features(point, name, bounds, raised[name]), place, shared), -1))
+    return torch.stack(rows)
 
 
-def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
-    """What the step network sees of one tensor: how uneven its inputs are, how steep it is, and its place."""
+def _tensor_features(point: Point, name: str, bounds: Tensors, raised: Tensor) -> Tensor:
+    """How uneven a tensor's inputs are, how steep it is in its gauge, and whether its curvature is known."""
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
     loss = point.loss
@@ -297,12 +356,21 @@ def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
         mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
         uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
     if name in bounds:
-        squared = point.gradients[name].square().reshape(*loss.shape, -1).sum(-1)
+        product = (point.gradients[name] * raised).reshape(*loss.shape, -1).sum(-1)
         # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
-        share = squared / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
+        share = product / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
         steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
     known = torch.full_like(loss, float(name in bounds))
-    return torch.stack((uneven / 2, steep, known, torch.full_like(loss, float(kind == "bias"))), -1)
+    return torch.stack((uneven / 2, steep, known), -1)
+
+
+def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
+    """Whether a tensor is a bias, whether a layer follows it, and how many samples there are for its inputs."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    inputs = point.activations.get(layer)
+    ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1]) / 3
+    return point.loss.new_tensor((kind == "bias", layer in lower, ratio)).expand(*point.loss.shape, 3)
 
 
 def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:

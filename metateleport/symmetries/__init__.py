@@ -10,6 +10,7 @@ from metateleport.symmetries.channel_rescaling import ChannelRescaling
 from metateleport.symmetries.gated import GatedMLP
 from metateleport.symmetries.linear_chain import LinearChain
 from metateleport.symmetries.linear_pair import LinearPair
+from metateleport.symmetries.linearised_pair import LinearisedPair
 from metateleport.symmetries.lora import LoRAPair
 from metateleport.symmetries.norm_gain import NormGain
 from metateleport.symmetries.quadratic import QuadraticRotation
@@ -34,6 +35,7 @@ __all__ = [
     "Leg",
     "LinearChain",
     "LinearPair",
+    "LinearisedPair",
     "LoRAPair",
     "NormGain",
     "Pair",

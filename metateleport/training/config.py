@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from metateleport.learned.meta_optimizer import MODES, Mode
+from metateleport.learned.meta_optimizer import GAUGES, MODES, GaugeKind, Mode
 from metateleport.learned.rules import BASES
 
 __all__ = ["TrainConfig", "TrainingError", "device_for"]
@@ -15,6 +15,7 @@ __all__ = ["TrainConfig", "TrainingError", "device_for"]
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "network": ("equivariant", "flat"),
     "base": BASES,
+    "gauge": GAUGES,
     "device": ("auto", "cpu", "cuda"),
     "dtype": (None, "float32", "float64"),
 }
@@ -44,6 +45,9 @@ class TrainConfig:
         validation_tasks: tasks that the checkpoint is chosen on.
         validation_every: meta-steps between validations.
         hidden: units of the LSTMs.
+        stays: learn a teleport that stays, in a mode with `tele`.
+        gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
+            `linearised` (also along pairs of linear layers with an activation between them).
         base: optimizer of mode `tele`.
         base_lr: its step size.
         seed: seeds the networks and the tasks.
@@ -75,6 +79,8 @@ raise the horizon or shorten the unroll
     validation_tasks: int = 32
     validation_every: int = 20
     hidden: int = 32
+    stays: bool = True
+    gauge: GaugeKind = "none"
     base: str = "sgd"
     base_lr: float = 1e-3
     seed: int = 0

@@ -23,6 +23,7 @@ from metateleport.training.trainer import MetaTrainer, Progression, Snapshot
 __all__ = ["Interrupted", "resume_folder", "train"]
 
 _LEARNED, _STEP_ONLY = "learned", "step-only"
+_LOOKED_AT = 32
 
 
 class Interrupted(Exception):
@@ -85,7 +86,7 @@ def train(
 
 def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]:
     example = family.stack([0], "train", config.seed, config.torch_dtype)
-    groups = tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries))
+    groups = _groups(family, config)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if config.network == "flat":
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items())
@@ -97,6 +98,8 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         shapes=shapes,
         base=config.base,
         base_lr=config.base_lr,
+        stays=config.stays,
+        gauge=config.gauge,
     )
     if shape.teleports and not groups:
         raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
@@ -111,6 +114,15 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
             meta = MetaOptimizer(each)
         trainers[name] = MetaTrainer(config, family, meta, config.meta_steps, seconds)
     return trainers
+
+
+def _groups(family: TaskFamily, config: TrainConfig) -> tuple[str, ...]:
+    """Names of the groups that the tasks of a training have, over the settings that it varies."""
+    families = [family]
+    if config.network != "flat":
+        families += [family.augmented(number, config.seed) for number in range(_LOOKED_AT)]
+    tasks = [each.task(0, "train", config.seed, config.torch_dtype) for each in dict.fromkeys(families)]
+    return tuple(dict.fromkeys(symmetry.group.name for task in tasks for symmetry in task.symmetries))
 
 
 def _reporting(

@@ -20,6 +20,10 @@ from metateleport.training.unroll import Unroll
 __all__ = ["MetaTrainer", "Progression", "Snapshot"]
 
 
+_VALIDATION_STACKS = 8
+"""Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
+
+
 @dataclasses.dataclass
 class Progression:
     """How far a meta-training has come; plain numbers, so that it can be written as JSON.
@@ -202,9 +206,10 @@ class MetaTrainer:
     def validation_score(self) -> float:
         """Mean log loss along the full horizon on validation tasks, over the settings that training varies."""
         scores = []
-        for part in range(2):
+        parts = max(1, min(_VALIDATION_STACKS, self.config.validation_tasks // 2))
+        count = max(1, self.config.validation_tasks // parts)
+        for part in range(parts):
             family = self._family(part, self.config.seed + 1)
-            count = max(1, self.config.validation_tasks // 2)
             indices = range(part * count, (part + 1) * count)
             stack = family.stack(indices, "validation", self.config.seed, self.config.torch_dtype, self.device)
             losses = Unroll(stack, self.meta).window(self.config.horizon, track=False).detach()
