@@ -6,7 +6,7 @@ from metateleport.detection import Certificate, Refused, Symmetries, certify, fi
 from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.objectives import Objective, SquaredGradientNorm
+from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
 from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
@@ -40,6 +40,7 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "Curvature",
     "Every",
     "FamilyError",
     "GeneralLinear",
@@ -61,6 +62,7 @@ __all__ = [
     "Refused",
     "Rescaling",
     "Schedule",
+    "Sharpness",
     "SquaredGradientNorm",
     "StackedModel",
     "Symmetries",

@@ -165,6 +165,11 @@ def point_of(
         targets = [*wanted.values(), *watched.values()]
         found = torch.autograd.grad(value, targets, allow_unused=True, retain_graph=True)
     gradients = {name: grad for name, grad in zip(wanted, found, strict=False) if grad is not None}
+
+    def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
+        values = {**leaves, **{name: value.clone() for name, value in buffers.items()}, **parameters}
+        return loss(torch.func.functional_call(model, values, inputs, keywords))
+
     on_outputs = {name: grad for name, grad in zip(watched, found[len(wanted) :], strict=True) if grad is not None}
     point = Point(
         parameters={**leaves, **moved},
@@ -172,6 +177,7 @@ def point_of(
         activations=recording.activations(),
         cotangents=recording.layout(on_outputs),
         loss=value,
+        loss_at=loss_at,
     )
     pullback = pullback_through(recording.activations(), wanted, watched, recording.layout)
     return point.detach().replace(pullback=pullback), outputs.detach()
