@@ -8,12 +8,13 @@ from typing import Any
 
 from metateleport.experiments.base import Experiment, ExperimentError
 from metateleport.experiments.newton import Newton
+from metateleport.experiments.optimizers import Optimizers
 from metateleport.experiments.quadratic import Quadratic
 from metateleport.families import FamilyError, read_settings
 
 __all__ = ["EXPERIMENTS", "load_experiment", "summary_of"]
 
-EXPERIMENTS: dict[str, type[Experiment]] = {kind.name: kind for kind in (Quadratic, Newton)}
+EXPERIMENTS: dict[str, type[Experiment]] = {kind.name: kind for kind in (Quadratic, Newton, Optimizers)}
 
 
 def load_experiment(name: str, settings: Mapping[str, Any] | None = None) -> Experiment:
