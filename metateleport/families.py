@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib.util
+import functools
 import inspect
 import numbers
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport.files import search_folders
+from metateleport.files import run_file, search_folders
 from metateleport.stack import Batch, StackedModel
 from metateleport.symmetries import Symmetry
 
@@ -82,6 +81,8 @@ class Task:
         held_out: inputs and targets that are never trained on.
         score: maps outputs and targets to an accuracy between 0 and 1, where the task has one.
         measure: what methods are tuned and judged by, where that is not the loss on all of the training data.
+        rows: numbers of the samples of `inputs` and `targets` that are this task's; None for all. Tasks that draw on
+            one set of data share it so, instead of holding a copy each.
     """
 
     model: nn.Module
@@ -94,21 +95,30 @@ class Task:
     held_out: Batch | None = None
     score: Callable[..., Tensor] | None = None
     measure: Measure | None = None
+    rows: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of training samples."""
+        return len((self.inputs or self.targets)[0] if self.rows is None else self.rows)
+
+    @property
+    def training(self) -> Batch:
+        """Inputs and targets of the whole training set."""
+        return (self.inputs, self.targets) if self.rows is None else self._picked(self.rows)
 
     def batch(self, step: int) -> Batch:
         """The minibatch of one evaluation: shuffled epochs, a function of the task's seed and the step alone."""
         if self.batch_size is None:
-            return self.inputs, self.targets
-        rows = self._rows(step)
-        return tuple(value[rows] for value in self.inputs), tuple(value[rows] for value in self.targets)
-
-    def _rows(self, step: int) -> Tensor:
-        assert self.batch_size is not None
-        samples = (self.inputs or self.targets)[0].shape[0]
-        per_epoch = max(samples // self.batch_size, 1)
+            return self.training
+        per_epoch = max(self.samples // self.batch_size, 1)
         epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(samples)
-        return torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        chosen = torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
+        return self._picked(chosen if self.rows is None else self.rows[chosen])
+
+    def _picked(self, rows: Tensor) -> Batch:
+        return tuple(value[rows] for value in self.inputs), tuple(value[rows] for value in self.targets)
 
 
 def task_seed(seed: int, split: Split, index: int) -> int:
@@ -236,11 +246,8 @@ class TaskStack:
         self.tasks = tuple(tasks)
         self.symmetries = tuple(tasks[0].symmetries)
         self.device = torch.device(device)
-        self.full: Batch = self._stack([(task.inputs, task.targets) for task in tasks])
-        held_out = [task.held_out for task in tasks]
-        self.held_out: Batch | None = None
-        if all(each is not None for each in held_out):
-            self.held_out = self._stack([each for each in held_out if each is not None])
+        if any(_shapes(task) != _shapes(tasks[0]) for task in tasks):
+            raise ValueError("only tasks of one shape can be stacked: their data differ in number or shape")
         self.score = tasks[0].score
         self.measure = tasks[0].measure
         self._sought: tuple[Tensor, ...] = ()
@@ -249,6 +256,17 @@ class TaskStack:
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+    @functools.cached_property
+    def full(self) -> Batch:
+        """Every task's training data, stacked when they are first asked for: on minibatches they may never be."""
+        return self._stack([task.training for task in self.tasks])
+
+    @functools.cached_property
+    def held_out(self) -> Batch | None:
+        """Every task's held-out data, stacked when they are first asked for; None where a task has none."""
+        parts = [task.held_out for task in self.tasks if task.held_out is not None]
+        return self._stack(parts) if len(parts) == len(self.tasks) else None
 
     @property
     def deterministic(self) -> bool:
@@ -267,14 +285,25 @@ class TaskStack:
             return torch.func.vmap(self.measure.function)(dict(parameters), *self._sought)
 
     def _stack(self, batches: Sequence[Batch]) -> Batch:
-        shapes = [[[value.shape for value in part] for part in each] for each in batches]
-        if any(other != shapes[0] for other in shapes):
-            raise ValueError("only tasks of one shape can be stacked: their data differ in number or shape")
         inputs, targets = (
-            tuple(torch.stack(values).to(self.device) for values in zip(*part, strict=True))
+            tuple(self._side_by_side(values) for values in zip(*part, strict=True))
             for part in zip(*batches, strict=True)
         )
         return inputs, targets
+
+    def _side_by_side(self, values: Sequence[Tensor]) -> Tensor:
+        """The tasks' tensors stacked; one that they share is not copied."""
+        if all(value is values[0] for value in values):
+            return values[0].to(self.device).expand(len(values), *values[0].shape)
+        return torch.stack(tuple(values)).to(self.device)
+
+
+def _shapes(task: Task) -> list[Any]:
+    """What has to be equal in all tasks of a stack."""
+    count = () if task.rows is None else (len(task.rows),)
+    own = [[(*count, *value.shape[len(count) :]) for value in part] for part in (task.inputs, task.targets)]
+    held_out = None if task.held_out is None else [[value.shape for value in part] for part in task.held_out]
+    return [own, held_out, None if task.measure is None else [value.shape for value in task.measure.data]]
 
 
 def gallery() -> dict[str, Path]:
@@ -325,25 +354,17 @@ def load_family(name_or_path: str | Path, settings: Mapping[str, Any] | None = N
 
 
 def _family_in(path: Path) -> type[TaskFamily]:
-    name = f"metateleport_family_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look the module of a class up while they are made.
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise FamilyError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        module = run_file(path, "metateleport_family_")
+    except ImportError as error:
+        raise FamilyError(str(error)) from error.__cause__
     kinds = [
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, TaskFamily)
         and not inspect.isabstract(value)
-        and value.__module__ == name
+        and value.__module__ == module.__name__
     ]
     if len(kinds) != 1:
         names = ", ".join(kind.__name__ for kind in kinds) or "none"
