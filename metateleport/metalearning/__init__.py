@@ -4,6 +4,7 @@ from metateleport._learn2learn import MissingLearn2Learn
 from metateleport.metalearning.ascent import UnrolledAscentTeleporter
 from metateleport.metalearning.episodes import Episode, Episodes
 from metateleport.metalearning.learners import TeleportingLearner, TeleportingMAML, TeleportingMetaSGD
+from metateleport.metalearning.omniglot import omniglot
 from metateleport.metalearning.plain import maml, meta_curvature, meta_sgd
 from metateleport.metalearning.stacks import Adaptation, adapt, on_stack
 from metateleport.metalearning.training import MetaTraining, MetaTrainingConfig, MetaTrainingError
@@ -24,5 +25,6 @@ __all__ = [
     "maml",
     "meta_curvature",
     "meta_sgd",
+    "omniglot",
     "on_stack",
 ]
