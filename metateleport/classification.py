@@ -139,18 +139,19 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)
 
 
-def linear(incoming: int, outgoing: int, source: torch.Generator, scale: float = 1.0) -> nn.Linear:
+def linear(incoming: int, outgoing: int, source: torch.Generator, scale: float = 1.0, bias: bool = True) -> nn.Linear:
     """A linear layer with torch's usual start, drawn from `source` and scaled.
 
     Example:
         >>> linear(4, 3, torch.Generator().manual_seed(0)).weight.abs().max() <= 0.5
         tensor(True)
     """
-    layer = nn.utils.skip_init(nn.Linear, incoming, outgoing)
+    layer = nn.utils.skip_init(nn.Linear, incoming, outgoing, bias=bias)
     bound = scale * incoming**-0.5
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=source)
-        layer.bias.uniform_(-bound, bound, generator=source)
+        if bias:
+            layer.bias.uniform_(-bound, bound, generator=source)
     return layer
 
 
