@@ -219,6 +219,10 @@ def test_every_network_learns() -> None:
     for name, parameter in meta.rule.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.norm()) > 1e-8, name
+    rule = meta.rule
+    assert isinstance(rule, TensorRule)
+    assert rule.steering.bias.grad is not None
+    assert bool((rule.steering.bias.grad.abs() > 1e-10).all()), "each of what steers the coordinates does something"
 
 
 def test_it_can_be_trained() -> None:
