@@ -208,7 +208,7 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
         (slow.amax(-1) - slow.mean(-1)) / 10,
         slow.std(-1, correction=0) / 10,
         (main > main.amax(-1, keepdim=True) - 7).to(main.dtype).mean(-1),
-        flat * math.log(rows / width) / 3,
+        flat * math.log(rows / width),
         flat * (1.0 if side == "in" else -1.0),
         flat * float(_sees_rows(symmetry, point)),
     )

@@ -49,6 +49,7 @@ class MetaOptimizerConfig:
         gauge: in a mode with `tele`, learn a gauge for each tensor, undone after the step: `exact` along exact
             symmetries, `linearised` along pairs of linear layers too with what stands between taken as linear, or
             `none`.
+        secants: number of secant pairs that are built around the learned step where all data are seen.
 
     Raises:
         ValueError: if the mode, the network or the gauge is unknown, `flat` has no shapes, or a mode with `tele` has
@@ -66,6 +67,7 @@ class MetaOptimizerConfig:
     max_size: float = 100.0
     stays: bool = True
     gauge: GaugeKind = "none"
+    secants: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -216,9 +218,9 @@ class MetaOptimizer(nn.Module):
         elif config.network == "flat":
             self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
         elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden)
+            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants)
         else:
-            self.rule = StepRule(config.hidden)
+            self.rule = StepRule(config.hidden, config.secants)
 
     def initial_state(
         self,
@@ -284,7 +286,7 @@ class MetaOptimizer(nn.Module):
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         moved, moves, teleporter_state = travel(chosen, start, symmetries, teleporter_state, allowed=accepted & usable)
-        rule_state = self.rule.carry(state.rule, moves, start)
+        rule_state = self.rule.carry(state.rule, moves, start, accepted)
         gauges, gauge_state = self._gauges(moved, symmetries, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)
@@ -304,7 +306,6 @@ class MetaOptimizer(nn.Module):
             size=sum((move.size.square() for move in moves), zero).sqrt(),
             refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
         )
-
 
     def _linear(self, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
         return gauge_symmetries(symmetries, self.config.gauge == "linearised")

@@ -15,6 +15,7 @@ from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.learned.secants import Secant, secant_between, with_secants
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -26,6 +27,9 @@ BASES = ("sgd", "momentum", "adam")
 
 Cell = tuple[Tensor, Tensor]
 _TENSOR_FEATURES = 6
+
+
+_AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
 
 
 class UpdateRule(abc.ABC):
@@ -54,52 +58,66 @@ class UpdateRule(abc.ABC):
             gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
         """
 
-    def carry(self, state: Any, moves: Sequence[Move], point: Point) -> Any:
-        """Carries what the state remembers of gradients along with a teleport; by default it remembers nothing."""
+    def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor) -> Any:
+        """Carries what the state remembers along with a teleport; by default it remembers nothing.
+
+        Args:
+            state: what `initial_state` or the last call of `step` gave.
+            moves: the teleport.
+            point: where it starts.
+            accepted: where the point is what the last step led to, `(tasks,)`; elsewhere that was taken back.
+        """
         return state
 
 
 class StepRule(nn.Module, UpdateRule):
     r"""Gradient descent with momentum, step and momentum of each tensor learned.
 
-    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,P v / \kappa$$
+    $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,d\,P v / \kappa$$
 
     $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
     curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
     shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
-    the start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
+    the start an eighth. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
     large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
-    a task that goes back to its last accepted point starts with none. Tensors without a bound take Polyak's step
+    a task that goes back to its last accepted point starts with $v = G$. Tensors without a bound take Polyak's step
     $L / \langle G, P G \rangle$, summed over all such, in the place of $1 / \kappa$.
 
     The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
     `detach` to False, or put another function in the place of `observe`.
 
+    With `secants` the last so many steps and changes of the gradient are built around $m P / \kappa$ as limited-memory
+    BFGS does around its scaled identity; what they tell is kept out of the graph, and a learned trust in (0, 1) mixes
+    that step with the one above, tensor by tensor. Only where all data are seen at every evaluation: the gradients of
+    two minibatches have no secant.
+
     Args:
         hidden: units of the LSTM.
+        secants: number of secant pairs.
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
         690
     """
 
-    def __init__(self, hidden: int = 32) -> None:
+    def __init__(self, hidden: int = 32, secants: int = 0) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.secants = hidden, secants
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 2)
+        self.head = nn.Linear(hidden, 3 if secants else 2)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.copy_(torch.tensor([-0.7, -3.0]))
+            self.head.bias.zero_()
+            self.head.bias[:2] = torch.tensor([-0.7, -2.0])
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
         own = self.head.weight
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
         still = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
-        return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still}
+        return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still, **_AT_REST}
 
     def step(
         self,
@@ -109,17 +127,46 @@ class StepRule(nn.Module, UpdateRule):
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
-        moved = dict(point.parameters)
-        for name, speed in precondition(gauges, velocity, point).items():
-            moved[name] = point.parameters[name] - _fit(scales[name], speed) * speed
-        return moved, {"cells": cells, "velocity": velocity}
+        changes, remembered = self._changes(point, symmetries, progress, state, gauges)
+        return {**point.parameters, **_subtracted(point.parameters, changes)}, remembered
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
-        velocity = dict(state["velocity"])
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+        velocity, secants = dict(state["velocity"]), list(state["secants"])
+        if state["from"] is not None:
+            now = point.detach()
+            own = {name: now.parameters[name] for name in now.gradients}
+            secants = [*secants, secant_between(state["from"], (own, now.gradients), accepted)][-self.secants :]
         for move in moves:
             velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
-        return {**state, "velocity": velocity}
+            secants = [_carried_secant(Secant(*each), move, point) for each in secants]
+        return {**state, "velocity": velocity, "secants": tuple(secants)}
+
+    def _changes(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """What to subtract from each tensor with a gradient, and what is remembered of the step."""
+        scales, velocity, trusts, cells = self._velocities(point, symmetries, progress, state, gauges)
+
+        def inner(direction: Tensors) -> Tensors:
+            raised = precondition(gauges, direction, point)
+            return {name: _fit(scales[name], value) * value for name, value in raised.items()}
+
+        remembered = {"cells": cells, "velocity": velocity, "moving": True, "secants": (), "from": None}
+        changes = inner(velocity)
+        if self.secants and progress.deterministic:
+            bent = with_secants([Secant(*each) for each in state["secants"]], velocity, inner)
+            changes = {
+                name: value + _fit(trusts[name], value) * (bent[name] - value) for name, value in changes.items()
+            }
+            fixed = point.detach()
+            own = {name: fixed.parameters[name] for name in fixed.gradients}
+            remembered |= {"secants": state["secants"], "from": (own, fixed.gradients)}
+        return {name: _fit(progress.damping, value) * value for name, value in changes.items()}, remembered
 
     def _velocities(
         self,
@@ -128,8 +175,8 @@ class StepRule(nn.Module, UpdateRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge],
-    ) -> tuple[Tensors, Tensors, dict[str, Cell]]:
-        """The factor on each tensor's velocity, `(tasks,)`, and the velocities; all tensors in one call of the LSTM."""
+    ) -> tuple[Tensors, Tensors, Tensors, dict[str, Cell]]:
+        """Of each tensor the factor on its step in its gauge, `(tasks,)`, its velocity, and the trust in its secants."""
         assert point.loss is not None
         bounds = curvature_bounds(point, symmetries, gauges)
         polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
@@ -146,26 +193,32 @@ class StepRule(nn.Module, UpdateRule):
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, 2)
+        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
         multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
+        trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
         scales, velocity, after = {}, {}, {}
         for index, name in enumerate(names):
             gradient = point.gradients[name]
             reach = _reciprocal(bounds[name]) if name in bounds else polyak
-            scales[name] = multipliers[index] * progress.damping * reach
-            kept = torch.where(_fit(progress.accepted, gradient), state["velocity"][name], 0.0)
-            velocity[name] = _fit(memories[index], gradient) * finite_gradient(kept) + gradient
+            scales[name] = multipliers[index] * reach
+            kept = gradient
+            if state["moving"]:
+                kept = torch.where(
+                    _fit(progress.accepted, gradient), finite_gradient(state["velocity"][name]), gradient
+                )
+            share = _fit(memories[index], gradient)
+            velocity[name] = share * kept + (1 - share) * gradient
             after[name] = (hidden[index], memory[index])
-        return scales, velocity, after
+        return scales, velocity, trusts, after
 
 
 class CoordinateRule(StepRule):
     r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
 
-    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,P v + \mathrm{rms}(P v)\tanh(o_1)\right)$$
+    $$W \mapsto W - \left(2\sigma(o_2)\,\Delta + \mathrm{rms}(\Delta)\tanh(o_1)\right)$$
 
-    with $P v$ the velocity of the learned step in its gauge and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
+    with $\Delta$ the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
     inputs: the gradient over its root mean square, the momentum over the root of the second moment, the log of the
     second moment over its mean, and the time. At the start of meta-training this is the learned step alone.
 
@@ -178,8 +231,8 @@ class CoordinateRule(StepRule):
 
     _FEATURES = 4
 
-    def __init__(self, hidden: int = 32, coordinate_hidden: int = 20) -> None:
-        super().__init__(hidden)
+    def __init__(self, hidden: int = 32, coordinate_hidden: int = 20, secants: int = 0) -> None:
+        super().__init__(hidden, secants)
         self.coordinate_hidden = coordinate_hidden
         self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _coordinate_features
         self.first = nn.LSTMCell(self._FEATURES, coordinate_hidden)
@@ -204,8 +257,7 @@ class CoordinateRule(StepRule):
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
-        steps = precondition(gauges, velocity, point)
+        steps, remembered = self._changes(point, symmetries, progress, state, gauges)
         own = self.coordinate_head.weight.dtype
         momentum, squares, inputs, sizes = {}, {}, [], {}
         for name, gradient in point.gradients.items():
@@ -220,20 +272,19 @@ class CoordinateRule(StepRule):
         first = self.first(flat, state["layers"][:2])
         second = self.second(first[0], state["layers"][2:])
         outputs = finite_gradient(self.coordinate_head(second[0]))
-        moved, start = dict(point.parameters), 0
+        changes, start = {}, 0
         for name, gradient in point.gradients.items():
             own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
             start += gradient.numel()
             shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
-            direction = 2 * gain.sigmoid() * steps[name] + _fit(sizes[name], gradient) * shift.tanh()
-            moved[name] = point.parameters[name] - _fit(scales[name], gradient) * direction
+            changes[name] = 2 * gain.sigmoid() * steps[name] + _fit(sizes[name], gradient) * shift.tanh()
+        moved = {**point.parameters, **_subtracted(point.parameters, changes)}
         layers = (*first, *second)
-        after = {"cells": cells, "velocity": velocity, "layers": layers, "momentum": momentum, "squares": squares}
-        return moved, after
+        return moved, {**remembered, "layers": layers, "momentum": momentum, "squares": squares}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
         # The moments are features here, and features are kept out of the graph.
-        return {**super().carry(state, moves, point), **_carried(state, moves, point, self.detach)}
+        return {**super().carry(state, moves, point, accepted), **_carried(state, moves, point, self.detach)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +341,7 @@ class BaseRule(UpdateRule):
             moved[name] = point.parameters[name] - _fit(self.lr * progress.damping, gradient) * direction
         return moved, {"momentum": momentum, "squares": squares, "time": time}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
         return {**state, **_carried(state, moves, point, detach=False)}
 
 
@@ -301,6 +352,24 @@ def _carried(state: dict[str, Any], moves: Sequence[Move], point: Point, detach:
         momentum.update(move.symmetry.carry_covectors(element, momentum, point).tensors)
         squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
     return {"momentum": momentum, "squares": squares}
+
+
+def _subtracted(parameters: Tensors, changes: Tensors) -> Tensors:
+    return {name: parameters[name] - change for name, change in changes.items()}
+
+
+def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
+    """A secant pair moved along; void where its teleport has no linear action to move it by."""
+    moved = move.size > 0
+    if not bool(moved.any()):
+        return secant
+    if move.symmetry.exactness != "exact":
+        return secant._replace(weight=torch.where(moved, 0.0, secant.weight))
+    element = move.element.detach()
+    step = {**secant.step, **move.symmetry.carry_vectors(element, secant.step, point)}
+    return Secant(
+        step, {**secant.change, **move.symmetry.carry_covectors(element, secant.change, point).tensors}, secant.weight
+    )
 
 
 def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
@@ -369,7 +438,7 @@ def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
     inputs = point.activations.get(layer)
-    ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1]) / 3
+    ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1])
     return point.loss.new_tensor((kind == "bias", layer in lower, ratio)).expand(*point.loss.shape, 3)
 
 
