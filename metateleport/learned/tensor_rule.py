@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport.gauges import Gauge, precondition
+from metateleport.gauges import Gauge
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import StepRule, _fit, _rms
@@ -25,24 +25,25 @@ _SQUARES_MEMORY = 0.99
 class TensorRule(StepRule):
     r"""A learned update for every coordinate whose memory is the tensor's, on top of the learned step.
 
-    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,P v + \mathrm{rms}(P v)\tanh(o_1)\right)$$
+    $$W \mapsto W - \left(2\sigma(o_2)\,\Delta + \mathrm{rms}(\Delta)\tanh(o_1)\right)$$
 
     $$\phi = \tanh((1 + \gamma) \odot A f + \delta), \qquad o_1 = a_1^\top \phi + k^\top f, \qquad
       o_2 = a_2^\top \phi + b$$
 
-    with $P v$ the velocity of the learned step in its gauge. $f$ are scale-free features of a coordinate: gradient,
+    with $\Delta$ the learned step. $f$ are scale-free features of a coordinate: gradient,
     velocity, velocity over the root of the second moment, and weight, each over its root mean square in the tensor,
     and the log of the second moment over its mean. $A, a_1, a_2$ are shared by all coordinates of all tensors;
     $\gamma, \delta, k, b$ come from the hidden state of the tensor's LSTM, so that a tensor can be stepped like
     gradient descent, like Adam or by the sign, and differently as time goes on. At the start of meta-training they are
     near zero, and this is the learned step alone.
 
-    It remembers a velocity and a second moment for each parameter, and one LSTM state for each tensor. The step of a
-    coordinate is at most two velocities and one root mean square, times that of the learned step.
+    It remembers a velocity and a second moment for each parameter, and one LSTM state for each tensor. A coordinate's
+    step is at most twice its learned step and once the root mean square of the tensor's.
 
     Args:
         hidden: units of the LSTM of each tensor.
         units: of the network that every coordinate goes through.
+        secants: number of secant pairs, which remember two more numbers a parameter each.
 
     Example:
         >>> rule = TensorRule(hidden=8, units=4)
@@ -55,8 +56,8 @@ class TensorRule(StepRule):
     2022 (arXiv 2203.11860), section 3: a tensor's LSTM over small networks of its coordinates.
     """
 
-    def __init__(self, hidden: int = 32, units: int = 8) -> None:
-        super().__init__(hidden)
+    def __init__(self, hidden: int = 32, units: int = 8, secants: int = 0) -> None:
+        super().__init__(hidden, secants)
         self.units = units
         self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _coordinate_features
         self.steering = nn.Linear(hidden, 2 * units + _FEATURES + 1)
@@ -79,27 +80,27 @@ class TensorRule(StepRule):
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state, gauges)
+        steps, remembered = self._changes(point, symmetries, progress, state, gauges)
         moved, squares = dict(point.parameters), {}
-        for name, speed in precondition(gauges, velocity, point).items():
-            seen = (point.gradients[name], velocity[name], point.parameters[name])
+        for name, step in steps.items():
+            seen = (point.gradients[name], remembered["velocity"][name], point.parameters[name])
             gradient, fixed, weight = (each.detach() for each in seen) if self.detach else seen
             # What a task remembers where its last step is taken back belongs to a place that it has left.
             kept = torch.where(_fit(progress.accepted, gradient), state["squares"][name], 0.0)
             squares[name] = _SQUARES_MEMORY * kept + (1 - _SQUARES_MEMORY) * gradient.square()
             features = self.observe_coordinates(gradient, fixed, squares[name], weight)
-            shift, gain = self._outputs(features, cells[name][0], speed)
-            direction = 2 * gain.sigmoid() * speed + _fit(_rms(speed), speed) * shift.tanh()
-            moved[name] = point.parameters[name] - _fit(scales[name], speed) * direction
-        return moved, {"cells": cells, "velocity": velocity, "squares": squares}
+            shift, gain = self._outputs(features, remembered["cells"][name][0], step)
+            change = 2 * gain.sigmoid() * step + _fit(_rms(step), step) * shift.tanh()
+            moved[name] = point.parameters[name] - change
+        return moved, {**remembered, "squares": squares}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
         squares = dict(state["squares"])
         for move in moves:
             # Second moments are features here, and features are kept out of the graph.
             element = move.element.detach() if self.detach else move.element
             squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
-        return {**super().carry(state, moves, point), "squares": squares}
+        return {**super().carry(state, moves, point, accepted), "squares": squares}
 
     def _outputs(self, features: Tensor, hidden: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs at every coordinate, in the shape and dtype of `like`.
