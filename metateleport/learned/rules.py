@@ -176,7 +176,7 @@ class StepRule(nn.Module, UpdateRule):
         state: dict[str, Any],
         gauges: Sequence[Gauge],
     ) -> tuple[Tensors, Tensors, Tensors, dict[str, Cell]]:
-        """Of each tensor the factor on its step in its gauge, `(tasks,)`, its velocity, and the trust in its secants."""
+        """Of each tensor the factor on its step in its gauge, `(tasks,)`, the velocity and the trust in secants."""
         assert point.loss is not None
         bounds = curvature_bounds(point, symmetries, gauges)
         polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
