@@ -39,7 +39,7 @@ _UNBOUNDED = 10**6
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
-    from metateleport.learned.meta_optimizer import GAUGES, MODES
+    from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES
 
     parser: Parser = commands.add_parser(
         "train",
@@ -57,6 +57,7 @@ def add(commands: Any) -> None:
         help="learn a teleport that stays: the model moves along its orbit (default: yes)",
     )
     parser.add_argument("--gauge", choices=GAUGES, default="none", help="learn a gauge for each tensor, undone again")
+    parser.add_argument("--update", choices=UPDATES, help="modes with 'update': its size (default coordinate)")
     parser.add_argument("--secants", type=not_negative, metavar="N", help="secant pairs around the learned step")
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
     parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.learned import MODES, MetaState
+from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import BaseRule, CoordinateRule
+from metateleport.learned.rules import BaseRule
 
 Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 TELEPORTING = ["lr+tele", "update+tele", "tele"]
