@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metateleport.groups import Group
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 
-__all__ = ["FAILURES", "Move", "Teleporter", "TrustRegion", "travel"]
+__all__ = ["FAILURES", "Chosen", "Move", "Teleporter", "TrustRegion", "travel"]
 
 FAILURES = (
     "no gain",
@@ -49,6 +49,13 @@ class TrustRegion:
         return self.max_condition or float(torch.finfo(dtype).eps ** -0.5)
 
 
+class Chosen(NamedTuple):
+    """A group element, `(*batch, *group.shape)`, chosen without a generator, and its size, `(*batch,)`."""
+
+    element: Tensor
+    size: Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class Move:
     """What one symmetry contributed to a teleport; tensors are `(*batch,)`.
@@ -56,7 +63,7 @@ class Move:
     Args:
         symmetry: the symmetry moved along.
         element: the group element, the identity where refused.
-        size: Frobenius norm of the generator, zero where refused.
+        size: Frobenius norm of the generator, or the length of a way of several steps; zero where refused.
         refused: where the trust region or the symmetry's condition forbade the proposed element.
         evaluations: gradient evaluations that the teleporter and the rebuilding of gradients cost.
         reason: why it was refused, where it was; empty otherwise.
@@ -79,7 +86,7 @@ class Move:
         return any(failure.startswith("element") for failure in self.failures)
 
 
-class Teleporter(abc.ABC):
+class Teleporter:
     """Chooses a group element for each symmetry of a model.
 
     Those that move the weights along no symmetry derive from `metateleport.teleporters.free.FreeTeleporter`.
@@ -127,12 +134,15 @@ class Teleporter(abc.ABC):
         moves = []
         for symmetry in reversed(symmetries):
             start = point
-            proposed, state = self.generator(symmetry, start, state)
+            proposed, state = self.propose(symmetry, start, state)
             point, move = _carry_out(self, symmetry, start, proposed, allowed)
             moves.append(move)
         return point, moves, state
 
-    @abc.abstractmethod
+    def propose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor | Chosen, Any]:
+        """A generator, or an element that has none at hand, and the new state; arguments as in `generator`."""
+        return self.generator(symmetry, point, state)
+
     def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         """Chooses the generator for one symmetry.
 
@@ -143,7 +153,11 @@ class Teleporter(abc.ABC):
 
         Returns:
             The generator, `(*batch, *symmetry.group.shape)`, and the new state.
+
+        Raises:
+            TypeError: if it moves without generators.
         """
+        raise TypeError(f"{type(self).__name__} has no generators: call travel()")
 
 
 def travel(
@@ -183,18 +197,19 @@ def travel(
 
 
 def _carry_out(
-    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor, allowed: Tensor | None
+    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor | Chosen, allowed: Tensor | None
 ) -> tuple[Point, Move]:
     group, region = symmetry.group, teleporter.trust_region
     holds = symmetry.holds(start)
     allowed = torch.ones_like(holds) if allowed is None else allowed
-    size = group.norm(proposed.detach())
+    size = proposed.size if isinstance(proposed, Chosen) else group.norm(proposed.detach())
     finite = size.isfinite()
+    if isinstance(proposed, Chosen):
+        finite = finite & group.norm(proposed.element).isfinite()
     within = size <= region.max_size
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
-    generator = torch.where(group.expand(allowed & holds & finite & within), proposed, torch.zeros_like(proposed))
-    element = group.exp(generator)
+    element = _element_where(allowed & holds & finite & within, group, proposed)
     conditioned = group.condition(element.detach()) <= region.condition_for(element.dtype)
     lawful = symmetry.holds(start, element.detach()) if symmetry.exactness == "batch-exact" else holds
     accepted = allowed & holds & finite & within & conditioned & lawful
@@ -220,7 +235,7 @@ def _carry_out(
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
         return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason, failures=failures)
     if not bool(accepted.all()):
-        element = group.exp(torch.where(group.expand(accepted), generator, torch.zeros_like(generator)))
+        element = _element_where(accepted, group, proposed)
     arrived = symmetry.act(element, start)
     if not bool(moved.all()):
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
@@ -228,3 +243,13 @@ def _carry_out(
     if gain is not None and bool((moved & ~(gain > 0)).any()):
         failures = (*failures, "no gain")
     return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, gain, failures)
+
+
+def _element_where(mask: Tensor, group: Group, proposed: Tensor | Chosen) -> Tensor:
+    """The proposed element where `mask` is true, the identity elsewhere."""
+    mask = group.expand(mask)
+    if isinstance(proposed, Chosen):
+        given = proposed.element
+        one = group.identity(*proposed.size.shape, dtype=given.dtype, device=given.device)
+        return torch.where(mask, given, one)
+    return group.exp(torch.where(mask, proposed, torch.zeros_like(proposed)))

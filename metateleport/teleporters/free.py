@@ -106,9 +106,6 @@ class FreeTeleporter(Teleporter):
         before, after = start.squared_gradient_norm(), arrived.squared_gradient_norm()
         return (after - before) / before.clamp_min(torch.finfo(before.dtype).tiny)
 
-    def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
-        raise TypeError(f"{type(self).__name__} moves along no symmetry and has no generator: call travel()")
-
     def travel(
         self, point: Point, symmetries: Sequence[Symmetry], state: Any, allowed: Tensor | None
     ) -> tuple[Point, list[Move], Any]:

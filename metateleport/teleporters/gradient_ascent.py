@@ -10,26 +10,28 @@ from torch import Tensor
 from metateleport.objectives import Objective, SquaredGradientNorm
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters._ascent import Ascent, Direction
-from metateleport.teleporters.base import Teleporter, TrustRegion
+from metateleport.teleporters._ascent import Ascent, Direction, differentiated
+from metateleport.teleporters.base import Chosen, Teleporter, TrustRegion
 from metateleport.teleporters.simple import no_motion
 
 __all__ = ["GradientAscentTeleporter"]
 
 
 class GradientAscentTeleporter(Teleporter):
-    r"""Gradient ascent, or descent, on an objective $J$ over the generator of the group element.
+    r"""Gradient ascent, or descent, on an objective $J$ over the group element.
 
-    $$T_0 = 0, \qquad T_{m+1} = T_m \pm \eta\, \frac{\nabla_T J(\exp(T_m) \cdot w)}{|\nabla_T J(w)|},$$
+    $$g_0 = 1, \qquad g_{m+1} = \exp\left(\pm \eta\, \frac{D_m}{|D_0|}\right) g_m, \qquad
+      D_m = \nabla_S\, J(\exp(S)\, g_m \cdot w) \text{ at } S = 0,$$
 
-    after each step scaled back to $|T| \le$ `cap`. Dividing by the first gradient's norm makes the step size a
-    length in the Lie algebra, whatever the scale of the loss; later steps shrink with the gradient.
+    until the steps together are `cap` long. Dividing by the first gradient's norm makes the step size a length in the
+    Lie algebra, whatever the scale of the loss; later steps shrink with the gradient. In GL(k) a short step is taken as
+    $1 + S$, so that a step costs no exponential and no derivative of one; the action inverts what comes out exactly.
 
     Args:
         objective: what to raise or lower; the squared gradient norm if not given.
         steps: number of steps, at least one.
         step_size: $\eta$, positive; with a line search that of the first step.
-        cap: largest Frobenius norm of the generator.
+        cap: largest length of the way, the Frobenius norms of all steps together.
         trust_region: bounds on what is carried out.
         direction: `ascent` or `descent`.
         line_search: tries five multiples of the last step size in every step, and takes the best or stays. A value
@@ -78,16 +80,15 @@ class GradientAscentTeleporter(Teleporter):
         with torch.no_grad():
             return self.ascent.relative_gain(self.objective(start.detach()), self.objective(arrived.detach()))
 
-    def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
+    def propose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Chosen, Any]:
         fixed = point.detach()
         if self.objective.reads_gradients:
             fixed = fixed.replace(pullback=point.pullback)
         else:
             # Without them nothing of a backward pass is rebuilt.
             fixed = fixed.replace(cotangents={})
-        group = symmetry.group
-
-        def objective(generator: Tensor) -> Tensor:
-            return self.objective(symmetry.act(group.exp(generator), fixed))
-
-        return self.ascent.run(group, no_motion(symmetry, point), objective), state
+        like = no_motion(symmetry, point)
+        batch = like.shape[: like.ndim - len(symmetry.group.shape)]
+        one = symmetry.group.identity(*batch, dtype=like.dtype, device=like.device)
+        evaluate = differentiated(symmetry.group, lambda element: self.objective(symmetry.act(element, fixed)))
+        return Chosen(*self.ascent.run(symmetry.group, one, evaluate)), state

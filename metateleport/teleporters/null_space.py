@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from metateleport.objectives import Objective, SquaredGradientNorm
 from metateleport.point import Point, Tensors
-from metateleport.teleporters._ascent import Ascent, Direction
+from metateleport.teleporters._ascent import Ascent, Direction, differentiated
 from metateleport.teleporters.base import TrustRegion
 from metateleport.teleporters.free import Displaced, Displacement, FreeTeleporter, gradients_at
 
@@ -98,7 +98,8 @@ class NullSpaceTeleporter(FreeTeleporter):
             return self.objective(there)
 
         slope = 2.0 if self.objective.reads_gradients else self.objective.evaluations(moving, point)
-        relative = self.ascent.run(moving.group, scale.new_zeros(*zero.shape, moving.group.size), objective)
+        start = scale.new_zeros(*zero.shape, moving.group.size)
+        relative, _ = self.ascent.run(moving.group, start, differentiated(moving.group, objective))
         step = moving.flatten(unseen(relative), batch)
         arrived = {name: point.parameters[name] + part for name, part in moving.split(step).items()}
         loss, gradients = gradients_at(point, arrived)
