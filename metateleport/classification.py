@@ -6,114 +6,21 @@ import abc
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metateleport.families import FamilyError, Split, Task, TaskFamily, split_of
+from metateleport.labelled import LabelledData
 from metateleport.symmetries import Rescaling, Symmetry
 
-__all__ = [
-    "ClassificationFamily",
-    "LabelledData",
-    "PerceptronFamily",
-    "accuracy",
-    "linear",
-    "read_once",
-    "share_out",
-    "standardised",
-    "subsets",
-]
+__all__ = ["ClassificationFamily", "PerceptronFamily", "accuracy", "linear", "subsets"]
 
 # Of every five subsets of the classes, shares of the splits; validation and held-out tasks need few.
 SHARES: dict[Split, tuple[int, ...]] = {"train": (0, 1, 2), "validation": (3,), "held-out": (4,)}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelledData:
-    """Samples by class, those to train on and those that no task trains on.
-
-    Args:
-        training: `(classes, samples, features)`.
-        held_out: `(classes, samples, features)`.
-    """
-
-    training: Tensor
-    held_out: Tensor
-
-
-def share_out(samples: np.ndarray, labels: np.ndarray, training: int, held_out: int) -> LabelledData:
-    """Shuffles samples, the same way each time, and shares each class's out.
-
-    Args:
-        samples: `(samples, features)`.
-        labels: the class of each, `(samples,)`, from 0.
-        training: samples a class to train on.
-        held_out: samples a class that no task trains on; further ones are left out.
-
-    Raises:
-        ValueError: if a class has too few samples.
-
-    Example:
-        >>> data = share_out(np.arange(12.0).reshape(6, 2), np.array([0, 1, 0, 1, 0, 1]), training=2, held_out=1)
-        >>> data.training.shape, data.held_out.shape
-        (torch.Size([2, 2, 2]), torch.Size([2, 1, 2]))
-    """
-    count = training + held_out
-    counts = np.bincount(labels)
-    if counts.min() < count:
-        raise ValueError(f"{count} samples of every class are asked for; class {counts.argmin()} has {counts.min()}")
-    order = np.random.default_rng(0).permutation(len(labels))
-    samples, labels = samples[order], labels[order]
-    by_class = torch.from_numpy(np.stack([samples[labels == label][:count] for label in range(len(counts))]))
-    return LabelledData(by_class[:, :training], by_class[:, training:])
-
-
-def standardised(data: LabelledData) -> LabelledData:
-    """Scaled by mean and deviation of all training entries together: some are always blank, with no deviation.
-
-    Example:
-        >>> data = standardised(LabelledData(torch.tensor([[[1.0], [3.0]]]), torch.tensor([[[2.0]]])))
-        >>> data.held_out
-        tensor([[[0.]]])
-    """
-    mean, deviation = data.training.mean(), data.training.std()
-    return LabelledData((data.training - mean) / deviation, (data.held_out - mean) / deviation)
-
-
-_READ: dict[tuple[Any, ...], Any] = {}
-_Value = TypeVar("_Value")
-
-
-def read_once(function: Callable[..., _Value]) -> Callable[..., _Value]:
-    """Keeps what a function of a family's file gave for each arguments, for the whole process.
-
-    The file is run anew whenever its family is loaded, and with it a cache of `functools` begins anew.
-
-    Args:
-        function: reads data; its arguments are hashable.
-
-    Example:
-        >>> @read_once
-        ... def squares(count):
-        ...     print("read")
-        ...     return [number**2 for number in range(count)]
-        >>> squares(3), squares(3)
-        read
-        ([0, 1, 4], [0, 1, 4])
-    """
-
-    @functools.wraps(function)
-    def kept(*arguments: Any) -> _Value:
-        key = (function.__code__.co_filename, function.__code__, *arguments)
-        if key not in _READ:
-            _READ[key] = function(*arguments)
-        return _READ[key]
-
-    return kept
 
 
 @functools.cache
@@ -139,18 +46,19 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)
 
 
-def linear(incoming: int, outgoing: int, source: torch.Generator, scale: float = 1.0) -> nn.Linear:
+def linear(incoming: int, outgoing: int, source: torch.Generator, scale: float = 1.0, bias: bool = True) -> nn.Linear:
     """A linear layer with torch's usual start, drawn from `source` and scaled.
 
     Example:
         >>> linear(4, 3, torch.Generator().manual_seed(0)).weight.abs().max() <= 0.5
         tensor(True)
     """
-    layer = nn.utils.skip_init(nn.Linear, incoming, outgoing)
+    layer = nn.utils.skip_init(nn.Linear, incoming, outgoing, bias=bias)
     bound = scale * incoming**-0.5
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=source)
-        layer.bias.uniform_(-bound, bound, generator=source)
+        if bias:
+            layer.bias.uniform_(-bound, bound, generator=source)
     return layer
 
 
@@ -214,7 +122,7 @@ class ClassificationFamily(TaskFamily):
         source = torch.Generator().manual_seed(seed)
         possible = subsets(self.labels, self.classes, split_of(seed))
         chosen = torch.tensor(possible[int(torch.randint(len(possible), (), generator=source))])
-        training, held_out = _in_dtype(self.data(), torch.get_default_dtype())
+        training, held_out = self.data().rows(torch.get_default_dtype())
         each = self.training_each
         drawn = torch.randperm(self.classes * each, generator=source)[: self.samples]
         model, symmetries = self.network(source)
@@ -267,6 +175,16 @@ class PerceptronFamily(ClassificationFamily):
 
     Raises:
         FamilyError: if a setting cannot work.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class Own(PerceptronFamily):
+        ...     name: ClassVar[str] = "own"
+        ...     training_each: ClassVar[int] = 200
+        ...     def data(self):
+        ...         return LabelledData(torch.zeros(10, 200, 7), torch.zeros(10, 50, 7))
+        >>> Own(batch=16).task(0).batch(0)[0][0].shape
+        torch.Size([16, 7])
     """
 
     hidden: int = 32
@@ -307,9 +225,3 @@ class PerceptronFamily(ClassificationFamily):
         model = nn.Sequential(*layers[:-1])
         places = range(0, 2 * self.depth, 2)
         return model, [Rescaling(model, str(first), str(second)) for first, second in itertools.pairwise(places)]
-
-
-@functools.lru_cache(maxsize=8)
-def _in_dtype(data: LabelledData, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All training samples in rows, class after class, and the held-out ones by class: one copy for all tasks."""
-    return data.training.to(dtype).flatten(0, 1), data.held_out.to(dtype)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from metateleport import _cli_evaluate, _cli_experiment, _cli_symmetries, _cli_train
+from metateleport import _cli_combine, _cli_evaluate, _cli_experiment, _cli_reproduce, _cli_symmetries, _cli_train
 from metateleport._cli_common import Parser, UsageError, positive, say
 
 __all__ = ["main"]
@@ -85,8 +85,10 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     _cli_train.add(commands)
+    _cli_combine.add(commands)
     _cli_evaluate.add(commands)
     _cli_symmetries.add(commands)
+    _cli_reproduce.add(commands)
     _cli_experiment.add(commands)
     tasks = commands.add_parser(
         "tasks",

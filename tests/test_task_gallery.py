@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import sys
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.capture import rows
 from metateleport.classification import subsets
 from metateleport.families import SPLITS, task_seed
+from metateleport.gauges import TensorGroup, gauge_symmetries, step_in_gauges
+from metateleport.symmetries import AttentionQK, AttentionVO
+from metateleport.teleporters import travel
 
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -32,14 +37,21 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("digits", {"hidden": 7, "depth": 4, "classes": 3, "samples": 50, "batch": None, "slope": 0.0}),
     ("mnist_digits", {"side": 7, "samples": 100, "batch": 20}),
     ("mnist1d", {"samples": 100, "batch": 20, "depth": 3, "label_noise": 0.2}),
+    ("fewshot_digits", {}),
+    ("fewshot_digits", {"ways": 2, "shots": 1, "queries": 3, "hidden": 5, "bottleneck": None}),
+    ("bottleneck_digits", {"samples": 100, "batch": 20}),
+    ("bottleneck_digits", {"samples": 60, "batch": None, "width": 6, "heads": 3, "rank": 2, "hidden": 5}),
     ("quadratic", {}),
     ("quadratic", {"dimension": 3, "condition": 1e4}),
     ("matrix_factorisation", {"width": 6, "rank": 2, "batch": 20}),
     ("matrix_factorisation", {"width": 4, "rank": 4, "condition": 1e3, "batch": None, "noise": 0.1}),
 ]
-# Whatever else is in the gallery is met at its defaults.
+# Whatever else is in the gallery is met at its defaults; Omniglot's data do not come with any package.
+ELSEWHERE = {"fewshot_omniglot"}
 SETTINGS += [
-    (path.stem, {}) for path in sorted(TASKS.glob("[!_]*.py")) if path.stem not in {name for name, _ in SETTINGS}
+    (path.stem, {})
+    for path in sorted(TASKS.glob("[!_]*.py"))
+    if path.stem not in {name for name, _ in SETTINGS} | ELSEWHERE
 ]
 
 
@@ -160,9 +172,9 @@ def test_stacks_equal_single_models(name: str, settings: dict[str, Any]) -> None
             for key, gradient in point.gradients.items():
                 close(gradient[place], alone["gradients"][key])
             for key, activation in point.activations.items():
-                close(activation[place], alone["inputs"][key])
-                # A scalar output is one sample of one feature.
-                close(point.cotangents[key][place], torch.atleast_2d(alone["cotangents"][key]))
+                # A scalar output is one sample of one feature; each token of an image is a row.
+                close(activation[place], rows(alone["inputs"][key]))
+                close(point.cotangents[key][place], rows(alone["cotangents"][key]))
 
 
 @gallery
@@ -205,6 +217,7 @@ def test_leaky_mlp_has_the_sizes_asked_for() -> None:
         "batch": None,
         "labels": "random",
         "noise": 0.0,
+        "mixture": False,
     }
 
 
@@ -525,6 +538,118 @@ def test_data_of_a_package_that_is_not_there(
         load(name).task(0)
 
 
+# Bottlenecks and attention
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_bottlenecks_name_symmetries_that_are_found_too(heads: int) -> None:
+    settings = {"width": 6, "heads": heads, "rank": 2, "hidden": 5}
+    task = load("bottleneck_digits", settings).task(0, dtype=torch.float64)
+    found = {(each.kind, each.where): each.group for each in mt.find_symmetries(task.model, task.batch(0)[0][0][:6])}
+    named = {(each.kind, each.where): each.group for each in task.symmetries}
+    assert len(named) == len(task.symmetries) == 2 * heads + 3
+    assert named.items() <= found.items()
+    assert {group for (kind, _), group in found.items() if kind.startswith("attention")} == {
+        mt.GeneralLinear(6 // heads)
+    }
+
+
+def small_bottlenecks() -> tuple[mt.TaskStack, mt.Point]:
+    settings = {"width": 6, "heads": 2, "rank": 3, "hidden": 5, "samples": 100, "batch": 20}
+    stack = load("bottleneck_digits", settings).stack([0, 1, 2], dtype=torch.float64)
+    return stack, stack.model.point_at(stack.model.tensors(), stack.batch(0))
+
+
+TELEPORTERS = {
+    "random": lambda: mt.RandomTeleporter(1.0, seed=0),
+    "gradient ascent": lambda: mt.GradientAscentTeleporter(steps=2),
+    "features": lambda: mt.WhiteningTeleporter("features", damping=1e-3),
+    "outgoing": lambda: mt.WhiteningTeleporter("outgoing", damping=1e-3),
+    "balanced": lambda: mt.WhiteningTeleporter("balanced", damping=1e-3),
+    "learned": lambda: mt.LearnedTeleporter(hidden=4),
+}
+
+
+@pytest.mark.parametrize("name", TELEPORTERS)
+def test_every_teleporter_moves_a_stack_of_bottlenecks_and_keeps_its_loss(name: str) -> None:
+    stack, start = small_bottlenecks()
+    teleporter = TELEPORTERS[name]()
+    with torch.no_grad() if name == "learned" else contextlib.nullcontext():
+        state = teleporter.initial_state(start, stack.symmetries)
+        arrived, moves, _ = travel(teleporter, start, stack.symmetries, state)
+    there = stack.model.point_at(arrived.parameters, stack.batch(0))
+    assert len(moves) == len(stack.symmetries)
+    for move in moves:
+        assert not bool(move.refused.any()), move.reason
+        assert bool((move.size > 1e-6).all()), move.symmetry
+    assert start.loss is not None
+    assert there.loss is not None
+    close(there.loss, start.loss, 1e-9)
+    for key, gradient in there.gradients.items():
+        close(arrived.gradients[key], gradient, 1e-7)
+    other = stack.batch(1)
+    close(stack.model.losses_at(arrived.parameters, other), stack.model.losses_at(start.parameters, other), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["whitening", "random"])
+def test_bottlenecks_can_be_stepped_in_gauges(kind: str) -> None:
+    stack, start = small_bottlenecks()
+
+    def gauge(group: TensorGroup) -> mt.Teleporter:
+        if kind == "random":
+            return mt.RandomTeleporter(0.5, seed=len(group.names[0]))
+        return mt.WhiteningTeleporter.for_group(group, damping=1e-6)
+
+    def descend(rate: float) -> Any:
+        return lambda at, names: {name: at.parameters[name] - rate * at.gradients[name] for name in names}
+
+    still = step_in_gauges(start, stack.symmetries, gauge, descend(0.0))
+    for key, value in still.parameters.items():
+        close(value, start.parameters[key], 1e-9)
+    stepped = step_in_gauges(start, stack.symmetries, gauge, descend(1e-4))
+    moves = [move for each in stepped.moves.values() for move in each]
+    assert moves
+    assert not any(bool(move.refused.any()) for move in moves)
+    assert start.loss is not None
+    assert bool((stack.model.losses_at(stepped.parameters, stack.batch(0)) < start.loss).all())
+    if kind == "whitening":
+        features = start.activations["classify"]
+        gram = features.mT @ features
+        shift = 1e-6 * torch.linalg.eigvalsh(gram)[:, -1, None, None] * torch.eye(3, dtype=gram.dtype)
+        expected = start.gradients["classify.weight"] @ torch.linalg.inv(gram + shift)
+        taken = (start.parameters["classify.weight"] - stepped.parameters["classify.weight"]) / 1e-4
+        close(taken, expected, 1e-3)
+
+
+def test_every_head_has_a_gauge() -> None:
+    stack, _ = small_bottlenecks()
+    chosen = gauge_symmetries(stack.symmetries, linearised=False)
+    assert [each.where for each in chosen] == [each.where for each in stack.symmetries]
+
+
+def test_bottlenecks_vary_in_training() -> None:
+    family = load("bottleneck_digits")
+    drawn = [family.augmented(index, 0) for index in range(120)]
+    assert {each.heads for each in drawn} == {1, 2, 3, 4}
+    fills([each.width / each.heads for each in drawn], 4, 12)
+    fills([each.rank for each in drawn], 3, 9)
+    fills([each.hidden for each in drawn], 16, 48)
+    fills([each.batch for each in drawn], 32, 128)
+    assert family.augmented(3, 1) == family.augmented(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "names"),
+    [("'nothing' is no linear layer", ("nothing", "key")), ("not 3 heads", ("query", "key"))],
+)
+def test_heads_that_cannot_be(message: str, names: tuple[str, str]) -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 8) for name in ("query", "key", "value")} | {"out": nn.Linear(6, 4)})
+    with pytest.raises(mt.Unsuitable, match=message):
+        AttentionQK.of_heads(model, *names, heads=3)
+    with pytest.raises(mt.Unsuitable, match="'value' has 8, 'out' has 6"):
+        AttentionVO.of_heads(model, "value", "out", heads=2)
+
+
 # Quadratics
 
 
@@ -637,6 +762,11 @@ def test_matrix_factorisation_varies_in_training() -> None:
         ("mnist_digits", {"side": 10}, "one of 28, 14, 7"),
         ("mnist_digits", {"samples": 2001}, "between 5 and 2000"),
         ("mnist1d", {"samples": 1951}, "between 5 and 1950"),
+        ("bottleneck_digits", {"heads": 3}, "multiple of heads=3"),
+        ("bottleneck_digits", {"rank": 0}, "rank=0"),
+        ("bottleneck_digits", {"hidden": 0}, "hidden=0"),
+        ("bottleneck_digits", {"slope": 2.0}, "slope"),
+        ("bottleneck_digits", {"classes": 10}, "between 2 and 9"),
         ("matrix_factorisation", {"rank": 0}, "rank=0"),
         ("matrix_factorisation", {"rank": 21}, "between 1 and width=20"),
         ("matrix_factorisation", {"condition": 0.5}, "between 1 and 1e"),

@@ -13,7 +13,7 @@ from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.symmetries.base import Carried
 
-__all__ = ["Booth", "ChartRotation", "Landscape", "Rosenbrock"]
+__all__ = ["Booth", "ChartRotation", "Landscape", "Rosenbrock", "level_set", "valley"]
 
 
 class Landscape(nn.Module, abc.ABC):
@@ -92,6 +92,50 @@ class Rosenbrock(Landscape):
     @staticmethod
     def inverse(u: Tensor) -> Tensor:
         return torch.stack([u[1] + 1, (u[1] + 1) ** 2 - u[0] / 10])
+
+
+def valley(bend: float, slant: float) -> type[Landscape]:
+    r"""A bent valley, $x^2 + 4 (y + b x^2 + s x)^2$; with $s = 0$ it is its own mirror image in the y-axis.
+
+    Args:
+        bend: $b$.
+        slant: $s$.
+
+    Example:
+        >>> float(valley(0.2, 0.0)(torch.tensor([0.0, 0.5]))())
+        1.0
+    """
+
+    class Valley(Landscape):
+        name = "valley"
+        start = (0.0, 0.5)
+
+        @staticmethod
+        def chart(x: Tensor) -> Tensor:
+            return torch.stack([x[0], 2 * (x[1] + bend * x[0] ** 2 + slant * x[0])])
+
+        @staticmethod
+        def inverse(u: Tensor) -> Tensor:
+            return torch.stack([u[0], u[1] / 2 - bend * u[0] ** 2 - slant * u[0]])
+
+    return Valley
+
+
+def level_set(kind: type[Landscape], start: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """The points that rotations by some angles bring a point of the plane to, and the gradient norms there.
+
+    Args:
+        kind: a function of two numbers.
+        start: a point of the level set, `(2,)`.
+        angles: `(angles,)`.
+
+    Returns:
+        Points `(angles, 2)` and norms `(angles,)`.
+    """
+    u = kind.chart(start)
+    turned = torch.stack([angles.cos() * u[0] - angles.sin() * u[1], angles.sin() * u[0] + angles.cos() * u[1]], 1)
+    points = torch.func.vmap(kind.inverse)(turned)
+    return points, torch.func.vmap(torch.func.grad(kind.value))(points).norm(dim=1)
 
 
 class ChartRotation(Symmetry):

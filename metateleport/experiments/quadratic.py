@@ -13,7 +13,7 @@ from torch import Tensor
 from metateleport.evaluation.paired import PairedRatio, paired_ratio
 from metateleport.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress, finite
 from metateleport.experiments.descent import best_step, descend
-from metateleport.experiments.landscapes import Booth, ChartRotation, Landscape, Rosenbrock
+from metateleport.experiments.landscapes import Booth, ChartRotation, Landscape, Rosenbrock, level_set
 from metateleport.families import Task, load_family
 from metateleport.teleporters import GradientAscentTeleporter, teleport
 
@@ -101,6 +101,7 @@ class Quadratic(Experiment):
         box = BOX[kind.name]
         drawn = (2 * torch.rand(self.functions - 1, 2, generator=source, dtype=torch.float64) - 1) * box
         starts = torch.cat([torch.tensor([kind.start], dtype=torch.float64), drawn])
+        angles = torch.linspace(-torch.pi, torch.pi, ANGLES, dtype=torch.float64)
         arrived, norms, drifts, steepest = [], [], [], []
         for start in starts:
             landscape = kind(start)
@@ -110,7 +111,7 @@ class Quadratic(Experiment):
             arrived.append(landscape.x.detach().clone())
             norms.append([report.gradient_norm_before, report.gradient_norm_after])
             drifts.append(abs(report.loss_after / report.loss_before - 1))
-            steepest.append(float(_around(kind, start)[1].max()))
+            steepest.append(float(level_set(kind, start, angles)[1].max()))
         there, step, steps = torch.stack(arrived), SOURCE[kind.name]["step"], int(SOURCE[kind.name]["steps"])
         grid = 10.0 ** torch.linspace(-6, 0, 37, dtype=torch.float64)
         own = {who: best_step(kind.value, x, grid, steps) for who, x in (("gd", starts), ("teleported", there))}
@@ -120,7 +121,7 @@ class Quadratic(Experiment):
             "gd_own_step": descend(kind.value, starts, own["gd"], steps),
             "teleported_own_step": descend(kind.value, there, own["teleported"], steps),
         }
-        angles, around_norms, points = *_around(kind, starts[0])[:2], _around(kind, starts[0])[2]
+        points, norms_around = level_set(kind, starts[0], angles)
         by_angle = descend(kind.value, points, step, steps)[1][-1]
         return {
             "gradient_norms": norms,
@@ -134,7 +135,7 @@ class Quadratic(Experiment):
             },
             "by_angle": {
                 "angle": angles.tolist(),
-                "gradient_norm": around_norms.tolist(),
+                "gradient_norm": norms_around.tolist(),
                 "final_loss": by_angle.tolist(),
                 "untouched": float(runs["gd"][1][-1, 0]),
             },
@@ -163,15 +164,6 @@ def _inside(path: Tensor, box: float) -> list[list[float]]:
     outside = ~(path.isfinite() & (path.abs() < box)).all(1)
     end = int(outside.nonzero()[0]) if bool(outside.any()) else len(path)
     return path[:end].tolist()
-
-
-def _around(kind: type[Landscape], start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Angles from -pi to pi, the gradient norms there and the points, on the level set of `start`."""
-    angles = torch.linspace(-torch.pi, torch.pi, ANGLES, dtype=start.dtype)
-    u = kind.chart(start)
-    turned = torch.stack([angles.cos() * u[0] - angles.sin() * u[1], angles.sin() * u[0] + angles.cos() * u[1]], 1)
-    points = torch.func.vmap(kind.inverse)(turned)
-    return angles, torch.func.vmap(torch.func.grad(kind.value))(points).norm(dim=1), points
 
 
 def _quadratic_claims(found: Mapping[str, Any], steps: int) -> list[Claim]:
@@ -224,6 +216,7 @@ def _landscape_claims(name: str, found: Mapping[str, Any]) -> list[Claim]:
     steps = int(SOURCE[name]["steps"])
     reached = np.array([after for _, after in found["gradient_norms"]])
     gaps = 1 - reached / np.asarray(found["steepest"])
+    better = float(np.mean(np.asarray(found["by_angle"]["final_loss"]) < found["by_angle"]["untouched"]))
     return [
         Claim(
             f"on {name} gradient ascent finds the steepest point of the orbit: share of starts where it falls short by "
@@ -243,6 +236,14 @@ def _landscape_claims(name: str, found: Mapping[str, Any]) -> list[Claim]:
             f"{name}, each at its own best constant step ({found['own_steps']['teleported']:.2g} and "
             f"{found['own_steps']['gd']:.2g}), after {steps} steps",
             "NeurIPS 2022, section 5",
+        ),
+        Claim(
+            f"{name} from the source's start, at the source's step: share of all points of the orbit from which "
+            "gradient descent ends lower than without a teleport; it is at least half",
+            "here",
+            better,
+            None,
+            better >= 0.5,
         ),
     ]
 
