@@ -18,7 +18,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,12 @@ class Settings:
     bottleneck: int | None = 8
 
 
-def run(settings: Settings, quiet: bool = False) -> dict[str, Any]:
+def run(settings: Settings, keep: Callable[[dict[str, Any]], None], quiet: bool = False) -> dict[str, Any]:
     """Tunes, meta-trains and evaluates every method.
 
     Args:
         settings: of the comparison.
+        keep: called with the report after every meta-seed, so that a run that is stopped leaves what it has.
         quiet: say nothing of how it gets on.
 
     Returns:
@@ -76,37 +77,43 @@ def run(settings: Settings, quiet: bool = False) -> dict[str, Any]:
         if not quiet:
             print(f"{time.perf_counter() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    report: dict[str, Any] = {}
+    methods: dict[str, Any] = {}
     size = 1.0
     for name in settings.methods:
-        report[name] = {**tuned(name, family, settings, size), "seeds": []}
+        methods[name] = {**tuned(name, family, settings, size), "seeds": []}
         if name == "maml+ascent":
-            size = report[name]["size"]
-        say(f"{name}: inner learning rate {report[name]['lr']:g}")
+            size = methods[name]["size"]
+        say(f"{name}: inner learning rate {methods[name]['lr']:g}")
+    report: dict[str, Any] = {}
     # Seed by seed, so that what a busy machine does to the seconds it does to all methods.
     for seed in range(settings.seeds):
         for name in settings.methods:
-            found = one_seed(Meta(name, report[name]["lr"], seed, size), family, settings, held_out)
-            report[name]["seeds"].append(found)
+            found = one_seed(Meta(name, methods[name]["lr"], seed, size), family, settings, held_out)
+            methods[name]["seeds"].append(found)
             say(f"{name}, meta-seed {seed}: held-out loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f}")
-    for name in settings.methods:
-        base = base_of(name)
-        report[name]["against"] = {
-            other: compare(report[name]["seeds"], report[other]["seeds"])
-            for other in dict.fromkeys((base, "maml"))
-            if other in report and other != name
+        for name in settings.methods:
+            methods[name]["against"] = {
+                other: compare(methods[name]["seeds"], methods[other]["seeds"])
+                for other in dict.fromkeys((base_of(name), "maml"))
+                if other in methods and other != name
+            }
+        report = {
+            "schema": SCHEMA,
+            "benchmark": "fewshot",
+            "settings": {**dataclasses.asdict(settings), "seeds": seed + 1},
+            "family": {"name": family.name, "settings": family.settings()},
+            "conditions": {
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+            },
+            "seconds": time.perf_counter() - started,
+            "random_size": size,
+            "methods": methods,
+            "in_words": words_of(methods),
         }
-    return {
-        "schema": SCHEMA,
-        "benchmark": "fewshot",
-        "settings": dataclasses.asdict(settings),
-        "family": {"name": family.name, "settings": family.settings()},
-        "conditions": {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
-        "seconds": time.perf_counter() - started,
-        "random_size": size,
-        "methods": report,
-        "in_words": words_of(report),
-    }
+        keep(report)
+    return report
 
 
 def tuned(name: str, family: TaskFamily, settings: Settings, size: float) -> dict[str, Any]:
@@ -249,13 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = vars(parser.parse_args(arguments))
     json_file, markdown = parsed.pop("json"), parsed.pop("markdown")
     torch.set_num_threads(1)
-    report = run(Settings(**{**parsed, "methods": tuple(parsed["methods"])}))
-    page = page_of(report)
-    print(page, end="")
-    if json_file is not None:
-        write_json(json_file, report)
-    if markdown is not None:
-        write_text(markdown, page)
+
+    def keep(report: dict[str, Any]) -> None:
+        if json_file is not None:
+            write_json(json_file, report)
+        if markdown is not None:
+            write_text(markdown, page_of(report))
+
+    print(page_of(run(Settings(**{**parsed, "methods": tuple(parsed["methods"])}), keep)), end="")
     return 0
 
 
