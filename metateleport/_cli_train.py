@@ -26,6 +26,7 @@ examples:
   metateleport train leaky_mlp --seconds 60 --out my_teleporter
   metateleport train tasks/digits.py --mode update+tele --meta-steps 200
   metateleport train leaky_mlp --set width=12 --set distribution=normal --out runs/normal
+  metateleport train matrix_factorisation --gauge exact --no-stays --out runs/gauges
   metateleport train leaky_mlp --out runs/normal --resume            after Ctrl-C, with the same settings
   metateleport train leaky_mlp --meta-seeds 5 --out runs/five        seeds 0 to 4; the best of them on top
 
@@ -38,7 +39,7 @@ _UNBOUNDED = 10**6
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
-    from metateleport.learned.meta_optimizer import MODES
+    from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES
 
     parser: Parser = commands.add_parser(
         "train",
@@ -49,11 +50,21 @@ def add(commands: Any) -> None:
     parser.add_argument("task", help="task family: a bare name (see 'metateleport tasks') or the path of a file")
     parser.add_argument("--mode", choices=MODES, default="lr+tele", help="what is learned (default %(default)s)")
     parser.add_argument("--network", choices=("equivariant", "flat"), default="equivariant", help="flat: the paper's")
+    parser.add_argument(
+        "--stays",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="learn a teleport that stays: the model moves along its orbit (default: yes)",
+    )
+    parser.add_argument("--gauge", choices=GAUGES, default="none", help="learn a gauge for each tensor, undone again")
+    parser.add_argument("--update", choices=UPDATES, help="modes with 'update': its size (default coordinate)")
+    parser.add_argument("--secants", type=not_negative, metavar="N", help="secant pairs around the learned step")
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
     parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")
     parser.add_argument("--tasks", type=positive, metavar="N", help="tasks stacked in one graph")
     parser.add_argument("--unroll", type=positive, metavar="N", help="inner steps that one meta-step goes through")
     parser.add_argument("--horizon", type=positive, metavar="N", help="inner steps at the end of the curriculum")
+    parser.add_argument("--validation-every", type=positive, metavar="N", help="meta-steps between validations")
     parser.add_argument("--lr", type=float, metavar="X", help="step size of the meta-training")
     parser.add_argument("--hidden", type=positive, metavar="N", help="units of the LSTMs")
     parser.add_argument("--base", metavar="NAME", help="mode tele: the optimizer that takes the steps")

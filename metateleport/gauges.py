@@ -70,7 +70,7 @@ def gauge_symmetries(symmetries: Sequence[Symmetry], linearised: bool) -> tuple[
             undone after the step needs no invariance. Otherwise only exact symmetries are taken.
 
     Returns:
-        In the same order, one for each pair of layers.
+        In the same order, one for each pair of layers, or head of an attention.
 
     Example:
         >>> from torch import nn
@@ -81,7 +81,8 @@ def gauge_symmetries(symmetries: Sequence[Symmetry], linearised: bool) -> tuple[
     """
     found: dict[Any, Symmetry] = {}
     for symmetry in symmetries:
-        key: Any = symmetry.parameters
+        # The heads of an attention share their parameters.
+        key: Any = (symmetry.kind, symmetry.where)
         chosen: Symmetry | None = symmetry if symmetry.exactness == "exact" and not symmetry.buffers else None
         if isinstance(symmetry, Pair):
             key = symmetry.modules

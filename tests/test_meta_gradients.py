@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.learned import StackOptimizer
+from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import CoordinateRule, StepRule
+from metateleport.learned.step_rule import StepRule
+from metateleport.learned.tensor_rule import TensorRule
 
 MODES = ["lr", "lr+tele", "update", "update+tele", "tele"]
 TASKS, WIDTH = 2, 3
@@ -171,7 +173,7 @@ def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
         meta.teleporter.observe = tape(meta.teleporter.observe)
     if isinstance(meta.rule, StepRule):
         meta.rule.observe = tape(meta.rule.observe)
-    if isinstance(meta.rule, CoordinateRule):
+    if isinstance(meta.rule, CoordinateRule | TensorRule):
         meta.rule.observe_coordinates = tape(meta.rule.observe_coordinates)
     monkeypatch.setattr(Progress, "features", tape(Progress.features))
     return tape

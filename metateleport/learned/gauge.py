@@ -32,7 +32,7 @@ Place = tuple[Symmetry, Side, Names]
 
 
 class GaugeNetwork(nn.Module):
-    """Maps invariant features to coefficients over `GAUGE_BASIS` and a gate; one for each kind of group.
+    """Maps invariant features to weights over `GAUGE_BASIS` and a gate; one for each kind of group.
 
     Args:
         hidden: units of the LSTM.
@@ -43,25 +43,27 @@ class GaugeNetwork(nn.Module):
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, len(GAUGE_BASIS) + 1)
         with torch.no_grad():
-            # As for the teleport: coefficients near zero, the gate half open.
+            # All weights alike, the gate half open.
             self.head.weight.mul_(0.5)
             self.head.bias.zero_()
 
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Cell]:
-        """Coefficients times gate, `(rows, basis)`, and the new state."""
+        """Coefficients that sum up to a number in (-1/2, 0), `(rows, basis)`, and the new state."""
         hidden, memory = self.cell(features, state)
         out = finite_gradient(self.head(hidden))
-        return out[..., :-1].tanh() * out[..., -1:].sigmoid(), (hidden, memory)
+        return -out[..., :-1].softmax(-1) * out[..., -1:].sigmoid() / 2, (hidden, memory)
 
 
 class LearnedGauge(nn.Module):
-    r"""Chooses $g = \exp\left(\pm\sigma(a) \sum_i \tanh(c_i) \log C_i\right)$ for each side of each symmetry.
+    r"""Chooses $g = \exp\left(\mp\tfrac12\,\sigma(a) \sum_i \mathrm{softmax}(c)_i \log C_i\right)$ for each side.
 
-    The side that takes in what moves is shown the covariance of its inputs (of V's rows where no inputs are known),
-    the side that puts it out the curvature $S$ above it, both with several dampings; and each the covariance of its own
-    gradients. With $c = -1/2$ on the first, a step in the gauge is preconditioned by the inverse: the
-    Gauss-Newton step of a layer alone, or ScaledGD for a factorisation; on the last it is that of Shampoo. On
-    minibatches the covariances are running means.
+    The side of a symmetry that takes in what moves is shown the covariance of its inputs (of V's rows where no inputs
+    are known), the side that puts it out the curvature $S$ above it, both with several dampings; and each the
+    covariance of its own gradients. With the gate $\sigma(a)$ open, a step in the gauge is preconditioned by the
+    inverse of the chosen mean: the Gauss-Newton step of a layer alone, or ScaledGD for a factorisation; half open and
+    on the gradients it is that of Shampoo. Full whitening is where the gate saturates: a gauge is made anew at every
+    step, and cannot come nearer by being repeated, as a teleport that stays does. On minibatches the covariances are
+    running means.
 
     Basis and features are kept out of the graph; the networks are shared by all gauges of one kind of group, with a
     state for each. Nothing moves along the orbit: the gauge is undone after the step, so it costs no drift.
@@ -206,7 +208,7 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
         (slow.amax(-1) - slow.mean(-1)) / 10,
         slow.std(-1, correction=0) / 10,
         (main > main.amax(-1, keepdim=True) - 7).to(main.dtype).mean(-1),
-        flat * math.log(rows / width) / 3,
+        flat * math.log(rows / width),
         flat * (1.0 if side == "in" else -1.0),
         flat * float(_sees_rows(symmetry, point)),
     )

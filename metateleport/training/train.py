@@ -100,6 +100,8 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         base_lr=config.base_lr,
         stays=config.stays,
         gauge=config.gauge,
+        secants=config.secants,
+        update=config.update,
     )
     if shape.teleports and not groups:
         raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
