@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class LearnedGauge(nn.Module):
     def __init__(self, groups: Sequence[str] = ("GL", "diagonal"), hidden: int = 32) -> None:
         super().__init__()
         self.hidden = hidden
+        self.observe: Callable[..., tuple[Tensor, Tensor]] = _observe
         self.networks = nn.ModuleDict({group: GaugeNetwork(hidden) for group in groups if group != "O"})
 
     def places(self, point: Point, symmetries: Sequence[Symmetry]) -> list[Place]:
@@ -128,7 +129,7 @@ class LearnedGauge(nn.Module):
         fixed = point.detach()
         with torch.no_grad():
             seen, covariances = self._covariances(fixed, places, state, deterministic, moved)
-            observed = [_observe(place, *seen[_key(place)], fixed) for place in places]
+            observed = [self.observe(place, *seen[_key(place)], fixed) for place in places]
         cells, gauges = dict(state["cells"]), {}
         for group, network in self.networks.items():
             own = [index for index, place in enumerate(places) if place[0].group.name == group]

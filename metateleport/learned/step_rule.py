@@ -64,6 +64,7 @@ class StepRule(nn.Module, UpdateRule):
         self.hidden, self.secants = hidden, secants
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
+        self.secant: Callable[..., Secant] = secant_between
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, 3 if secants else 2)
         with torch.no_grad():
@@ -94,7 +95,7 @@ class StepRule(nn.Module, UpdateRule):
         if state["from"] is not None:
             now = point.detach()
             own = {name: now.parameters[name] for name in now.gradients}
-            secants = [*secants, secant_between(state["from"], (own, now.gradients), accepted)][-self.secants :]
+            secants = [*secants, self.secant(state["from"], (own, now.gradients), accepted)][-self.secants :]
         for move in moves:
             velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
             secants = [_carried_secant(Secant(*each), move, point) for each in secants]
