@@ -20,6 +20,9 @@ from metateleport.training.unroll import Unroll
 __all__ = ["MetaTrainer", "Progression", "Snapshot"]
 
 _VALIDATION_SEED = 0
+_LOST = 0.1
+"""Share of the best validation score that may be lost before training goes back to the networks that had it."""
+
 _VALIDATION_STACKS = 8
 """Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
 
@@ -37,6 +40,7 @@ class Progression:
         best_step: the meta-step they are from.
         meta_losses: the meta-loss of each meta-step.
         validations: `[meta-step, score]` pairs.
+        returns: how often training went back to the best networks.
     """
 
     meta_step: int = 0
@@ -47,6 +51,7 @@ class Progression:
     best_step: int = 0
     meta_losses: list[float] = dataclasses.field(default_factory=list)
     validations: list[list[float]] = dataclasses.field(default_factory=list)
+    returns: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,8 @@ class MetaTrainer:
     A meta-step is one truncated window of inner steps on a stack of tasks, differentiated through `higher`, and one
     step of Adam on the networks. A stack is followed for several windows; how many grows from one to
     `horizon / unroll` over the first half of the run. Every few meta-steps the networks are scored on validation
-    tasks, and the best are kept: meta-training wanders, and the last networks are not the best.
+    tasks, and the best are kept: meta-training wanders, and the last networks are not the best. Where it has wandered
+    too far off it goes back to them, with a smaller step.
 
     Args:
         config: the settings.
@@ -180,7 +186,7 @@ class MetaTrainer:
     def _meta_step(self, unroll: Unroll) -> None:
         done = self.progression
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * (0.55 + 0.45 * math.cos(math.pi * self.share))
+            group["lr"] = self.config.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
         losses = unroll.window(self.config.unroll)
         # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
         finite = losses.isfinite()
@@ -202,6 +208,14 @@ class MetaTrainer:
         if score < done.best:
             done.best, done.best_step = score, done.meta_step
             self.best = copy.deepcopy(self.meta.state_dict())
+        elif score > done.best + max(1.0, _LOST * abs(done.best)):
+            self._return()
+
+    def _return(self) -> None:
+        """Goes back to the best networks, with a smaller step and without what Adam has gathered on the way off."""
+        self.progression.returns += 1
+        self.meta.load_state_dict(self.best)
+        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.config.lr)
 
     def validation_score(self) -> float:
         """Mean log loss along the full horizon on validation tasks, over the settings that training varies.
