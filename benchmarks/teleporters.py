@@ -244,8 +244,8 @@ def page_of(report: dict[str, Any]) -> str:
         "## What an ascent costs",
         "",
         f"Gradient ascent on the squared gradient norm, {STEPS} steps for every symmetry, against as many double "
-        "backward passes (forward, backward, and the gradient of the squared gradient norm in the weights) on the same tasks: "
-        "median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of the "
+        "backward passes (forward, backward, and the gradient of the squared gradient norm in the weights) on the same "
+        "tasks: median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of the "
         "trust region and the move itself.",
         "",
         "| tasks | symmetries | one double backward pass | ascent alone | whole teleport |",
@@ -263,8 +263,8 @@ def page_of(report: dict[str, Any]) -> str:
         "## What each brings",
         "",
         "Each teleporter once, from the start of each task. Evaluations and milliseconds are those of choosing and "
-        "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest relative "
-        "change of a loss. The last column is the loss that gradient descent (step size searched for in every step, 2 "
+        "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest "
+        "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every step, 2 "
         f"evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the teleporter "
         "included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
     ]
@@ -301,9 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tasks", type=int, default=16, help="held-out tasks of each family")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing, after one of warm-up")
-    parser.add_argument("--budget", type=int, default=100, help="gradient evaluations of a task, all in all")
+    parser.add_argument("--tasks", type=int, default=8, help="held-out tasks of each family")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing, after one of warm-up")
+    parser.add_argument("--budget", type=int, default=80, help="gradient evaluations of a task, all in all")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--priced", nargs="+", choices=list(PRICED), default=list(PRICED), metavar="CASE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
