@@ -245,8 +245,8 @@ def page_of(report: dict[str, Any]) -> str:
         "",
         f"Gradient ascent on the squared gradient norm, {STEPS} steps for every symmetry, against as many double "
         "backward passes (forward, backward, and the gradient of the squared gradient norm in the weights) on the same "
-        "tasks: median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of the "
-        "trust region and the move itself.",
+        "tasks: median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of "
+        "the trust region and the move itself.",
         "",
         "| tasks | symmetries | one double backward pass | ascent alone | whole teleport |",
         "|---|---|---|---|---|",
@@ -264,8 +264,8 @@ def page_of(report: dict[str, Any]) -> str:
         "",
         "Each teleporter once, from the start of each task. Evaluations and milliseconds are those of choosing and "
         "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest "
-        "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every step, 2 "
-        f"evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the teleporter "
+        "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every "
+        f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the teleporter "
         "included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
     ]
     for name, rows in report["gains"].items():

@@ -1,4 +1,4 @@
-"""Gradient ascent and descent on the group element: closed forms, line search, caps, and the failures that are named."""
+"""Gradient ascent and descent on the group element: closed forms, line search, caps, named failures."""
 
 from __future__ import annotations
 
