@@ -265,13 +265,21 @@ def page_of(report: dict[str, Any]) -> str:
         "Each teleporter once, from the start of each task. Evaluations and milliseconds are those of choosing and "
         "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest "
         "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every "
-        f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the teleporter "
-        "included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
+        f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the "
+        "teleporter included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
+        "",
+        "A larger gradient is no gain by itself: it comes with a larger curvature, so that the steps after it have to be "
+        "shorter. The gradient norm and the last column have to be read side by side.",
     ]
     for name, rows in report["gains"].items():
+        better = [row["teleporter"] for row in rows if row["interval"][1] < 1]
+        worse = [row["teleporter"] for row in rows if row["interval"][0] > 1]
         lines += [
             "",
             f"### {name}",
+            "",
+            f"Ahead of no teleport, with the whole interval: {', '.join(better) or 'none'}. Behind it: "
+            f"{', '.join(worse) or 'none'}.",
             "",
             "| teleporter | evaluations | ms | gradient norm | drift | loss at equal evaluations | failures named |",
             "|---|---|---|---|---|---|---|",
