@@ -9,6 +9,7 @@ from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimi
 from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
+from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.stack import StackedModel
 from metateleport.symmetries import (
     BatchPair2022,
@@ -36,12 +37,14 @@ from metateleport.teleporters import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtSteps",
     "BatchPair2022",
     "BatchPair2024",
     "Certificate",
     "Checkpoint",
     "CheckpointError",
     "Curvature",
+    "Every",
     "FamilyError",
     "FreeTeleporter",
     "GeneralLinear",
@@ -64,6 +67,7 @@ __all__ = [
     "RandomTeleporter",
     "Refused",
     "Rescaling",
+    "Schedule",
     "Sharpness",
     "SquaredGradientNorm",
     "StackedModel",
@@ -77,6 +81,7 @@ __all__ = [
     "TeleportingOptimizer",
     "TrustRegion",
     "Unsuitable",
+    "WhenStalled",
     "WhiteningTeleporter",
     "certify",
     "find_symmetries",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from metateleport._cli_common import UsageError
-from metateleport.files import write_text
+from metateleport.files import run_file, write_text
 
 __all__ = ["add", "load_factory"]
 
@@ -74,7 +72,10 @@ def load_factory(name: str) -> tuple[Any, Any]:
     path = Path(path_text)
     if not path.is_file():
         raise UsageError(f"there is no file {path}: give the path of a Python file, then a colon and the factory")
-    module = _run_file(path)
+    try:
+        module = run_file(path, "metateleport_model_")
+    except ImportError as error:
+        raise UsageError(str(error)) from error.__cause__
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -86,23 +87,3 @@ def load_factory(name: str) -> tuple[Any, Any]:
     if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], nn.Module):
         raise UsageError(f"{name} has to return a pair, the model (nn.Module) and an example input")
     return returned
-
-
-def _run_file(path: Path) -> ModuleType:
-    name = f"metateleport_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look the module of a class up while they are made.
-    sys.modules[name] = module
-    # A file may import its neighbours.
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise UsageError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    return module

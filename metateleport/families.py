@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib.util
 import inspect
 import numbers
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from metateleport.files import search_folders
-from metateleport.stack import Batch, StackedModel
-from metateleport.symmetries import Symmetry
+from metateleport.files import run_file, search_folders
+from metateleport.task import SPLITS, TRAINING_LOSS, Measure, Split, Task, TaskStack, split_of, task_seed
 
 __all__ = [
     "SPLITS",
@@ -31,125 +26,14 @@ __all__ = [
     "TaskStack",
     "gallery",
     "load_family",
+    "read_settings",
     "split_of",
     "task_seed",
 ]
 
-Split = Literal["train", "validation", "held-out"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "held-out")
-
 
 class FamilyError(ValueError):
     """A task family that is unknown, cannot be loaded or has settings that cannot work; the message says why."""
-
-
-TRAINING_LOSS = "training loss"
-"""What tasks are judged by, unless they name another measure."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """What a task is judged by, where that is not its training loss: smaller is better.
-
-    Args:
-        name: as tables call it.
-        function: maps parameters by name and `data` to a scalar; the same for all tasks of a family.
-        data: the task's own, such as the matrix that is sought.
-
-    Example:
-        >>> Measure("distance", lambda parameters, x: (parameters["x"] - x).norm(), (torch.zeros(3),)).name
-        'distance'
-    """
-
-    name: str
-    function: Callable[..., Tensor]
-    data: tuple[Tensor, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One optimisation problem: a model at its start, data and a loss.
-
-    Args:
-        model: the model at its initial weights.
-        loss: maps the model's outputs and the targets to a scalar; the same for all tasks of a family.
-        inputs: the training data's inputs, samples in dimension 0.
-        targets: the training data's targets, samples in dimension 0.
-        symmetries: symmetries of the model, in the order of the data flow.
-        batch_size: samples a minibatch; None for the whole training set at every evaluation.
-        seed: seeds the order of the minibatches.
-        held_out: inputs and targets that are never trained on.
-        score: maps outputs and targets to an accuracy between 0 and 1, where the task has one.
-        measure: what methods are tuned and judged by, where that is not the loss on all of the training data.
-    """
-
-    model: nn.Module
-    loss: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
-    targets: tuple[Tensor, ...]
-    symmetries: Sequence[Symmetry] = ()
-    batch_size: int | None = None
-    seed: int = 0
-    held_out: Batch | None = None
-    score: Callable[..., Tensor] | None = None
-    measure: Measure | None = None
-
-    def batch(self, step: int) -> Batch:
-        """The minibatch of one evaluation: shuffled epochs, a function of the task's seed and the step alone."""
-        if self.batch_size is None:
-            return self.inputs, self.targets
-        rows = self._rows(step)
-        return tuple(value[rows] for value in self.inputs), tuple(value[rows] for value in self.targets)
-
-    def _rows(self, step: int) -> Tensor:
-        assert self.batch_size is not None
-        samples = (self.inputs or self.targets)[0].shape[0]
-        per_epoch = max(samples // self.batch_size, 1)
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(samples)
-        return torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
-
-
-def task_seed(seed: int, split: Split, index: int) -> int:
-    """The seed of one task of a family: tasks of different splits never share one.
-
-    The last digit in base 4 is the split's, the rest a hash of `seed` and `index`.
-
-    Args:
-        seed: the run's seed.
-        split: `train`, `validation` or `held-out`.
-        index: number of the task in its split.
-
-    Example:
-        >>> {task_seed(0, split, 5) % 4 for split in SPLITS} == {0, 1, 2}
-        True
-    """
-    if split not in SPLITS:
-        raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {split!r}")
-    if seed < 0 or index < 0:
-        raise ValueError(f"seeds and task numbers are not negative: got seed {seed}, task {index}")
-    # As one list of words, a seed of more than 32 bits would meet another seed's task.
-    drawn = int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0])
-    # Torch's generator on the CPU reads the lower 32 bits only: the split's digit is among them.
-    return (drawn >> 4) * 4 + SPLITS.index(split)
-
-
-def split_of(seed: int) -> Split:
-    """The split that the seed of a task belongs to.
-
-    Args:
-        seed: as `task_seed` makes it.
-
-    Raises:
-        ValueError: if the seed belongs to none.
-
-    Example:
-        >>> split_of(task_seed(0, "held-out", 5))
-        'held-out'
-    """
-    if seed % 4 >= len(SPLITS):
-        raise ValueError(f"seed {seed} belongs to no split: its remainder by 4 has to be 0, 1 or 2")
-    return SPLITS[seed % 4]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,65 +101,6 @@ class TaskFamily(abc.ABC):
         return dataclasses.asdict(self)
 
 
-class TaskStack:
-    """Tasks of one shape side by side: a stacked model and stacked data.
-
-    Args:
-        tasks: tasks of one family and setting.
-        device: where the stack lives.
-
-    Raises:
-        ValueError: if there is no task, or their shapes differ.
-    """
-
-    def __init__(self, tasks: Sequence[Task], device: torch.device | str = "cpu") -> None:
-        if not tasks:
-            raise ValueError("a stack needs at least one task")
-        self.model = StackedModel([task.model for task in tasks], tasks[0].loss, tasks[0].symmetries).to(device)
-        self.tasks = tuple(tasks)
-        self.symmetries = tuple(tasks[0].symmetries)
-        self.device = torch.device(device)
-        self.full: Batch = self._stack([(task.inputs, task.targets) for task in tasks])
-        held_out = [task.held_out for task in tasks]
-        self.held_out: Batch | None = None
-        if all(each is not None for each in held_out):
-            self.held_out = self._stack([each for each in held_out if each is not None])
-        self.score = tasks[0].score
-        self.measure = tasks[0].measure
-        self._sought: tuple[Tensor, ...] = ()
-        if self.measure is not None:
-            self._sought = self._stack([(task.measure.data, ()) for task in tasks if task.measure is not None])[0]
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether every evaluation sees the whole training set."""
-        return self.tasks[0].batch_size is None
-
-    def batch(self, step: int) -> Batch:
-        """Every task's minibatch of one evaluation, stacked."""
-        return self.full if self.deterministic else self._stack([task.batch(step) for task in self.tasks])
-
-    def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What every task is judged by at some parameters: its measure, or its full training loss, `(tasks,)`."""
-        if self.measure is None:
-            return self.model.losses_at(parameters, self.full)
-        with torch.no_grad():
-            return torch.func.vmap(self.measure.function)(dict(parameters), *self._sought)
-
-    def _stack(self, batches: Sequence[Batch]) -> Batch:
-        shapes = [[[value.shape for value in part] for part in each] for each in batches]
-        if any(other != shapes[0] for other in shapes):
-            raise ValueError("only tasks of one shape can be stacked: their data differ in number or shape")
-        inputs, targets = (
-            tuple(torch.stack(values).to(self.device) for values in zip(*part, strict=True))
-            for part in zip(*batches, strict=True)
-        )
-        return inputs, targets
-
-
 def gallery() -> dict[str, Path]:
     """The family files that bare names resolve to, wherever the process runs.
 
@@ -314,7 +139,7 @@ def load_family(name_or_path: str | Path, settings: Mapping[str, Any] | None = N
     if not path.is_file():
         raise FamilyError(f"there is no file {path}: give the path of a Python file with a TaskFamily, or a bare name")
     kind = _family_in(path)
-    parsed = _parsed(kind, settings or {}, path)
+    parsed = read_settings(kind, settings or {}, path.stem)
     try:
         return kind(**parsed)
     except FamilyError:
@@ -324,25 +149,17 @@ def load_family(name_or_path: str | Path, settings: Mapping[str, Any] | None = N
 
 
 def _family_in(path: Path) -> type[TaskFamily]:
-    name = f"metateleport_family_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look the module of a class up while they are made.
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise FamilyError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        module = run_file(path, "metateleport_family_")
+    except ImportError as error:
+        raise FamilyError(str(error)) from error.__cause__
     kinds = [
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, TaskFamily)
         and not inspect.isabstract(value)
-        and value.__module__ == name
+        and value.__module__ == module.__name__
     ]
     if len(kinds) != 1:
         names = ", ".join(kind.__name__ for kind in kinds) or "none"
@@ -357,14 +174,27 @@ def _family_in(path: Path) -> type[TaskFamily]:
     return kinds[0]
 
 
-def _parsed(kind: type[TaskFamily], settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def read_settings(kind: type[Any], settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Reads settings in the types of a dataclass's fields, from text or from values.
+
+    Args:
+        kind: the dataclass; its fields are the settings there are.
+        settings: by name, text as on the command line or values.
+        owner: what has these settings, as messages call it.
+
+    Returns:
+        The settings by name, in their types.
+
+    Raises:
+        FamilyError: if there is no such setting, or a value cannot be read in its type.
+    """
     types = get_type_hints(kind)
     fields = {field.name for field in dataclasses.fields(kind)}
     parsed = {}
     for name, value in settings.items():
         if name not in fields:
-            raise FamilyError(f"{path.stem} has no setting {name!r}; it has {', '.join(sorted(fields)) or 'none'}")
-        parsed[name] = _read(f"{path.stem}: {name}", types[name], value)
+            raise FamilyError(f"{owner} has no setting {name!r}; it has {', '.join(sorted(fields)) or 'none'}")
+        parsed[name] = _read(f"{owner}: {name}", types[name], value)
     return parsed
 
 

@@ -1,17 +1,20 @@
-"""Writing files so that nobody ever finds half of one."""
+"""Files: written so that nobody finds half of one, searched for by bare name, run where a person points at them."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-__all__ = ["replacing", "replacing_folder", "search_folders", "write_json", "write_text"]
+__all__ = ["replacing", "replacing_folder", "run_file", "search_folders", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -106,3 +109,41 @@ def search_folders(name: str, packaged: str, variable: str) -> list[Path]:
     here = Path(__file__).resolve().parent
     further = [Path(os.environ[variable])] if os.environ.get(variable) else []
     return [*further, Path.cwd() / name, here / packaged, here.parent / name]
+
+
+def run_file(path: Path, prefix: str) -> ModuleType:
+    """Runs a Python file that a person pointed at, as a module; it may import its neighbours.
+
+    Args:
+        path: the file.
+        prefix: of the module's name, which its stem completes; a module of that name is replaced.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: if the file cannot be run, whatever it raised; the message says what.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "answer.py"
+        >>> _ = path.write_text("value = 42")
+        >>> run_file(path, "example_").value
+        42
+    """
+    name = f"{prefix}{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look the module of a class up while they are made.
+    sys.modules[name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ImportError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    return module

@@ -4,18 +4,114 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from metateleport.point import Point, Tensors
-from metateleport.symmetries import Pair, Symmetry
+from metateleport.symmetries import LinearisedPair, LinearPair, Pair, Symmetry
 from metateleport.teleporters import Move, Teleporter, travel
 
-__all__ = ["GaugedStep", "Names", "TensorGroup", "step_in_gauges", "tensor_groups", "undo"]
+__all__ = [
+    "Gauge",
+    "GaugedStep",
+    "Names",
+    "TensorGroup",
+    "gauge_symmetries",
+    "precondition",
+    "step_in_gauges",
+    "tensor_groups",
+    "undo",
+]
 
 Names = tuple[str, ...]
+Side = Literal["in", "out"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauge:
+    r"""A group element in whose gauge the tensors of one side of a symmetry are stepped.
+
+    Args:
+        symmetry: acts linearly on the weights.
+        side: `in` for the tensors that take in what moves (U), `out` for those that put it out (V and b).
+        names: of the tensors.
+        element: the group element, `(*batch, *symmetry.group.shape)`.
+        size: Frobenius norm of its generator, `(*batch,)`.
+    """
+
+    symmetry: Symmetry
+    side: Side
+    names: Names
+    element: Tensor
+    size: Tensor
+
+    def incoming(self, rows: Tensor) -> Tensor:
+        """Features in rows, `(*batch, samples, width)`, as the gauge shows them: $g h$."""
+        if len(self.symmetry.group.shape) == 1:
+            return rows * self.element.unsqueeze(-2)
+        return rows @ self.element.mT
+
+    def outgoing(self, matrix: Tensor) -> Tensor:
+        r"""A form on the side above, `(*batch, width, width)`, as the gauge shows it: $g^{-\top} S g^{-1}$."""
+        inverse = self.symmetry.group.inverse(self.element)
+        if len(self.symmetry.group.shape) == 1:
+            return inverse.unsqueeze(-1) * matrix * inverse.unsqueeze(-2)
+        return inverse.mT @ matrix @ inverse
+
+
+def gauge_symmetries(symmetries: Sequence[Symmetry], linearised: bool) -> tuple[Symmetry, ...]:
+    """The linear actions to choose gauges from.
+
+    Args:
+        symmetries: of a model, in the order of the data flow.
+        linearised: take pairs of linear layers with an activation between them as linear (`LinearisedPair`): what is
+            undone after the step needs no invariance. Otherwise only exact symmetries are taken.
+
+    Returns:
+        In the same order, one for each pair of layers, or head of an attention.
+
+    Example:
+        >>> from torch import nn
+        >>> from metateleport import Rescaling
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4))
+        >>> [each.dimension for each in gauge_symmetries([Rescaling(model, "0", "2")], linearised=True)]
+        [4]
+    """
+    found: dict[Any, Symmetry] = {}
+    for symmetry in symmetries:
+        # The heads of an attention share their parameters.
+        key: Any = (symmetry.kind, symmetry.where)
+        chosen: Symmetry | None = symmetry if symmetry.exactness == "exact" and not symmetry.buffers else None
+        if isinstance(symmetry, Pair):
+            key = symmetry.modules
+            if linearised and symmetry.is_dense and not isinstance(symmetry, LinearPair):
+                chosen = LinearisedPair(symmetry)
+        if chosen is not None:
+            found.setdefault(key, chosen)
+    return tuple(found.values())
+
+
+def precondition(gauges: Sequence[Gauge], covectors: Mapping[str, Tensor], point: Point) -> Tensors:
+    r"""Steps along covectors taken in gauges that are undone: $p \mapsto g^{-1} (g \cdot p)$.
+
+    For factors $U V$ these are $G_U\, g^\top g$ and $(g^\top g)^{-1} G_V$.
+
+    Args:
+        gauges: several may serve one tensor, on its two sides.
+        covectors: by parameter name, `(*batch, *shape)`.
+        point: where the model stands.
+
+    Returns:
+        All of `covectors`, those of the gauges' tensors changed.
+    """
+    stepped = dict(covectors)
+    for gauge in gauges:
+        own = {name: stepped[name] for name in gauge.names if name in stepped}
+        seen = gauge.symmetry.carry_covectors(gauge.element, own, point).tensors
+        stepped.update(gauge.symmetry.carry_vectors(gauge.symmetry.group.inverse(gauge.element), seen, point))
+    return stepped
 
 
 @dataclasses.dataclass(frozen=True)

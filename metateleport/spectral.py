@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["relative_shift", "symmetric_log"]
+__all__ = ["relative_shift", "symmetric_log", "symmetric_logs"]
 
 _RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
 
@@ -41,6 +43,28 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
         >>> bool(torch.allclose(log, torch.diag(torch.tensor([0.0, 1.3863])), atol=1e-4))
         True
     """
+    logs, values = symmetric_logs(matrix, (relative_shift(matrix.dtype) if shift is None else shift,), rank)
+    return logs[..., 0, :, :], values[..., 0, :]
+
+
+def symmetric_logs(matrix: Tensor, shifts: Sequence[float], rank: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Logarithms of positive semidefinite matrices with several shifts, for one decomposition; see `symmetric_log`.
+
+    Args:
+        matrix: `(*batch, k, k)`, symmetric up to rounding.
+        shifts: each relative to the largest eigenvalue.
+        rank: as in `symmetric_log`.
+
+    Returns:
+        The logarithms, `(*batch, shifts, k, k)`, and those of the eigenvalues in ascending order,
+        `(*batch, shifts, k)`, both in the dtype of the input.
+
+    Example:
+        >>> logs, values = symmetric_logs(torch.eye(2), (0.0, 1.0))
+        >>> values
+        tensor([[0.0000, 0.0000],
+                [0.6931, 0.6931]])
+    """
     symmetric = (matrix + matrix.mT).double() / 2
     scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
     scaled = symmetric / scale[..., None, None]
@@ -48,15 +72,17 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
     unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
     scaled = torch.where(usable[..., None, None], scaled, unit)
     values, vectors, converged = _eigh(scaled)
-    usable = usable & converged
+    usable = (usable & converged)[..., None, None]
     largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
-    values = values.clamp_min(0)
+    # What is below rounding is nothing: its logarithm would be that of noise.
+    noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    values = torch.where(values < noise * largest, 0.0, values)
     values = torch.where(values < rank * largest, largest, values)
-    added = (relative_shift(matrix.dtype) if shift is None else shift) * largest
-    logs = (values + added).log() + scale.log().unsqueeze(-1)
-    logs = torch.where(usable.unsqueeze(-1), logs, torch.zeros_like(logs))
-    log = (vectors * logs.unsqueeze(-2)) @ vectors.mT
-    return log.to(matrix.dtype), logs.to(matrix.dtype)
+    added = torch.tensor(shifts, dtype=torch.float64, device=matrix.device).unsqueeze(-1) * largest.unsqueeze(-2)
+    logs = (values.unsqueeze(-2) + added).log() + scale.log()[..., None, None]
+    logs = torch.where(usable, logs, torch.zeros_like(logs))
+    whole = (vectors.unsqueeze(-3) * logs.unsqueeze(-2)) @ vectors.mT.unsqueeze(-3)
+    return whole.to(matrix.dtype), logs.to(matrix.dtype)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

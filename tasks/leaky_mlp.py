@@ -39,6 +39,8 @@ class LeakyMLP(TaskFamily):
         batch: samples a minibatch; `all` for the whole set.
         labels: `random`, or those of a `teacher` network of the same shape.
         noise: standard deviation of noise added to the labels.
+        mixture: let meta-training vary the distribution, the number of samples, the depth and the labels too, not
+            the width alone.
     """
 
     name: ClassVar[str] = "leaky_mlp"
@@ -52,6 +54,7 @@ class LeakyMLP(TaskFamily):
     batch: int | None = None
     labels: Literal["random", "teacher"] = "random"
     noise: float = 0.0
+    mixture: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.depth < 2 or (self.samples is not None and self.samples < 1):
@@ -67,9 +70,24 @@ class LeakyMLP(TaskFamily):
             raise FamilyError(f"leaky_mlp: activation is one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
     def augmented(self, index: int, seed: int) -> LeakyMLP:
-        """Widths from 0.6 to 1.2 times the setting; a number of samples that was given stays."""
-        drawn = np.random.default_rng([seed, index]).integers(round(0.6 * self.width), round(1.2 * self.width) + 1)
-        return dataclasses.replace(self, width=max(int(drawn), 1))
+        """Widths from 0.6 to 1.2 times the setting; all else stays, or is drawn where `mixture` is set.
+
+        A mixture has uniform and normal weights, half to twice as many samples as units, one depth more in a sixth of
+        the stacks, and in a quarter of them a noisy teacher's labels in minibatches.
+        """
+        source = np.random.default_rng([seed, index])
+        width = max(int(source.integers(round(0.6 * self.width), round(1.2 * self.width) + 1)), 1)
+        if not self.mixture:
+            return dataclasses.replace(self, width=width)
+        drawn = dataclasses.replace(self, width=width, depth=self.depth + int(source.random() < 1 / 6), mixture=False)
+        distribution = ("uniform", "normal")[int(source.integers(2))]
+        noise = float(source.uniform(0, 2))
+        ratio = float(source.choice([0.5, 1.0, 1.5, 2.0], p=[0.2, 0.2, 0.4, 0.2]))
+        if source.random() < 1 / 4:
+            return dataclasses.replace(
+                drawn, distribution="normal", samples=50 * width, batch=5 * width // 2, labels="teacher", noise=noise
+            )
+        return dataclasses.replace(drawn, distribution=distribution, samples=round(ratio * width))
 
     @property
     def sample_count(self) -> int:

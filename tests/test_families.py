@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 import textwrap
@@ -141,11 +142,8 @@ def test_files_that_cannot_be_loaded(text: str, message: str, tmp_path: Path) ->
     assert "own.py" in str(caught.value)
 
 
-def test_a_family_that_is_only_imported_is_not_the_files_own(
-    line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_that_is_only_imported_is_not_the_files_own(line: Path, tmp_path: Path) -> None:
     line.rename(tmp_path / "elsewhere_line.py")
-    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(mt.FamilyError, match="defines none"):
         mt.load_family(write(tmp_path, "from elsewhere_line import Line"))
     wider = "from elsewhere_line import Line\n" + LINE.replace("Line(TaskFamily)", "Wider(Line)")
@@ -332,6 +330,43 @@ def test_a_stack_holds_every_tasks_minibatch(line: Path) -> None:
             assert torch.equal(inputs[0][place], task.batch(step)[0][0])
             assert torch.equal(targets[0][place], task.batch(step)[1][0])
     assert mt.load_family(line, {"batch": None}).stack([0]).deterministic
+
+
+def sharing(batch_size: int | None, rows: list[Tensor | None]) -> list[mt.Task]:
+    """Tasks on one set of data, of which each has the rows given."""
+    inputs, targets = torch.arange(24.0).reshape(12, 2), torch.arange(12.0).reshape(12, 1)
+    models = [nn.Linear(2, 1) for _ in rows]
+    shared = {"loss": nn.functional.mse_loss, "inputs": (inputs,), "targets": (targets,), "batch_size": batch_size}
+    return [mt.Task(model, rows=each, seed=3, **shared) for model, each in zip(models, rows, strict=True)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 5])
+def test_rows_of_shared_data_equal_a_copy_of_them(batch_size: int | None) -> None:
+    rows = [torch.tensor([3, 1, 8, 7, 2]), torch.tensor([0, 11, 4, 5, 9])]
+    tasks = sharing(batch_size, list(rows))
+    copies = [
+        dataclasses.replace(task, inputs=(task.inputs[0][row],), targets=(task.targets[0][row],), rows=None)
+        for task, row in zip(tasks, rows, strict=True)
+    ]
+    stack, alone = mt.TaskStack(tasks), mt.TaskStack(copies)
+    assert torch.equal(stack.full[0][0], alone.full[0][0])
+    assert torch.equal(stack.full[1][0], alone.full[1][0])
+    assert [task.samples for task in tasks] == [5, 5]
+    for step in range(6):
+        for one, other in zip(stack.batch(step), alone.batch(step), strict=True):
+            assert torch.equal(one[0], other[0])
+    assert torch.equal(stack.measured(stack.model.tensors()), alone.measured(alone.model.tensors()))
+    with pytest.raises(ValueError, match="only tasks of one shape"):
+        mt.TaskStack([tasks[0], dataclasses.replace(tasks[1], rows=torch.tensor([1]))])
+
+
+def test_data_that_all_tasks_have_are_not_copied() -> None:
+    stack = mt.TaskStack(sharing(None, [None] * 16))
+    assert stack.full[0][0].shape == (16, 12, 2)
+    assert stack.full[0][0].untyped_storage().nbytes() == 12 * 2 * 4
+    batch = tuple(tuple(value.clone() for value in part) for part in stack.full)
+    assert torch.equal(stack.model(stack.full), stack.model((batch[0], batch[1])))
+    assert stack.held_out is None
 
 
 def test_stacks_that_cannot_be() -> None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.learned import StackOptimizer
+from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import CoordinateRule, StepRule
+from metateleport.learned.step_rule import StepRule
+from metateleport.learned.tensor_rule import TensorRule
 
 MODES = ["lr", "lr+tele", "update", "update+tele", "tele"]
 TASKS, WIDTH = 2, 3
@@ -164,6 +166,19 @@ class Tape:
         return taped
 
 
+def gauged(secants: int) -> mt.MetaOptimizer:
+    """Steps in learned gauges and no teleport that stays."""
+    torch.manual_seed(0)
+    config = mt.MetaOptimizerConfig(hidden=4, stays=False, gauge="linearised", secants=secants)
+    meta = mt.MetaOptimizer(config).double()
+    with torch.no_grad():
+        assert isinstance(meta.rule, StepRule)
+        # Short steps, so that none is taken back, and enough trust in the secants that they matter.
+        meta.rule.head.bias[0] = -2.5
+        meta.rule.head.bias[2:] = -1.0
+    return meta
+
+
 def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
     """Puts all that the networks see on one tape."""
     tape = Tape()
@@ -171,7 +186,10 @@ def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
         meta.teleporter.observe = tape(meta.teleporter.observe)
     if isinstance(meta.rule, StepRule):
         meta.rule.observe = tape(meta.rule.observe)
-    if isinstance(meta.rule, CoordinateRule):
+        meta.rule.secant = tape(meta.rule.secant)
+    if meta.gauge is not None:
+        meta.gauge.observe = tape(meta.gauge.observe)
+    if isinstance(meta.rule, CoordinateRule | TensorRule):
         meta.rule.observe_coordinates = tape(meta.rule.observe_coordinates)
     monkeypatch.setattr(Progress, "features", tape(Progress.features))
     return tape
@@ -233,6 +251,17 @@ def recorded(
 def test_over_five_steps_at_recorded_basis_and_features(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meta, problem = meta_optimizer(mode), stack(kind)
     gradient = analytic(meta, problem, 5)
+    evaluate = recorded(meta, problem, 5, monkeypatch)
+    assert error(gradient, evaluate, meta) < TOLERANCE
+
+
+@pytest.mark.parametrize("secants", [0, 3])
+@pytest.mark.parametrize("kind", ["linear pair", "rescaling"])
+def test_over_five_steps_in_learned_gauges(kind: str, secants: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, problem = gauged(secants), stack(kind)
+    gradient = analytic(meta, problem, 5)
+    named = dict(zip((name for name, _ in meta.named_parameters()), gradient, strict=True))
+    assert float(named["gauge.networks.GL.head.weight"].norm()) > 1e-3
     evaluate = recorded(meta, problem, 5, monkeypatch)
     assert error(gradient, evaluate, meta) < TOLERANCE
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,17 +12,33 @@ from torch import Tensor
 from metateleport.checkpoint import Checkpoint
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
+from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer
+from metateleport.learned.meta_optimizer import Regauge
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import NoTeleport, Teleporter
 
 __all__ = ["ATTRIBUTIONS", "Learned", "learned_methods"]
 
-ATTRIBUTIONS = ("learned/teleport-off", "learned/random-teleport", "learned/step-only")
+ATTRIBUTIONS = (
+    "learned/teleport-off",
+    "learned/stays-off",
+    "learned/gauge-off",
+    "learned/random-teleport",
+    "learned/step-only",
+)
 """Runs that stand beside every learned result: what remains without the teleport, or with another."""
 
-Sizes = list[dict[tuple[str, ...], Tensor]]
+Kind = Literal["learned", "off", "stays-off", "gauge-off", "random"]
+
+
+@dataclasses.dataclass
+class _Sizes:
+    """Frobenius norms of the generators of one step, by what was moved."""
+
+    stays: dict[tuple[str, ...], Tensor]
+    gauges: dict[tuple[Any, ...], Tensor]
 
 
 class Learned(Method):
@@ -33,28 +50,43 @@ class Learned(Method):
     Args:
         name: of the method.
         meta: the meta-optimizer.
-        teleport: `learned`; `off` for g = 1 with the same networks; `random` for an element of the same Frobenius
-            norm at the same steps.
+        teleport: `learned`; `off` for g = 1 with the same networks; `stays-off` and `gauge-off` for that of one
+            alone; `random` for elements of the same Frobenius norm at the same steps.
         seed: seeds the random elements.
     """
 
-    def __init__(self, name: str, meta: MetaOptimizer, teleport: str = "learned", seed: int = 0) -> None:
+    def __init__(self, name: str, meta: MetaOptimizer, teleport: Kind = "learned", seed: int = 0) -> None:
         super().__init__(name, {"mode": meta.config.mode, "teleport": teleport})
         self.meta, self.teleport, self.seed = meta, teleport, seed
-        self.teleports = meta.teleporter is not None and teleport != "off"  # type: ignore[misc]
-        self.gauge = "stays" if self.teleports else "none"
+        stays = meta.teleporter is not None and teleport not in ("off", "stays-off")
+        undone = meta.gauge is not None and teleport not in ("off", "gauge-off")
+        self.teleports = stays or undone  # type: ignore[misc]
+        self.gauge = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
+            (stays, undone), "none"
+        )
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         teleporter: Teleporter | None = None
-        if self.teleport == "off":
+        regauge: Regauge | None = None
+        if self.teleport in ("off", "stays-off"):
             teleporter = NoTeleport()
-        elif self.teleport == "random":
-            sizes: Sizes = []
-            self._run(stack, budget, None, sizes)
-            teleporter = _SameSizes(sizes, self.seed)
-        return self._run(stack, budget, teleporter, None)
+        if self.teleport in ("off", "gauge-off"):
+            regauge = _none_of
+        if self.teleport == "random":
+            sizes: list[_Sizes] = []
+            self._run(stack, budget, None, None, sizes)
+            source = torch.Generator().manual_seed(self.seed)
+            teleporter, regauge = _SameSizes(sizes, source), _SameGauges(sizes, source)
+        return self._run(stack, budget, teleporter, regauge, None)
 
-    def _run(self, stack: TaskStack, budget: int, teleporter: Teleporter | None, sizes: Sizes | None) -> Trajectory:
+    def _run(
+        self,
+        stack: TaskStack,
+        budget: int,
+        teleporter: Teleporter | None,
+        regauge: Regauge | None,
+        sizes: list[_Sizes] | None,
+    ) -> Trajectory:
         meta = self.meta.to(stack.device)
         recorder = Recorder(stack, budget)
         parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
@@ -67,16 +99,18 @@ class Learned(Method):
                 recorder.charge(1.0)
                 if state is None:
                     state = meta.initial_state(point, stack.symmetries, stack.deterministic, teleporter)
-                if isinstance(teleporter, _SameSizes):
-                    teleporter.step = number
-                taken = meta.step(point, stack.symmetries, state, teleporter)
+                for each in (teleporter, regauge):
+                    if isinstance(each, _SameSizes | _SameGauges):
+                        each.step = number
+                taken = meta.step(point, stack.symmetries, state, teleporter, regauge)
                 state, parameters = taken.state, taken.parameters
                 recorder.record(state.accepted.parameters, taken.accepted)
-                if self.teleports and bool((taken.size > 0).any()):
+                if bool((taken.size > 0).any()):
                     recorder.drift(state.accepted.parameters, taken.teleported, batch, where=taken.accepted)
                 recorder.charge(taken.evaluations)
                 if sizes is not None:
-                    sizes.append({move.symmetry.parameters: move.size for move in taken.moves})
+                    stays = {move.symmetry.parameters: move.size for move in taken.moves}
+                    sizes.append(_Sizes(stays, {_place(gauge): gauge.size for gauge in taken.gauges}))
                 number += 1
         return recorder.trajectory()
 
@@ -86,11 +120,9 @@ class _SameSizes(Teleporter):
 
     name = "random"
 
-    def __init__(self, sizes: Sizes, seed: int) -> None:
+    def __init__(self, sizes: list[_Sizes], source: torch.Generator) -> None:
         super().__init__()
-        self.sizes = sizes
-        self.source = torch.Generator().manual_seed(seed)
-        self.step = 0
+        self.sizes, self.source, self.step = sizes, source, 0
 
     def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         weight = point.parameters[symmetry.parameters[0]]
@@ -100,7 +132,30 @@ class _SameSizes(Teleporter):
         )
         if self.step >= len(self.sizes):
             return torch.zeros_like(drawn), state
-        return drawn * symmetry.group.expand(self.sizes[self.step][symmetry.parameters].to(drawn)), state
+        return drawn * symmetry.group.expand(self.sizes[self.step].stays[symmetry.parameters].to(drawn)), state
+
+
+class _SameGauges:
+    """Random gauges, of the sizes that another run's had at the same steps."""
+
+    def __init__(self, sizes: list[_Sizes], source: torch.Generator) -> None:
+        self.sizes, self.source, self.step = sizes, source, 0
+
+    def __call__(self, gauges: list[Gauge]) -> list[Gauge]:
+        if self.step >= len(self.sizes):
+            return []
+        drawn = []
+        for gauge in gauges:
+            group, size = gauge.symmetry.group, self.sizes[self.step].gauges[_place(gauge)].to(gauge.element)
+            generator = group.random_generator(
+                *size.shape, generator=self.source, dtype=gauge.element.dtype, device=gauge.element.device
+            )
+            drawn.append(dataclasses.replace(gauge, element=group.exp(generator * group.expand(size)), size=size))
+        return drawn
+
+
+def _place(gauge: Gauge) -> tuple[Any, ...]:
+    return (gauge.symmetry.parameters, gauge.side)
 
 
 def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None, seed: int = 0) -> list[Learned]:
@@ -112,9 +167,17 @@ def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None,
         seed: seeds the random elements.
     """
     made = [Learned("learned", checkpoint.learned)]
-    if checkpoint.learned.teleporter is not None:
+    stays, undone = (part is not None for part in (checkpoint.learned.teleporter, checkpoint.learned.gauge))
+    if stays or undone:
         made.append(Learned("learned/teleport-off", checkpoint.learned, "off"))
+        if stays and undone:
+            made.append(Learned("learned/stays-off", checkpoint.learned, "stays-off"))
+            made.append(Learned("learned/gauge-off", checkpoint.learned, "gauge-off"))
         made.append(Learned("learned/random-teleport", checkpoint.learned, "random", seed))
     if checkpoint.step_only is not None:
         made.append(Learned("learned/step-only", checkpoint.step_only))
     return [method for method in made if wanted is None or method.name in wanted]
+
+
+def _none_of(gauges: list[Gauge]) -> list[Gauge]:
+    return gauges[:0]

@@ -67,16 +67,42 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         if not self._track_higher_grads:
             moved = [value.detach().requires_grad_() for value in moved]
         else:
-            for value in moved:
-                if value.requires_grad:
-                    value.register_hook(_of_finite_tasks)
+            moved = list(_Bounded.apply(*(value.detach() for value in model.fast_params), *moved))
         model.update_params(moved)
 
 
-def _of_finite_tasks(gradient: Tensor) -> Tensor:
-    """A gradient without the tasks in which it is not finite: what diverges later on teaches the networks nothing."""
-    finite = gradient.isfinite().flatten(1).all(-1)
-    return torch.where(finite.reshape(-1, *(1,) * (gradient.ndim - 1)), gradient, 0.0)
+class _Bounded(torch.autograd.Function):
+    """The step as it is; backwards, a bound on what each task's step can say to the networks.
+
+    A task that diverges later on, or sits where the loss is steep beyond all measure, would drown its whole stack,
+    as the meta-gradient is clipped as a whole only. Bounded is the derivative of the meta-loss in the length of the
+    step: it is scale-free, of order one in a healthy unroll, and blind to what cancels along an orbit. What is not
+    finite is left out.
+    """
+
+    LARGEST = 100.0
+
+    @staticmethod
+    def forward(context: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        before, after = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        context.save_for_backward(*(new - old for old, new in zip(before, after, strict=True)))
+        return tuple(value.view_as(value) for value in after)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        steps = context.saved_tensors
+        products = [(gradient * step).flatten(1) for gradient, step in zip(gradients, steps, strict=True)]
+        product = torch.cat(products, 1)
+        finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
+        finite = finite & product.abs().sum(1).isfinite()
+        tiny = torch.finfo(product.dtype).tiny
+        scale = (_Bounded.LARGEST / product.sum(1).abs().clamp_min(tiny)).clamp_max(1.0)
+
+        def bounded(gradient: Tensor) -> Tensor:
+            shape = (-1, *(1,) * (gradient.ndim - 1))
+            return torch.where(finite.reshape(shape), gradient, 0.0) * torch.where(finite, scale, 0.0).reshape(shape)
+
+        return (*(None for _ in steps), *(bounded(gradient) for gradient in gradients))
 
 
 higher.register_optim(StackOptimizer, DifferentiableLearnedOptimizer)

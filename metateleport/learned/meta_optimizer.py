@@ -9,18 +9,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metateleport.gauges import Gauge, gauge_symmetries
+from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.flat import FlatRule, FlatTeleporter
+from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import BaseRule, CoordinateRule, StepRule, UpdateRule
+from metateleport.learned.rules import BaseRule, UpdateRule
+from metateleport.learned.step_rule import StepRule
 from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.learned.tensor_rule import TensorRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
 
-__all__ = ["MODES", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
+__all__ = ["GAUGES", "MODES", "UPDATES", "GaugeKind", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
 
+GaugeKind = Literal["none", "exact", "linearised"]
+GAUGES: tuple[GaugeKind, ...] = ("none", "exact", "linearised")
+UpdateSize = Literal["coordinate", "tensor"]
+UPDATES: tuple[UpdateSize, ...] = ("coordinate", "tensor")
 Mode = Literal["update", "lr", "update+tele", "lr+tele", "tele"]
 MODES: tuple[Mode, ...] = ("update", "lr", "update+tele", "lr+tele", "tele")
+
+
+Regauge = Callable[[list[Gauge]], list[Gauge]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +50,17 @@ class MetaOptimizerConfig:
         base_lr: its step size.
         shapes: shapes of the parameters and sizes of the symmetries, for `flat` only.
         max_size: trust region, Frobenius norm of a generator.
+        stays: in a mode with `tele`, learn a teleport that stays: the model moves along its orbit.
+        gauge: in a mode with `tele`, learn a gauge for each tensor, undone after the step: `exact` along exact
+            symmetries, `linearised` along pairs of linear layers too with what stands between taken as linear, or
+            `none`.
+        secants: number of secant pairs that are built around the learned step where all data are seen.
+        update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
+            for every tensor that steers a small network, for large models.
 
     Raises:
-        ValueError: if the mode or the network is unknown, or `flat` has no shapes.
+        ValueError: if the mode, the network or the gauge is unknown, `flat` has no shapes, or a mode with `tele` has
+            neither teleport nor gauge.
     """
 
     mode: Mode = "lr+tele"
@@ -52,6 +72,10 @@ class MetaOptimizerConfig:
     base_lr: float = 1e-3
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     max_size: float = 100.0
+    stays: bool = True
+    gauge: GaugeKind = "none"
+    secants: int = 0
+    update: UpdateSize = "coordinate"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -60,6 +84,14 @@ class MetaOptimizerConfig:
             raise ValueError(f"a network is equivariant or flat, not {self.network!r}")
         if self.network == "flat" and not self.shapes:
             raise ValueError("the flat networks are made for one shape: give the shapes of the parameters")
+        if self.update not in UPDATES:
+            raise ValueError(f"an update is one of {', '.join(UPDATES)}; not {self.update!r}")
+        if self.gauge not in GAUGES:
+            raise ValueError(f"a gauge is one of {', '.join(GAUGES)}; not {self.gauge!r}")
+        if self.gauge != "none" and (self.network == "flat" or not self.steps):
+            raise ValueError("a learned gauge goes with a learned step and the equivariant networks: use gauge='none'")
+        if self.teleports and not self.stays and self.gauge == "none":
+            raise ValueError(f"mode {self.mode!r} learns group elements: let the teleport stay, or give it a gauge")
 
     @property
     def teleports(self) -> bool:
@@ -70,6 +102,12 @@ class MetaOptimizerConfig:
     def steps(self) -> bool:
         """Whether the mode learns the step."""
         return self.mode != "tele"
+
+    @property
+    def gauge_groups(self) -> tuple[str, ...]:
+        """Groups that a gauge may be of."""
+        linearised = ("GL",) if self.gauge == "linearised" else ()
+        return tuple(dict.fromkeys((*(group for group in self.groups if group != "O"), *linearised)))
 
     def without_teleport(self) -> MetaOptimizerConfig:
         """The same recipe without teleports: the mode's step alone."""
@@ -85,6 +123,7 @@ class MetaState:
         accepted: the last accepted point, where a step that made a task worse goes back to.
         teleporter: the teleporter's state.
         rule: the update rule's state.
+        gauge: the learned gauge's state.
         deterministic: whether every evaluation sees the same data.
     """
 
@@ -92,6 +131,7 @@ class MetaState:
     accepted: Point | None
     teleporter: Any
     rule: Any
+    gauge: Any = None
     deterministic: bool = True
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MetaState:
@@ -125,8 +165,9 @@ class Step:
         state: the state after the step.
         evaluations: gradient evaluations beyond the one that gave the point.
         accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
-        moves: what each symmetry contributed.
-        size: Frobenius norm of all generators together.
+        moves: what each symmetry contributed to the teleport that stays.
+        gauges: that the step was taken in, and that were undone.
+        size: Frobenius norm of all generators of the teleport that stays together.
         refused: number of symmetries whose element was refused.
     """
 
@@ -136,6 +177,7 @@ class Step:
     evaluations: Tensor
     accepted: Tensor
     moves: tuple[Move, ...]
+    gauges: tuple[Gauge, ...]
     size: Tensor
     refused: Tensor
 
@@ -147,7 +189,8 @@ class MetaOptimizer(nn.Module):
 
     1. accept the point or, task by task, go back to the last accepted one, with the step damped;
     2. teleport along the symmetries, gradients carried along;
-    3. step, within the curvature bound; a task whose step is not finite stays where it is.
+    3. step each tensor in its gauge, within the curvature bound, and undo the gauge; a task whose step is not finite
+       stays where it is.
 
     It is pure: networks are its parameters, all else is in the state. `LearnedOptimizer` wraps it for models,
     `DifferentiableLearnedOptimizer` for `higher`.
@@ -171,7 +214,10 @@ class MetaOptimizer(nn.Module):
         region = TrustRegion(max_size=config.max_size)
         self.teleporter: Teleporter | None = None
         self.rule: UpdateRule
-        if config.teleports:
+        self.gauge: LearnedGauge | None = None
+        if config.teleports and config.gauge != "none":
+            self.gauge = LearnedGauge(config.gauge_groups, config.hidden)
+        if config.teleports and config.stays:
             self.teleporter = (
                 FlatTeleporter(config.shapes, config.hidden, region)
                 if config.network == "flat"
@@ -181,10 +227,12 @@ class MetaOptimizer(nn.Module):
             self.rule = BaseRule(config.base, config.base_lr)
         elif config.network == "flat":
             self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
+        elif config.mode.startswith("update") and config.update == "tensor":
+            self.rule = TensorRule(config.hidden, secants=config.secants)
         elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden)
+            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants)
         else:
-            self.rule = StepRule(config.hidden)
+            self.rule = StepRule(config.hidden, config.secants)
 
     def initial_state(
         self,
@@ -203,16 +251,23 @@ class MetaOptimizer(nn.Module):
         """
         assert point.loss is not None
         chosen = teleporter or self.teleporter or NoTeleport()
+        linear = self._linear(symmetries)
         return MetaState(
             progress=Progress.begin(point.loss.detach() if self.detach else point.loss),
             accepted=None,
             teleporter=chosen.initial_state(point, symmetries),
             rule=self.rule.initial_state(point),
+            gauge=None if self.gauge is None else self.gauge.initial_state(point, linear),
             deterministic=deterministic,
         )
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], state: MetaState, teleporter: Teleporter | None = None
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        state: MetaState,
+        teleporter: Teleporter | None = None,
+        regauge: Regauge | None = None,
     ) -> Step:
         """One inner step on every task of the stack.
 
@@ -221,6 +276,7 @@ class MetaOptimizer(nn.Module):
             symmetries: of the model, in the order of the data flow.
             state: what `initial_state` or the last step gave.
             teleporter: takes the place of the learned one (attribution).
+            regauge: exchanges the learned gauges for others (attribution).
 
         Returns:
             The step.
@@ -242,20 +298,40 @@ class MetaOptimizer(nn.Module):
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         moved, moves, teleporter_state = travel(chosen, start, symmetries, teleporter_state, allowed=accepted & usable)
-        rule_state = self.rule.carry(state.rule, moves, start)
-        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state)
+        rule_state = self.rule.carry(state.rule, moves, start, accepted)
+        gauges, gauge_state = self._gauges(moved, symmetries, progress, state, moves)
+        if regauge is not None:
+            gauges = regauge(gauges)
+        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges)
         parameters = _where_finite(parameters, base, usable)
         zero = torch.zeros_like(point.loss.detach())
         return Step(
             parameters=parameters,
             teleported=moved.parameters,
-            state=MetaState(progress, base.replace(pullback=None), teleporter_state, rule_state, state.deterministic),
+            state=MetaState(
+                progress, base.replace(pullback=None), teleporter_state, rule_state, gauge_state, state.deterministic
+            ),
             evaluations=sum((move.evaluations for move in moves), zero),
             accepted=accepted,
             moves=tuple(moves),
+            gauges=tuple(gauges),
             size=sum((move.size.square() for move in moves), zero).sqrt(),
             refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
         )
+
+    def _linear(self, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
+        return gauge_symmetries(symmetries, self.config.gauge == "linearised")
+
+    def _gauges(
+        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: MetaState, moves: Sequence[Move]
+    ) -> tuple[list[Gauge], Any]:
+        if self.gauge is None:
+            return [], None
+        moved: Tensor | None = None
+        if moves:
+            moved = torch.stack([move.size > 0 for move in moves]).any(0)
+        linear = self._linear(symmetries)
+        return self.gauge.choose(point, linear, progress, state.gauge, state.deterministic, moved)
 
 
 def _finite(point: Point) -> Tensor:

@@ -27,6 +27,7 @@ class Progress:
         damping: factor on the step, at most one; falls when a step is taken back.
         rejected: number of steps taken back.
         accepted: whether the last evaluation was accepted.
+        deterministic: whether every evaluation sees all data.
 
     Example:
         >>> start = torch.tensor([1.0, 1.0])
@@ -44,6 +45,7 @@ class Progress:
     damping: Tensor
     rejected: Tensor
     accepted: Tensor
+    deterministic: bool = True
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:
@@ -80,9 +82,9 @@ class Progress:
         tiny = torch.finfo(loss.dtype).tiny
         gain = ((last.abs() + tiny).log() - (before.abs() + tiny).log()).clamp(-20, 20)
         gain = torch.where(last.isfinite(), gain, 0.0)
-        damping = torch.where(accepted, (self.damping * 1.5).clamp_max(1.0), self.damping * 0.3)
+        damping = torch.where(accepted, (self.damping * 3).clamp_max(1.0), self.damping * 0.3)
         rejected = self.rejected + (~accepted).to(loss.dtype)
-        return Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted), accepted
+        return Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted, deterministic), accepted
 
     def features(self) -> Tensor:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""

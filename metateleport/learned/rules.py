@@ -1,28 +1,25 @@
-"""Update rules: how a learned network turns gradients into a step, bounded by the curvature."""
+"""Update rules: how gradients become a step; the interface, and the hand-designed ones."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metateleport.learned.curvature import curvature_bounds, smooth_largest
-from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.gauges import Gauge
+from metateleport.learned.progress import Progress
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["BASES", "BaseRule", "CoordinateRule", "StepRule", "UpdateRule"]
+__all__ = ["BASES", "BaseRule", "UpdateRule", "carried_moments", "fit", "rms", "subtracted"]
 
 BASES = ("sgd", "momentum", "adam")
 """Names of the hand-designed optimizers of mode `tele`."""
-
-Cell = tuple[Tensor, Tensor]
-_TENSOR_FEATURES = 4
 
 
 class UpdateRule(abc.ABC):
@@ -33,7 +30,14 @@ class UpdateRule(abc.ABC):
         """The state before the first step."""
 
     @abc.abstractmethod
-    def step(self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: Any) -> tuple[Tensors, Any]:
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: Any,
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, Any]:
         """The next parameters and the new state.
 
         Args:
@@ -41,169 +45,19 @@ class UpdateRule(abc.ABC):
             symmetries: which tell how the layers follow one another.
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
+            gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
         """
 
-    def carry(self, state: Any, moves: Sequence[Move], point: Point) -> Any:
-        """Carries what the state remembers of gradients along with a teleport; by default it remembers nothing."""
+    def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor) -> Any:
+        """Carries what the state remembers along with a teleport; by default it remembers nothing.
+
+        Args:
+            state: what `initial_state` or the last call of `step` gave.
+            moves: the teleport.
+            point: where it starts.
+            accepted: where the point is what the last step led to, `(tasks,)`; elsewhere that was taken back.
+        """
         return state
-
-
-class StepRule(nn.Module, UpdateRule):
-    r"""Gradient descent with momentum, step and momentum of each tensor learned.
-
-    $$v \mapsto \beta v + G, \qquad W \mapsto W - m\,d\,v / \kappa$$
-
-    $\kappa$ is the smooth curvature bound of the layer, $d \le 1$ the task's damping. An LSTM for each tensor (weights
-    shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
-    the start nearly zero. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
-    large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
-    a task that goes back to its last accepted point starts with none. Tensors without a bound take Polyak's step
-    $L / |\nabla L|^2$ in the place of $1 / \kappa$.
-
-    The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
-    `detach` to False, or put another function in the place of `observe`.
-
-    Args:
-        hidden: units of the LSTM.
-
-    Example:
-        >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
-        626
-    """
-
-    def __init__(self, hidden: int = 32) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.detach = True
-        self.observe: Callable[[Point, Tensors, Progress], Tensor] = _observe
-        self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 2)
-        with torch.no_grad():
-            self.head.weight.mul_(0.1)
-            self.head.bias.copy_(torch.tensor([-0.7, -3.0]))
-
-    def initial_state(self, point: Point) -> dict[str, Any]:
-        assert point.loss is not None
-        own = self.head.weight
-        zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
-        still = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
-        return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still}
-
-    def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
-    ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
-        moved = dict(point.parameters)
-        for name, speed in velocity.items():
-            moved[name] = point.parameters[name] - _fit(scales[name], speed) * speed
-        return moved, {"cells": cells, "velocity": velocity}
-
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
-        velocity = dict(state["velocity"])
-        for move in moves:
-            velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
-        return {**state, "velocity": velocity}
-
-    def _velocities(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
-    ) -> tuple[Tensors, Tensors, dict[str, Cell]]:
-        """The factor on each tensor's velocity, `(tasks,)`, and the velocities; all tensors in one call of the LSTM."""
-        assert point.loss is not None
-        bounds = curvature_bounds(point, symmetries)
-        tiny = torch.finfo(point.loss.dtype).tiny
-        polyak = point.loss.abs() / point.squared_gradient_norm().clamp_min(tiny)
-        names = list(point.gradients)
-        own = self.head.weight.dtype
-        if self.detach:
-            fixed = {name: value.detach() for name, value in bounds.items()}
-            inputs = self.observe(point.detach(), fixed, progress)
-        else:
-            inputs = self.observe(point, bounds, progress)
-        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
-        cells = state["cells"]
-        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
-        hidden, memory = self.cell(inputs.flatten(0, 1), before)
-        size = (len(names), *point.loss.shape)
-        outputs = self.head(hidden).to(point.loss.dtype).reshape(*size, 2)
-        multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
-        hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
-        scales, velocity, after = {}, {}, {}
-        for index, name in enumerate(names):
-            gradient = point.gradients[name]
-            reach = bounds[name].reciprocal() if name in bounds else polyak
-            scales[name] = multipliers[index] * progress.damping * reach
-            kept = torch.where(_fit(progress.accepted, gradient), state["velocity"][name], 0.0)
-            velocity[name] = _fit(memories[index], gradient) * kept + gradient
-            after[name] = (hidden[index], memory[index])
-        return scales, velocity, after
-
-
-class CoordinateRule(StepRule):
-    r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
-
-    $$W \mapsto W - \frac{m\,d}{\kappa}\left(2\sigma(o_2)\,v + \mathrm{rms}(v)\tanh(o_1)\right)$$
-
-    with $v$ the velocity of the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
-    inputs: the gradient over its root mean square, the momentum over the root of the second moment, the log of the
-    second moment over its mean, and the time. At the start of meta-training this is the learned step alone.
-
-    Args:
-        hidden: units of the per-tensor LSTM.
-        coordinate_hidden: units of each layer of the coordinate-wise LSTM.
-
-    Source: Andrychowicz et al., NeurIPS 2016 (arXiv 1606.04474), section 2.1.
-    """
-
-    _FEATURES = 4
-
-    def __init__(self, hidden: int = 32, coordinate_hidden: int = 20) -> None:
-        super().__init__(hidden)
-        self.coordinate_hidden = coordinate_hidden
-        self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _coordinate_features
-        self.first = nn.LSTMCell(self._FEATURES, coordinate_hidden)
-        self.second = nn.LSTMCell(coordinate_hidden, coordinate_hidden)
-        self.coordinate_head = nn.Linear(coordinate_hidden, 2)
-        with torch.no_grad():
-            self.coordinate_head.weight.mul_(0.1)
-            self.coordinate_head.bias.zero_()
-
-    def initial_state(self, point: Point) -> dict[str, Any]:
-        own = self.coordinate_head.weight
-        count = sum(gradient.numel() for gradient in point.gradients.values())
-        zero = torch.zeros(count, self.coordinate_hidden, dtype=own.dtype, device=own.device)
-        moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
-        return {**super().initial_state(point), "layers": (zero,) * 4, "momentum": moments, "squares": moments}
-
-    def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
-    ) -> tuple[Tensors, dict[str, Any]]:
-        scales, velocity, cells = self._velocities(point, symmetries, progress, state)
-        own = self.coordinate_head.weight.dtype
-        momentum, squares, inputs, sizes = {}, {}, [], {}
-        for name, gradient in point.gradients.items():
-            fixed = gradient.detach() if self.detach else gradient
-            momentum[name] = 0.9 * state["momentum"][name] + 0.1 * fixed
-            squares[name] = 0.95 * state["squares"][name] + 0.05 * fixed.square()
-            sizes[name] = _rms(velocity[name])
-            inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
-        flat = torch.cat(inputs)
-        first = self.first(flat, state["layers"][:2])
-        second = self.second(first[0], state["layers"][2:])
-        outputs = self.coordinate_head(second[0])
-        moved, start = dict(point.parameters), 0
-        for name, gradient in point.gradients.items():
-            own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
-            start += gradient.numel()
-            shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
-            direction = 2 * gain.sigmoid() * velocity[name] + _fit(sizes[name], gradient) * shift.tanh()
-            moved[name] = point.parameters[name] - _fit(scales[name], gradient) * direction
-        layers = (*first, *second)
-        after = {"cells": cells, "velocity": velocity, "layers": layers, "momentum": momentum, "squares": squares}
-        return moved, after
-
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
-        # The moments are features here, and features are kept out of the graph.
-        return {**super().carry(state, moves, point), **_carried(state, moves, point, self.detach)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,12 +89,17 @@ class BaseRule(UpdateRule):
         return {"momentum": moments, "squares": moments, "time": 0}
 
     def step(
-        self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: dict[str, Any]
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
         time = state["time"] + 1
         momentum, squares, moved = {}, {}, dict(point.parameters)
         for name, gradient in point.gradients.items():
-            kept = torch.where(_fit(progress.accepted, gradient), state["momentum"][name], 0.0)
+            kept = torch.where(fit(progress.accepted, gradient), state["momentum"][name], 0.0)
             if self.optimizer == "adam":
                 momentum[name] = 0.9 * kept + 0.1 * gradient
                 squares[name] = 0.999 * state["squares"][name] + 0.001 * gradient.square()
@@ -252,14 +111,14 @@ class BaseRule(UpdateRule):
                 squares[name], direction = state["squares"][name], momentum[name]
             else:
                 momentum[name], squares[name], direction = state["momentum"][name], state["squares"][name], gradient
-            moved[name] = point.parameters[name] - _fit(self.lr * progress.damping, gradient) * direction
+            moved[name] = point.parameters[name] - fit(self.lr * progress.damping, gradient) * direction
         return moved, {"momentum": momentum, "squares": squares, "time": time}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point) -> dict[str, Any]:
-        return {**state, **_carried(state, moves, point, detach=False)}
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+        return {**state, **carried_moments(state, moves, point, detach=False)}
 
 
-def _carried(state: dict[str, Any], moves: Sequence[Move], point: Point, detach: bool) -> dict[str, Any]:
+def carried_moments(state: dict[str, Any], moves: Sequence[Move], point: Point, detach: bool) -> dict[str, Any]:
     momentum, squares = dict(state["momentum"]), dict(state["squares"])
     for move in moves:
         element = move.element.detach() if detach else move.element
@@ -268,48 +127,16 @@ def _carried(state: dict[str, Any], moves: Sequence[Move], point: Point, detach:
     return {"momentum": momentum, "squares": squares}
 
 
-def _fit(scale: Tensor, tensor: Tensor) -> Tensor:
+def subtracted(parameters: Tensors, changes: Tensors) -> Tensors:
+    return {name: parameters[name] - change for name, change in changes.items()}
+
+
+def fit(scale: Tensor, tensor: Tensor) -> Tensor:
     """A `(tasks,)` factor shaped so that it multiplies a tensor of the stack."""
     return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
 
 
-def _rms(tensor: Tensor) -> Tensor:
+def rms(tensor: Tensor) -> Tensor:
     """Root mean square of each task's tensor, `(tasks,)`."""
     square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
     return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
-
-
-def _observe(point: Point, bounds: Tensors, progress: Progress) -> Tensor:
-    """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
-    shared = progress.features()
-    return torch.stack([torch.cat((_tensor_features(point, name, bounds), shared), -1) for name in point.gradients])
-
-
-def _tensor_features(point: Point, name: str, bounds: Tensors) -> Tensor:
-    """What the step network sees of one tensor: how uneven its inputs are, how steep it is, and its place."""
-    assert point.loss is not None
-    layer, _, kind = name.rpartition(".")
-    loss = point.loss
-    tiny = torch.finfo(loss.dtype).tiny
-    uneven, steep = torch.zeros_like(loss), torch.zeros_like(loss)
-    if layer in point.activations and kind == "weight":
-        inputs = point.activations[layer]
-        mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
-        uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
-    if name in bounds:
-        squared = point.gradients[name].square().reshape(*loss.shape, -1).sum(-1)
-        # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
-        share = squared / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
-        steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
-    known = torch.full_like(loss, float(name in bounds))
-    return torch.stack((uneven / 2, steep, known, torch.full_like(loss, float(kind == "bias"))), -1)
-
-
-def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:
-    tiny = torch.finfo(gradient.dtype).tiny
-    normal = gradient / _fit(_rms(gradient), gradient)
-    adaptive = momentum / (squares.sqrt() + tiny)
-    mean = squares.reshape(squares.shape[0], -1).mean(-1).clamp_min(tiny)
-    relative = (squares / _fit(mean, squares)).clamp_min(1e-12).log() / 10
-    stacked = torch.stack((normal, adaptive, relative, torch.full_like(normal, time / (time + 10))), -1)
-    return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(0, -2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.learned.basis import BASIS, FEATURES, Observation, observe
+from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
@@ -40,7 +41,7 @@ class TeleportNetwork(nn.Module):
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Tensor, Cell]:
         """Coefficients in (-1, 1), `(tasks, basis)`, the gate in (0, 1), `(tasks,)`, and the new state."""
         hidden, memory = self.cell(features, state)
-        out = self.head(hidden)
+        out = finite_gradient(self.head(hidden))
         return out[..., :-1].tanh(), out[..., -1].sigmoid(), (hidden, memory)
 
 

@@ -114,6 +114,10 @@ class AxisSymmetry(Symmetry):
         direct, dual = self._pair(element, self.group.inverse(element))
         return Carried(self._move(self.legs, dual, direct, covectors), exact=self.exactness == "exact")
 
+    def carry_vectors(self, element: Tensor, vectors: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+        direct, dual = self._pair(element, self.group.inverse(element))
+        return self._move(self.legs, direct, dual, vectors)
+
     def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
         direct, dual = self._pair(element, self.group.inverse(element))
         return Carried(self._move(self.legs, dual.square(), direct.square(), squares), exact=self.is_diagonal)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.groups import Group
 from metateleport.point import Point
+from metateleport.symmetries.activations import slope
 
 if TYPE_CHECKING:
     from metateleport.detection.certificate import Certificate
@@ -37,6 +38,16 @@ class Symmetry(abc.ABC):
     has to be measured.
 
     A symmetry is pure: it keeps names and sizes, never tensors of a model, and `act` returns a new point.
+
+    Example:
+        >>> from metateleport.symmetries import Rescaling
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> symmetry = Rescaling(model, "0", "2")
+        >>> symmetry.kind, symmetry.exactness, symmetry.dimension, symmetry.parameters
+        ('rescaling', 'exact', 3, ('0.weight', '0.bias', '2.weight'))
+        >>> moved = symmetry.act(torch.tensor([2.0, 1.0, 1.0]), Point(dict(model.named_parameters())))
+        >>> torch.allclose(moved.parameters["0.weight"][0], 2 * model[0].weight[0])
+        True
     """
 
     kind: str
@@ -111,6 +122,24 @@ class Symmetry(abc.ABC):
 
         Exact for diagonal groups; elsewhere the entries of a gradient are taken as uncorrelated.
         """
+
+    def carry_vectors(self, element: Tensor, vectors: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+        r"""Carries tangent vectors (steps) along a linear action: under $w \mapsto A w$ a step goes to $A\,dw$.
+
+        Args:
+            element: group elements, `(*batch, *group.shape)`.
+            vectors: by parameter name, a tensor shaped like the parameter.
+            point: where the element acts.
+
+        Returns:
+            Those of the symmetry's parameters, moved.
+
+        Raises:
+            Unsuitable: if the action is not linear.
+        """
+        own = {name: vectors.get(name, torch.zeros_like(point.parameters[name])) for name in self.parameters}
+        moved = self.act(element, Point(own, loss=point.loss)).parameters
+        return {name: moved[name] for name in self.parameters if name in vectors}
 
     def rebuild_cost(self, point: Point) -> float:
         """Share of a gradient evaluation that carrying the gradients along costs; zero where they are covectors."""
@@ -193,6 +222,11 @@ class Pair(Symmetry):
             raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}{grouped}")
         self._repeats = incoming // self.width
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether both layers are linear ones, not convolutions."""
+        return (self._first_ndim, self._second_ndim) == (2, 2)
+
     def side(self, name: str) -> Literal["in", "out", "both"]:
         return "in" if name == self.second_weight else "out"
 
@@ -226,6 +260,26 @@ class Pair(Symmetry):
             found["outgoing_moment"] = second.mT @ second_gradient
             found["incoming_moment"] = first_gradient @ first.mT
         return found
+
+    def slopes(self, point: Point) -> Tensor | None:
+        """Derivatives of what stands between the layers, `(*batch, samples, width)`; None where they are not known.
+
+        Without a known activation they are the ratio of what it puts out to what it takes in: right for positively
+        homogeneous activations, through which pairs are rescalings.
+        """
+        if not self.is_dense or self.first not in point.activations:
+            return None
+        before = point.activations[self.first] @ point.parameters[self.first_weight].mT
+        if self.first_bias is not None:
+            before = before + point.parameters[self.first_bias].unsqueeze(-2)
+        activation = getattr(self, "activation", None)
+        if activation is not None:
+            return slope(activation, before)
+        after = point.activations.get(self.second)
+        if after is None or after.shape != before.shape:
+            return None
+        still = before.abs() <= torch.finfo(before.dtype).tiny
+        return torch.where(still, 1.0, after / torch.where(still, 1.0, before))
 
     def _features(self, point: Point) -> Tensor:
         """Inputs of the second layer, `(*batch, samples, width)`."""

@@ -48,6 +48,9 @@ class _BatchPair(Pair):
     def carry_covectors(self, element: Tensor, covectors: Mapping[str, Tensor], point: Point) -> Carried:
         return Carried(self._carry(element, self.group.inverse(element), covectors), exact=False)
 
+    def carry_vectors(self, element: Tensor, vectors: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+        raise Unsuitable(f"a {self.kind} does not act linearly, so steps are not carried along it")
+
     def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
         inverse = self.group.inverse(element)
         return Carried(self._carry(element.square(), inverse.square(), squares), exact=False)

@@ -60,6 +60,12 @@ class LinearPair(Pair):
     def carry_covectors(self, element: Tensor, covectors: Mapping[str, Tensor], point: Point) -> Carried:
         return Carried(self._carry(element, self.group.inverse(element), covectors), exact=True)
 
+    def carry_vectors(self, element: Tensor, vectors: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+        return self._carry(self.group.inverse(element).mT, element.mT, vectors)
+
+    def slopes(self, point: Point) -> Tensor | None:
+        return None
+
     def _carry(self, element: Tensor, inverse: Tensor, covectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         carried = {}
         for name in self.parameters:

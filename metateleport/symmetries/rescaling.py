@@ -62,6 +62,9 @@ class Rescaling(Pair):
     def carry_covectors(self, element: Tensor, covectors: Mapping[str, Tensor], point: Point) -> Carried:
         return Carried(self._scale(element.reciprocal(), element, covectors), exact=True)
 
+    def carry_vectors(self, element: Tensor, vectors: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+        return self._scale(element, element.reciprocal(), vectors)
+
     def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
         return Carried(self._scale(element.square().reciprocal(), element.square(), squares), exact=True)
 

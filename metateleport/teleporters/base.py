@@ -80,6 +80,11 @@ class Move:
     gain: Tensor | None = None
     failures: tuple[str, ...] = ()
 
+    @property
+    def unstable(self) -> bool:
+        """Whether an element was refused for what it is: not finite, too large or ill-conditioned."""
+        return any(failure.startswith("element") for failure in self.failures)
+
 
 class Teleporter:
     """Chooses a group element for each symmetry of a model.

@@ -46,6 +46,8 @@ class TeleportReport:
         evaluations: gradient evaluations spent; a forward pass alone counts a third.
         state: how the optimizer's state came along, one of `transport`, `keep`, `reset`, `approximate`; empty
             without an optimizer.
+        state_entries: what became of each entry of the optimizer's state: `exact`, `approximate`, `kept` or `reset`.
+        signatures: signs of failure that an optimizer saw, at once or in later steps, by name, each with what was seen.
         seconds: wall time of choosing and moving; NaN where it was not taken.
         gain: relative change of what the teleporter seeks, summed over its moves, positive where it went its way; NaN
             where it seeks nothing.
@@ -68,6 +70,8 @@ class TeleportReport:
     weight_decay_change: float
     evaluations: float
     state: str = ""
+    state_entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    signatures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = _NAN
     gain: float = _NAN
     held_out_before: float = _NAN

@@ -23,6 +23,7 @@ from metateleport.training.trainer import MetaTrainer, Progression, Snapshot
 __all__ = ["Interrupted", "resume_folder", "train"]
 
 _LEARNED, _STEP_ONLY = "learned", "step-only"
+_LOOKED_AT = 32
 
 
 class Interrupted(Exception):
@@ -85,7 +86,7 @@ def train(
 
 def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]:
     example = family.stack([0], "train", config.seed, config.torch_dtype)
-    groups = tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries))
+    groups = _groups(family, config)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if config.network == "flat":
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items())
@@ -97,6 +98,10 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         shapes=shapes,
         base=config.base,
         base_lr=config.base_lr,
+        stays=config.stays,
+        gauge=config.gauge,
+        secants=config.secants,
+        update=config.update,
     )
     if shape.teleports and not groups:
         raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
@@ -111,6 +116,15 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
             meta = MetaOptimizer(each)
         trainers[name] = MetaTrainer(config, family, meta, config.meta_steps, seconds)
     return trainers
+
+
+def _groups(family: TaskFamily, config: TrainConfig) -> tuple[str, ...]:
+    """Names of the groups that the tasks of a training have, over the settings that it varies."""
+    families = [family]
+    if config.network != "flat":
+        families += [family.augmented(number, config.seed) for number in range(_LOOKED_AT)]
+    tasks = [each.task(0, "train", config.seed, config.torch_dtype) for each in dict.fromkeys(families)]
+    return tuple(dict.fromkeys(symmetry.group.name for task in tasks for symmetry in task.symmetries))
 
 
 def _reporting(
@@ -130,7 +144,7 @@ def _reporting(
     return reported
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def settings_that_count(config: TrainConfig) -> dict[str, Any]:
     """What has to be equal between a training and its resumption: all but the device."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in values.items() if name not in ("device",)}
@@ -144,7 +158,7 @@ def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -
             states[name] = trainer.boundary.progression
             # JSON knows no infinity; the score before the first validation is one.
             states[name] = {**states[name], "best": min(states[name]["best"], 1e300)}
-        write_json(temporary / "state.json", {"config": _settings(config), "progressions": states})
+        write_json(temporary / "state.json", {"config": settings_that_count(config), "progressions": states})
 
 
 def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -> None:
@@ -156,7 +170,7 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
         raise TrainingError(
             f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
         ) from error
-    wanted, started = _settings(config), state.get("config") if isinstance(state, dict) else None
+    wanted, started = settings_that_count(config), state.get("config") if isinstance(state, dict) else None
     if not isinstance(started, dict):
         raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
     changed = [name for name, value in wanted.items() if started.get(name) != value]

@@ -1,0 +1,227 @@
+"""The learned gauge: what it can express, what it leaves alone, and that it is the same in every basis and width."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_gauges
+from metateleport.learned.curvature import curvature_bounds, output_curvatures
+from metateleport.learned.gauge import LearnedGauge
+from metateleport.learned.progress import Progress
+from metateleport.symmetries import LinearisedPair, Unsuitable
+from metateleport.teleporters import Teleporter
+
+TASKS = 3
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum() / 2
+
+
+def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0) -> tuple[mt.StackedModel, mt.Point]:
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    models = []
+    for _ in range(TASKS):
+        model = nn.Sequential(
+            nn.Linear(4, width, bias=bias), nn.LeakyReLU(0.1), nn.Linear(width, 3, bias=bias)
+        ).double()
+        with torch.no_grad():
+            for value in model.parameters():
+                value.copy_(draw(*value.shape))
+        models.append(model)
+    model = mt.StackedModel(models, half_squared_error, [mt.Rescaling(models[0], "0", "2")])
+    batch = (draw(TASKS, samples, 4),), (draw(TASKS, samples, 3),)
+    return model, model.point_at(model.tensors(), batch)
+
+
+def gauge_of(point: mt.Point, symmetries: tuple[mt.Symmetry, ...], **changes: float) -> list[Gauge]:
+    """Gauges of a network whose head is a constant: the weights' biases by the basis's index, and the gate's."""
+    learned = LearnedGauge(("GL", "diagonal"), hidden=4).double()
+    with torch.no_grad():
+        for network in learned.networks.values():
+            network.head.weight.zero_()
+            for index, value in changes.items():
+                network.head.bias[int(index.removeprefix("b"))] = value
+    state = learned.initial_state(point, symmetries)
+    assert point.loss is not None
+    progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=True)
+    return learned.choose(point, symmetries, progress, state, deterministic=True)[0]
+
+
+class Fixed(Teleporter):
+    """Answers with one generator."""
+
+    def __init__(self, generator: Tensor) -> None:
+        super().__init__()
+        self.fixed = generator
+
+    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: object) -> tuple[Tensor, object]:
+        return self.fixed, state
+
+
+@pytest.mark.parametrize("linearised", [False, True])
+def test_a_preconditioned_step_is_a_step_in_a_gauge_that_is_undone(linearised: bool) -> None:
+    model, point = problem()
+    (symmetry,) = gauge_symmetries(model.symmetries, linearised)
+    generator = 0.3 * symmetry.group.random_generator(TASKS, seed=1, dtype=torch.float64)
+    element, size = symmetry.group.exp(generator), symmetry.group.norm(generator)
+    sides = {"in": ("2.weight",), "out": ("0.weight", "0.bias")}
+    for side, names in sides.items():
+        gauge = Gauge(symmetry, side, names, element, size)  # type: ignore[arg-type]
+        raised = precondition([gauge], point.gradients, point)
+        stepped = step_in_gauges(
+            point,
+            [symmetry],
+            lambda _: Fixed(generator),
+            lambda at, names: {name: at.parameters[name] - 0.1 * at.gradients[name] for name in names},
+            names=names,
+        )
+        for name in names:
+            assert torch.allclose(stepped.parameters[name], point.parameters[name] - 0.1 * raised[name], atol=1e-10)
+        for name in point.gradients.keys() - set(names):
+            assert torch.equal(raised[name], point.gradients[name])
+
+
+def test_an_open_gate_on_the_metric_is_the_inverse_of_the_covariance_and_of_the_curvature() -> None:
+    model, point = problem()
+    symmetries = gauge_symmetries(model.symmetries, linearised=True)
+    gauges = gauge_of(point, symmetries, b0=200.0, b4=40.0)
+    raised = precondition(gauges, point.gradients, point)
+    features, above = point.activations["2"], output_curvatures(point, symmetries)["0"]
+    expected = {
+        "2.weight": point.gradients["2.weight"] @ torch.linalg.inv(features.mT @ features),
+        "0.weight": torch.linalg.inv(above) @ point.gradients["0.weight"],
+    }
+    for name, value in expected.items():
+        # Up to a scale, which cancels against the bound.
+        found, wanted = raised[name].flatten(1), value.flatten(1)
+        assert torch.allclose(
+            found / found.norm(dim=1, keepdim=True), wanted / wanted.norm(dim=1, keepdim=True), atol=1e-6
+        )
+    bounds = curvature_bounds(point, model.symmetries, gauges)
+    for name in expected:
+        # A white layer: a step over the bound takes at most all that this tensor alone could.
+        gain = (point.gradients[name] * raised[name]).flatten(1).sum(1) / bounds[name]
+        assert point.loss is not None
+        assert bool((gain <= 2 * point.loss * (1 + 1e-9)).all())
+
+
+def test_a_closed_gate_is_no_gauge() -> None:
+    model, point = problem()
+    gauges = gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), b4=-60.0)
+    raised = precondition(gauges, point.gradients, point)
+    for name, value in point.gradients.items():
+        assert torch.allclose(raised[name], value, rtol=1e-9)
+
+
+def test_the_curvature_above_is_that_of_the_outputs() -> None:
+    """For one sample it is the exact Gauss-Newton matrix in the pre-activations: J^T J by finite differences."""
+    model, _ = problem(samples=1)
+    source = torch.Generator().manual_seed(5)
+    batch = (torch.randn(TASKS, 1, 4, generator=source, dtype=torch.float64),), (torch.zeros(TASKS, 1, 3).double(),)
+    point = model.point_at(model.tensors(), batch)
+    found = output_curvatures(point, model.symmetries)["0"]
+    for task in range(TASKS):
+        weights = {name: value[task] for name, value in point.parameters.items()}
+
+        def above(z: Tensor, weights: dict[str, Tensor] = weights) -> Tensor:
+            return nn.functional.leaky_relu(z, 0.1) @ weights["2.weight"].mT + weights["2.bias"]
+
+        z = batch[0][0][task, 0] @ weights["0.weight"].mT + weights["0.bias"]
+        jacobian = torch.func.jacrev(above)(z)
+        assert torch.allclose(found[task], jacobian.mT @ jacobian, atol=1e-10)
+
+
+def test_slopes_are_read_off_a_homogeneous_activation() -> None:
+    model, point = problem()
+    rescaling = model.symmetries[0]
+    assert isinstance(rescaling, mt.Rescaling)
+    slopes = LinearisedPair(rescaling).slopes(point)
+    assert slopes is not None
+    assert bool(((slopes - 1).abs() < 1e-9).logical_or((slopes - 0.1).abs() < 1e-9).all())
+    assert 0.2 < float((slopes > 0.5).double().mean()) < 0.8
+
+
+def test_permuting_hidden_units_permutes_the_gauge() -> None:
+    model, point = problem()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = {
+        "0.weight": point.parameters["0.weight"][:, order],
+        "0.bias": point.parameters["0.bias"][:, order],
+        "2.weight": point.parameters["2.weight"][:, :, order],
+        "2.bias": point.parameters["2.bias"],
+    }
+    source = torch.Generator().manual_seed(7)
+    batch = (torch.randn(TASKS, 9, 4, generator=source, dtype=torch.float64),), (torch.zeros(TASKS, 9, 3).double(),)
+    symmetries = gauge_symmetries(model.symmetries, linearised=True)
+    here, there = model.point_at(point.parameters, batch), model.point_at(moved, batch)
+    for mine, other in zip(gauge_of(here, symmetries, b1=1.0), gauge_of(there, symmetries, b1=1.0), strict=True):
+        assert torch.allclose(other.element, mine.element[:, order][:, :, order], atol=1e-8)
+
+
+def test_on_minibatches_the_covariances_are_running_means_and_a_teleport_voids_them() -> None:
+    model, point = problem()
+    other = problem(seed=1)[1]
+    symmetries = gauge_symmetries(model.symmetries, linearised=True)
+    learned = LearnedGauge(("GL",), hidden=4).double()
+    assert point.loss is not None
+    progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=False)
+    state = learned.initial_state(point, symmetries)
+    moved = torch.tensor([True, False, False])
+    for at, where in ((point, None), (other, moved)):
+        _, state = learned.choose(at, symmetries, progress, state, deterministic=False, moved=where)
+    (key,) = [name for name in state["covariances"] if name.endswith("in/metric")]
+    first, second = (each.activations["2"].mT @ each.activations["2"] for each in (point, other))
+    assert torch.allclose(state["covariances"][key][0], second[0])
+    assert torch.allclose(state["covariances"][key][1:], (first + second)[1:] / 2)
+
+
+def test_a_gauge_leaves_the_model_in_its_place_and_serves_every_width() -> None:
+    torch.manual_seed(0)
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
+    for width in (3, 8):
+        model, point = problem(width)
+        taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries))
+        assert len(taken.gauges) == 2
+        assert taken.moves == () or not bool((taken.size > 0).any())
+        for name, value in taken.teleported.items():
+            assert torch.equal(value, point.parameters[name])
+        assert bool((taken.evaluations == 0).all())
+
+
+def test_the_condition_of_a_gauge_is_bounded() -> None:
+    model, point = problem(width=6, samples=3)
+    for gauge in gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), b0=200.0, b4=40.0):
+        assert bool((gauge.size <= -math.log(torch.finfo(torch.float64).eps) / 2 + 1e-9).all())
+        assert bool(gauge.element.isfinite().all())
+
+
+def test_what_a_gauge_may_act_along() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 4), nn.Linear(4, 2))
+    batch_form, linear = mt.BatchPair2022(model, "0", "2", model[1]), mt.LinearPair(model, "2", "3")
+    assert [each.kind for each in gauge_symmetries([batch_form, linear], linearised=True)] == [
+        "linearised pair",
+        "linear pair",
+    ]
+    assert gauge_symmetries([batch_form, linear], linearised=False) == (linear,)
+    convolutions = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
+    with pytest.raises(Unsuitable, match="convolution"):
+        LinearisedPair(mt.Rescaling(convolutions, "0", "2"))
+
+
+def test_configurations_that_cannot_work_say_so() -> None:
+    with pytest.raises(ValueError, match="a gauge is one of"):
+        mt.MetaOptimizerConfig(gauge="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give it a gauge"):
+        mt.MetaOptimizerConfig(stays=False)
+    with pytest.raises(ValueError, match="goes with a learned step"):
+        mt.MetaOptimizerConfig(mode="tele", gauge="exact")
