@@ -268,8 +268,7 @@ def page_of(report: dict[str, Any]) -> str:
         f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the "
         "teleporter included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
         "",
-        "A larger gradient is no gain by itself: it comes with a larger curvature, so that the steps after it have to be "
-        "shorter. The gradient norm and the last column have to be read side by side.",
+        "A larger gradient is no gain by itself: the gradient norm has to be read beside the last column.",
     ]
     for name, rows in report["gains"].items():
         better = [row["teleporter"] for row in rows if row["interval"][1] < 1]
@@ -278,8 +277,8 @@ def page_of(report: dict[str, Any]) -> str:
             "",
             f"### {name}",
             "",
-            f"Ahead of no teleport, with the whole interval: {', '.join(better) or 'none'}. Behind it: "
-            f"{', '.join(worse) or 'none'}.",
+            f"Ahead of no teleport, with the whole interval: {'; '.join(better) or 'nothing'}. Behind it: "
+            f"{'; '.join(worse) or 'nothing'}.",
             "",
             "| teleporter | evaluations | ms | gradient norm | drift | loss at equal evaluations | failures named |",
             "|---|---|---|---|---|---|---|",
