@@ -218,3 +218,22 @@ def test_a_meta_gradient_that_is_not_finite_is_an_error() -> None:
     now = [0.0]
     with pytest.raises(FloatingPointError, match="broken"):
         measure([FakeCase("broken", 1.0, now, [], math.nan)], 1, 1.0, CPU, clock=lambda: now[0])
+
+
+def test_teleporters_page_has_every_teleporter_and_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import teleporters
+
+    monkeypatch.setattr(teleporters, "STEPS", 1)
+    size = ["--tasks", "2", "--rounds", "1", "--budget", "9"]
+    cases = ["--families", "leaky_mlp", "--priced", "leaky_mlp, one task", "digits, one task"]
+    files = ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "page.md")]
+    assert teleporters.main([*size, *cases, *files]) == 0
+    report, page = json.loads((tmp_path / "out.json").read_text()), (tmp_path / "page.md").read_text()
+    assert [row["task"] for row in report["prices"]] == ["leaky_mlp, one task", "digits, one task"]
+    assert all(row["ratios"][kind]["median"] > 0 for row in report["prices"] for kind in ("ascent", "teleport"))
+    rows = {row["teleporter"]: row for row in report["gains"]["leaky_mlp"]}
+    assert rows.keys() == teleporters.TELEPORTERS.keys()
+    assert all(name in page for name in rows)
+    assert rows["none"]["loss_ratio"] == 1
+    assert rows["none"]["evaluations"] == 0
+    assert rows["gradient norm, ascent"]["gradient_norm"] > 1

@@ -134,12 +134,12 @@ class Teleporter:
         moves = []
         for symmetry in reversed(symmetries):
             start = point
-            proposed, state = self.propose(symmetry, start, state)
+            proposed, state = self.choose(symmetry, start, state)
             point, move = _carry_out(self, symmetry, start, proposed, allowed)
             moves.append(move)
         return point, moves, state
 
-    def propose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor | Chosen, Any]:
+    def choose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor | Chosen, Any]:
         """A generator, or an element that has none at hand, and the new state; arguments as in `generator`."""
         return self.generator(symmetry, point, state)
 

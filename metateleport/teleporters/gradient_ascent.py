@@ -80,7 +80,7 @@ class GradientAscentTeleporter(Teleporter):
         with torch.no_grad():
             return self.ascent.relative_gain(self.objective(start.detach()), self.objective(arrived.detach()))
 
-    def propose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Chosen, Any]:
+    def choose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Chosen, Any]:
         fixed = point.detach()
         if self.objective.reads_gradients:
             fixed = fixed.replace(pullback=point.pullback)

@@ -1,0 +1,341 @@
+"""All teleporters by cost and by gain on the same tasks, and what gradient ascent costs in double backward passes.
+
+Seconds are CPU seconds of one thread, medians over rounds in which all cases take turns.
+
+Example:
+    python -m benchmarks.teleporters
+    python -m benchmarks.teleporters --tasks 4 --rounds 3 --budget 20 --json teleporters.json --markdown page.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metateleport as mt
+from benchmarks._timing import conditions
+from metateleport.evaluation.paired import paired_ratio
+from metateleport.families import TaskStack
+from metateleport.files import write_json, write_text
+from metateleport.teleporters import Move, travel
+
+__all__ = ["main"]
+
+SCHEMA = 1
+STEPS = 10
+"""Ascent steps of every teleporter that makes steps."""
+
+Maker = Callable[[Sequence[mt.Symmetry]], mt.Teleporter]
+
+TELEPORTERS: dict[str, Maker] = {
+    "none": lambda _: mt.NoTeleport(),
+    "random": lambda _: mt.RandomTeleporter(size=1.0, seed=0),
+    "gradient norm, ascent": lambda _: mt.GradientAscentTeleporter(steps=STEPS),
+    "gradient norm, ascent, line search": lambda _: mt.GradientAscentTeleporter(steps=STEPS, line_search=True),
+    "gradient norm, descent": lambda _: mt.GradientAscentTeleporter(
+        steps=STEPS, step_size=0.02, direction="descent", line_search=True
+    ),
+    "sharpness, descent": lambda _: mt.GradientAscentTeleporter(
+        mt.Sharpness(radii=(0.1,), directions=3), steps=STEPS, step_size=0.05, direction="descent"
+    ),
+    "sharpness, ascent": lambda _: mt.GradientAscentTeleporter(
+        mt.Sharpness(radii=(0.1,), directions=3), steps=STEPS, step_size=0.05
+    ),
+    "curvature, descent": lambda symmetries: mt.GradientAscentTeleporter(
+        mt.Curvature(symmetries, curves=3), steps=STEPS, step_size=0.05, direction="descent"
+    ),
+    "curvature, ascent": lambda symmetries: mt.GradientAscentTeleporter(
+        mt.Curvature(symmetries, curves=3), steps=STEPS, step_size=0.05
+    ),
+    "whitening, features": lambda _: mt.WhiteningTeleporter("features"),
+    "whitening, balanced": lambda _: mt.WhiteningTeleporter("balanced"),
+    "null space": lambda _: mt.NullSpaceTeleporter(steps=STEPS),
+    "level set": lambda _: mt.LevelSetTeleporter(steps=STEPS),
+    "learned": lambda _: mt.load("leaky_mlp"),
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "leaky_mlp": ("leaky_mlp", {}),
+    "leaky_mlp, half as many samples": ("leaky_mlp", {"samples": 10}),
+    "matrix_factorisation": ("matrix_factorisation", {"batch": None}),
+}
+
+PRICED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "leaky_mlp, one task": ("leaky_mlp", {}, 1),
+    "leaky_mlp, 16 tasks": ("leaky_mlp", {}, 16),
+    "leaky_mlp, depth 3, 16 tasks": ("leaky_mlp", {"depth": 3}, 16),
+    "leaky_mlp, width 100, 4 tasks": ("leaky_mlp", {"width": 100}, 4),
+    "matrix_factorisation, one task": ("matrix_factorisation", {}, 1),
+    "matrix_factorisation, 16 tasks": ("matrix_factorisation", {}, 16),
+    "digits, one task": ("digits", {}, 1),
+}
+
+
+def double_backward(stack: TaskStack, batch: Any) -> None:
+    """The gradient in the weights of the squared gradient norm, from a forward pass on."""
+    weights = list(stack.model.parameters())
+    gradients = torch.autograd.grad(stack.model(batch).sum(), weights, create_graph=True)
+    torch.autograd.grad(sum(value.square().sum() for value in gradients), weights)  # type: ignore[arg-type]
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """CPU seconds of some work."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def price_of(name: str, rounds: int) -> dict[str, Any]:
+    """Gradient ascent against as many double backward passes, side by side in every round."""
+    family, settings, tasks = PRICED[name]
+    stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
+    batch, teleporter = stack.batch(0), mt.GradientAscentTeleporter(steps=STEPS)
+    steps = STEPS * len(stack.symmetries)
+    point = stack.model.point_at(stack.model.tensors(), batch)
+
+    def ascend() -> None:
+        with torch.no_grad():
+            for symmetry in stack.symmetries:
+                teleporter.choose(symmetry, point, None)
+
+    def whole() -> None:
+        start = stack.model.point_at(stack.model.tensors(), batch)
+        with torch.no_grad():
+            travel(teleporter, start, stack.symmetries)
+
+    def passes() -> None:
+        for _ in range(steps):
+            double_backward(stack, batch)
+
+    works = {"ascent": ascend, "teleport": whole, "passes": passes}
+    spent: dict[str, list[float]] = {kind: [] for kind in works}
+    for number in range(rounds + 1):
+        for kind, work in works.items():
+            seconds = timed(work)
+            # The first round is warm-up.
+            if number:
+                spent[kind].append(seconds)
+    ratios = {
+        kind: [ours / theirs for ours, theirs in zip(spent[kind], spent["passes"], strict=True)]
+        for kind in ("ascent", "teleport")
+    }
+    return {
+        "task": name,
+        "symmetries": [f"{each.kind}, {each.group}" for each in stack.symmetries],
+        "steps": steps,
+        "double_backward_ms": 1e3 * statistics.median(spent["passes"]) / steps,
+        "ratios": {
+            kind: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for kind, values in ratios.items()
+        },
+        "rounds": rounds,
+    }
+
+
+def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, Any]]:
+    """Every teleporter once from the start of the same tasks, then gradient descent until the budget is spent."""
+    family, settings = FAMILIES[name]
+    stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
+    batch = stack.full
+    start = stack.model.point_at(stack.model.tensors(), batch)
+    teleporters = {kind: make(stack.symmetries) for kind, make in TELEPORTERS.items()}
+    seconds: dict[str, list[float]] = {kind: [] for kind in teleporters}
+    arrivals: dict[str, tuple[mt.Point, list[Move]]] = {}
+    for number in range(rounds + 1):
+        for kind, teleporter in teleporters.items():
+            began = time.process_time()
+            with torch.no_grad():
+                arrived, moves, _ = travel(teleporter, start, stack.symmetries)
+            if number:
+                seconds[kind].append((time.process_time() - began) / tasks)
+            else:
+                arrivals[kind] = arrived, moves
+    rows, reference = [], None
+    for kind, (arrived, moves) in arrivals.items():
+        spent = sum((move.evaluations for move in moves), torch.zeros(tasks, dtype=torch.float64))
+        losses = descend(stack, batch, arrived, spent + 1, budget)
+        reference = losses if reference is None else reference
+        norms = (arrived.squared_gradient_norm() / start.squared_gradient_norm()).sqrt()
+        assert arrived.loss is not None
+        assert start.loss is not None
+        ratio = paired_ratio(losses.tolist(), reference.tolist())
+        rows.append(
+            {
+                "teleporter": kind,
+                "evaluations": float(spent.mean()),
+                "seconds": statistics.median(seconds[kind]),
+                "moved": float((sum(move.size for move in moves) > 0).double().mean()) if moves else 0.0,  # type: ignore[union-attr]
+                "gradient_norm": float(norms.median()),
+                "loss_drift": float(((stack.model.losses_at(arrived.parameters, batch) / start.loss) - 1).abs().max()),
+                "loss_ratio": ratio.ratio,
+                "interval": [ratio.low, ratio.high],
+                "failures": sorted({failure for move in moves for failure in move.failures}),
+            }
+        )
+    return rows
+
+
+_FACTORS = (4.0, 1.0, 0.25)
+
+
+def descend(stack: TaskStack, batch: Any, point: mt.Point, spent: Tensor, budget: int) -> Tensor:
+    """Gradient descent with a step size searched for in every step, until each task has spent its budget.
+
+    Args:
+        stack: the tasks.
+        batch: all their data.
+        point: where to start, with gradients.
+        spent: gradient evaluations spent so far, `(tasks,)`.
+        budget: all that a task may spend.
+
+    Returns:
+        The losses, `(tasks,)`.
+    """
+    tasks = len(stack)
+    parameters, gradients = dict(point.parameters), dict(point.gradients)
+    losses = stack.model.losses_at(parameters, batch)
+    # The first step would halve the loss of a function that is linear.
+    size = losses / (2 * point.squared_gradient_norm())
+    while True:
+        # Three values, and the gradient at the best of them.
+        spent = spent + 2.0
+        going = spent <= budget
+        if not bool(going.any()):
+            return losses
+        best, best_size = dict(parameters), size * _FACTORS[-1] / 2
+        best_losses = losses
+        for factor in _FACTORS:
+            trial = {
+                name: value - _wide(factor * size, value) * gradients[name] if name in gradients else value
+                for name, value in parameters.items()
+            }
+            found = stack.model.losses_at(trial, batch)
+            better = going & (found < best_losses)
+            best = {name: torch.where(_wide(better, value), value, best[name]) for name, value in trial.items()}
+            best_losses = torch.where(better, found, best_losses)
+            best_size = torch.where(better, factor * size, best_size)
+        parameters, losses, size = best, best_losses, best_size
+        gradients = stack.model.point_at(parameters, batch).gradients
+        assert losses.shape == (tasks,)
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def page_of(report: dict[str, Any]) -> str:
+    """The report as a page in Markdown."""
+    settings, found = report["settings"], report["conditions"]
+    lines = [
+        "# Teleporters by cost and by gain",
+        "",
+        f"Made by `python -m benchmarks.teleporters`: {settings['tasks']} held-out tasks of a family, "
+        f"{settings['rounds']} rounds in which all cases take turns, CPU time, float64, {found['threads']} thread(s) "
+        f"of {found['cpu']}, torch {found['torch']}.",
+        "",
+        "## What an ascent costs",
+        "",
+        f"Gradient ascent on the squared gradient norm, {STEPS} steps for every symmetry, against as many double "
+        "backward passes (forward, backward, and the gradient of the squared gradient norm in the weights) on the same "
+        "tasks: median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of "
+        "the trust region and the move itself.",
+        "",
+        "| tasks | symmetries | one double backward pass | ascent alone | whole teleport |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["prices"]:
+        ratios = [f"{each['median']:.2f} ({each['min']:.2f} to {each['max']:.2f})" for each in row["ratios"].values()]
+        kinds = "; ".join(dict.fromkeys(row["symmetries"]))
+        lines.append(f"| {row['task']} | {kinds} | {row['double_backward_ms']:.1f} ms | {ratios[0]} | {ratios[1]} |")
+    lines += [
+        "",
+        "Under exact symmetries a step is algebra on small matrices. A batch form rebuilds the backward pass in every "
+        "step, which for two layers is all of it, and solves for the weights of the lower layer besides.",
+        "",
+        "## What each brings",
+        "",
+        "Each teleporter once, from the start of each task. Evaluations and milliseconds are those of choosing and "
+        "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest "
+        "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every "
+        f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the "
+        "teleporter included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
+        "",
+        "A larger gradient is no gain by itself: the gradient norm has to be read beside the last column.",
+    ]
+    for name, rows in report["gains"].items():
+        better = [row["teleporter"] for row in rows if row["interval"][1] < 1]
+        worse = [row["teleporter"] for row in rows if row["interval"][0] > 1]
+        lines += [
+            "",
+            f"### {name}",
+            "",
+            f"Ahead of no teleport, with the whole interval: {'; '.join(better) or 'nothing'}. Behind it: "
+            f"{'; '.join(worse) or 'nothing'}.",
+            "",
+            "| teleporter | evaluations | ms | gradient norm | drift | loss at equal evaluations | failures named |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            low, high = row["interval"]
+            failures = ", ".join(row["failures"]) or ("" if row["moved"] else "stays")
+            lines.append(
+                f"| {row['teleporter']} | {row['evaluations']:.1f} | {1e3 * row['seconds']:.2f} "
+                f"| {row['gradient_norm']:.3g} | {row['loss_drift']:.0e} "
+                f"| {row['loss_ratio']:.2g} [{low:.2g}, {high:.2g}] | {failures} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: what stands behind the program's name; the process's own if not given.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.teleporters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tasks", type=int, default=8, help="held-out tasks of each family")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing, after one of warm-up")
+    parser.add_argument("--budget", type=int, default=80, help="gradient evaluations of a task, all in all")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--priced", nargs="+", choices=list(PRICED), default=list(PRICED), metavar="CASE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", default=Path("docs/teleporters.md"))
+    parsed = parser.parse_args(arguments)
+    if min(parsed.tasks, parsed.rounds, parsed.budget) < 1:
+        parser.error("--tasks, --rounds and --budget are above zero")
+    settings = {name: getattr(parsed, name) for name in ("tasks", "rounds", "budget")}
+    report: dict[str, Any] = {"schema": SCHEMA, "settings": settings, "conditions": conditions(torch.device("cpu"))}
+    report["prices"] = [_told(name, price_of(name, parsed.rounds)) for name in parsed.priced]
+    report["gains"] = {
+        name: _told(name, gains_on(name, parsed.tasks, parsed.rounds, parsed.budget)) for name in parsed.families
+    }
+    page = page_of(report)
+    print(page, end="")
+    write_text(parsed.markdown, page)
+    if parsed.json is not None:
+        write_json(parsed.json, report)
+    return 0
+
+
+def _told(name: str, found: Any) -> Any:
+    print(f"{name}: done", file=sys.stderr)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
