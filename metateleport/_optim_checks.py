@@ -26,6 +26,11 @@ def check_kinds(optimizer: Any, teleporter: Any, state: Any, held_out: Any, wind
         raise TypeError(f"the first argument is a torch.optim optimizer, not a {type(optimizer).__name__}")
     if not isinstance(teleporter, Teleporter):
         raise TypeError(f"the teleporter is a metateleport.Teleporter, not a {type(teleporter).__name__}")
+    if teleporter.needs_loss:
+        raise ValueError(
+            f"{type(teleporter).__name__} evaluates the loss at other weights, and an optimizer knows it at the "
+            "model's own only: move the model with metateleport.teleport between two steps"
+        )
     if state not in _STATES:
         raise ValueError(f"state is one of {', '.join(_STATES)}, not {state!r}")
     if held_out is not None and not callable(held_out):

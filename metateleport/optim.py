@@ -235,13 +235,15 @@ class TeleportingOptimizer(Wrapping):
         try:
             result = self.optimizer.step() if again is None else self.optimizer.step(again)
             if self._watch is not None:
-                self._stepped(None if closure is None else scalar_or_none(result))
+                self._look_back(None if closure is None else scalar_or_none(result))
+            self.steps += 1
+            self._due = self.schedule.due(self.steps)
         finally:
             if self._watch is not None:
                 self._watch.wanted = self._due
         return result
 
-    def _stepped(self, loss: Tensor | None) -> None:
+    def _look_back(self, loss: Tensor | None) -> None:
         self._judge.see(loss)
         if self._judge.ripe:
             self._judge_last()
@@ -250,8 +252,6 @@ class TeleportingOptimizer(Wrapping):
             gradients = [each.grad for group in self.param_groups for each in group["params"] if each.grad is not None]
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else _NAN
         self.schedule.observe(self.steps, norm, teleported=self._due)
-        self.steps += 1
-        self._due = self.schedule.due(self.steps)
 
     def _judge_last(self) -> None:
         if self.reports:

@@ -789,6 +789,7 @@ def test_hooks_are_removed_and_the_inner_optimizer_goes_on() -> None:
     assert hooks(problem.model) == 0
     train(problem, optimizer, 2, closure=False)
     assert len(optimizer.reports) == 1
+    assert optimizer.state_dict()["teleporting"]["steps"] == 3
 
 
 def test_the_model_is_copied_and_saved_with_its_hooks_on() -> None:
@@ -880,6 +881,10 @@ def test_bad_input_is_named() -> None:
         wrap(problem, symmetries=[])
     with pytest.raises(TypeError, match=r"torch.optim optimizer, not a Sequential"):
         wrap(problem, problem.model)
+    with pytest.raises(
+        ValueError, match=r"LevelSetTeleporter evaluates the loss at other weights.*metateleport\.teleport"
+    ):
+        wrap(problem, teleporter=mt.LevelSetTeleporter())
     with pytest.raises(TypeError, match=r"a metateleport.Teleporter, not a str"):
         wrap(problem, teleporter="random")
     wide = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from symmetry_cases import Problem, case
 
@@ -76,6 +76,8 @@ def test_a_norm_that_falls_fast_enough_is_let_be() -> None:
     assert norms_of(mt.WhenStalled(window=8, threshold=edge + 1e-9), falling)[0] == 8
 
 
+# A busy machine draws slowly.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(2, 12), st.integers(0, 30), st.lists(st.floats(0.1, 10.0), min_size=80, max_size=80))
 def test_a_teleport_comes_again_after_the_window_and_the_cooldown(
     window: int, cooldown: int, norms: list[float]

@@ -30,6 +30,8 @@ FAMILIES = ("digits", "mnist_digits")
 WHEN = ("early", "late", "often")
 PLAIN = "no teleport"
 LOOKS = 10
+# The source's code goes no further where the squared norm of the gradient is above it.
+SQUARED_NORM_CAP = 100.0
 REGIMES = {
     "source": "the source's step size",
     "plain": "the best step size without teleports",
@@ -126,7 +128,10 @@ class Optimizers(Experiment):
         }
 
         def ascent() -> Teleporter:
-            return GradientAscentTeleporter(steps=self.ascent, step_size=self.reach / self.ascent, cap=self.reach)
+            step = self.reach / self.ascent
+            return GradientAscentTeleporter(
+                steps=self.ascent, step_size=step, cap=self.reach, value_cap=SQUARED_NORM_CAP
+            )
 
         def random() -> Teleporter:
             return RandomTeleporter(size=self.reach, seed=0)
