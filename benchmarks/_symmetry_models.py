@@ -112,6 +112,14 @@ def _vit() -> tuple[nn.Module, Any]:
     return model, torch.randn(2, 3, 32, 32)
 
 
+def _convnext() -> tuple[nn.Module, Any]:
+    models = _torchvision()
+    from torchvision.models.convnext import CNBlockConfig
+
+    blocks = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 1)]
+    return models.ConvNeXt(blocks, num_classes=10), torch.randn(2, 3, 32, 32)
+
+
 def _tokens() -> Tensor:
     return torch.randint(0, 50, (2, 7))
 
@@ -176,6 +184,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "vgg11_bn": _vgg11_bn,
     "mobilenet_v3_small": _mobilenet,
     "vit": _vit,
+    "ConvNeXt": _convnext,
     "GPT-2": _gpt2,
     "Llama": _llama,
     "BERT": _bert,

@@ -1,16 +1,18 @@
 """The symmetries of models that people use: how many of each kind, how far they drift, how long finding takes.
 
-Passes are forward and backward passes on the same input, timed in the same run. Small models are found in about half a
-second, most of which torch.export takes, whatever a pass of theirs takes.
+In every round finding and forward and backward passes on the same input take turns, after a first of each as warm-up.
+Seconds are those of the processor, which other programs on the machine add little to. Small models are found in about
+half a second, most of which torch.export takes, whatever a pass of theirs takes.
 
 Example:
     python -m benchmarks.symmetries --markdown docs/symmetries.md
-    python -m benchmarks.symmetries --models resnet18 Llama --json symmetries.json
+    python -m benchmarks.symmetries --models resnet18 Llama --rounds 1 --json symmetries.json
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -21,58 +23,103 @@ import torch
 from torch import nn
 
 from benchmarks._symmetry_models import MODELS, build
+from benchmarks._timing import Summary, conditions
 from metateleport import find_symmetries
 from metateleport.detection.trace import observables, split
 from metateleport.files import write_json, write_text
 
 __all__ = ["main", "row_of"]
 
-SCHEMA = 1
+SCHEMA = 2
+
+COST_SHAPES = ((2, 3, 224, 224), (1, 3, 224, 224), (2, 3, 64, 64))
+"""Inputs of resnet18 that the cost of finding is measured on."""
+
+_PASSES = 3
 
 _TITLE = """\
 # Symmetries of models that people use
 
 Made by `python -m benchmarks.symmetries --markdown docs/symmetries.md`. Each entry is the number of symmetries of a
-kind and, in brackets, their dimensions together; the drift is the largest relative change of the outputs in float64
-under random elements of norms up to three, on inputs that were not used for finding, at the model's weights and at
-random ones. Models are in evaluation mode. The last column is the time of finding in forward and backward passes on
-the same input, for each kind that was found; for small models it is torch.export's alone.
+kind and, in brackets, their dimensions together. The dimension and the drift are of the exact ones: the drift is the
+largest relative change of the outputs in float64 under random elements of norms up to three, on inputs that were not
+used for finding, at the model's weights and at random ones. Batch forms hold on the example input alone. Models are in
+evaluation mode. Seconds are those of the processor; they and the passes (forward and backward, on the same input) for
+each kind that was found are medians of rounds in which both took turns. For small models finding is torch.export's time
+alone.
 
 """
 
+_COST = """
+## What finding costs
 
-def row_of(name: str) -> dict[str, Any]:
+resnet18 again, by the shape of its input: seconds of finding, of a forward and backward pass in float32, and their
+ratio for each of its {kinds} kinds, as median (smallest to largest) of {rounds} rounds. Six forward passes in float64
+certify all symmetries at once, each about as long as a forward and backward pass in float32. The trace takes the same
+third of a second whatever the input, and weighs most where a pass is short.
+
+| input | seconds | pass | passes per kind |
+|---|---|---|---|
+"""
+
+
+def row_of(name: str, rounds: int = 1) -> dict[str, Any]:
     """Finds the symmetries of one model.
 
     Args:
         name: a key of `MODELS`.
+        rounds: how often finding is timed.
 
     Returns:
         What the table and the JSON say of it.
     """
     model, example = build(name)
-    one_pass = min(_pass_seconds(model, example) for _ in range(3))
-    started = time.perf_counter()
     found = find_symmetries(model, example)
-    seconds = time.perf_counter() - started
     kinds = {kind: {"count": count, "dimension": total} for kind, (count, total) in found.by_kind().items()}
     return {
         "model": name,
         "parameters": sum(value.numel() for value in model.parameters()),
         "kinds": kinds,
-        "dimension": found.dimension,
+        "dimension": found.exact.dimension,
         "drift": max((each.drift for each in found.exact), default=0.0),
         "refused": len(found.refused),
-        "seconds": seconds,
-        "pass_seconds": one_pass,
+        **_timed(model, example, rounds, len(kinds)),
+    }
+
+
+def cost_of(shape: Sequence[int], rounds: int) -> dict[str, Any]:
+    """What finding costs on resnet18, on inputs of a shape; keys as in a row of the table."""
+    model, _ = build("resnet18")
+    example = torch.randn(*shape)
+    kinds = len(find_symmetries(model, example).by_kind())
+    return {"input": list(shape), "kinds": kinds, **_timed(model, example, rounds, kinds)}
+
+
+def _timed(model: nn.Module, example: Any, rounds: int, kinds: int) -> dict[str, Any]:
+    """Seconds of finding and of a pass, and passes per kind, over rounds in which both take turns."""
+    finding, passing, ratios = [], [], []
+    # Symmetries of this model were found before, so that only the pass needs a warm-up.
+    _pass_seconds(model, example)
+    for _ in range(rounds):
+        passes = [_pass_seconds(model, example) for _ in range(_PASSES)]
+        started = time.process_time()
+        find_symmetries(model, example)
+        finding.append(time.process_time() - started)
+        passes += [_pass_seconds(model, example) for _ in range(_PASSES)]
+        passing.append(statistics.median(passes))
+        ratios.append(finding[-1] / passing[-1] / max(kinds, 1))
+    return {
+        "seconds": statistics.median(finding),
+        "pass_seconds": statistics.median(passing),
+        "passes_per_kind": Summary.of(ratios)._asdict(),
     }
 
 
 def _pass_seconds(model: nn.Module, example: Any) -> float:
     inputs, keywords = split(example)
-    started = time.perf_counter()
+    started = time.process_time()
     sum(output.float().sum() for output in observables(model(*inputs, **keywords))).backward()  # type: ignore[union-attr]
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     model.zero_grad()
     return seconds
 
@@ -87,8 +134,22 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
         kinds = ", ".join(f"{kind} {each['count']} ({each['dimension']})" for kind, each in row["kinds"].items())
         lines.append(
             f"| {row['model']} | {row['parameters']} | {kinds} | {row['dimension']} | {row['drift']:.0e} "
-            f"| {row['seconds']:.1f} | {row['seconds'] / row['pass_seconds'] / max(len(row['kinds']), 1):.1f} |"
+            f"| {row['seconds']:.1f} | {row['passes_per_kind']['median']:.1f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def cost_table(costs: Sequence[dict[str, Any]], rounds: int) -> str:
+    """The section on what finding costs, in Markdown."""
+    lines = [_COST.format(kinds=costs[0]["kinds"], rounds=rounds).rstrip("\n")]
+    for cost in costs:
+        ratio = cost["passes_per_kind"]
+        lines.append(
+            f"| {'x'.join(map(str, cost['input']))} | {cost['seconds']:.2f} | {cost['pass_seconds']:.3f} "
+            f"| {ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f}) |"
+        )
+    machine = conditions(torch.device("cpu"))
+    lines += ["", f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -103,21 +164,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.symmetries", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often finding is timed; 5 if not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as a page")
     parsed = parser.parse_args(arguments)
+    if parsed.rounds < 1:
+        parser.error(f"--rounds is a number of rounds, at least one, not {parsed.rounds}")
     # The first trace of a process loads what all later ones use.
     find_symmetries(nn.Linear(2, 2), torch.ones(1, 2))
     rows = []
     for name in parsed.models:
         try:
-            rows.append(row_of(name))
+            rows.append(row_of(name, parsed.rounds))
         except ModuleNotFoundError as missing:
             print(f"{name} is left out: {missing}", file=sys.stderr)
-    table = table_of(rows)
+    costs = [cost_of(shape, parsed.rounds) for shape in COST_SHAPES] if "resnet18" in parsed.models else []
+    table = table_of(rows) + (cost_table(costs, parsed.rounds) if costs else "")
     print(table, end="")
     if parsed.json is not None:
-        write_json(parsed.json, {"schema": SCHEMA, "models": rows})
+        write_json(parsed.json, {"schema": SCHEMA, "models": rows, "costs": costs})
     if parsed.markdown is not None:
         write_text(parsed.markdown, _TITLE + table)
     return 0

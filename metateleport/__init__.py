@@ -6,9 +6,10 @@ from metateleport.detection import Certificate, Refused, Symmetries, certify, fi
 from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.objectives import Objective, SquaredGradientNorm
+from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
+from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.stack import StackedModel
 from metateleport.symmetries import (
     BatchPair2022,
@@ -20,8 +21,11 @@ from metateleport.symmetries import (
     Unsuitable,
 )
 from metateleport.teleporters import (
+    FreeTeleporter,
     GradientAscentTeleporter,
+    LevelSetTeleporter,
     NoTeleport,
+    NullSpaceTeleporter,
     RandomTeleporter,
     Teleporter,
     TeleportReport,
@@ -33,22 +37,28 @@ from metateleport.teleporters import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtSteps",
     "BatchPair2022",
     "BatchPair2024",
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "Curvature",
+    "Every",
     "FamilyError",
+    "FreeTeleporter",
     "GeneralLinear",
     "GradientAscentTeleporter",
     "Group",
     "LearnedOptimizer",
     "LearnedTeleporter",
+    "LevelSetTeleporter",
     "LinearPair",
     "Measure",
     "MetaOptimizer",
     "MetaOptimizerConfig",
     "NoTeleport",
+    "NullSpaceTeleporter",
     "Objective",
     "Orthogonal",
     "Point",
@@ -57,6 +67,8 @@ __all__ = [
     "RandomTeleporter",
     "Refused",
     "Rescaling",
+    "Schedule",
+    "Sharpness",
     "SquaredGradientNorm",
     "StackedModel",
     "Symmetries",
@@ -69,6 +81,7 @@ __all__ = [
     "TeleportingOptimizer",
     "TrustRegion",
     "Unsuitable",
+    "WhenStalled",
     "WhiteningTeleporter",
     "certify",
     "find_symmetries",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from metateleport.checkpoint import Checkpoint
-    from metateleport.evaluation import Method
+    from metateleport.evaluation import Method, Seed
     from metateleport.families import TaskFamily
 
 __all__ = ["add"]
@@ -28,11 +28,13 @@ _EXAMPLES = """\
 examples:
   metateleport evaluate leaky_mlp leaky_mlp --json result.json --plot result.png
   metateleport evaluate leaky_mlp leaky_mlp --set width=100          a width it was never trained on
+  metateleport evaluate leaky_mlp leaky_mlp --steps 1000 --methods learned     does it diverge far beyond its horizon?
   metateleport evaluate none digits --tasks 16 --methods adam,lbfgs  baselines alone
   metateleport evaluate none leaky_mlp --methods whitening,gauss-newton,soap   second-order references
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
-teleport or a line search evaluates is counted. The baselines' step sizes are tuned on training tasks first, which is
+teleport or a line search evaluates is counted. Of a checkpoint of several meta-seeds all are run, and what is said
+of the learned one is said over all of them. The baselines' step sizes are tuned on training tasks first, which is
 remembered under ~/.cache/metateleport (or METATELEPORT_CACHE). What the learned teleport brings stands in words under
 the table, and with every comparison behind it in the JSON's `attribution`.
 """
@@ -57,6 +59,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--methods", metavar="A,B", help="only these methods, separated by commas (default: all but gauss-newton, soap)"
     )
+    parser.add_argument(
+        "--meta-seeds",
+        choices=("all", "best"),
+        default="all",
+        help="of a checkpoint of several: run the learned methods of all, or of the best alone (default %(default)s)",
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
@@ -72,8 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     import torch
 
-    from metateleport.checkpoint import record_result
-    from metateleport.evaluation import evaluate, plot, report_of, table_of, words_of, write_report
+    from metateleport.evaluation import (
+        evaluate,
+        plot,
+        ratios_table_of,
+        record_result,
+        report_of,
+        table_of,
+        words_of,
+        write_report,
+    )
     from metateleport.families import load_family
     from metateleport.training import device_for
 
@@ -92,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' has none: name a checkpoint")
     learned, baselines = _chosen(arguments.methods, checkpoint, arguments.seed)
+    seeds = _seeds(checkpoint, learned, arguments.seed) if arguments.meta_seeds == "all" else []
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with Console(stderr=True).status("starting") as status:
         methods = [*learned, *_tuned(baselines, family, arguments.steps, dtype, device, status.update)]
@@ -105,9 +122,12 @@ def run(arguments: argparse.Namespace) -> int:
             device,
             "none" if checkpoint is None else checkpoint.name,
             progress=lambda name: status.update(f"running {name} on {arguments.tasks} held-out tasks"),
+            meta_seeds=seeds,
         )
     report = report_of(evaluation)
-    _print(table_of(report))
+    for table in (table_of(report), ratios_table_of(report)):
+        if table is not None:
+            _print(table)
     for words in words_of(report):
         Console(highlight=False, soft_wrap=True).print(words, markup=False)
     if arguments.json is not None:
@@ -149,6 +169,21 @@ def _chosen(names: str | None, checkpoint: Checkpoint | None, seed: int) -> tupl
         raise UsageError(f"--methods names none: there are {', '.join(known)}")
     return [method for method in learned if method.name in wanted], [
         name for name in (*BASELINES, *REFERENCES) if name in wanted
+    ]
+
+
+def _seeds(checkpoint: Checkpoint | None, learned: Sequence[Method], seed: int) -> list[Seed]:
+    """The same learned methods of every meta-seed of a checkpoint; none for the chosen one, which is run anyway."""
+    from metateleport.checkpoint_seeds import each_meta_seed
+    from metateleport.evaluation import Seed
+    from metateleport.evaluation.learned import learned_methods
+
+    if checkpoint is None or not checkpoint.meta_seeds or not learned:
+        return []
+    names = [method.name for method in learned]
+    return [
+        Seed(known.seed, known.validation, () if each is checkpoint else learned_methods(each, names, seed))
+        for known, each in zip(checkpoint.meta_seeds, each_meta_seed(checkpoint), strict=True)
     ]
 
 

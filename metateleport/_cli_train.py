@@ -26,7 +26,9 @@ examples:
   metateleport train leaky_mlp --seconds 60 --out my_teleporter
   metateleport train tasks/digits.py --mode update+tele --meta-steps 200
   metateleport train leaky_mlp --set width=12 --set distribution=normal --out runs/normal
+  metateleport train matrix_factorisation --gauge exact --no-stays --out runs/gauges
   metateleport train leaky_mlp --out runs/normal --resume            after Ctrl-C, with the same settings
+  metateleport train leaky_mlp --meta-seeds 5 --out runs/five        seeds 0 to 4; the best of them on top
 
 In a mode with '+tele' a second optimizer is trained by the same recipe without teleports, half of the time each: it
 ships in the same checkpoint, and 'evaluate' shows it as learned/step-only.
@@ -37,7 +39,7 @@ _UNBOUNDED = 10**6
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
-    from metateleport.learned.meta_optimizer import MODES
+    from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES
 
     parser: Parser = commands.add_parser(
         "train",
@@ -48,11 +50,21 @@ def add(commands: Any) -> None:
     parser.add_argument("task", help="task family: a bare name (see 'metateleport tasks') or the path of a file")
     parser.add_argument("--mode", choices=MODES, default="lr+tele", help="what is learned (default %(default)s)")
     parser.add_argument("--network", choices=("equivariant", "flat"), default="equivariant", help="flat: the paper's")
+    parser.add_argument(
+        "--stays",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="learn a teleport that stays: the model moves along its orbit (default: yes)",
+    )
+    parser.add_argument("--gauge", choices=GAUGES, default="none", help="learn a gauge for each tensor, undone again")
+    parser.add_argument("--update", choices=UPDATES, help="modes with 'update': its size (default coordinate)")
+    parser.add_argument("--secants", type=not_negative, metavar="N", help="secant pairs around the learned step")
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
     parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")
     parser.add_argument("--tasks", type=positive, metavar="N", help="tasks stacked in one graph")
     parser.add_argument("--unroll", type=positive, metavar="N", help="inner steps that one meta-step goes through")
     parser.add_argument("--horizon", type=positive, metavar="N", help="inner steps at the end of the curriculum")
+    parser.add_argument("--validation-every", type=positive, metavar="N", help="meta-steps between validations")
     parser.add_argument("--lr", type=float, metavar="X", help="step size of the meta-training")
     parser.add_argument("--hidden", type=positive, metavar="N", help="units of the LSTMs")
     parser.add_argument("--base", metavar="NAME", help="mode tele: the optimizer that takes the steps")
@@ -60,6 +72,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint (default runs/TASK)")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="of networks and tasks (default 0)")
+    parser.add_argument(
+        "--meta-seeds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train from N seeds, S and on, one after another, into one checkpoint; --seconds is for each (default 1)",
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
@@ -70,7 +89,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import Interrupted, TrainConfig, device_for, train
+    from metateleport.training import Interrupted, TrainConfig, device_for, train, train_meta_seeds
 
     device_for(arguments.device)
     if not arguments.no_track:
@@ -102,7 +121,11 @@ def run(arguments: argparse.Namespace) -> int:
             tracked = stack.enter_context(Run(f"train/{family.name}", out.name, parameters, {"command": command}, say))
         bar = stack.enter_context(_bar())
         try:
-            path = train(config, out, arguments.resume, _Reporter(bar, tracked, config), command)
+            reporter = _Reporter(bar, tracked, config)
+            if arguments.meta_seeds > 1:
+                path = train_meta_seeds(config, out, arguments.meta_seeds, arguments.resume, reporter, command)
+            else:
+                path = train(config, out, arguments.resume, reporter, command)
         except Interrupted as interrupted:
             raise KeyboardInterrupt(str(interrupted)) from None
         if tracked is not None:

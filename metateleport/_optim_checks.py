@@ -12,8 +12,28 @@ from metateleport._optim_capture import Watch
 from metateleport._optim_teleport import relative_drift
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry, Unsuitable
+from metateleport.teleporters import Teleporter
 
-__all__ = ["check_parameters", "check_symmetries", "try_symmetries"]
+__all__ = ["check_kinds", "check_parameters", "check_symmetries", "try_symmetries"]
+
+
+_STATES = ("transport", "keep", "reset")
+
+
+def check_kinds(optimizer: Any, teleporter: Any, state: Any, held_out: Any, window: Any) -> None:
+    """Raises a `TypeError` or a `ValueError` if an argument is not of its kind."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"the first argument is a torch.optim optimizer, not a {type(optimizer).__name__}")
+    if not isinstance(teleporter, Teleporter):
+        raise TypeError(f"the teleporter is a metateleport.Teleporter, not a {type(teleporter).__name__}")
+    if state not in _STATES:
+        raise ValueError(f"state is one of {', '.join(_STATES)}, not {state!r}")
+    if held_out is not None and not callable(held_out):
+        raise TypeError(
+            f"held_out is a function that returns the loss on held-out data, not a {type(held_out).__name__}"
+        )
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window is a number of steps, an integer of at least 1, not {window!r}")
 
 
 def check_parameters(groups: Sequence[dict[str, Any]], model: nn.Module) -> None:

@@ -11,15 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.point import Point, Tensors
+from metateleport.symmetries.translation import BiasTranslation
 from metateleport.teleporters.base import Move
 
-__all__ = ["carry_state", "plain", "restored"]
+__all__ = ["StateReport", "carry_state"]
 
-# Names in the states of torch's optimizers. First-order ones are sums of gradients, so they go with the gradient;
-# second-order ones are sums of squared gradients, roots are largest absolute values of gradients.
+# Names in the states of the optimizers of torch and of pytorch_optimizer. First-order ones are sums of gradients, so
+# they go with the gradient; second-order ones are sums of squared gradients, roots are largest absolute values.
 _COVECTORS = ("momentum_buffer", "exp_avg", "grad_avg", "prev")
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 _ROOTS = ("exp_inf",)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateReport:
+    """What became of an optimizer's state in a teleport.
+
+    Args:
+        summary: `transport` where all of it is exact, `approximate` where some is not, else `keep` or `reset`.
+        entries: for each entry of the state `exact`, `approximate`, `kept` or `reset`.
+    """
+
+    summary: str
+    entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def carry_state(
@@ -29,7 +43,7 @@ def carry_state(
     moves: Sequence[Move],
     start: Point,
     warned: set[str],
-) -> str:
+) -> StateReport:
     """Brings an optimizer's state along, in place.
 
     Args:
@@ -41,58 +55,101 @@ def carry_state(
         warned: names of the entries that were warned of already; added to.
 
     Returns:
-        What was done: `transport`, `approximate`, `keep` or `reset`.
+        What became of each entry.
     """
-    if how == "keep":
-        return how
     moves = [move for move in moves if bool(move.size > 0)]
     moved = dict.fromkeys(name for move in moves for name in move.symmetry.parameters)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, torch.optim.LBFGS) and how != "keep":
         # Its memory is differences of weights and of gradients of all parameters, flattened: a new start.
+        entries = {key: "reset" for state in optimizer.state.values() for key in state}
         optimizer.state.clear()
-        return "reset"
+        return StateReport("reset", entries)
+    found = _entries(optimizer, named, moved)
+    if how == "keep":
+        return StateReport(how, dict.fromkeys(found, "kept"))
     if how == "reset":
         for name in moved:
             optimizer.state.pop(named[name], None)
-        return how
-    entries: dict[str, Tensors] = {}
-    for name in moved:
-        for key, value in optimizer.state.get(named[name], {}).items():
-            if isinstance(value, Tensor) and value.shape == named[name].shape and key != "step":
-                entries.setdefault(key, {})[name] = value
-    exact = True
-    carried = {key: _carried(_kind_of(key, entries), kept, moves, start) for key, kept in entries.items()}
-    if "square_avg" in entries and "grad_avg" in entries:
-        carried["square_avg"] = _about_the_mean(entries["square_avg"], entries["grad_avg"], moves, start)
-    for key, (tensors, well) in carried.items():
-        exact = exact and well
-        if tensors is entries[key] and key not in warned:
-            warned.add(key)
-            warnings.warn(
-                f"the state {key!r} of {type(optimizer).__name__} is not known to be made of gradients: a teleport "
-                "keeps it as it is; state='reset' drops it instead",
-                stacklevel=5,
-            )
-        for name, value in entries[key].items():
+        return StateReport(how, dict.fromkeys(found, "reset"))
+    carriable: dict[str, Tensors] = {}
+    said: dict[str, str] = {}
+    for key, kept in found.items():
+        shaped = all(isinstance(value, Tensor) and value.shape == named[name].shape for name, value in kept.items())
+        if shaped and _kind_of(key, found) != "unknown":
+            carriable[key] = kept
+        else:
+            said[key] = "kept"
+            _warn_of(key, optimizer, warned)
+    carried = {key: _carried(_kind_of(key, found), kept, moves, start) for key, kept in carriable.items()}
+    if "square_avg" in carriable:
+        carried |= _of_rmsprop(carriable, moves, start)
+    for key, (tensors, exact) in carried.items():
+        same = all(tensors[name] is value for name, value in carriable[key].items())
+        said[key] = "exact" if exact else "kept" if same else "approximate"
+        for name, value in carriable[key].items():
             if tensors[name] is not value:
                 value.copy_(tensors[name])
-    return "transport" if exact else "approximate"
+    summary = "transport" if set(said.values()) <= {"exact"} else "approximate"
+    return StateReport(summary, {key: said[key] for key in found})
 
 
-def _about_the_mean(squares: Tensors, means: Tensors, moves: Sequence[Move], start: Point) -> tuple[Tensors, bool]:
-    """Means of squares, carried so that they stay above the squares of the means, which a centred optimizer needs."""
-    spread = {name: (value - means[name].square()).clamp_min(0) for name, value in squares.items()}
+def _entries(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], moved: Mapping[str, None]
+) -> dict[str, dict[str, Any]]:
+    """What the state remembers of the moved parameters, by entry and parameter; counters and settings left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in moved:
+        for key, value in optimizer.state.get(named[name], {}).items():
+            counter = isinstance(value, Tensor) and value.ndim == 0 and (key == "step" or named[name].ndim > 0)
+            if not counter and not isinstance(value, bool | int | float | str | None):
+                found.setdefault(key, {})[name] = value
+    return found
+
+
+def _warn_of(key: str, optimizer: torch.optim.Optimizer, warned: set[str]) -> None:
+    if key not in warned:
+        warned.add(key)
+        warnings.warn(
+            f"the state {key!r} of {type(optimizer).__name__} is not known to be made of gradients: a teleport "
+            "keeps it as it is; state='reset' drops it instead",
+            stacklevel=6,
+        )
+
+
+def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Point) -> dict[str, tuple[Tensors, bool]]:
+    """Means of squares about the mean, which stay positive, and sums of gradients over the roots of them."""
+    squares, means, ratios = (entries.get(key, {}) for key in ("square_avg", "grad_avg", "momentum_buffer"))
+    spread = {
+        name: (value - means[name].square()).clamp_min(0) if name in means else value for name, value in squares.items()
+    }
+    found: dict[str, tuple[Tensors, bool]] = {}
     carried, exact = _carried("square", spread, moves, start)
-    moved, _ = _carried("covector", means, moves, start)
-    # By a little more than rounding takes away.
-    room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
-    return {name: value + room[name] * moved[name].square() for name, value in carried.items()}, exact
+    if means:
+        moved, _ = _carried("covector", means, moves, start)
+        # By a little more than rounding takes away.
+        room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
+        found["square_avg"] = (
+            {name: value + room[name] * moved[name].square() for name, value in carried.items()},
+            exact,
+        )
+    if ratios:
+        sums = {name: value * spread[name].sqrt() for name, value in ratios.items()}
+        moved, _ = _carried("covector", sums, moves, start)
+        found["momentum_buffer"] = (
+            {name: torch.where(carried[name] > 0, value / carried[name].sqrt(), 0.0) for name, value in moved.items()},
+            exact,
+        )
+    return found
 
 
-def _kind_of(key: str, entries: Mapping[str, Tensors]) -> str:
-    if key == "momentum_buffer" and "square_avg" in entries:
-        # RMSprop sums gradients over their own root mean square, which a diagonal group leaves alone.
-        return "normalised"
+def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
+    """What an entry is made of; the same name may mean something else beside other entries."""
+    if key == "momentum_buffer" and "pre_cond_0" in entries:
+        # Shampoo's is the last step, behind its preconditioners.
+        return "unknown"
+    if key == "exp_avg_sq" and "GG" in entries:
+        # SOAP's squares are those in the eigenbasis of its preconditioners.
+        return "unknown"
     for kind, names in (("covector", _COVECTORS), ("square", _SQUARES), ("root", _ROOTS)):
         if key in names:
             return kind
@@ -101,10 +158,6 @@ def _kind_of(key: str, entries: Mapping[str, Tensors]) -> str:
 
 def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> tuple[Tensors, bool]:
     """The tensors after all moves, and whether they are exact."""
-    if kind == "unknown":
-        return kept, False
-    if kind == "normalised":
-        return dict(kept), all(len(move.symmetry.group.shape) == 1 for move in moves)
     tensors = {name: value.square() for name, value in kept.items()} if kind == "root" else dict(kept)
     exact = True
     # Without gradients and cotangents, so that no move makes its part of the backward pass anew.
@@ -114,7 +167,7 @@ def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> t
         carry = move.symmetry.carry_covectors if kind == "covector" else move.symmetry.carry_squares
         found, well = carry(move.element, own, point)
         tensors.update(found)
-        exact = exact and well
+        exact = exact and well and not _lacks_a_bias(move, own)
         if move is not moves[-1]:
             point = move.symmetry.act(move.element, point)
     if kind == "root":
@@ -122,38 +175,12 @@ def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> t
     return tensors, exact
 
 
-def plain(value: Any) -> Any:
-    """A teleporter's state as dicts, lists, tensors and numbers, which a checkpoint takes."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(each) for each in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value.detach() if isinstance(value, Tensor) else value
+def _lacks_a_bias(move: Move, own: Tensors) -> bool:
+    """Whether a translation moves a weight's entry by that of a bias, which the optimizer keeps elsewhere.
 
-
-def restored(like: Any, saved: Any) -> Any:
-    """What `plain` was given, of the types of a fresh state.
-
-    Raises:
-        ValueError: if the two do not fit together.
+    So do optimizers that step weights and biases by different rules, as Muon with Adam does.
     """
-    try:
-        if isinstance(like, Tensor):
-            return torch.as_tensor(saved).to(like).reshape(like.shape)
-        if isinstance(like, dict):
-            if like.keys() != saved.keys():
-                raise ValueError("the entries differ")
-            return {key: restored(each, saved[key]) for key, each in like.items()}
-        if isinstance(like, tuple | list):
-            return type(like)(restored(each, other) for each, other in zip(like, saved, strict=True))
-        if dataclasses.is_dataclass(like) and not isinstance(like, type):
-            fields = {f.name: restored(getattr(like, f.name), saved[f.name]) for f in dataclasses.fields(like)}
-            return dataclasses.replace(like, **fields)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            "the saved state of the teleporter does not fit this model and its symmetries: load it with the same "
-            f"ones, or take 'teleporting' out of the state ({error})"
-        ) from error
-    return saved
+    symmetry = move.symmetry
+    return isinstance(symmetry, BiasTranslation) and any(
+        each.weight in own and each.bias not in own for each in symmetry.absorbers
+    )

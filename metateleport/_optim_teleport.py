@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,35 @@ from torch import Tensor, nn
 from metateleport._optim_capture import CaughtPass, Watch
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
-from metateleport.teleporters.once import relative_change
+from metateleport.teleporters.once import relative_change, split_inputs
 
-__all__ = ["Consequences", "consequences_of", "relative_drift", "start_of"]
+__all__ = ["Consequences", "consequences_of", "pass_to_start_from", "relative_drift", "start_of"]
+
+
+def pass_to_start_from(watch: Watch, example_input: Any) -> CaughtPass:
+    """The last forward pass, or one on the example where there was none.
+
+    Raises:
+        RuntimeError: if there is neither.
+    """
+    caught, problem = watch.last, ""
+    if caught is None:
+        problem = (
+            "there was no forward pass of the model since the last step (passes under torch.no_grad() do not count)"
+        )
+    elif caught.training != watch.model.training:
+        modes = ("evaluation", "training")
+        problem = (
+            f"the last forward pass was in {modes[caught.training]} mode and the model now is in "
+            f"{modes[watch.model.training]} mode"
+        )
+    if caught is not None and not problem:
+        return caught
+    if example_input is None:
+        raise RuntimeError(
+            f"cannot teleport: {problem}. Call the model and backward() before step(), or give example_input="
+        )
+    return watch.evaluate(*split_inputs(example_input))
 
 
 def start_of(
@@ -100,11 +127,13 @@ class Consequences:
         drift: relative change of the outputs.
         loss_change: change of the loss to first order in the drift; NaN where the gradient on the outputs is not known.
         reason: why it may not be carried out; empty if it may.
+        finite: whether all values and gradients would be.
     """
 
     drift: float = 0.0
     loss_change: float = 0.0
     reason: str = ""
+    finite: bool = True
 
 
 def consequences_of(watch: Watch, caught: CaughtPass, start: Point, arrived: Point, max_drift: float) -> Consequences:
@@ -123,7 +152,8 @@ def consequences_of(watch: Watch, caught: CaughtPass, start: Point, arrived: Poi
     values = [*arrived.parameters.items(), *((name, arrived.gradients[name]) for name in start.gradients)]
     broken = [name for name, value in values if not bool(value.isfinite().all())]
     if broken:
-        return Consequences(reason=f"the value or the gradient of {broken[0]!r} would not be finite")
+        reason = f"the value or the gradient of {broken[0]!r} would not be finite"
+        return Consequences(reason=reason, finite=False)
     after = watch.replay(caught, arrived.parameters)
     drift = relative_drift(caught.outputs, after)
     if not drift <= max_drift:

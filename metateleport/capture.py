@@ -125,6 +125,7 @@ def point_of(
     inputs: tuple[object, ...],
     keywords: Mapping[str, object] | None = None,
     loss: Callable[[Tensor], Tensor] | None = None,
+    also: Iterable[str] = (),
 ) -> tuple[Point, Tensor]:
     """Evaluates a model once and gathers what its symmetries need.
 
@@ -134,6 +135,7 @@ def point_of(
         inputs: positional inputs of the model.
         keywords: keyword inputs of the model.
         loss: maps the outputs to a scalar; without it there are no gradients and no cotangents.
+        also: names of modules to record besides those of the symmetries.
 
     Returns:
         The point and the outputs, detached from the graph but for what rebuilds the backward pass. Gradients are of
@@ -147,7 +149,7 @@ def point_of(
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     moved = {name: buffers[name].clone() for symmetry in symmetries for name in symmetry.buffers}
     keywords = dict(keywords or {})
-    modules = modules_of(symmetries)
+    modules = tuple(dict.fromkeys((*modules_of(symmetries), *also)))
     if loss is None:
         with torch.no_grad(), record(model, modules) as recording:
             outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
@@ -165,6 +167,11 @@ def point_of(
         targets = [*wanted.values(), *watched.values()]
         found = torch.autograd.grad(value, targets, allow_unused=True, retain_graph=True)
     gradients = {name: grad for name, grad in zip(wanted, found, strict=False) if grad is not None}
+
+    def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
+        values = {**leaves, **{name: value.clone() for name, value in buffers.items()}, **parameters}
+        return loss(torch.func.functional_call(model, values, inputs, keywords))
+
     on_outputs = {name: grad for name, grad in zip(watched, found[len(wanted) :], strict=True) if grad is not None}
     point = Point(
         parameters={**leaves, **moved},
@@ -172,6 +179,7 @@ def point_of(
         activations=recording.activations(),
         cotangents=recording.layout(on_outputs),
         loss=value,
+        loss_at=loss_at,
     )
     pullback = pullback_through(recording.activations(), wanted, watched, recording.layout)
     return point.detach().replace(pullback=pullback), outputs.detach()

@@ -23,22 +23,37 @@ __all__ = [
     "SCHEMA",
     "Checkpoint",
     "CheckpointError",
+    "MetaSeed",
     "load",
     "load_checkpoint",
     "meta_optimizer_of",
-    "record_result",
     "save_checkpoint",
     "shipped_checkpoints",
     "update_card",
 ]
 
 SCHEMA = 1
-_WEIGHTS, _CARD = "weights.safetensors", "card.json"
+WEIGHTS, CARD, SEEDS = "weights.safetensors", "card.json", "meta_seeds"
 _LEARNED, _STEP_ONLY = "learned.", "step-only."
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, of another version or of another mode; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaSeed:
+    """One of the trainings that a checkpoint is chosen from.
+
+    Args:
+        seed: of its networks and training tasks.
+        validation: its score on the validation tasks, which are the same for all; the smaller, the better.
+        path: a folder that `load_checkpoint` takes; the checkpoint's own for the seed that was chosen.
+    """
+
+    seed: int
+    validation: float
+    path: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +66,15 @@ class Checkpoint:
         learned: the meta-optimizer.
         step_only: the same recipe meta-trained without teleports, for attribution; None in mode `tele` and in modes
             without a teleport.
+        meta_seeds: all the trainings it was chosen from, by their seeds, this one among them; empty where there was
+            but one.
     """
 
     path: Path
     card: dict[str, Any]
     learned: MetaOptimizer
     step_only: MetaOptimizer | None
+    meta_seeds: tuple[MetaSeed, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,7 +94,7 @@ def shipped_checkpoints() -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for folder in search_folders("checkpoints", "_checkpoints", "METATELEPORT_CHECKPOINTS"):
-        for card in sorted(folder.glob(f"*/{_CARD}")) if folder.is_dir() else ():
+        for card in sorted(folder.glob(f"*/{CARD}")) if folder.is_dir() else ():
             found.setdefault(card.parent.name, card.parent)
     return found
 
@@ -121,41 +139,15 @@ def save_checkpoint(
         **card,
     }
     with replacing_folder(path) as temporary:
-        (temporary / _WEIGHTS).write_bytes(weights)
-        write_json(temporary / _CARD, whole)
+        (temporary / WEIGHTS).write_bytes(weights)
+        write_json(temporary / CARD, whole)
     return Path(path)
 
 
 def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
     """Exchanges some entries of a checkpoint's card, whole or not at all."""
-    file = Path(path) / _CARD
+    file = Path(path) / CARD
     write_json(file, {**json.loads(file.read_text()), **changes})
-
-
-def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> None:
-    """Writes an evaluation's medians into a checkpoint's card, one entry for each task and its settings.
-
-    Args:
-        path: the checkpoint's folder.
-        report: what `metateleport.evaluation.report_of` gave.
-        command: the command that made it.
-    """
-    results = json.loads((Path(path) / _CARD).read_text()).get("results", {})
-    places = [place for place in (12, 30, 100, 300, 1000) if place < report["steps"]] + [report["steps"]]
-    settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
-    methods = {}
-    for name, entry in report["methods"].items():
-        methods[name] = {
-            "median_loss": {str(place): entry["median"][place] for place in places},
-            "diverged": sum(entry["diverged"]),
-            "seconds": entry["seconds"],
-        }
-        for key in ("drift_max", "paired_ratio_to_learned"):
-            if key in entry:
-                methods[name][key] = entry[key]
-    result = {key: report[key] for key in ("tasks", "steps", "seed", "dtype", "conditions")}
-    key = f"{report['task']['name']}({settings})"
-    update_card(path, {"results": {**results, key: {**result, "command": command, "methods": methods}}})
 
 
 def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -173,20 +165,20 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     path = _resolve(name_or_path)
     card = _read_card(path)
     try:
-        weights = (path / _WEIGHTS).read_bytes()
+        weights = (path / WEIGHTS).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} has no readable {_WEIGHTS}: copy the whole folder again ({error})") from error
+        raise CheckpointError(f"{path} has no readable {WEIGHTS}: copy the whole folder again ({error})") from error
     if hashlib.sha256(weights).hexdigest() != card.get("weights_sha256"):
-        raise CheckpointError(f"{path / _WEIGHTS} is truncated or changed (its hash is not the card's): copy it again")
+        raise CheckpointError(f"{path / WEIGHTS} is truncated or changed (its hash is not the card's): copy it again")
     try:
         tensors = load_tensors(weights)
     except SafetensorError as error:
-        raise CheckpointError(f"{path / _WEIGHTS} is not a safetensors file ({error}): copy it again") from error
+        raise CheckpointError(f"{path / WEIGHTS} is not a safetensors file ({error}): copy it again") from error
     learned = _build(path, card.get("meta_optimizer"), tensors, _LEARNED)
     step_only = None
     if card.get("step_only") is not None:
         step_only = _build(path, card["step_only"], tensors, _STEP_ONLY)
-    return Checkpoint(path, card, learned, step_only)
+    return Checkpoint(path, card, learned, step_only, _meta_seeds(path, card))
 
 
 def load(name_or_path: str | Path) -> LearnedTeleporter:
@@ -235,7 +227,7 @@ def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
 def _resolve(name_or_path: str | Path) -> Path:
     path, known = Path(name_or_path), shipped_checkpoints()
     # A folder that only happens to have a checkpoint's name does not hide it.
-    if str(name_or_path) in known and not (path / _CARD).is_file():
+    if str(name_or_path) in known and not (path / CARD).is_file():
         return known[str(name_or_path)]
     if path.is_dir():
         return path.resolve()
@@ -249,11 +241,11 @@ def _resolve(name_or_path: str | Path) -> Path:
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        card = json.loads((path / _CARD).read_text())
+        card = json.loads((path / CARD).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {_CARD}: it is not a checkpoint, or was not copied whole") from None
+        raise CheckpointError(f"{path} has no {CARD}: it is not a checkpoint, or was not copied whole") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / _CARD} is truncated or not JSON ({error}): copy it again") from error
+        raise CheckpointError(f"{path / CARD} is truncated or not JSON ({error}): copy it again") from error
     if not isinstance(card, dict) or card.get("schema") != SCHEMA:
         card = card if isinstance(card, dict) else {}
         wrote = card.get("versions")
@@ -263,6 +255,23 @@ def _read_card(path: Path) -> dict[str, Any]:
             f"version of metateleport that wrote it ({version})"
         )
     return card
+
+
+def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
+    try:
+        listed = [
+            MetaSeed(
+                int(each["seed"]),
+                float(each["validation"]),
+                path if each["chosen"] else path / SEEDS / str(int(each["seed"])),
+            )
+            for each in card.get(SEEDS, ())
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the meta-seeds in the card of {path} cannot be read ({error!r}): copy it again"
+        ) from error
+    return tuple(sorted(listed, key=lambda each: each.seed))
 
 
 def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:

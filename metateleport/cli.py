@@ -1,4 +1,4 @@
-"""The command line: `metateleport train | evaluate | tasks | ui`."""
+"""The command line: `metateleport train | evaluate | symmetries | experiment | tasks | ui`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from metateleport import _cli_evaluate, _cli_symmetries, _cli_train
+from metateleport import _cli_combine, _cli_evaluate, _cli_experiment, _cli_reproduce, _cli_symmetries, _cli_train
 from metateleport._cli_common import Parser, UsageError, positive, say
 
 __all__ = ["main"]
@@ -56,12 +56,22 @@ def _bad_input() -> tuple[type[Exception], ...]:
     """Errors that are about what was asked for, and not about this program."""
     from metateleport.checkpoint import CheckpointError
     from metateleport.evaluation import EvaluationError
+    from metateleport.experiments import ExperimentError
     from metateleport.families import FamilyError
     from metateleport.symmetries import Unsuitable
     from metateleport.tracking import TrackingError
     from metateleport.training import TrainingError
 
-    return UsageError, FamilyError, CheckpointError, EvaluationError, TrainingError, TrackingError, Unsuitable
+    return (
+        UsageError,
+        FamilyError,
+        CheckpointError,
+        EvaluationError,
+        ExperimentError,
+        TrainingError,
+        TrackingError,
+        Unsuitable,
+    )
 
 
 def _parser() -> Parser:
@@ -75,8 +85,11 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     _cli_train.add(commands)
+    _cli_combine.add(commands)
     _cli_evaluate.add(commands)
     _cli_symmetries.add(commands)
+    _cli_reproduce.add(commands)
+    _cli_experiment.add(commands)
     tasks = commands.add_parser(
         "tasks",
         help="list the task families and their settings",

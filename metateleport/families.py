@@ -26,6 +26,7 @@ __all__ = [
     "TaskStack",
     "gallery",
     "load_family",
+    "read_settings",
     "split_of",
     "task_seed",
 ]
@@ -138,7 +139,7 @@ def load_family(name_or_path: str | Path, settings: Mapping[str, Any] | None = N
     if not path.is_file():
         raise FamilyError(f"there is no file {path}: give the path of a Python file with a TaskFamily, or a bare name")
     kind = _family_in(path)
-    parsed = _parsed(kind, settings or {}, path)
+    parsed = read_settings(kind, settings or {}, path.stem)
     try:
         return kind(**parsed)
     except FamilyError:
@@ -173,14 +174,27 @@ def _family_in(path: Path) -> type[TaskFamily]:
     return kinds[0]
 
 
-def _parsed(kind: type[TaskFamily], settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def read_settings(kind: type[Any], settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Reads settings in the types of a dataclass's fields, from text or from values.
+
+    Args:
+        kind: the dataclass; its fields are the settings there are.
+        settings: by name, text as on the command line or values.
+        owner: what has these settings, as messages call it.
+
+    Returns:
+        The settings by name, in their types.
+
+    Raises:
+        FamilyError: if there is no such setting, or a value cannot be read in its type.
+    """
     types = get_type_hints(kind)
     fields = {field.name for field in dataclasses.fields(kind)}
     parsed = {}
     for name, value in settings.items():
         if name not in fields:
-            raise FamilyError(f"{path.stem} has no setting {name!r}; it has {', '.join(sorted(fields)) or 'none'}")
-        parsed[name] = _read(f"{path.stem}: {name}", types[name], value)
+            raise FamilyError(f"{owner} has no setting {name!r}; it has {', '.join(sorted(fields)) or 'none'}")
+        parsed[name] = _read(f"{owner}: {name}", types[name], value)
     return parsed
 
 

@@ -76,6 +76,33 @@ class Group(abc.ABC):
     def compose(self, left: Tensor, right: Tensor) -> Tensor:
         """The product `left right`: first `right` acts, then `left`."""
 
+    def trivialised(self, element: Tensor, slope: Tensor) -> Tensor:
+        r"""The gradient in $S$ at 0 of $f(\exp(S)\, g)$, from that in $g$; it takes no derivative of the exponential.
+
+        Args:
+            element: $g$, `(*batch, *shape)`.
+            slope: the gradient of $f$ in the entries of $g$, of the same shape.
+
+        Example:
+            >>> group = GeneralLinear(2)
+            >>> group.trivialised(2 * torch.eye(2), torch.ones(2, 2))
+            tensor([[2., 2.],
+                    [2., 2.]])
+        """
+        with torch.enable_grad():
+            generator = torch.zeros_like(element, requires_grad=True)
+            moved = self.compose(self.exp(generator), element.detach())
+            return torch.autograd.grad(moved, generator, slope)[0]
+
+    def retract(self, element: Tensor, step: Tensor) -> Tensor:
+        r"""A step from $g$ along $S g$ that stays in the group; $\exp(S)\, g$ to first order in $S$.
+
+        Args:
+            element: $g$, `(*batch, *shape)`.
+            step: the generator $S$, of the same shape.
+        """
+        return self.compose(self.exp(step), element)
+
     @abc.abstractmethod
     def identity(self, *batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """The identity, `(*batch, *shape)`."""
@@ -165,6 +192,9 @@ class _MatrixGroup(Group):
     def compose(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
+    def trivialised(self, element: Tensor, slope: Tensor) -> Tensor:
+        return self.project(slope @ element.mT)
+
     def identity(self, *batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         return torch.eye(self.size, dtype=dtype, device=device).expand(*batch, self.size, self.size)
 
@@ -194,6 +224,12 @@ class GeneralLinear(_MatrixGroup):
 
     def inverse(self, element: Tensor) -> Tensor:
         return torch.linalg.inv(element)
+
+    def retract(self, element: Tensor, step: Tensor) -> Tensor:
+        # Below norm one 1 + S is in the identity component, and a third of the price of the exponential.
+        if type(self) is GeneralLinear and bool((self.norm(step) < 0.5).all()):
+            return element + step @ element
+        return super().retract(element, step)
 
 
 class Orthogonal(_MatrixGroup):

@@ -30,6 +30,8 @@ class Point:
         pullback: maps a module's name and a cotangent on that module's input to the gradients of all parameters
             below it and the cotangents of all modules below it; None where the graph is gone.
         stale: names of the parameters whose gradient a teleport has made wrong and nothing has rebuilt.
+        loss_at: maps parameters by name to the loss there, `(*batch,)`, on the data of this evaluation and in the
+            graph; None where the loss is not known as a function.
 
     Example:
         >>> point = Point(parameters={"weight": torch.zeros(2, 3)})
@@ -44,6 +46,7 @@ class Point:
     loss: Tensor | None = None
     pullback: Callable[[str, Tensor], tuple[Tensors, Tensors]] | None = None
     stale: frozenset[str] = frozenset()
+    loss_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def replace(self, **changes: object) -> Point:
         """A copy with the given fields exchanged."""
@@ -103,6 +106,7 @@ class Point:
             loss=loss,
             pullback=self.pullback,
             stale=self.stale | other.stale,
+            loss_at=self.loss_at,
         )
 
     def squared_gradient_norm(self, names: frozenset[str] | None = None) -> Tensor:

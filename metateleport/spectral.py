@@ -74,7 +74,9 @@ def symmetric_logs(matrix: Tensor, shifts: Sequence[float], rank: float = 0.0) -
     values, vectors, converged = _eigh(scaled)
     usable = (usable & converged)[..., None, None]
     largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
-    values = values.clamp_min(0)
+    # What is below rounding is nothing: its logarithm would be that of noise.
+    noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    values = torch.where(values < noise * largest, 0.0, values)
     values = torch.where(values < rank * largest, largest, values)
     added = torch.tensor(shifts, dtype=torch.float64, device=matrix.device).unsqueeze(-1) * largest.unsqueeze(-2)
     logs = (values.unsqueeze(-2) + added).log() + scale.log()[..., None, None]

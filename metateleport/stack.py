@@ -116,7 +116,13 @@ class StackedModel(nn.Module):
         leaves.update({name: parameters[name].detach() for name in self.moved_buffers})
         with torch.enable_grad():
             losses, activations, probes = self._run(leaves, batch, probe=True)
-        return _Evaluation(leaves, losses, activations, probes, self._layout).point(in_graph=False)
+        point = _Evaluation(leaves, losses, activations, probes, self._layout).point(in_graph=False)
+        fixed = point.parameters
+
+        def loss_at(moved: Mapping[str, Tensor]) -> Tensor:
+            return self._run({**fixed, **moved}, batch, probe=False)[0]
+
+        return point.replace(loss_at=loss_at)
 
     def _layout(self, cotangents: Mapping[str, Tensor]) -> Tensors:
         return Recording(self._has_channels).layout(cotangents, batch=1)

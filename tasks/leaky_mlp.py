@@ -72,25 +72,22 @@ class LeakyMLP(TaskFamily):
     def augmented(self, index: int, seed: int) -> LeakyMLP:
         """Widths from 0.6 to 1.2 times the setting; all else stays, or is drawn where `mixture` is set.
 
-        A mixture has uniform and normal weights, half to twice as many samples as units, one depth more in a quarter
-        of the stacks, and in a sixth of them a noisy teacher's labels in minibatches.
+        A mixture has uniform and normal weights, half to twice as many samples as units, one depth more in a sixth of
+        the stacks, and in a quarter of them a noisy teacher's labels in minibatches.
         """
         source = np.random.default_rng([seed, index])
         width = max(int(source.integers(round(0.6 * self.width), round(1.2 * self.width) + 1)), 1)
         if not self.mixture:
             return dataclasses.replace(self, width=width)
+        drawn = dataclasses.replace(self, width=width, depth=self.depth + int(source.random() < 1 / 6), mixture=False)
         distribution = ("uniform", "normal")[int(source.integers(2))]
-        depth = self.depth + int(source.random() < 0.25)
-        kind = source.random()
-        if kind < 1 / 6:
+        noise = float(source.uniform(0, 2))
+        ratio = float(source.choice([0.5, 1.0, 1.5, 2.0], p=[0.2, 0.2, 0.4, 0.2]))
+        if source.random() < 1 / 4:
             return dataclasses.replace(
-                self, width=width, depth=depth, distribution="normal", samples=50 * width, batch=5 * width // 2,
-                labels="teacher", noise=float(source.uniform(0, 2)), mixture=False,
-            )  # fmt: skip
-        ratio = 1.0 if kind < 0.5 else float(source.choice([0.5, 1.5, 2.0], p=[0.25, 0.5, 0.25]))
-        return dataclasses.replace(
-            self, width=width, depth=depth, distribution=distribution, samples=round(ratio * width), mixture=False
-        )
+                drawn, distribution="normal", samples=50 * width, batch=5 * width // 2, labels="teacher", noise=noise
+            )
+        return dataclasses.replace(drawn, distribution=distribution, samples=round(ratio * width))
 
     @property
     def sample_count(self) -> int:

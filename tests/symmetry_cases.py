@@ -289,6 +289,18 @@ class _Adapter(nn.Module):
         return self.base(x) + 2 * self.lora_B(self.lora_A(x))
 
 
+class _LayerScaled(nn.Module):
+    """A layer whose outputs a vector of gains scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inwards, self.branch, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.gamma = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.gamma * self.branch(torch.tanh(self.inwards(x)))))
+
+
 class _LinearStream(nn.Module):
     """A residual stream of linear layers, behind a convolution of one pixel."""
 
@@ -371,6 +383,8 @@ CASES: list[Case] = [
     _found_case("attention, rotary and grouped", _RotaryAttention, (3, 5, 8), ["attention QK", "attention VO"]),
     _found_case("gated", _Gated, (5, 3), ["gated MLP"]),
     _found_case("low-rank adapter", _Adapter, (5, 6), ["LoRA pair"]),
+    _found_case("layer scale", _LayerScaled, (5, 3), ["layer scale"]),
+    _found_case("rescaling of one unit", _mlp(3, 1, 2, activation=_leaky), (6, 3), ["rescaling"], conditioned=False),
     _found_case("linear chain", _LinearStream, (5, 3), ["linear chain"] * 2),
     _found_case("translations", _Attention, (3, 5, 8), ["translation"] * 2, conditioned=False),
 ]

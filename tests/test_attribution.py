@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from metateleport.evaluation import Evaluation, Result, Trajectory, attribution_of, report_of, words_of
-from metateleport.evaluation.attribution import marks
+from metateleport.evaluation import (
+    Evaluation,
+    Result,
+    SeedResults,
+    Trajectory,
+    attribution_of,
+    marks,
+    plot,
+    ratios_table_of,
+    report_of,
+    table_of,
+    words_of,
+)
 
 TASKS, STEPS = 24, 20
 
@@ -25,9 +38,20 @@ def result(factor: float, gauge: str = "none", speed: float = 1.0, noise: float 
     return Result(trajectory, gauge != "none", {}, None, gauge)
 
 
+def named(results: dict[str, Result]) -> dict[str, Result]:
+    return {name.replace("__", "/").replace("_", "-"): each for name, each in results.items()}
+
+
 def evaluation(**results: Result) -> Evaluation:
-    named = {name.replace("__", "/").replace("_", "-"): each for name, each in results.items()}
-    return Evaluation("line", {}, "some", TASKS, STEPS, 0, "float64", "cpu", named)
+    return Evaluation("line", {}, "some", TASKS, STEPS, 0, "float64", "cpu", named(results))
+
+
+def of_seeds(*seeds: dict[str, Result], **others: Result) -> Evaluation:
+    """The first seed is the chosen one; `others` have no meta-seeds."""
+    results = [named(each) for each in seeds]
+    listed = tuple(SeedResults(10 + place, -1.0 * place, place == 0, each) for place, each in enumerate(results))
+    whole = evaluation(**others)
+    return dataclasses.replace(whole, results={**results[0], **whole.results}, meta_seeds=listed)
 
 
 def found(**results: Result) -> dict[str, Any]:
@@ -37,7 +61,7 @@ def found(**results: Result) -> dict[str, Any]:
 def test_ratios_are_paired_at_equal_evaluations() -> None:
     against = found(learned=result(1.0, "stays"), learned__teleport_off=result(8.0, seed=1))["against"]
     ratios = against["learned/teleport-off"]["gradient_evaluations"]
-    assert [each["at"] for each in ratios] == marks(STEPS) == [2, 6, 20]
+    assert [each["at"] for each in ratios] == marks(STEPS) == [12, 20]
     for each in ratios:
         assert each["low"] < 8 < each["high"] or each["ratio"] == pytest.approx(8, rel=0.05)
         # Losses differ by far more between tasks than within a pair.
@@ -117,3 +141,96 @@ def test_it_stands_in_the_report_as_plain_json() -> None:
     assert "null" not in json.dumps(report)
     assert words_of(back) == [report["attribution"]["learned"]["in_words"]]
     assert report["methods"]["learned"]["gauge"] == "stays"
+
+
+def seed_results(factor: float, off: float, seed: int = 0) -> dict[str, Result]:
+    return {
+        "learned": result(factor, "stays", seed=seed),
+        "learned__teleport_off": result(factor * off, seed=seed + 50),
+        "learned__step_only": result(factor * off, seed=seed + 60),
+    }
+
+
+def test_over_meta_seeds_each_has_its_own_twin_and_all_have_the_same_baselines() -> None:
+    whole = of_seeds(
+        *(seed_results(factor, 8.0, seed) for seed, factor in enumerate((1.0, 0.5, 2.0, 1.0))),
+        adam=result(16.0, seed=9),
+    )
+    each = attribution_of(whole)["learned"]
+    assert each["meta_seeds"] == 4
+    for mark in each["against"]["learned/teleport-off"]["meta_seeds"]["gradient_evaluations"]:
+        assert mark["ratio"] == pytest.approx(8, rel=0.05)
+        assert mark["high"] / mark["low"] < 1.2
+    adam = each["baselines"]["adam"]
+    # The chosen seed alone: 16. Over all: seeds differ by factors of two, and the interval knows it.
+    assert adam["gradient_evaluations"][-1]["ratio"] == pytest.approx(16, rel=0.05)
+    over = adam["meta_seeds"]["gradient_evaluations"][-1]
+    assert over["ratio"] == pytest.approx(16, rel=0.1)
+    assert over["low"] < 13
+    assert over["high"] > 20
+    assert over["worst"]["seed"] == 12
+    assert over["worst"]["ratio"] == pytest.approx(8, rel=0.1)
+    assert over["worst"]["low"] < over["worst"]["ratio"] < over["worst"]["high"]
+    assert "Intervals are over tasks and 4 meta-seeds" in each["in_words"]
+    assert "the worst of 4 meta-seeds is ahead of adam (12, 20)" in each["in_words"]
+
+
+def test_one_seed_that_fails_takes_the_verdict_away() -> None:
+    good = [seed_results(1.0, 8.0, seed) for seed in range(2)]
+    assert attribution_of(of_seeds(*good))["learned"]["verdict"] == "helps"
+    bad = {"learned": result(1.0, "stays"), "learned__teleport_off": result(0.01), "learned__step_only": result(0.01)}
+    each = attribution_of(of_seeds(*good, bad))["learned"]
+    assert each["verdict"] == "nothing"
+    worst = each["against"]["learned/teleport-off"]["meta_seeds"]["gradient_evaluations"][-1]["worst"]
+    assert (worst["seed"], worst["ratio"]) == (12, pytest.approx(0.01))
+
+
+def test_the_worst_seed_decides_which_baselines_it_is_ahead_of() -> None:
+    whole = of_seeds(
+        seed_results(1.0, 8.0), seed_results(100.0, 8.0), adam=result(10.0, seed=7), gd=result(1e4), soap=result(1e-3)
+    )
+    words = attribution_of(whole)["learned"]["in_words"]
+    assert "ahead of gd (12, 20); behind adam (12, 20), soap (12, 20)." in words
+    alone = attribution_of(evaluation(learned=result(1.0, "stays"), adam=result(10.0, seed=7)))["learned"]["in_words"]
+    assert alone.endswith("by an interval that excludes 1 it is ahead of adam (12, 20).")
+
+
+def test_the_report_has_every_seed_and_the_worst_of_them(tmp_path: Path) -> None:
+    seeds = [seed_results(factor, 8.0, seed) for seed, factor in enumerate((1.0, 0.1, 100.0))]
+    seeds[1]["learned"].trajectory.loss[:3, 5:] = np.nan
+    report = json.loads(json.dumps(report_of(of_seeds(*seeds, adam=result(16.0, seed=9))), allow_nan=False))
+    found = report["meta_seeds"]
+    assert [(each["seed"], each["chosen"], each["validation"]) for each in found["seeds"]] == [
+        (10, True, 0.0),
+        (11, False, -1.0),
+        (12, False, -2.0),
+    ]
+    medians = [each["methods"]["learned"]["median_loss"]["12"] for each in found["seeds"]]
+    assert medians[0] == report["methods"]["learned"]["median"][12]
+    assert found["worst"]["learned"]["median_loss"]["12"] == max(medians) == medians[2]
+    assert [each["methods"]["learned"]["diverged"] for each in found["seeds"]] == [0, 3, 0]
+    assert found["worst"]["learned"]["diverged"] == 3
+    assert found["along"]["learned"]["highest"][12] == medians[2]
+    assert found["along"]["learned"]["lowest"][12] == medians[1]
+    assert set(found["ratios_to_learned"]) == {"learned/teleport-off", "learned/step-only", "adam"}
+    # The ratios of single seeds are those of the shipped one, at every mark.
+    adam = report["methods"]["adam"]
+    assert [each["at"] for each in adam["paired_ratios_to_learned"]] == [12, 20]
+    for each in adam["paired_ratios_to_learned"]:
+        assert each["ratio"] == pytest.approx(16, rel=0.1)
+    end = adam["paired_ratio_to_learned"]
+    assert end["ratio"] == pytest.approx(adam["paired_ratios_to_learned"][-1]["ratio"])
+    assert table_of(report).row_count == len(report["methods"]) + 1
+    ratios = ratios_table_of(report)
+    assert ratios is not None
+    assert ratios.row_count == 3
+    plot(report, tmp_path / "a.svg")
+    assert "band of 3 meta-seeds" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_single_seed_has_no_meta_seeds_in_its_report() -> None:
+    report = report_of(evaluation(learned=result(1.0, "stays"), adam=result(10.0, seed=7)))
+    assert report["meta_seeds"] == {}
+    assert "meta_seeds" not in report["attribution"]["learned"]["baselines"]["adam"]
+    assert ratios_table_of(report) is not None
+    assert ratios_table_of(report_of(evaluation(adam=result(1.0)))) is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.detection.certificate import fresh_inputs, random_element, randomise
+from metateleport.detection.draws import fresh_inputs, random_element, randomise
 from metateleport.detection.rules import RULES
 from metateleport.groups import GeneralLinear, PositiveDiagonal
 from metateleport.symmetries import axes
@@ -27,7 +27,7 @@ def test_true_claims_pass_and_say_how_they_were_measured() -> None:
     assert certificate.holds
     assert 0 < certificate.drift <= 1e-12
     assert certificate.dtype == torch.float64
-    assert certificate.weights == 2
+    assert certificate.weights == 3
     assert certificate.sizes == (0.3, 1.0, 3.0)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import metateleport as mt
-from metateleport.detection.certificate import random_element
+from metateleport.capture import point_of
+from metateleport.detection.draws import random_element
+from metateleport.detection.trace import observables
 
 
 def _pair(function: Callable[..., Any]) -> nn.Module:
@@ -142,6 +144,27 @@ def test_nothing_is_claimed(name: str) -> None:
     assert len(found) == 0, found
     if name not in BORDER:
         assert found.refused
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_is_claimed_on_a_batch_holds_there_in_the_model_itself(name: str) -> None:
+    # In its own precision: a cast would part the tensors that share their memory.
+    model = NOTHING[name]()
+    inputs = torch.randn(3, 4)
+    found = mt.find_symmetries(model, inputs)
+    assert not found.exact
+    if not found:
+        return
+    with torch.no_grad():
+        expected = observables(model(inputs))
+        for symmetry in reversed(found):
+            element = random_element(symmetry.group, 0.5, torch.Generator().manual_seed(1), torch.float32)
+            point, _ = point_of(model, [symmetry], (inputs,))
+            for key, value in symmetry.act(element, point).parameters.items():
+                model.get_parameter(key).copy_(value)
+        for old, new in zip(expected, observables(model(inputs)), strict=True):
+            assert float((new - old).norm()) <= 1e-4 * float(old.norm())
 
 
 def _view_overwritten(m: Any, x: Tensor) -> Tensor:

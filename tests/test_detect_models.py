@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.detection.certificate import fresh_inputs, random_element
+from metateleport.detection.draws import fresh_inputs, random_element
 from metateleport.detection.trace import observables, split
 from metateleport.symmetries.rotary import PlaneScaling
 
@@ -40,7 +43,8 @@ def built(name: str) -> Built:
 
 
 def dimensions(name: str) -> dict[str, tuple[int, int]]:
-    return built(name)[2].by_kind()
+    """How many exact symmetries there are of each kind, and their dimensions together."""
+    return built(name)[2].exact.by_kind()
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -108,6 +112,16 @@ def test_vision_transformer() -> None:
     }
 
 
+def test_convnext() -> None:
+    # A norm in each block, one before each stage but the first, one before the head; the first norm is in the stream.
+    blocks, between, head = [8, 8, 16], [8], [16]
+    norms = blocks + between + head
+    assert dimensions("ConvNeXt") == {
+        "norm gain": (len(norms), sum(norms)),
+        "layer scale": (len(blocks), sum(blocks)),
+    }
+
+
 def test_gpt2() -> None:
     layers, heads, width = 2, 4, 16
     size = width // heads
@@ -151,7 +165,16 @@ def test_lora_as_peft_builds_it() -> None:
     assert all(dict(model.named_parameters())[name].requires_grad for each in found for name in each.parameters)
 
 
-NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilenet_v3_small", "vit"]
+@pytest.mark.parametrize(
+    ("name", "layers", "inner"), [("vit", 2, 64), ("vgg11_bn", 2, 64), ("BERT", 2, 24), ("MiniLM", 6, 1536)]
+)
+def test_batch_forms_of_layers_wider_than_the_batch(name: str, layers: int, inner: int) -> None:
+    batch = [each for each in built(name)[2] if each.exactness == "batch-exact"]
+    assert [(each.kind, each.dimension) for each in batch] == [("batch pair, 2024 form", inner**2)] * layers
+    assert all(0 < each.drift <= 1e-6 for each in batch)
+
+
+NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilenet_v3_small", "vit", "ConvNeXt"]
 NAMES += ["GPT-2", "Llama", "BERT", "MiniLM", "LoRA on MiniLM"]
 
 
@@ -185,6 +208,30 @@ def test_outputs_stay_on_inputs_never_seen_and_the_way_back_returns_the_weights(
             assert float((tensors[key].double() - value.double()).norm()) <= limit * scale, key
 
 
+def peak(function: Callable[[], object]) -> int:
+    """The most bytes that torch held at a time while a function ran, beyond those it held before."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((each.start_ns(), each.nbytes()) for each in results.events() if each.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in events))
+
+
+def test_finding_takes_the_memory_of_two_copies_of_the_model() -> None:
+    model = built("resnet18")[0]
+    inputs = torch.randn(2, 3, 64, 64)
+    size = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
+    certified = copy.deepcopy(model).double()
+
+    def passes() -> None:
+        with torch.no_grad():
+            certified(inputs.double())
+
+    # A pass has its own needs, whoever makes it. Running statistics are copied for each: two percent are for them.
+    assert size * 1.9 <= peak(lambda: mt.find_symmetries(model, inputs)) - peak(passes) <= size * 2.02
+
+
 def _move(symmetry: mt.Symmetry, element: Tensor, tensors: dict[str, Tensor]) -> None:
     names = (*symmetry.parameters, *symmetry.buffers)
     moved = symmetry.act(element, mt.Point({name: tensors[name] for name in names}))
@@ -195,7 +242,7 @@ def _move(symmetry: mt.Symmetry, element: Tensor, tensors: dict[str, Tensor]) ->
 def test_the_command_makes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.symmetries import main
 
-    chosen = ["--models", "MLP", "linear autoencoder"]
+    chosen = ["--models", "MLP", "linear autoencoder", "--rounds", "2"]
     assert main([*chosen, "--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]) == 0
     printed = capsys.readouterr().out
     assert "| MLP | 179 | rescaling 2 (18) | 18 |" in printed
@@ -203,6 +250,20 @@ def test_the_command_makes_the_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["models"]
     assert [row["model"] for row in rows] == ["MLP", "linear autoencoder"]
     assert rows[0]["kinds"] == {"rescaling": {"count": 2, "dimension": 18}}
+    ratios = rows[0]["passes_per_kind"]
+    assert 0 < ratios["min"] <= ratios["median"] <= ratios["max"]
+
+
+def test_the_cost_is_told_by_the_shape_of_the_input() -> None:
+    from benchmarks.symmetries import cost_of, cost_table
+
+    try:
+        cost = cost_of((1, 3, 32, 32), rounds=1)
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    assert cost["kinds"] == 2
+    assert cost["passes_per_kind"]["median"] == pytest.approx(cost["seconds"] / cost["pass_seconds"] / 2)
+    assert f"| 1x3x32x32 | {cost['seconds']:.2f} |" in cost_table([cost], 1)
 
 
 def test_the_drift_told_is_small_and_measured() -> None:

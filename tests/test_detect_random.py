@@ -11,7 +11,7 @@ from hypothesis import strategies
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.detection.certificate import random_element
+from metateleport.detection.draws import random_element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Chain(nn.Module):
 @strategies.composite
 def plans(draw: strategies.DrawFn) -> Plan:
     depth = draw(strategies.integers(2, 5))
-    widths = tuple(draw(strategies.lists(strategies.integers(2, 4), min_size=depth + 1, max_size=depth + 1)))
+    widths = tuple(draw(strategies.lists(strategies.integers(1, 4), min_size=depth + 1, max_size=depth + 1)))
     between = tuple(
         draw(strategies.lists(strategies.sampled_from(sorted(UNITS)), min_size=depth - 1, max_size=depth - 1))
     )
@@ -101,8 +101,74 @@ def test_random_chains(plan: Plan) -> None:
     _holds(model, found.exact, torch.randn(9, plan.widths[0], dtype=torch.float64))
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A convolution, full or depthwise, and what stands behind it."""
+
+    channels: int
+    depthwise: bool
+    norm: str
+    unit: str
+    pool: str
+
+
+NORMS = {"none": lambda _: nn.Identity(), "batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(1, channels)}
+POOLS = {"none": nn.Identity, "average": lambda: nn.AvgPool2d(2, 1), "largest": lambda: nn.MaxPool2d(2, 1)}
+HOMOGENEOUS = ("nothing", "relu", "leaky", "prelu")
+
+
+@strategies.composite
+def blocks(draw: strategies.DrawFn) -> tuple[Block, ...]:
+    found: list[Block] = []
+    for _ in range(draw(strategies.integers(1, 3))):
+        depthwise = bool(found) and draw(strategies.booleans())
+        channels = found[-1].channels if depthwise else draw(strategies.integers(1, 4))
+        choices = (draw(strategies.sampled_from(sorted(kinds))) for kinds in (NORMS, UNITS, POOLS))
+        found.append(Block(channels, depthwise, *choices))
+    return tuple(found)
+
+
+def convolutional(plan: tuple[Block, ...]) -> nn.Module:
+    layers: list[nn.Module] = []
+    channels, size = 2, 7
+    for block in plan:
+        groups = channels if block.depthwise else 1
+        layers.append(nn.Conv2d(channels, block.channels, 3, padding=1, groups=groups))
+        layers += [NORMS[block.norm](block.channels), UNITS[block.unit](), POOLS[block.pool]()]
+        channels, size = block.channels, size - (block.pool != "none")
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, 2))
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.running_mean)
+    return model.double().eval()
+
+
+def dimension_of(plan: tuple[Block, ...]) -> int:
+    """Of all but translations: before each BatchNorm, and behind each block up to what takes it in."""
+    total = 0
+    for index, block in enumerate(plan):
+        total += block.channels * (block.norm == "batch")
+        # A convolution of one channel is depthwise and full at once.
+        mixes = index + 1 == len(plan) or not plan[index + 1].depthwise or block.channels == 1
+        if block.unit in HOMOGENEOUS:
+            linear = block.norm == "none" and block.unit == "nothing" and block.pool != "largest" and mixes
+            total += block.channels ** (2 if linear else 1)
+    return total
+
+
+@hypothesis.settings(max_examples=16, deadline=None, derandomize=True, database=None)
+@hypothesis.given(blocks())
+def test_random_convolutions(plan: tuple[Block, ...]) -> None:
+    torch.manual_seed(len(plan))
+    model = convolutional(plan)
+    found = mt.find_symmetries(model, torch.randn(3, 2, 7, 7, dtype=torch.float64)).exact
+    assert sum(each.dimension for each in found if each.kind != "translation") == dimension_of(plan), (plan, str(found))
+    _holds(model, found, torch.randn(2, 2, 7, 7, dtype=torch.float64))
+
+
 def _holds(model: nn.Module, found: mt.Symmetries, inputs: Tensor) -> None:
-    start = {name: value.detach() for name, value in model.named_parameters()}
+    start = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
     expected = model(inputs).detach()
     source = torch.Generator().manual_seed(0)
     for symmetry in found:
@@ -110,7 +176,7 @@ def _holds(model: nn.Module, found: mt.Symmetries, inputs: Tensor) -> None:
         once = symmetry.act(symmetry.group.compose(left, right), mt.Point(start)).parameters
         twice = symmetry.act(left, symmetry.act(right, mt.Point(start))).parameters
         back = symmetry.act(symmetry.group.inverse(left), symmetry.act(left, mt.Point(start))).parameters
-        for name in symmetry.parameters:
+        for name in (*symmetry.parameters, *symmetry.buffers):
             assert torch.allclose(once[name], twice[name], rtol=1e-9, atol=1e-11)
             assert torch.allclose(back[name], start[name], rtol=1e-9, atol=1e-11)
         outputs = torch.func.functional_call(model, once, (inputs,))

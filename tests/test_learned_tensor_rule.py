@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import StepRule
+from metateleport.learned.step_rule import StepRule
 from metateleport.learned.tensor_rule import TensorRule
 from metateleport.teleporters import travel
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.learned import StackOptimizer
+from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import CoordinateRule, StepRule
+from metateleport.learned.step_rule import StepRule
 from metateleport.learned.tensor_rule import TensorRule
 
 MODES = ["lr", "lr+tele", "update", "update+tele", "tele"]

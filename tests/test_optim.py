@@ -755,10 +755,8 @@ def test_a_saved_state_of_another_shape_is_refused() -> None:
     optimizer = wrap(problem, "sgd", Counting())
     train(problem, optimizer, 1)
     saved = optimizer.state_dict()
-    saved["teleporting"]["state"] = {"count": torch.zeros(3)}
+    saved["teleporting"].update(steps=0, state={"count": torch.zeros(3)})
     optimizer.load_state_dict(saved)
-    optimizer.steps = 0
-    optimizer._watch.wanted = True  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="does not fit this model"):
         optimizer.step(closure_of(problem, optimizer))
 

@@ -30,6 +30,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, sources / name)
+    # Meta-seeds lie deeper than any other file.
+    shutil.copytree(sources / "checkpoints" / "digits", sources / "checkpoints" / "several" / "meta_seeds" / "1")
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(site)], cwd=sources, check=True, capture_output=True)
     (wheel,) = site.glob("*.whl")
@@ -47,7 +49,11 @@ def _in_installation(site: Path, code: str) -> object:
 
 @pytest.mark.parametrize(("beside", "inside"), [("tasks", "_gallery"), ("checkpoints", "_checkpoints")])
 def test_a_wheel_carries_what_lies_beside_the_package(installed: Path, beside: str, inside: str) -> None:
-    assert _files(installed / "metateleport" / inside) == _files(ROOT / beside)
+    carried = _files(installed / "metateleport" / inside)
+    deep = {name: carried.pop(name) for name in list(carried) if name.startswith("several/")}
+    assert carried == _files(ROOT / beside)
+    if beside == "checkpoints":
+        assert {name.rpartition("/")[2] for name in deep} == {"card.json", "weights.safetensors"}
 
 
 def test_a_wheel_carries_the_whole_package(installed: Path) -> None:

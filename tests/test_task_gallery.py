@@ -37,6 +37,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("digits", {"hidden": 7, "depth": 4, "classes": 3, "samples": 50, "batch": None, "slope": 0.0}),
     ("mnist_digits", {"side": 7, "samples": 100, "batch": 20}),
     ("mnist1d", {"samples": 100, "batch": 20, "depth": 3, "label_noise": 0.2}),
+    ("fewshot_digits", {}),
+    ("fewshot_digits", {"ways": 2, "shots": 1, "queries": 3, "hidden": 5, "bottleneck": None}),
     ("bottleneck_digits", {"samples": 100, "batch": 20}),
     ("bottleneck_digits", {"samples": 60, "batch": None, "width": 6, "heads": 3, "rank": 2, "hidden": 5}),
     ("quadratic", {}),
@@ -44,9 +46,12 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("matrix_factorisation", {"width": 6, "rank": 2, "batch": 20}),
     ("matrix_factorisation", {"width": 4, "rank": 4, "condition": 1e3, "batch": None, "noise": 0.1}),
 ]
-# Whatever else is in the gallery is met at its defaults.
+# Whatever else is in the gallery is met at its defaults; Omniglot's data do not come with any package.
+ELSEWHERE = {"fewshot_omniglot"}
 SETTINGS += [
-    (path.stem, {}) for path in sorted(TASKS.glob("[!_]*.py")) if path.stem not in {name for name, _ in SETTINGS}
+    (path.stem, {})
+    for path in sorted(TASKS.glob("[!_]*.py"))
+    if path.stem not in {name for name, _ in SETTINGS} | ELSEWHERE
 ]
 
 

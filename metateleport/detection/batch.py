@@ -1,59 +1,83 @@
-"""Pairs of linear layers with a bijective activation between them, for the batch forms."""
+"""Pairs of linear layers with an elementwise activation between them, for the batch forms."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+from collections.abc import Collection
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
+from metateleport.detection.assemble import Candidate
 from metateleport.detection.trace import Graph
 from metateleport.detection.walk import module_of, name_of
-from metateleport.symmetries import BatchPair2022, Unsuitable, inverse_of
+from metateleport.symmetries import BatchPair2022, BatchPair2024, Unsuitable
+from metateleport.symmetries.activations import activation_of
 
-__all__ = ["BatchCandidate", "batch_candidates"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchCandidate:
-    """A batch form that the graph speaks for, and its place in the data flow."""
-
-    symmetry: BatchPair2022
-    place: tuple[int, int]
+__all__ = ["batch_candidates"]
 
 
-def batch_candidates(graph: Graph, model: nn.Module) -> list[BatchCandidate]:
-    """Linear layers, called once each as modules, with one bijective activation and nothing else between them.
+def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str]) -> list[Candidate]:
+    """Linear layers, called once each as modules, with one elementwise activation and nothing else between them.
+
+    Through a bijective activation the 2022 form comes first, since it has the group law; the 2024 form where its rank
+    condition is not met, and through any other activation.
 
     Args:
         graph: of the model.
         model: the model.
+        movable: names of the parameters that may move.
     """
-    modules = dict(model.named_modules())
-    linear = [node for node in graph.nodes if node.op == "call_function" and name_of(node) == "linear"]
-    called = [graph.prefix + module_of(node) for node in linear]
     position = {node: number for number, node in enumerate(graph.nodes)}
     found = []
-    for node, first in zip(linear, called, strict=True):
-        between = _only_user(node)
-        after = _only_user(between)
-        if after is None or between is None or name_of(after) != "linear" or after.args[0] is not between:
+    for node, number in position.items():
+        if node.op != "call_function" or name_of(node) != "linear":
             continue
-        second, activation = graph.prefix + module_of(after), modules.get(graph.prefix + module_of(between))
-        if activation is None or isinstance(activation, nn.Identity) or inverse_of(activation) is None:
+        between = _next(node)
+        after = None if between is None else _next(between)
+        if between is None or after is None or name_of(after) != "linear" or not _takes_in(after, between):
             continue
-        if called.count(first) > 1 or called.count(second) > 1:
+        name = name_of(between)
+        activation = activation_of(name.removesuffix("_"), between.args[1:], between.kwargs)  # type: ignore[arg-type]
+        first, second = (graph.prefix + module_of(layer) for layer in (node, after))
+        read = {graph.parameters.get(each.name) for each in (*node.args[1:], after.args[1]) if _is_read_once(each)}
+        if activation is None:
             continue
-        with contextlib.suppress(Unsuitable):
-            found.append(
-                BatchCandidate(BatchPair2022(model, first, second, activation), (position[node], position[after]))
-            )
+        place = (number, position[after])
+        candidate: Candidate | None = None
+        for kind in (BatchPair2024, BatchPair2022):
+            with contextlib.suppress(Unsuitable):
+                symmetry = kind(model, first, second, activation)
+                if not read.intersection(movable).issuperset(symmetry.parameters):
+                    continue
+                candidate = Candidate(symmetry, place, () if candidate is None else (candidate,))
+        if candidate is not None:
+            found.append(candidate)
     return found
 
 
-def _only_user(node: torch.fx.Node | None) -> torch.fx.Node | None:
-    if node is None or len(node.users) != 1:
-        return None
-    user = next(iter(node.users))
-    return user if user.op == "call_function" else None
+def _takes_in(layer: torch.fx.Node, before: torch.fx.Node) -> bool:
+    """Whether a layer works on what a node puts out (and does not have it as its weight)."""
+    source = layer.args[0]
+    while isinstance(source, torch.fx.Node) and _is_idle(source):
+        source = source.args[0]
+    return source is before
+
+
+def _next(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The only operation that reads a node, behind dropout that drops nothing."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if not _is_idle(node):
+            return node if node.op == "call_function" else None
+    return None
+
+
+def _is_read_once(value: object) -> TypeGuard[torch.fx.Node]:
+    """Whether an argument is a tensor that no other operation reads."""
+    return isinstance(value, torch.fx.Node) and len(value.users) == 1
+
+
+def _is_idle(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and name_of(node) == "dropout" and not (node.args[2] and node.args[1])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,131 +12,12 @@ from torch import Tensor, nn
 from metateleport.detection.assemble import Candidate, candidates
 from metateleport.detection.batch import batch_candidates
 from metateleport.detection.certificate import certify
+from metateleport.detection.found import Refused, Symmetries
 from metateleport.detection.trace import Graph, split, trace
 from metateleport.detection.walk import Walk, aliased, walk
 from metateleport.symmetries import Symmetry, Unsuitable
 
-__all__ = ["Refused", "Symmetries", "exact_symmetries", "find_symmetries"]
-
-SCHEMA = "metateleport.symmetries/1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """What was looked at and not claimed.
-
-    Args:
-        reason: why.
-        parameters: names of the parameters that it is about.
-        module: path of the module that it is about; empty for the model itself.
-    """
-
-    reason: str
-    parameters: tuple[str, ...] = ()
-    module: str = ""
-
-
-class Symmetries(Sequence[Symmetry]):
-    """The certified symmetries of a model, in the order of the data flow; printing it gives a table.
-
-    Args:
-        symmetries: what was found.
-        refused: what was looked at and not claimed.
-
-    Example:
-        >>> found = Symmetries([], [Refused("tanh is not followed", ("0.weight",), "1")])
-        >>> len(found), found.dimension
-        (0, 0)
-    """
-
-    def __init__(self, symmetries: Iterable[Symmetry], refused: Iterable[Refused] = ()) -> None:
-        self._symmetries = tuple(symmetries)
-        self.refused = tuple(refused)
-
-    def __len__(self) -> int:
-        return len(self._symmetries)
-
-    @overload
-    def __getitem__(self, index: int) -> Symmetry: ...
-    @overload
-    def __getitem__(self, index: slice) -> Symmetries: ...
-    def __getitem__(self, index: int | slice) -> Symmetry | Symmetries:
-        if isinstance(index, slice):
-            return Symmetries(self._symmetries[index], self.refused)
-        return self._symmetries[index]
-
-    @property
-    def exact(self) -> Symmetries:
-        """Those that hold for all inputs."""
-        return Symmetries([each for each in self if each.exactness == "exact"], self.refused)
-
-    @property
-    def dimension(self) -> int:
-        """Sum of the dimensions of all groups."""
-        return sum(symmetry.dimension for symmetry in self)
-
-    def by_kind(self) -> dict[str, tuple[int, int]]:
-        """How many symmetries there are of each kind, and their dimensions together."""
-        counts: dict[str, tuple[int, int]] = {}
-        for symmetry in self:
-            count, dimension = counts.get(symmetry.kind, (0, 0))
-            counts[symmetry.kind] = (count + 1, dimension + symmetry.dimension)
-        return counts
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `metateleport symmetries --json` writes."""
-        return {
-            "schema": SCHEMA,
-            "symmetries": [
-                {
-                    "kind": each.kind,
-                    "group": repr(each.group),
-                    "dimension": each.dimension,
-                    "exactness": each.exactness,
-                    "parameters": list(each.parameters),
-                    "buffers": list(each.buffers),
-                    "drift": each.drift,
-                }
-                for each in self
-            ],
-            "refused": [
-                {"parameters": list(each.parameters), "module": each.module, "reason": each.reason}
-                for each in self.refused
-            ],
-        }
-
-    def to_json(self) -> str:
-        """`as_dict` as text; a drift that was not measured is null."""
-        data = self.as_dict()
-        for each in data["symmetries"]:
-            if not math.isfinite(each["drift"]):
-                each["drift"] = None
-        return json.dumps(data, indent=2)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self._symmetries)!r})"
-
-    def __str__(self) -> str:
-        rows = [("parameters", "kind", "group", "dimension", "exactness", "drift")]
-        for each in self:
-            row = (_short(each.where.split(", ")), each.kind, repr(each.group), str(each.dimension), each.exactness)
-            rows.append((*row, f"{each.drift:.1e}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.append(f"{len(self)} symmetries of {self.dimension} dimensions in all")
-        if self.refused:
-            lines.append("")
-            lines.append(f"not claimed ({len(self.refused)}):")
-            for refused in self.refused:
-                where = f"{refused.module}: " if refused.module else ""
-                names = f" [{_short(refused.parameters)}]" if refused.parameters else ""
-                lines.append(f"  {where}{refused.reason}{names}")
-        return "\n".join(lines)
-
-
-def _short(names: Sequence[str], most: int = 4) -> str:
-    text = ", ".join(names[:most])
-    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+__all__ = ["exact_symmetries", "find_symmetries"]
 
 
 def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None) -> Symmetries:
@@ -154,12 +33,14 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
     | linear pair, chain | $(U, V, b) \mapsto (U g^{-1}, g V, g b)$ | $GL(k)$ |
     | rescaling | $(U, V, b) \mapsto (U D^{-1}, D V, D b)$ through ReLU, LeakyReLU, PReLU | $D \in \mathbb{R}_{>0}^k$ |
     | before batch norm | $(V, b, \mu) \mapsto (DV, Db, D\mu)$, $v \mapsto d^2(v+\epsilon)-\epsilon$ | diagonal |
+    | layer scale | $(W, b, \gamma) \mapsto (D W, D b, D^{-1} \gamma)$ | diagonal |
     | after batch norm, norm gain | $(\gamma, \beta, W) \mapsto (D\gamma, D\beta, W D^{-1})$ | diagonal |
     | attention QK, a key head | $(W_Q, W_K) \mapsto (A W_Q, A^{-\top} W_K)$ | $GL(d)$; rotary $(\mathbb{C}^*)^{d/2}$ |
     | attention VO, a value head | $(W_V, W_O) \mapsto (B W_V, W_O B^{-1})$ | $GL(d)$ |
     | gated MLP | $(W_{up}, W_{down}) \mapsto (D W_{up}, W_{down} D^{-1})$ | diagonal |
     | translation | $(b, c) \mapsto (b + t, c - W t)$; key biases freely | $\mathbb{R}^k$ |
     | batch pair, 2022 form | bijective activations, on the batch: see `BatchPair2022` | $GL(k)$ |
+    | batch pair, 2024 form | any elementwise activation, on the batch: see `BatchPair2024` | $GL(k)$ |
     | LoRA pair | $(A, B) \mapsto (g A, B g^{-1})$ | $GL(r)$ |
 
     Args:
@@ -182,6 +63,10 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
         linear pair GeneralLinear(2) 2.weight, 2.bias, 3.weight
         translation Translation(2) 2.bias[0:2], 3.weight, 3.bias
     """
+    return _found(model, example_input, loss, batch_forms=True)
+
+
+def _found(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None, batch_forms: bool) -> Symmetries:
     inputs, keywords = split(example_input)
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so it has no parameter symmetries")
@@ -193,14 +78,14 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
     refused = [Refused(reason, (), module) for module, reason in unfollowed]
     found: list[Candidate] = []
     for graph in graphs:
-        more, reasons = _walked(graph, model)
+        more, reasons = _walked(graph, model, batch_forms)
         found += more
         refused += reasons
     held = _certified(model, found, inputs, keywords, loss, refused)
     return Symmetries(held, refused)
 
 
-def _walked(graph: Graph, model: nn.Module) -> tuple[list[Candidate], list[Refused]]:
+def _walked(graph: Graph, model: nn.Module, batch_forms: bool) -> tuple[list[Candidate], list[Refused]]:
     graph, shared = _by_first_name(graph, model)
     pinned = aliased(model, graph.constants)
     if graph.prefix:
@@ -221,7 +106,7 @@ def _walked(graph: Graph, model: nn.Module) -> tuple[list[Candidate], list[Refus
     refused = [Refused(reason, (name,)) for name, reason in pinned.items() if name in used]
     if frozen:
         refused.append(Refused("frozen (requires_grad=False)", frozen))
-    batch = [Candidate(each.symmetry, each.place) for each in batch_candidates(graph, model)]
+    batch = batch_candidates(graph, model, movable) if batch_forms else []
     return [*candidates(walked, model), *batch], [*refused, *_reasons(walked, named, shared)]
 
 
@@ -272,6 +157,8 @@ def _certified(
     refused: list[Refused],
 ) -> list[Symmetry]:
     held: list[tuple[tuple[int, int], Symmetry]] = []
+    # Of batch forms one line for each reason: a batch that is too large is too large for most of them.
+    on_batch: dict[str, dict[str, None]] = {}
     waiting = found
     while waiting:
         certificates = certify(model, [candidate.symmetry for candidate in waiting], inputs, keywords, loss)
@@ -281,11 +168,17 @@ def _certified(
             symmetry.certificate = certificate
             if certificate.holds:
                 held.append((candidate.place, symmetry))
+                continue
+            instead += candidate.instead
+            if symmetry.exactness == "batch-exact":
+                on_batch.setdefault(f"{symmetry.kind}: {certificate.reason}", {}).update(
+                    dict.fromkeys(symmetry.parameters)
+                )
             else:
                 what = f"{symmetry.kind} under {symmetry.group!r}: {certificate.reason}"
                 refused.append(Refused(what, symmetry.parameters))
-                instead += candidate.instead
         waiting = instead
+    refused += [Refused(reason, tuple(names)) for reason, names in on_batch.items()]
     return [symmetry for _, symmetry in sorted(held, key=lambda pair: pair[0])]
 
 
@@ -300,7 +193,7 @@ def exact_symmetries(model: nn.Module, example_input: Any, buffers: bool = True)
     Raises:
         Unsuitable: if there is none.
     """
-    found = find_symmetries(model, example_input)
+    found = _found(model, example_input, None, batch_forms=False)
     exact = Symmetries([each for each in found.exact if buffers or not each.buffers], found.refused)
     if not exact:
         raise Unsuitable(

@@ -122,7 +122,8 @@ def _call(graph: Graph, node: torch.fx.Node, number: int, ledger: Ledger, values
             ledger.first_use.setdefault(value.parameter or str(value.buffer), number)
     base = name.removesuffix("_") if not name.startswith("_") else name
     context = Context(ledger, number, base, graph.prefix + module_of(node), node.target)  # type: ignore[arg-type]
-    if not any(value.labels for value in labelled) or base in _SHAPE_ONLY:
+    # A parameter gets what its axes of one entry ask for when it is first read.
+    if not any(value.labels or (value.parameter and 1 in value.shape) for value in labelled) or base in _SHAPE_ONLY:
         return _fixed(shape)
     schema = getattr(node.target, "_schema", None)
     result = None

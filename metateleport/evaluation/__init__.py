@@ -2,14 +2,17 @@
 
 from metateleport.evaluation.attribution import attribution_of, words_of
 from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
+from metateleport.evaluation.card import record_result
 from metateleport.evaluation.lbfgs import LBFGS
-from metateleport.evaluation.paired import PairedRatio, paired_ratio
+from metateleport.evaluation.marks import REFERENCE_MARKS, marks
+from metateleport.evaluation.meta_seeds import meta_seeds_of
+from metateleport.evaluation.paired import PairedRatio, paired_ratio, ratio_over_seeds
 from metateleport.evaluation.plot import plot
 from metateleport.evaluation.recipes import BASELINES, REFERENCES
 from metateleport.evaluation.report import report_of, write_report
-from metateleport.evaluation.run import Evaluation, EvaluationError, Result, evaluate
+from metateleport.evaluation.run import Evaluation, EvaluationError, Result, Seed, SeedResults, evaluate
 from metateleport.evaluation.second_order import GaussNewton, PerTask
-from metateleport.evaluation.table import table_of
+from metateleport.evaluation.table import ratios_table_of, table_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
 from metateleport.evaluation.whitening import Whitening
@@ -18,6 +21,7 @@ __all__ = [
     "BASELINES",
     "LBFGS",
     "REFERENCES",
+    "REFERENCE_MARKS",
     "SCHEDULES",
     "Choice",
     "Evaluation",
@@ -32,13 +36,20 @@ __all__ = [
     "Recipe",
     "Recorder",
     "Result",
+    "Seed",
+    "SeedResults",
     "Trajectory",
     "Whitening",
     "attribution_of",
     "evaluate",
+    "marks",
+    "meta_seeds_of",
     "output_drift",
     "paired_ratio",
     "plot",
+    "ratio_over_seeds",
+    "ratios_table_of",
+    "record_result",
     "report_of",
     "table_of",
     "tune",

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from metateleport.evaluation.compared import compared, pairs_of
+from metateleport.evaluation.paired import CONFIDENCE, REFERENCE
+from metateleport.evaluation.run import Evaluation
 
-from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
-from metateleport.evaluation.run import Evaluation, Result
-
-__all__ = ["AGAINST", "attribution_of", "marks", "words_of"]
+__all__ = ["AGAINST", "attribution_of", "words_of"]
 
 AGAINST: dict[str, str] = {
     f"{REFERENCE}/teleport-off": "the same networks with the teleport off",
@@ -19,6 +17,7 @@ AGAINST: dict[str, str] = {
     f"{REFERENCE}/gauge-off": "the same networks without the gauge",
     f"{REFERENCE}/random-teleport": "a random element of the same size",
     f"{REFERENCE}/step-only": "a step learned without a teleport",
+    f"{REFERENCE}/guarded": "the same networks with steps that do harm taken back",
     "whitening": "whitening by hand",
     "gradient-ascent": "gradient ascent",
 }
@@ -32,16 +31,6 @@ _KINDS = {
 }
 
 
-def marks(steps: int) -> list[int]:
-    """The numbers of gradient evaluations that are reported: a tenth, a third and all of the budget.
-
-    Example:
-        >>> marks(100)
-        [10, 33, 100]
-    """
-    return list(dict.fromkeys(max(1, place) for place in (steps // 10, steps // 3, steps)))
-
-
 def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
     """Compares a learned result, task by task, with what tells whose merit it is.
 
@@ -52,60 +41,40 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
 
     Returns:
         Empty where nothing was learned. Else by the learned method's name: `gauge` (`stays`, `undone`, `both` or
-        `none`); `against`, by method what `compared` gives; `brings`, the same for the teleport that stays and for
+        `none`); `against`, by method what `compared` gives; `baselines`, the same for the optimizers that do not
+        teleport; `meta_seeds`, their number; `brings`, the same for the teleport that stays and for
         the gauge undone after the step, each alone, or `none` where it has no such part, or `not run`; `verdict`
         (`helps`, `nothing`, `harms` or `unknown`); and `in_words`.
     """
     learned = evaluation.results.get(REFERENCE)
     if learned is None:
         return {}
-    against = {
-        name: compared(learned, evaluation.results[name], evaluation.steps)
-        for name in AGAINST
-        if name in evaluation.results
-    }
+
+    def beside(name: str) -> dict[str, Any]:
+        return compared(learned, evaluation.results[name], evaluation.steps, pairs_of(evaluation, name))
+
+    against = {name: beside(name) for name in AGAINST if name in evaluation.results}
+    baselines = {name: beside(name) for name in evaluation.results if name not in AGAINST and name != REFERENCE}
     verdict = _verdict(learned.gauge, against)
+    seeds = max(1, len(evaluation.meta_seeds))
+    words = _in_words(learned.gauge, against, verdict, evaluation.steps, seeds)
     return {
         REFERENCE: {
             "gauge": learned.gauge,
             "confidence": CONFIDENCE,
+            "meta_seeds": seeds,
             "against": against,
+            "baselines": baselines,
             "brings": {kind: _part(kind, learned.gauge, against) for kind in ("stays", "undone")},
             "verdict": verdict,
-            "in_words": _in_words(learned.gauge, against, verdict, evaluation.steps),
+            "in_words": " ".join([words, *_ahead_or_behind(baselines, seeds)]),
         }
     }
-
-
-def compared(learned: Result, other: Result, steps: int) -> dict[str, Any]:
-    """Paired ratios of another method's losses over the learned one's.
-
-    Args:
-        learned: the learned method's result.
-        other: another's on the same tasks.
-        steps: the budget of both.
-
-    Returns:
-        `gauge` of the other; `gradient_evaluations`, a list of `at`, `ratio`, `low`, `high` at a tenth, a third and
-        all of the budget; `seconds`, the same at the time when the faster of the two had spent its budget.
-    """
-    mine, theirs = learned.trajectory, other.trajectory
-    by_evaluations = [{"at": place, **_ratio(theirs.loss[:, place], mine.loss[:, place])} for place in marks(steps)]
-    seconds = float(min(mine.seconds_along[-1], theirs.seconds_along[-1]))
-    places = [int(np.searchsorted(each.seconds_along, seconds, side="right")) - 1 for each in (theirs, mine)]
-    by_seconds = {"at": seconds, **_ratio(theirs.loss[:, places[0]], mine.loss[:, places[1]])}
-    return {"gauge": other.gauge, "gradient_evaluations": by_evaluations, "seconds": by_seconds}
 
 
 def words_of(report: Mapping[str, Any]) -> list[str]:
     """The sentences of a report's attributions, for people."""
     return [each["in_words"] for each in report.get("attribution", {}).values()]
-
-
-def _ratio(theirs: npt.NDArray[np.float64], mine: npt.NDArray[np.float64]) -> dict[str, float]:
-    # What is not a number has diverged, and counts as the largest loss.
-    other, learned = (np.nan_to_num(each, nan=np.inf, posinf=np.inf) for each in (theirs, mine))
-    return paired_ratio(other, learned)._asdict()
 
 
 def _part(kind: str, gauge: str, against: Mapping[str, Any]) -> Any:
@@ -119,7 +88,7 @@ def _verdict(gauge: str, against: Mapping[str, Any]) -> str:
     """Whether the teleport helps: ahead, with its interval, both of itself switched off and of a step learned alone."""
     if gauge == "none":
         return "nothing"
-    ends = [against[name]["gradient_evaluations"][-1] for name in _DECIDES if name in against]
+    ends = [_best_known(against[name])["gradient_evaluations"][-1] for name in _DECIDES if name in against]
     if not ends:
         return "unknown"
     if all(end["low"] > 1 for end in ends):
@@ -127,7 +96,7 @@ def _verdict(gauge: str, against: Mapping[str, Any]) -> str:
     return "harms" if any(end["high"] < 1 for end in ends) else "nothing"
 
 
-def _in_words(gauge: str, against: Mapping[str, Any], verdict: str, steps: int) -> str:
+def _in_words(gauge: str, against: Mapping[str, Any], verdict: str, steps: int, seeds: int) -> str:
     if gauge == "none":
         return f"{REFERENCE}: no teleport is learned here; what it gains is the step's."
     if verdict == "unknown":
@@ -135,8 +104,8 @@ def _in_words(gauge: str, against: Mapping[str, Any], verdict: str, steps: int) 
             f"{REFERENCE}: what the teleport brings was not measured; run {' and '.join(_DECIDES)} beside it "
             "(--methods)."
         )
-    ends = {name: each["gradient_evaluations"][-1] for name, each in against.items()}
-    timed = {name: each["seconds"] for name, each in against.items()}
+    ends = {name: _best_known(each)["gradient_evaluations"][-1] for name, each in against.items()}
+    timed = {name: _best_known(each)["seconds"] for name, each in against.items()}
     deciding = [name for name in _DECIDES if name in against]
     shown = ", ".join(f"{AGAINST[name]}: {_interval(ends[name])}" for name in deciding)
     opening = {
@@ -147,10 +116,43 @@ def _in_words(gauge: str, against: Mapping[str, Any], verdict: str, steps: int) 
     sentence = f"{REFERENCE}: {opening} at {steps} gradient evaluations ({_KINDS[gauge]}). Losses of others over the "
     sentence += f"learned one's, at equal evaluations: {shown}; at equal seconds: "
     sentence += ", ".join(f"{AGAINST[name]}: {_interval(timed[name])}" for name in deciding) + "."
+    if seeds > 1:
+        sentence += f" Intervals are over tasks and {seeds} meta-seeds; the worst meta-seed: "
+        worst = {name: ends[name]["worst"] for name in deciding}
+        sentence += (
+            ", ".join(f"{AGAINST[n]}: {_interval(each)} (seed {each['seed']})" for n, each in worst.items()) + "."
+        )
     others = [name for name in against if name not in deciding]
     if others:
         sentence += " Beside it, " + ", ".join(f"{AGAINST[name]}: {_interval(ends[name])}" for name in others) + "."
     return sentence
+
+
+def _best_known(each: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ratios over all meta-seeds where there are several, else those of the one."""
+    found: Mapping[str, Any] = each.get("meta_seeds", each)
+    return found
+
+
+def _ahead_or_behind(baselines: Mapping[str, Any], seeds: int) -> list[str]:
+    """Which baselines the learned result is ahead of or behind, by an interval that excludes 1."""
+    said: dict[str, list[str]] = {"ahead of": [], "behind": []}
+    for name, each in baselines.items():
+        at: dict[str, list[str]] = {"ahead of": [], "behind": []}
+        for mark in _best_known(each)["gradient_evaluations"]:
+            ratio = mark.get("worst", mark)
+            if ratio["low"] > 1:
+                at["ahead of"].append(str(mark["at"]))
+            elif ratio["high"] < 1:
+                at["behind"].append(str(mark["at"]))
+        for side, places in at.items():
+            if places:
+                said[side].append(f"{name} ({', '.join(places)})")
+    found = "; ".join(f"{side} {', '.join(names)}" for side, names in said.items() if names)
+    if not found:
+        return []
+    whose = f"the worst of {seeds} meta-seeds" if seeds > 1 else "by an interval that excludes 1 it"
+    return [f"Of the baselines, at the numbers of gradient evaluations in brackets, {whose} is {found}."]
 
 
 def _ratio_of(end: Mapping[str, float]) -> float:

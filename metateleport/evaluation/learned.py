@@ -71,7 +71,7 @@ class Learned(Method):
         if self.teleport in ("off", "stays-off"):
             teleporter = NoTeleport()
         if self.teleport in ("off", "gauge-off"):
-            regauge = _no_gauges
+            regauge = _none_of
         if self.teleport == "random":
             sizes: list[_Sizes] = []
             self._run(stack, budget, None, None, sizes)
@@ -158,10 +158,6 @@ def _place(gauge: Gauge) -> tuple[Any, ...]:
     return (gauge.symmetry.parameters, gauge.side)
 
 
-def _no_gauges(gauges: list[Gauge]) -> list[Gauge]:
-    return []
-
-
 def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None, seed: int = 0) -> list[Learned]:
     """The learned optimizer of a checkpoint, and those of its attributions that its mode allows.
 
@@ -181,3 +177,7 @@ def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None,
     if checkpoint.step_only is not None:
         made.append(Learned("learned/step-only", checkpoint.step_only))
     return [method for method in made if wanted is None or method.name in wanted]
+
+
+def _none_of(gauges: list[Gauge]) -> list[Gauge]:
+    return gauges[:0]

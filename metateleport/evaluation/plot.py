@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _LINES = {"teleport-off": (0, (5, 2)), "random-teleport": (0, (1, 1.5)), "step-o
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
     """Draws the median of every method with its interquartile band, by gradient evaluations and by seconds.
 
+    With several meta-seeds the band of a learned method is that of all their medians.
+
     Args:
         report: what `report_of` gave, or a file written by `write_report`.
         path: where to write; the suffix tells the format (png, svg, pdf).
@@ -57,9 +60,12 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
             "linestyle": _LINES.get(name.partition("/")[2], "-"),
             "linewidth": 2.4 if name == "learned" else 1.5,
         }
+        seeds = report["meta_seeds"]["along"].get(name) if report.get("meta_seeds") else None
+        band = (seeds["lowest"], seeds["highest"]) if seeds else (q25, q75)
+        lowest, highest = (np.clip(np.asarray(each), low, high) for each in band)
         for axes, key in ((by_evaluations, "gradient_evaluations"), (by_seconds, "seconds_along")):
             axes.plot(entry[key], median, label=name, **style)
-            axes.fill_between(entry[key], q25, q75, color=colours[name], alpha=0.13, linewidth=0)
+            axes.fill_between(entry[key], lowest, highest, color=colours[name], alpha=0.13, linewidth=0)
     by_evaluations.set(yscale="log", ylim=(low, high), xlim=(0, report["steps"]))
     by_evaluations.set(xlabel="gradient evaluations", ylabel=measured(report))
     longest = max(max(entry["seconds_along"]) for entry in methods.values())
@@ -76,9 +82,12 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
         [handles[each] for each in order], [labels[each] for each in order], loc="outside right upper", frameon=False
     )
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
+    # Beside the title is the legend.
+    heading = textwrap.fill(f"{report['task']['name']} ({settings})", 110)
+    of_seeds = f"; learned: band of {len(report['meta_seeds']['seeds'])} meta-seeds" if report.get("meta_seeds") else ""
     figure.suptitle(
-        f"{report['task']['name']} ({settings})\n"
-        f"median and quartiles of {report['tasks']} held-out tasks, {report['dtype']}, seed {report['seed']}",
+        f"{heading}\n"
+        f"median and quartiles of {report['tasks']} held-out tasks{of_seeds}, {report['dtype']}, seed {report['seed']}",
         fontsize=10,
         x=0.01,
         ha="left",

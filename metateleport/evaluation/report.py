@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from metateleport.evaluation.attribution import attribution_of
+from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
 from metateleport.evaluation.run import Evaluation, Result
 from metateleport.evaluation.tuning import LARGEST
@@ -38,15 +39,21 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
         name the lists of the measure along the trajectory (`gradient_evaluations`, `mean`, `median`, `q25`, `q75`,
         `seconds_along`), `final` and `diverged` for each task, `seconds` of the whole run, `drift_max` and `gauge`
         where it teleports, `settings`, `tuning` where it was tuned, `held_out_loss` and `held_out_accuracy` where the
-        tasks have such, and `paired_ratio_to_learned` where there is a learned method. `attribution` says what its
-        teleport brings, as `attribution_of` does.
+        tasks have such, and where there is a learned method `paired_ratio_to_learned` at the end and
+        `paired_ratios_to_learned`, a list of `at`, `ratio`, `low`, `high` at the marks. `attribution` says what its
+        teleport brings, as `attribution_of` does; `meta_seeds` what each seed did, as `meta_seeds_of` does. The
+        learned methods in `methods` are those of the checkpoint's chosen seed.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
+    attribution = attribution_of(evaluation)
+    beside = {}
     if REFERENCE in methods:
+        beside = {**attribution[REFERENCE]["against"], **attribution[REFERENCE]["baselines"]}
         for name, entry in methods.items():
             if name != REFERENCE:
                 pair = paired_ratio(entry["final"], methods[REFERENCE]["final"])
                 entry[f"paired_ratio_to_{REFERENCE}"] = {**pair._asdict(), "confidence": CONFIDENCE}
+                entry[f"paired_ratios_to_{REFERENCE}"] = beside[name]["gradient_evaluations"]
     return {
         "schema": SCHEMA,
         "task": {"name": evaluation.family, "settings": _plain(evaluation.settings)},
@@ -66,7 +73,8 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "methods": methods,
-        "attribution": attribution_of(evaluation),
+        "attribution": attribution,
+        "meta_seeds": meta_seeds_of(evaluation, beside),
     }
 
 

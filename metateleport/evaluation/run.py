@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.trajectory import Method, Trajectory
-from metateleport.families import TRAINING_LOSS, TaskFamily
+from metateleport.families import TRAINING_LOSS, TaskFamily, TaskStack
 
-__all__ = ["Evaluation", "EvaluationError", "Result", "evaluate"]
+__all__ = ["Evaluation", "EvaluationError", "Result", "Seed", "SeedResults", "evaluate"]
 
 
 class EvaluationError(ValueError):
@@ -30,6 +31,38 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
+class Seed:
+    """The learned methods of one meta-seed, to be run.
+
+    Args:
+        seed: of the training.
+        validation: its validation score.
+        methods: its learned methods; none for the seed whose methods are run as the checkpoint's own.
+    """
+
+    seed: int
+    validation: float
+    methods: Sequence[Method] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedResults:
+    """What the learned methods of one meta-seed did.
+
+    Args:
+        seed: of the training.
+        validation: its validation score.
+        chosen: whether it is the one whose results stand as the checkpoint's own.
+        results: by method name, of the learned methods alone.
+    """
+
+    seed: int
+    validation: float
+    chosen: bool
+    results: dict[str, Result]
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Methods compared on the same held-out tasks.
 
@@ -44,6 +77,8 @@ class Evaluation:
         device: where it ran.
         results: by method name.
         measure: what the losses are.
+        meta_seeds: results of the learned methods for each meta-seed, the chosen one among them; empty where there is
+            but one.
     """
 
     family: str
@@ -56,6 +91,7 @@ class Evaluation:
     device: str
     results: dict[str, Result]
     measure: str = TRAINING_LOSS
+    meta_seeds: tuple[SeedResults, ...] = ()
 
 
 def evaluate(
@@ -68,6 +104,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     checkpoint: str = "none",
     progress: Callable[[str], None] | None = None,
+    meta_seeds: Sequence[Seed] = (),
 ) -> Evaluation:
     """Runs methods on held-out tasks of a family, each from the same starts with the same budget.
 
@@ -81,6 +118,8 @@ def evaluate(
         device: where to run.
         checkpoint: name of the checkpoint that the learned methods are from.
         progress: called with a method's name before it runs.
+        meta_seeds: the learned methods of every meta-seed, where there are several; the one without methods is the
+            one that `methods` are of.
 
     Returns:
         The evaluation.
@@ -105,14 +144,14 @@ def evaluate(
     if seed < 0:
         raise EvaluationError(f"a seed is not negative: {seed}")
     stack = family.stack(range(tasks), "held-out", seed, dtype, device)
-    results = {}
-    for method in methods:
-        if progress is not None:
-            progress(method.name)
-        # The first steps of a process pay for imports and memory, whichever method comes first.
-        method.run(stack, min(2, steps))
-        trajectory = method.run(stack, steps)
-        results[method.name] = Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)
+    if meta_seeds and sum(not each.methods for each in meta_seeds) != 1:
+        raise EvaluationError("of several meta-seeds one has no methods of its own: that which the checkpoint's are of")
+    results = _run(methods, stack, steps, progress, "")
+    learned = {name: result for name, result in results.items() if name.partition("/")[0] == REFERENCE}
+    of_seeds = []
+    for each in meta_seeds:
+        own = _run(each.methods, stack, steps, progress, f" of meta-seed {each.seed}") if each.methods else learned
+        of_seeds.append(SeedResults(each.seed, each.validation, not each.methods, own))
     return Evaluation(
         family=family.name,
         settings=family.settings(),
@@ -124,4 +163,19 @@ def evaluate(
         device=str(device),
         results=results,
         measure=TRAINING_LOSS if stack.measure is None else stack.measure.name,
+        meta_seeds=tuple(of_seeds),
     )
+
+
+def _run(
+    methods: Sequence[Method], stack: TaskStack, steps: int, progress: Callable[[str], None] | None, whose: str
+) -> dict[str, Result]:
+    results = {}
+    for method in methods:
+        if progress is not None:
+            progress(method.name + whose)
+        # The first steps of a process pay for imports and memory, whichever method comes first.
+        method.run(stack, min(2, steps))
+        trajectory = method.run(stack, steps)
+        results[method.name] = Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)
+    return results

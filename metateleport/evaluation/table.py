@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
-from metateleport.evaluation.attribution import marks
+from metateleport.evaluation.marks import marks
 from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.tuning import LARGEST
 from metateleport.families import TRAINING_LOSS
 
-__all__ = ["measured", "table_of"]
+__all__ = ["measured", "ratios_table_of", "table_of"]
 
 
 def measured(report: Mapping[str, Any]) -> str:
@@ -21,23 +21,24 @@ def measured(report: Mapping[str, Any]) -> str:
 
 
 def table_of(report: Mapping[str, Any]) -> Table:
-    """A table of a report: a row for each method.
+    """A table of a report: a row for each method, and for the worst of several meta-seeds.
 
     Args:
         report: what `report_of` gave, or a file written by `write_report`.
 
     Returns:
-        The table: median loss after a tenth, a third and all of the budget, the last one's interquartile range, how
+        The table: median loss at the marks and at the end of the budget, the last one's interquartile range, how
         many tasks diverged, seconds, and the paired ratio to the learned method, above 1 where that one is better.
     """
     methods: Mapping[str, Any] = report["methods"]
     steps, tasks = report["steps"], report["tasks"]
     places = marks(steps)
+    compared = REFERENCE in methods and len(methods) > 1
     accurate = any("held_out_accuracy" in entry for entry in methods.values())
     table = Table(
         title=f"{report['task']['name']}: {measured(report)}, median of {tasks} held-out tasks by gradient evaluations",
         caption=f"{report['dtype']}, seed {report['seed']}; seconds are of all {tasks} tasks together"
-        + (f"; ratio: paired median of final losses over {REFERENCE}'s" if REFERENCE in methods else ""),
+        + (f"; ratio: paired median of final losses over {REFERENCE}'s" if compared else ""),
         title_justify="left",
         caption_justify="left",
     )
@@ -49,7 +50,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
         table.add_column("held-out accuracy", justify="right")
     table.add_column("diverged", justify="right")
     table.add_column("seconds", justify="right")
-    if REFERENCE in methods:
+    if compared:
         table.add_column(f"ratio to {REFERENCE} [95 %]", justify="right", no_wrap=True)
     for name, entry in methods.items():
         row = [name, *(_number(entry["median"][place]) for place in places)]
@@ -58,13 +59,55 @@ def table_of(report: Mapping[str, Any]) -> Table:
             accuracy = entry.get("held_out_accuracy")
             row.append(f"{accuracy['median'][-1]:.1%}" if accuracy else "")
         row += [str(sum(entry["diverged"])) if any(entry["diverged"]) else "-", f"{entry['seconds']:.2f}"]
-        if REFERENCE in methods:
+        if compared:
             pair = entry.get(f"paired_ratio_to_{REFERENCE}")
-            row.append(
-                "" if pair is None else "{} [{}, {}]".format(*(_number(pair[k]) for k in ("ratio", "low", "high")))
-            )
+            row.append("" if pair is None else _ratio(pair))
         table.add_row(*row)
+        if name == REFERENCE and report.get("meta_seeds"):
+            worst, seeds = report["meta_seeds"]["worst"][name], report["meta_seeds"]["seeds"]
+            medians = [_number(worst["median_loss"][str(place)]) for place in places]
+            empty = [""] * (1 + accurate)
+            table.add_row(f"  worst of {len(seeds)} meta-seeds", *medians, *empty, str(worst["diverged"] or "-"), "")
     return table
+
+
+def ratios_table_of(report: Mapping[str, Any]) -> Table | None:
+    """A table of the paired ratios to the learned method at every mark: above 1 where that one is better.
+
+    Args:
+        report: what `report_of` gave, or a file written by `write_report`.
+
+    Returns:
+        The table, a row for each other method; with several meta-seeds the ratio over them, and below it the worst
+        meta-seed's. None where nothing was learned, or nothing stands beside it.
+    """
+    methods: Mapping[str, Any] = report["methods"]
+    if REFERENCE not in methods or len(methods) < 2:
+        return None
+    seeds = len(report["meta_seeds"]["seeds"]) if report.get("meta_seeds") else 1
+    over = f"interquartile mean over {seeds} meta-seeds and all tasks; below it the worst meta-seed's median"
+    table = Table(
+        title=f"{measured(report)} over {REFERENCE}'s, by gradient evaluations [95 %]",
+        caption=over if seeds > 1 else "paired medians over tasks",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("method", no_wrap=True)
+    for place in marks(report["steps"]):
+        table.add_column(str(place), justify="right", no_wrap=True)
+    for name, entry in methods.items():
+        if name == REFERENCE:
+            continue
+        if seeds > 1:
+            ratios = report["meta_seeds"]["ratios_to_learned"][name]
+            table.add_row(name, *(f"{_ratio(each)}\n{_ratio(each['worst'])}" for each in ratios))
+        else:
+            table.add_row(name, *(_ratio(each) for each in entry[f"paired_ratios_to_{REFERENCE}"]))
+    return table
+
+
+def _ratio(pair: Mapping[str, float]) -> str:
+    return "{} [{}, {}]".format(*(_number(pair[key]) for key in ("ratio", "low", "high")))
 
 
 def _number(value: float) -> str:

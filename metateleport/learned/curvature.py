@@ -19,26 +19,35 @@ __all__ = ["curvature_bounds", "output_curvatures", "smooth_largest"]
 
 
 def smooth_largest(factor: Tensor) -> Tensor:
-    r"""A smooth upper bound on the largest eigenvalue of $A = F^\top F$: $(\operatorname{tr} A^4)^{1/4}$.
+    r"""A smooth upper bound on the largest eigenvalue of $A = F^\top F$: $(\operatorname{tr} A^{16})^{1/16}$.
+
+    With a lower power the bound depends more on the width where eigenvalues are alike, and a learned multiple of it
+    serves fewer widths: a white matrix of size 100 is bounded by 1.33 so, and by 3.2 with the power 4.
 
     Args:
         factor: F, `(*batch, rows, columns)`.
 
     Returns:
-        The bound, `(*batch,)`; at most $k^{1/4}$ times the eigenvalue, for rank $k$.
+        The bound, `(*batch,)`; at most $k^{1/16}$ times the eigenvalue, for rank $k$.
 
     Example:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
-        tensor(9.0003)
+        tensor(9.0000)
     """
     return _largest_of(factor.mT @ factor if factor.shape[-1] <= factor.shape[-2] else factor @ factor.mT)
 
 
 def _largest_of(matrix: Tensor) -> Tensor:
-    # Scaled so that the powers neither overflow nor vanish.
-    scale = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
-    unit = matrix / scale[..., None, None]
-    return scale * (unit @ unit).square().sum((-2, -1)).clamp_min(torch.finfo(matrix.dtype).tiny) ** 0.25
+    tiny = torch.finfo(matrix.dtype).tiny
+    bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
+    power = matrix / bound[..., None, None]
+    # Scaled after every squaring, so that the powers neither overflow nor vanish.
+    for root in (1 / 2, 1 / 4, 1 / 8):
+        power = power @ power
+        norm = power.square().sum((-2, -1)).clamp_min(tiny).sqrt()
+        power = power / norm[..., None, None]
+        bound = bound * norm**root
+    return bound
 
 
 def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:

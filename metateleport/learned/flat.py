@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,16 @@ __all__ = ["FlatRule", "FlatTeleporter"]
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 _GENERATOR_NORM = 0.01
+# The source's learning rates lie between 1e-7 and 5e-3.
+_LOG_RATES = (math.log(1e-7), math.log(5e-3))
 
 
 def _count(shapes: Shapes) -> int:
     return sum(torch.Size(shape).numel() for _, shape in shapes)
+
+
+def _dtype(networks: nn.Module) -> torch.dtype:
+    return next(networks.parameters()).dtype
 
 
 def _flat(point: Point, shapes: Shapes) -> Tensor:
@@ -63,7 +70,7 @@ class FlatRule(nn.Module, UpdateRule):
 
     def initial_state(self, point: Point) -> Any:
         assert point.loss is not None
-        zero = torch.zeros(*point.loss.shape, self.hidden, dtype=self.head.weight.dtype, device=point.loss.device)
+        zero = torch.zeros(*point.loss.shape, self.hidden, dtype=_dtype(self), device=point.loss.device)
         return (zero, zero)
 
     def step(
@@ -74,7 +81,7 @@ class FlatRule(nn.Module, UpdateRule):
         state: Any,
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, Any]:
-        hidden, memory = self.cell(_flat(point, self.shapes).to(self.head.weight.dtype), state)
+        hidden, memory = self.cell(_flat(point, self.shapes).to(_dtype(self)), state)
         outputs = self.head(hidden).to(progress.damping.dtype)
         moved, start = dict(point.parameters), 0
         for index, (name, shape) in enumerate(self.shapes):
@@ -83,7 +90,7 @@ class FlatRule(nn.Module, UpdateRule):
             if self.per_coordinate:
                 change = 0.01 * outputs[:, start : start + size].reshape(gradient.shape)
             else:
-                rate = (outputs[:, index].clamp_max(0.0).exp() * progress.damping).reshape(-1, *(1,) * len(shape))
+                rate = (outputs[:, index].clamp(*_LOG_RATES).exp() * progress.damping).reshape(-1, *(1,) * len(shape))
                 change = rate * gradient
             start += size
             moved[name] = point.parameters[name] - change
@@ -115,11 +122,11 @@ class FlatTeleporter(Teleporter, nn.Module):
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         like = next(iter(point.parameters.values()))
         batch = () if point.loss is None else point.loss.shape
-        zero = torch.zeros(*batch, self.hidden, dtype=self.cell.weight_hh.dtype, device=like.device)
+        zero = torch.zeros(*batch, self.hidden, dtype=_dtype(self), device=like.device)
         return {str(symmetry.parameters): (zero, zero) for symmetry in symmetries}
 
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        group, own = symmetry.group, self.cell.weight_hh.dtype
+        group, own = symmetry.group, _dtype(self)
         if str(group.size) not in self.heads:
             raise Unsuitable(f"these flat networks were not made for a symmetry of {group.size} units")
         single = point.loss is None or point.loss.ndim == 0

@@ -10,19 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, gauge_symmetries
+from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.flat import FlatRule, FlatTeleporter
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import BaseRule, CoordinateRule, StepRule, UpdateRule
+from metateleport.learned.rules import BaseRule, UpdateRule
+from metateleport.learned.step_rule import StepRule
 from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.learned.tensor_rule import TensorRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
 
-__all__ = ["GAUGES", "MODES", "GaugeKind", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
+__all__ = ["GAUGES", "MODES", "UPDATES", "GaugeKind", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
 
 GaugeKind = Literal["none", "exact", "linearised"]
 GAUGES: tuple[GaugeKind, ...] = ("none", "exact", "linearised")
+UpdateSize = Literal["coordinate", "tensor"]
+UPDATES: tuple[UpdateSize, ...] = ("coordinate", "tensor")
 Mode = Literal["update", "lr", "update+tele", "lr+tele", "tele"]
 MODES: tuple[Mode, ...] = ("update", "lr", "update+tele", "lr+tele", "tele")
 
@@ -50,6 +55,8 @@ class MetaOptimizerConfig:
             symmetries, `linearised` along pairs of linear layers too with what stands between taken as linear, or
             `none`.
         secants: number of secant pairs that are built around the learned step where all data are seen.
+        update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
+            for every tensor that steers a small network, for large models.
 
     Raises:
         ValueError: if the mode, the network or the gauge is unknown, `flat` has no shapes, or a mode with `tele` has
@@ -68,6 +75,7 @@ class MetaOptimizerConfig:
     stays: bool = True
     gauge: GaugeKind = "none"
     secants: int = 0
+    update: UpdateSize = "coordinate"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -76,6 +84,8 @@ class MetaOptimizerConfig:
             raise ValueError(f"a network is equivariant or flat, not {self.network!r}")
         if self.network == "flat" and not self.shapes:
             raise ValueError("the flat networks are made for one shape: give the shapes of the parameters")
+        if self.update not in UPDATES:
+            raise ValueError(f"an update is one of {', '.join(UPDATES)}; not {self.update!r}")
         if self.gauge not in GAUGES:
             raise ValueError(f"a gauge is one of {', '.join(GAUGES)}; not {self.gauge!r}")
         if self.gauge != "none" and (self.network == "flat" or not self.steps):
@@ -217,6 +227,8 @@ class MetaOptimizer(nn.Module):
             self.rule = BaseRule(config.base, config.base_lr)
         elif config.network == "flat":
             self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
+        elif config.mode.startswith("update") and config.update == "tensor":
+            self.rule = TensorRule(config.hidden, secants=config.secants)
         elif config.mode.startswith("update"):
             self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants)
         else:

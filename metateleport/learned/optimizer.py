@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport._optim_capture import CaughtPass, Watch
+from metateleport._optim_saved import plain, restored
 from metateleport._optim_teleport import start_of
 from metateleport.capture import modules_of
 from metateleport.detect import symmetries_of
@@ -22,6 +23,9 @@ from metateleport.symmetries import Symmetry
 from metateleport.teleporters import NoTeleport, Teleporter
 
 __all__ = ["LearnedOptimizer", "StackOptimizer"]
+
+_OWN = "learned"
+_KEPT = ("parameters", "gradients", "activations", "cotangents", "loss")
 
 
 class _MetaSteps(torch.optim.Optimizer, abc.ABC):
@@ -43,11 +47,49 @@ class _MetaSteps(torch.optim.Optimizer, abc.ABC):
         self.first_order = False
         self.meta_state: MetaState | None = None
         self.last_step: Step | None = None
+        self._loaded: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict; its entry `learned` has what the meta-optimizer remembers, the last accepted point included,
+        so that a run that goes on from it takes the same steps. The networks are in the checkpoint, not here."""
+        return {**super().state_dict(), _OWN: self._saved()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; without its entry `learned` the next step is a first one.
+
+        A state that does not fit the model and its symmetries raises a `ValueError` at the next step, which is the
+        first to see them.
+
+        Raises:
+            ValueError: if the parameters are not as many.
+        """
+        super().load_state_dict(state_dict)
+        self.meta_state, self._loaded = None, state_dict.get(_OWN)
+
+    def _saved(self) -> Any:
+        # What was loaded takes its form at the next step; until then it is passed on as it is.
+        state = self.meta_state
+        if state is None:
+            return self._loaded
+        accepted = None if state.accepted is None else {name: plain(getattr(state.accepted, name)) for name in _KEPT}
+        parts = {"progress": state.progress, "teleporter": state.teleporter, "rule": state.rule}
+        return {"accepted": accepted, **plain(parts)}
+
+    def _restored(self, fresh: MetaState, saved: Any) -> MetaState:
+        parts = {"progress": fresh.progress, "teleporter": fresh.teleporter, "rule": fresh.rule}
+        found = restored(parts, {name: saved[name] for name in parts}, _OWN)
+        accepted = None
+        if saved["accepted"] is not None:
+            where = fresh.progress.start.device
+            accepted = Point(**saved["accepted"]).map(lambda value: value.to(where))
+        return dataclasses.replace(fresh, accepted=accepted, **found)
 
     def _take(self, point: Point, instead: Teleporter | None = None) -> Tensors:
         """The parameters to go to from a stacked point; `instead` takes the teleporter's place in this step."""
         if self.meta_state is None:
-            self.meta_state = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
+            fresh = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
+            self.meta_state = fresh if self._loaded is None else self._restored(fresh, self._loaded)
+            self._loaded = None
         self.last_step = self.meta.step(point, self.symmetries, self.meta_state, instead or self.teleporter)
         self.meta_state = self.last_step.state
         return self.last_step.parameters

@@ -82,7 +82,7 @@ class Progress:
         tiny = torch.finfo(loss.dtype).tiny
         gain = ((last.abs() + tiny).log() - (before.abs() + tiny).log()).clamp(-20, 20)
         gain = torch.where(last.isfinite(), gain, 0.0)
-        damping = torch.where(accepted, (self.damping * 1.5).clamp_max(1.0), self.damping * 0.3)
+        damping = torch.where(accepted, (self.damping * 3).clamp_max(1.0), self.damping * 0.3)
         rejected = self.rejected + (~accepted).to(loss.dtype)
         return Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted, deterministic), accepted
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from metateleport.gauges import Gauge
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import StepRule, _fit, _rms
+from metateleport.learned.rules import fit, rms
+from metateleport.learned.step_rule import StepRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -86,11 +87,11 @@ class TensorRule(StepRule):
             seen = (point.gradients[name], remembered["velocity"][name], point.parameters[name])
             gradient, fixed, weight = (each.detach() for each in seen) if self.detach else seen
             # What a task remembers where its last step is taken back belongs to a place that it has left.
-            kept = torch.where(_fit(progress.accepted, gradient), state["squares"][name], 0.0)
+            kept = torch.where(fit(progress.accepted, gradient), state["squares"][name], 0.0)
             squares[name] = _SQUARES_MEMORY * kept + (1 - _SQUARES_MEMORY) * gradient.square()
             features = self.observe_coordinates(gradient, fixed, squares[name], weight)
             shift, gain = self._outputs(features, remembered["cells"][name][0], step)
-            change = 2 * gain.sigmoid() * step + _fit(_rms(step), step) * shift.tanh()
+            change = 2 * gain.sigmoid() * step + fit(rms(step), step) * shift.tanh()
             moved[name] = point.parameters[name] - change
         return moved, {**remembered, "squares": squares}
 
@@ -124,8 +125,8 @@ def _coordinate_features(gradient: Tensor, velocity: Tensor, squares: Tensor, we
     """Features of every coordinate, of order one, `(tasks, coordinates, features)`."""
     tiny = torch.finfo(gradient.dtype).tiny
     mean = squares.reshape(squares.shape[0], -1).mean(-1).clamp_min(tiny)
-    relative = squares / _fit(mean, squares) + 1e-12
+    relative = squares / fit(mean, squares) + 1e-12
     adaptive = velocity / relative.sqrt()
-    normal = [each / _fit(_rms(each), each) for each in (gradient, velocity, adaptive, weight)]
+    normal = [each / fit(rms(each), each) for each in (gradient, velocity, adaptive, weight)]
     stacked = torch.stack((*normal, relative.log() / 10), -1)
     return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(1, -2)

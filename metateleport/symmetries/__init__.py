@@ -1,6 +1,6 @@
 """Symmetries: groups acting on named parameters without changing what a model computes."""
 
-from metateleport.symmetries.activations import HOMOGENEOUS, inverse_of, slope
+from metateleport.symmetries.activations import HOMOGENEOUS, activation_of, inverse_of, slope
 from metateleport.symmetries.attention import AttentionQK, AttentionVO
 from metateleport.symmetries.axes import AxisSymmetry, Leg
 from metateleport.symmetries.base import Carried, Pair, Symmetry, Unsuitable
@@ -8,6 +8,7 @@ from metateleport.symmetries.batch_norm import AfterBatchNorm, BeforeBatchNorm
 from metateleport.symmetries.batch_pair import BatchPair2022, BatchPair2024
 from metateleport.symmetries.channel_rescaling import ChannelRescaling
 from metateleport.symmetries.gated import GatedMLP
+from metateleport.symmetries.layer_scale import LayerScale
 from metateleport.symmetries.linear_chain import LinearChain
 from metateleport.symmetries.linear_pair import LinearPair
 from metateleport.symmetries.linearised_pair import LinearisedPair
@@ -32,6 +33,7 @@ __all__ = [
     "Carried",
     "ChannelRescaling",
     "GatedMLP",
+    "LayerScale",
     "Leg",
     "LinearChain",
     "LinearPair",
@@ -45,6 +47,7 @@ __all__ = [
     "Symmetry",
     "Translation",
     "Unsuitable",
+    "activation_of",
     "inverse_of",
     "slope",
 ]

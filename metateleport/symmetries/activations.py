@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["HOMOGENEOUS", "inverse_of", "slope"]
+__all__ = ["HOMOGENEOUS", "activation_of", "inverse_of", "slope"]
 
 HOMOGENEOUS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)
 
@@ -43,3 +44,58 @@ def inverse_of(activation: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if isinstance(activation, nn.LeakyReLU) and activation.negative_slope > 0:
         return lambda y: functional.leaky_relu(y, 1 / activation.negative_slope)
     return None
+
+
+def activation_of(
+    name: str, arguments: Sequence[float] = (), keywords: Mapping[str, str] | None = None
+) -> nn.Module | None:
+    """The module of an elementwise operation, however it is called; None if it is not elementwise, or not known to be.
+
+    Args:
+        name: of the operation, as in `torch.ops.aten`.
+        arguments: what stands behind its input.
+        keywords: its keyword arguments.
+
+    Example:
+        >>> activation_of("leaky_relu", (0.1,))
+        LeakyReLU(negative_slope=0.1)
+        >>> activation_of("softmax", (-1,)) is None
+        True
+    """
+    found: nn.Module | None = None
+    # What an activation does not take means more than the activation alone.
+    with contextlib.suppress(TypeError):
+        if name in _ELEMENTWISE:
+            found = _ELEMENTWISE[name](*arguments, **(keywords or {}))
+    return found
+
+
+def _number(kind: Callable[[float], nn.Module], usual: float) -> Callable[..., nn.Module]:
+    """Makes an activation of one number, and of no more."""
+    return lambda number=usual: kind(number)
+
+
+def _plain(kind: Callable[[], nn.Module]) -> Callable[..., nn.Module]:
+    """Makes an activation of no number; what its module takes besides (`inplace`) is none of the operation's."""
+    return lambda: kind()  # noqa: PLW0108
+
+
+_ELEMENTWISE: dict[str, Callable[..., nn.Module]] = {
+    "celu": _number(nn.CELU, 1.0),
+    "elu": _number(nn.ELU, 1.0),
+    "gelu": lambda *, approximate="none": nn.GELU(approximate),
+    "hardsigmoid": _plain(nn.Hardsigmoid),
+    "hardswish": _plain(nn.Hardswish),
+    "hardtanh": lambda low=-1.0, high=1.0: nn.Hardtanh(low, high),
+    "leaky_relu": _number(nn.LeakyReLU, 0.01),
+    "log_sigmoid": _plain(nn.LogSigmoid),
+    "mish": _plain(nn.Mish),
+    "relu": _plain(nn.ReLU),
+    "relu6": _plain(nn.ReLU6),
+    "selu": _plain(nn.SELU),
+    "sigmoid": _plain(nn.Sigmoid),
+    "silu": _plain(nn.SiLU),
+    "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
+    "tanh": _plain(nn.Tanh),
+}
+"""By the operation's name, takes the arguments behind its input."""

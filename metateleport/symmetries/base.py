@@ -38,6 +38,16 @@ class Symmetry(abc.ABC):
     has to be measured.
 
     A symmetry is pure: it keeps names and sizes, never tensors of a model, and `act` returns a new point.
+
+    Example:
+        >>> from metateleport.symmetries import Rescaling
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> symmetry = Rescaling(model, "0", "2")
+        >>> symmetry.kind, symmetry.exactness, symmetry.dimension, symmetry.parameters
+        ('rescaling', 'exact', 3, ('0.weight', '0.bias', '2.weight'))
+        >>> moved = symmetry.act(torch.tensor([2.0, 1.0, 1.0]), Point(dict(model.named_parameters())))
+        >>> torch.allclose(moved.parameters["0.weight"][0], 2 * model[0].weight[0])
+        True
     """
 
     kind: str

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from metateleport.groups import Group
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 
-__all__ = ["Move", "Teleporter", "TrustRegion", "travel"]
+__all__ = ["FAILURES", "Chosen", "Move", "Teleporter", "TrustRegion", "travel"]
+
+FAILURES = (
+    "no gain",
+    "element not finite",
+    "element too large",
+    "element ill-conditioned",
+    "drift beyond bound",
+    "worse held-out loss",
+)
+"""What can go wrong with a teleport, by name: a report lists those that did."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,13 @@ class TrustRegion:
         return self.max_condition or float(torch.finfo(dtype).eps ** -0.5)
 
 
+class Chosen(NamedTuple):
+    """A group element, `(*batch, *group.shape)`, chosen without a generator, and its size, `(*batch,)`."""
+
+    element: Tensor
+    size: Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class Move:
     """What one symmetry contributed to a teleport; tensors are `(*batch,)`.
@@ -46,10 +63,12 @@ class Move:
     Args:
         symmetry: the symmetry moved along.
         element: the group element, the identity where refused.
-        size: Frobenius norm of the generator, zero where refused.
+        size: Frobenius norm of the generator, or the length of a way of several steps; zero where refused.
         refused: where the trust region or the symmetry's condition forbade the proposed element.
         evaluations: gradient evaluations that the teleporter and the rebuilding of gradients cost.
         reason: why it was refused, where it was; empty otherwise.
+        gain: relative change of what the teleporter seeks, positive where it went its way; None if it seeks nothing.
+        failures: which of `FAILURES` were seen, in any task.
     """
 
     symmetry: Symmetry
@@ -58,10 +77,19 @@ class Move:
     refused: Tensor
     evaluations: Tensor
     reason: str = ""
+    gain: Tensor | None = None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def unstable(self) -> bool:
+        """Whether an element was refused for what it is: not finite, too large or ill-conditioned."""
+        return any(failure.startswith("element") for failure in self.failures)
 
 
-class Teleporter(abc.ABC):
+class Teleporter:
     """Chooses a group element for each symmetry of a model.
+
+    Those that move the weights along no symmetry derive from `metateleport.teleporters.free.FreeTeleporter`.
 
     A teleporter answers with a generator (Lie algebra element) at a point; it never touches weights. What it
     remembers between teleports is in a state that the caller keeps, so that one teleporter serves many models.
@@ -73,6 +101,12 @@ class Teleporter(abc.ABC):
     name: str = ""
     needs_gradient: bool = False
     """Whether the point has to carry gradients: then a loss is needed."""
+    needs_loss: bool = False
+    """Whether it evaluates the loss elsewhere: then the point has to have a `loss_at`."""
+    needs_symmetries: bool = True
+    """Whether it moves along symmetries; one that does not takes no notice of them."""
+    keeps: Literal["outputs", "loss"] = "outputs"
+    """What a teleport leaves unchanged, and the bound on the drift is held against."""
 
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
         self.trust_region = trust_region or TrustRegion()
@@ -85,7 +119,30 @@ class Teleporter(abc.ABC):
         """Gradient evaluations that choosing one generator costs; algebra on what is known already is free."""
         return 0.0
 
-    @abc.abstractmethod
+    def watches(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of modules whose inputs it wants to see, besides those that the symmetries look at."""
+        return ()
+
+    def gain(self, start: Point, arrived: Point) -> Tensor | None:
+        """Relative change of what it seeks between two points, positive where it went its way, `(*batch,)`."""
+        return None
+
+    def travel(
+        self, point: Point, symmetries: Sequence[Symmetry], state: Any, allowed: Tensor | None
+    ) -> tuple[Point, list[Move], Any]:
+        """Moves a point; arguments and answer are those of the function `travel`, which checks them first."""
+        moves = []
+        for symmetry in reversed(symmetries):
+            start = point
+            proposed, state = self.propose(symmetry, start, state)
+            point, move = _carry_out(self, symmetry, start, proposed, allowed)
+            moves.append(move)
+        return point, moves, state
+
+    def propose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor | Chosen, Any]:
+        """A generator, or an element that has none at hand, and the new state; arguments as in `generator`."""
+        return self.generator(symmetry, point, state)
+
     def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         """Chooses the generator for one symmetry.
 
@@ -96,7 +153,11 @@ class Teleporter(abc.ABC):
 
         Returns:
             The generator, `(*batch, *symmetry.group.shape)`, and the new state.
+
+        Raises:
+            TypeError: if it moves without generators.
         """
+        raise TypeError(f"{type(self).__name__} has no generators: call travel()")
 
 
 def travel(
@@ -122,55 +183,73 @@ def travel(
         The moved point, a move for each symmetry in the order travelled, and the teleporter's new state.
 
     Raises:
-        ValueError: if the teleporter needs gradients and the point has none.
+        ValueError: if the teleporter needs gradients or the loss as a function and the point has none.
     """
     if teleporter.needs_gradient and not point.gradients:
         raise ValueError(f"{type(teleporter).__name__} needs gradients: give a loss, or call backward() first")
+    if teleporter.needs_loss and point.loss_at is None:
+        raise ValueError(
+            f"{type(teleporter).__name__} evaluates the loss at other weights: give the loss as a function"
+        )
     if state is None:
         state = teleporter.initial_state(point, symmetries)
-    moves = []
-    for symmetry in reversed(symmetries):
-        start = point
-        proposed, state = teleporter.generator(symmetry, start, state)
-        point, move = _carry_out(teleporter, symmetry, start, proposed, allowed)
-        moves.append(move)
-    return point, moves, state
+    return teleporter.travel(point, symmetries, state, allowed)
 
 
 def _carry_out(
-    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor, allowed: Tensor | None
+    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor | Chosen, allowed: Tensor | None
 ) -> tuple[Point, Move]:
     group, region = symmetry.group, teleporter.trust_region
     holds = symmetry.holds(start)
     allowed = torch.ones_like(holds) if allowed is None else allowed
-    size = group.norm(proposed.detach())
+    size = proposed.size if isinstance(proposed, Chosen) else group.norm(proposed.detach())
     finite = size.isfinite()
+    if isinstance(proposed, Chosen):
+        finite = finite & group.norm(proposed.element).isfinite()
     within = size <= region.max_size
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
-    generator = torch.where(group.expand(allowed & holds & finite & within), proposed, torch.zeros_like(proposed))
-    element = group.exp(generator)
+    element = _element_where(allowed & holds & finite & within, group, proposed)
     conditioned = group.condition(element.detach()) <= region.condition_for(element.dtype)
     lawful = symmetry.holds(start, element.detach()) if symmetry.exactness == "batch-exact" else holds
     accepted = allowed & holds & finite & within & conditioned & lawful
     moved = accepted & (size > 0)
-    reasons = {
-        "moving was not allowed": ~allowed,
-        f"the condition of the {symmetry.kind} does not hold on this batch": ~holds | ~lawful,
-        "the proposed generator is not finite": ~finite,
-        f"the generator is larger than {region.max_size:g}": finite & ~within,
-        f"the element's condition number is above {region.condition_for(element.dtype):.1e}": ~conditioned,
-    }
-    reason = "; ".join(text for text, where in reasons.items() if bool(where.any()))
+    refusals = [
+        ("moving was not allowed", ~allowed, ""),
+        (f"the condition of the {symmetry.kind} does not hold on this batch", ~holds | ~lawful, ""),
+        ("the proposed generator is not finite", ~finite, "element not finite"),
+        (f"the generator is larger than {region.max_size:g}", finite & ~within, "element too large"),
+        (
+            f"the element's condition number is above {region.condition_for(element.dtype):.1e}",
+            ~conditioned,
+            "element ill-conditioned",
+        ),
+    ]
+    seen = [(text, failure) for text, where, failure in refusals if bool(where.any())]
+    reason = "; ".join(text for text, _ in seen)
+    failures = tuple(failure for _, failure in seen if failure)
     choosing = teleporter.evaluations(symmetry, start)
     cost = moved.to(size.dtype) * symmetry.rebuild_cost(start) + choosing
     zero = torch.zeros_like(size)
     if not bool(moved.any()):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
-        return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason)
+        return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason, failures=failures)
     if not bool(accepted.all()):
-        element = group.exp(torch.where(group.expand(accepted), generator, torch.zeros_like(generator)))
+        element = _element_where(accepted, group, proposed)
     arrived = symmetry.act(element, start)
     if not bool(moved.all()):
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
-    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason)
+    gain = teleporter.gain(start, arrived)
+    if gain is not None and bool((moved & ~(gain > 0)).any()):
+        failures = (*failures, "no gain")
+    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, gain, failures)
+
+
+def _element_where(mask: Tensor, group: Group, proposed: Tensor | Chosen) -> Tensor:
+    """The proposed element where `mask` is true, the identity elsewhere."""
+    mask = group.expand(mask)
+    if isinstance(proposed, Chosen):
+        given = proposed.element
+        one = group.identity(*proposed.size.shape, dtype=given.dtype, device=given.device)
+        return torch.where(mask, given, one)
+    return group.exp(torch.where(mask, proposed, torch.zeros_like(proposed)))

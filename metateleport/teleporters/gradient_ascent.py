@@ -1,4 +1,4 @@
-"""The source papers' hand-designed teleporter: ascend an objective over the group element."""
+"""The source papers' hand-designed teleporter: raise or lower an objective over the group element."""
 
 from __future__ import annotations
 
@@ -10,37 +10,48 @@ from torch import Tensor
 from metateleport.objectives import Objective, SquaredGradientNorm
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters.base import Teleporter, TrustRegion
+from metateleport.teleporters._ascent import Ascent, Direction, differentiated
+from metateleport.teleporters.base import Chosen, Teleporter, TrustRegion
+from metateleport.teleporters.simple import no_motion
 
 __all__ = ["GradientAscentTeleporter"]
 
 
 class GradientAscentTeleporter(Teleporter):
-    r"""Gradient ascent on an objective $J$ over the generator of the group element.
+    r"""Gradient ascent, or descent, on an objective $J$ over the group element.
 
-    $$T_0 = 0, \qquad T_{m+1} = T_m + \eta\, \frac{\nabla_T J(\exp(T_m) \cdot w)}{|\nabla_T J(w)|},$$
+    $$g_0 = 1, \qquad g_{m+1} = \exp\left(\pm \eta\, \frac{D_m}{|D_0|}\right) g_m, \qquad
+      D_m = \nabla_S\, J(\exp(S)\, g_m \cdot w) \text{ at } S = 0,$$
 
-    after each step scaled back to $|T| \le$ `cap`. Dividing by the first gradient's norm makes the step size a
-    length in the Lie algebra, whatever the scale of the loss; later steps shrink with the gradient.
+    until the steps together are `cap` long. Dividing by the first gradient's norm makes the step size a length in the
+    Lie algebra, whatever the scale of the loss; later steps shrink with the gradient. In GL(k) a short step is taken as
+    $1 + S$, so that a step costs no exponential and no derivative of one; the action inverts what comes out exactly.
 
     Args:
-        objective: what to raise.
-        steps: number of ascent steps, at least one.
-        step_size: $\eta$; negative to descend.
-        cap: largest Frobenius norm of the generator.
+        objective: what to raise or lower; the squared gradient norm if not given.
+        steps: number of steps, at least one.
+        step_size: $\eta$, positive; with a line search that of the first step.
+        cap: largest length of the way, the Frobenius norms of all steps together.
         trust_region: bounds on what is carried out.
+        direction: `ascent` or `descent`.
+        line_search: tries five multiples of the last step size in every step, and takes the best or stays. A value
+            costs a third of a value with its gradient.
+        value_cap: where the objective is above it, no further step is made (the papers' cap).
 
     Raises:
-        ValueError: if there are no steps, or the cap is not positive.
+        ValueError: if there are no steps, or the step size or the cap is not positive.
 
     Example:
         >>> GradientAscentTeleporter(steps=5, step_size=0.1).name
         'gradient-ascent'
+        >>> GradientAscentTeleporter(direction="descent").name
+        'gradient-descent'
 
-    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), algorithm 1.
+    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), algorithm 1; for sharpness and curvature Zhao et al., ICLR
+    2024 (arXiv 2305.13404), section 4. Their code moves all pairs of layers in each step; here one symmetry is done
+    after the other.
     """
 
-    name = "gradient-ascent"
     needs_gradient = True
 
     def __init__(
@@ -50,33 +61,34 @@ class GradientAscentTeleporter(Teleporter):
         step_size: float = 0.1,
         cap: float = 1.0,
         trust_region: TrustRegion | None = None,
+        direction: Direction = "ascent",
+        line_search: bool = False,
+        value_cap: float | None = None,
     ) -> None:
         super().__init__(trust_region)
-        if steps < 1:
-            raise ValueError(f"gradient ascent needs at least one step, not {steps!r}")
-        if not cap > 0:
-            raise ValueError(f"the cap is the largest norm of a generator and has to be positive, not {cap!r}")
+        self.ascent = Ascent(steps, step_size, cap, direction, line_search, value_cap)
         self.objective = objective or SquaredGradientNorm()
-        self.steps, self.step_size, self.cap = steps, step_size, cap
+        self.needs_loss = self.objective.needs_loss
+        self.name = f"gradient-{direction}"
 
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
-        return self.steps * self.objective.evaluations(symmetry, point)
+        slope = self.objective.evaluations(symmetry, point)
+        # Where the gradient has arrived the objective is known; any other is looked at once more at both ends.
+        return self.ascent.cost(slope) + (0 if self.objective.reads_gradients else 2 * slope / 3)
 
-    def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
-        group = symmetry.group
-        weight = point.parameters[symmetry.parameters[0]]
-        batch = () if point.loss is None else point.loss.shape
-        chosen = weight.new_zeros(*batch, *group.shape)
-        fixed = point.detach().replace(pullback=point.pullback)
-        first: Tensor | None = None
-        for _ in range(self.steps):
-            with torch.enable_grad():
-                trial = chosen.detach().requires_grad_()
-                values = self.objective(symmetry.act(group.exp(trial), fixed))
-                (slope,) = torch.autograd.grad(values.sum(), trial)
-            if first is None:
-                first = group.norm(slope).clamp_min(torch.finfo(slope.dtype).tiny)
-            chosen = chosen + self.step_size * slope / group.expand(first)
-            norm = group.norm(chosen).clamp_min(torch.finfo(slope.dtype).tiny)
-            chosen = chosen * group.expand((self.cap / norm).clamp_max(1.0))
-        return chosen.detach(), state
+    def gain(self, start: Point, arrived: Point) -> Tensor:
+        with torch.no_grad():
+            return self.ascent.relative_gain(self.objective(start.detach()), self.objective(arrived.detach()))
+
+    def propose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Chosen, Any]:
+        fixed = point.detach()
+        if self.objective.reads_gradients:
+            fixed = fixed.replace(pullback=point.pullback)
+        else:
+            # Without them nothing of a backward pass is rebuilt.
+            fixed = fixed.replace(cotangents={})
+        like = no_motion(symmetry, point)
+        batch = like.shape[: like.ndim - len(symmetry.group.shape)]
+        one = symmetry.group.identity(*batch, dtype=like.dtype, device=like.device)
+        evaluate = differentiated(symmetry.group, lambda element: self.objective(symmetry.act(element, fixed)))
+        return Chosen(*self.ascent.run(symmetry.group, one, evaluate)), state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,46 +15,29 @@ from metateleport.detection import exact_symmetries
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Move, Teleporter, travel
+from metateleport.teleporters.report import (
+    TeleportReport,
+    failures_of,
+    gain_of,
+    gradient_norm,
+    half_squared_norm,
+    moved_names,
+    relative_change,
+    summary_of,
+)
 
-__all__ = ["TeleportReport", "relative_change", "split_inputs", "summary_of", "teleport"]
+__all__ = [
+    "TeleportReport",
+    "gradient_norm",
+    "half_squared_norm",
+    "moved_names",
+    "relative_change",
+    "split_inputs",
+    "summary_of",
+    "teleport",
+]
 
 _NAN = float("nan")
-
-
-@dataclasses.dataclass(frozen=True)
-class TeleportReport:
-    """What one teleport did.
-
-    Args:
-        teleporter: the teleporter's name.
-        accepted: false where all that was proposed was refused; the weights are then as they were.
-        reason: why it was refused, wholly or for some symmetries; empty otherwise.
-        loss_before: loss before the teleport; NaN where no loss was seen.
-        loss_after: loss after it; NaN where no loss was seen.
-        drift: relative change of the model's outputs on the inputs, in the Frobenius norm.
-        gradient_norm_before: norm of the gradient before; NaN where there was none.
-        gradient_norm_after: norm of the gradient after; NaN where there was none.
-        size: Frobenius norm of the generators of all symmetries together.
-        sizes: Frobenius norm of the generator of each symmetry, in the order of the symmetries.
-        weight_decay_change: change of half the squared norm of the moved parameters, which weight decay pulls on.
-        evaluations: gradient evaluations spent; a forward pass alone counts a third.
-        state: how the optimizer's state came along, one of `transport`, `keep`, `reset`, `approximate`; empty
-            without an optimizer.
-    """
-
-    teleporter: str
-    accepted: bool
-    reason: str
-    loss_before: float
-    loss_after: float
-    drift: float
-    gradient_norm_before: float
-    gradient_norm_after: float
-    size: float
-    sizes: tuple[float, ...]
-    weight_decay_change: float
-    evaluations: float
-    state: str = ""
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -66,58 +49,34 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def relative_change(before: Tensor, after: Tensor) -> float:
-    """Relative change in the Frobenius norm, computed in float64; infinite where a value is not finite."""
-    old, new = before.detach().double(), after.detach().double()
-    if not bool(new.isfinite().all()):
-        return float("inf")
-    scale = float(torch.linalg.vector_norm(old))
-    return float(torch.linalg.vector_norm(new - old)) / max(scale, torch.finfo(torch.float64).tiny)
-
-
-def summary_of(moves: Sequence[Move]) -> tuple[float, tuple[float, ...], str, float]:
-    """Size, sizes in the order of the symmetries, reasons of refusal and evaluations of a single model's moves."""
-    sizes = tuple(float(move.size) for move in reversed(moves))
-    reasons = "; ".join(f"{move.symmetry!r}: {move.reason}" for move in moves if bool(move.refused))
-    return sum(size**2 for size in sizes) ** 0.5, sizes, reasons, float(sum(float(move.evaluations) for move in moves))
-
-
-def half_squared_norm(tensors: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    """Half the sum of squares of the named tensors."""
-    return sum(0.5 * float(tensors[name].detach().double().square().sum()) for name in names)
-
-
-def moved_names(symmetries: Sequence[Symmetry]) -> tuple[str, ...]:
-    """Names of the parameters that some symmetries move, each once."""
-    return tuple(dict.fromkeys(name for symmetry in symmetries for name in symmetry.parameters))
-
-
 def teleport(
     model: nn.Module,
     teleporter: Teleporter,
     inputs: Any,
     loss: Callable[[Any], Tensor] | None = None,
     symmetries: Sequence[Symmetry] | None = None,
+    held_out: tuple[Any, Callable[[Any], Tensor]] | None = None,
 ) -> TeleportReport:
-    """Moves a model once along its symmetries, in place.
+    """Moves a model once, in place: along its symmetries, or wherever a teleporter without symmetries leads.
 
-    A teleport that breaks the teleporter's trust region, or changes the outputs on `inputs` by more than its
-    `max_drift`, is refused: the weights then stay bit for bit as they were.
+    A teleport that breaks the teleporter's trust region, or changes the outputs on `inputs` (the loss, for one that
+    keeps the loss alone) by more than its `max_drift`, is refused: the weights then stay bit for bit as they were.
 
     Args:
         model: the model; its parameters are overwritten, its gradients and buffers are not touched. Dropout draws
-            the same in both passes, which leave the global random state as it was.
+            the same in all passes, which leave the global random state as it was.
         teleporter: chooses the group elements.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        loss: maps the outputs to a scalar; only needed by teleporters that look at gradients.
+        loss: maps the outputs to a scalar; only needed by teleporters that look at gradients or at the loss.
         symmetries: those to move along, in the order of the data flow; the exact ones are found if not given, which
             takes a trace of the model: find them once and give them where teleports are many.
+        held_out: inputs and loss of other data, to see what becomes of the loss there; two forward passes, counted.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: if the teleporter needs a loss and there is none, or no symmetry is given or found.
+        ValueError: if the teleporter needs a loss and there is none, or a symmetry and none is given or found.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 1)).double()
@@ -126,33 +85,40 @@ def teleport(
         >>> report.accepted, report.drift < 1e-12
         (True, True)
     """
-    if teleporter.needs_gradient and loss is None:
+    if (teleporter.needs_gradient or teleporter.needs_loss) and loss is None:
         raise ValueError(f"{type(teleporter).__name__} looks at gradients: pass loss=, a callable on the outputs")
-    if symmetries is None:
+    if not teleporter.needs_symmetries:
+        symmetries = ()
+    elif symmetries is None:
         symmetries = exact_symmetries(model, inputs)
-    if not symmetries:
+    if not symmetries and teleporter.needs_symmetries:
         raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
     positional, keywords = split_inputs(inputs)
     with _same_draws(model):
-        point, outputs = point_of(model, symmetries, positional, keywords, loss)
+        point, outputs = point_of(model, symmetries, positional, keywords, loss, teleporter.watches(model))
+    if point.loss_at is not None:
+        point = point.replace(loss_at=_drawing_the_same(model, point.loss_at))
+    device = next(model.parameters()).device
+    began = _now(device)
     with torch.no_grad():
         arrived, moves, _ = travel(teleporter, point, symmetries)
+    seconds = _now(device) - began
     size, sizes, reason, evaluations = summary_of(moves)
     with _same_draws(model):
         after = _evaluate(model, arrived, positional, keywords)
-    drift = relative_change(outputs, after)
-    kept = drift <= teleporter.trust_region.max_drift
-    if not kept:
-        reason = f"the outputs would change by {drift:.1e}, more than {teleporter.trust_region.max_drift:g}"
-    moved = kept and size > 0
-    names = moved_names(symmetries)
-    buffers = {name for symmetry in symmetries for name in symmetry.buffers}
-    if moved:
-        with torch.no_grad():
-            for name, value in (*model.named_parameters(), *model.named_buffers()):
-                if name in names or name in buffers:
-                    value.copy_(arrived.parameters[name])
+    kept, changed = (outputs, after) if teleporter.keeps == "outputs" else (point.loss, loss(after))  # type: ignore[misc]
+    drift = relative_change(kept, changed)  # type: ignore[arg-type]
+    bound = teleporter.trust_region.max_drift
+    moved = drift <= bound and size > 0
+    if not drift <= bound:
+        reason = f"the {teleporter.keeps} would change by {drift:.1e}, more than {bound:g}"
     here = arrived if moved else point
+    before_after, held_out_drift = (_NAN, _NAN), _NAN
+    if held_out is not None:
+        before_after, held_out_drift = _on_held_out(model, point, here, *held_out)
+    if moved:
+        _write(model, arrived, moves)
+    names = moved_names([move.symmetry for move in moves])
     return TeleportReport(
         teleporter=teleporter.name,
         accepted=moved or not reason,
@@ -165,13 +131,14 @@ def teleport(
         size=size if moved else 0.0,
         sizes=sizes if moved else tuple(0.0 for _ in sizes),
         weight_decay_change=half_squared_norm(here.parameters, names) - half_squared_norm(point.parameters, names),
-        evaluations=evaluations + (1.0 if loss is not None else 1 / 3) + 1 / 3,
+        evaluations=evaluations + (1.0 if loss is not None else 1 / 3) + 1 / 3 + (held_out is not None) * 2 / 3,
+        seconds=seconds,
+        gain=gain_of(moves) if moved else _NAN,
+        held_out_before=before_after[0],
+        held_out_after=before_after[1],
+        held_out_drift=held_out_drift,
+        failures=failures_of(moves, drift, bound, (0, 0) if held_out is None else before_after),
     )
-
-
-def gradient_norm(point: Point) -> float:
-    """Norm of the gradient of a single model; NaN where there is none."""
-    return float(point.squared_gradient_norm()) ** 0.5 if point.gradients and not point.stale else _NAN
 
 
 @contextlib.contextmanager
@@ -181,6 +148,42 @@ def _same_draws(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
+
+
+def _drawing_the_same(
+    model: nn.Module, loss_at: Callable[[Mapping[str, Tensor]], Tensor]
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    def evaluate(parameters: Mapping[str, Tensor]) -> Tensor:
+        with _same_draws(model):
+            return loss_at(parameters)
+
+    return evaluate
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _write(model: nn.Module, arrived: Point, moves: Sequence[Move]) -> None:
+    moved = {name for move in moves for name in (*move.symmetry.parameters, *move.symmetry.buffers)}
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if name in moved:
+                value.copy_(arrived.parameters[name])
+
+
+def _on_held_out(
+    model: nn.Module, start: Point, here: Point, inputs: Any, loss: Callable[[Any], Tensor]
+) -> tuple[tuple[float, float], float]:
+    """Loss on held-out data before and after, and the relative change of the outputs there."""
+    positional, keywords = split_inputs(inputs)
+    found = []
+    for point in (start, here):
+        with _same_draws(model):
+            found.append(_evaluate(model, point, positional, keywords))
+    return (float(loss(found[0])), float(loss(found[1]))), relative_change(*found)
 
 
 def _evaluate(model: nn.Module, point: Point, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:

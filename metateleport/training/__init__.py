@@ -1,6 +1,7 @@
 """Meta-training through truncated, differentiable unrolls."""
 
 from metateleport.training.config import TrainConfig, TrainingError, device_for
+from metateleport.training.meta_seeds import train_meta_seeds
 from metateleport.training.train import Interrupted, train
 from metateleport.training.trainer import MetaTrainer, Progression
 from metateleport.training.unroll import Unroll, log_losses
@@ -15,4 +16,5 @@ __all__ = [
     "device_for",
     "log_losses",
     "train",
+    "train_meta_seeds",
 ]

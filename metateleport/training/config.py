@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from metateleport.learned.meta_optimizer import GAUGES, MODES, GaugeKind, Mode
+from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES, GaugeKind, Mode, UpdateSize
 from metateleport.learned.rules import BASES
 
 __all__ = ["TrainConfig", "TrainingError", "device_for"]
@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "network": ("equivariant", "flat"),
     "base": BASES,
     "gauge": GAUGES,
+    "update": UPDATES,
     "device": ("auto", "cpu", "cuda"),
     "dtype": (None, "float32", "float64"),
 }
@@ -48,6 +49,8 @@ class TrainConfig:
         stays: learn a teleport that stays, in a mode with `tele`.
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
             `linearised` (also along pairs of linear layers with an activation between them).
+        secants: number of secant pairs that are built around the learned step where all data are seen.
+        update: size of the update in the modes that learn one: `coordinate`, or `tensor` for large models.
         base: optimizer of mode `tele`.
         base_lr: its step size.
         seed: seeds the networks and the tasks.
@@ -81,6 +84,8 @@ raise the horizon or shorten the unroll
     hidden: int = 32
     stays: bool = True
     gauge: GaugeKind = "none"
+    secants: int = 0
+    update: UpdateSize = "coordinate"
     base: str = "sgd"
     base_lr: float = 1e-3
     seed: int = 0

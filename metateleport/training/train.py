@@ -100,6 +100,8 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         base_lr=config.base_lr,
         stays=config.stays,
         gauge=config.gauge,
+        secants=config.secants,
+        update=config.update,
     )
     if shape.teleports and not groups:
         raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
@@ -142,7 +144,7 @@ def _reporting(
     return reported
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def settings_that_count(config: TrainConfig) -> dict[str, Any]:
     """What has to be equal between a training and its resumption: all but the device."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in values.items() if name not in ("device",)}
@@ -156,7 +158,7 @@ def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -
             states[name] = trainer.boundary.progression
             # JSON knows no infinity; the score before the first validation is one.
             states[name] = {**states[name], "best": min(states[name]["best"], 1e300)}
-        write_json(temporary / "state.json", {"config": _settings(config), "progressions": states})
+        write_json(temporary / "state.json", {"config": settings_that_count(config), "progressions": states})
 
 
 def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -> None:
@@ -168,7 +170,7 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
         raise TrainingError(
             f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
         ) from error
-    wanted, started = _settings(config), state.get("config") if isinstance(state, dict) else None
+    wanted, started = settings_that_count(config), state.get("config") if isinstance(state, dict) else None
     if not isinstance(started, dict):
         raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
     changed = [name for name, value in wanted.items() if started.get(name) != value]

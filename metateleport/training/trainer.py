@@ -19,7 +19,7 @@ from metateleport.training.unroll import Unroll
 
 __all__ = ["MetaTrainer", "Progression", "Snapshot"]
 
-
+_VALIDATION_SEED = 0
 _VALIDATION_STACKS = 8
 """Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
 
@@ -204,14 +204,17 @@ class MetaTrainer:
             self.best = copy.deepcopy(self.meta.state_dict())
 
     def validation_score(self) -> float:
-        """Mean log loss along the full horizon on validation tasks, over the settings that training varies."""
+        """Mean log loss along the full horizon on validation tasks, over the settings that training varies.
+
+        The validation tasks are the same for every seed of the training, so that meta-seeds can be compared by it.
+        """
         scores = []
         parts = max(1, min(_VALIDATION_STACKS, self.config.validation_tasks // 2))
         count = max(1, self.config.validation_tasks // parts)
         for part in range(parts):
-            family = self._family(part, self.config.seed + 1)
+            family = self._family(part, _VALIDATION_SEED + 1)
             indices = range(part * count, (part + 1) * count)
-            stack = family.stack(indices, "validation", self.config.seed, self.config.torch_dtype, self.device)
+            stack = family.stack(indices, "validation", _VALIDATION_SEED, self.config.torch_dtype, self.device)
             losses = Unroll(stack, self.meta).window(self.config.horizon, track=False).detach()
             scores.append(_bounded(losses).mean())
         return float(torch.stack(scores).mean())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from metateleport.detection.rules.registry import homogeneous, rule, same
 from metateleport.detection.values import Context, Value, varying
 
@@ -29,6 +31,7 @@ def _mul(context: Context, shape: tuple[int, ...], left: Any, right: Any) -> Val
         value = left if isinstance(left, Value) else right
         return context.value(shape, value.labels)
     ndim = len(shape)
+    left, right, undone = _undone(context, left, right)
     result = []
     for value, other in ((left, right), (right, left)):
         wide = (1,) * (ndim - other.ndim) + other.shape
@@ -37,11 +40,45 @@ def _mul(context: Context, shape: tuple[int, ...], left: Any, right: Any) -> Val
             along = tuple(dim for dim in varying(label) if wide[dim] > 1)
             if along and along == varying(label):
                 context.ledger.elementwise(label)
-                context.ledger.tag("gain" if value.parameter or other.parameter else "product", label)
+                if not undone:
+                    context.ledger.tag("gain" if value.parameter or other.parameter else "product", label)
             elif along:
                 context.ledger.touch(context.operation, label, along, scales=True)
             result.append(label)
     return context.value(shape, result)
+
+
+def _undone(context: Context, left: Value, right: Value) -> tuple[Value, Value, bool]:
+    """Two factors without what a parameter among them undoes of the other's scaling, and whether it does.
+
+    A vector of gains is a diagonal layer: it has a scaling on its way in, and another on its way out.
+    """
+    if (left.parameter is None) == (right.parameter is None):
+        return left, right, False
+    if left.parameter is not None:
+        right, left, undone = _undone(context, right, left)
+        return left, right, undone
+    ledger, passing = context.ledger, []
+    met: list[torch.Tensor] = []
+    for label in left.labels:
+        along = tuple(dim - left.ndim for dim in varying(label))
+        if not along or min(along) < -right.ndim or any(right.shape[dim] == 1 for dim in along):
+            passing.append(label)
+            continue
+        spread = tuple(size if dim - right.ndim in along else 1 for dim, size in enumerate(right.shape))
+        partner = ledger.slot((right.parameter, "undo", along, len(met)), str(right.parameter), spread)
+        if not bool(ledger.alive(partner).any()):
+            passing.append(label)
+            continue
+        met.append(partner)
+        ledger.equal(label, partner, -1, tentative=True)
+        ledger.elementwise(label)
+        ledger.tag("layer scale", label)
+    # What undoes in one place has to undo in all.
+    slots = [slot.variables for key, slot in ledger.slots.items() if key[:2] == (right.parameter, "undo")]
+    context.kill_labels([slot for slot in slots if not any(slot is each for each in met)], silent=True)
+    own = tuple(label for label in right.labels if not any(bool(torch.isin(label.max(), slot)) for slot in slots))
+    return Value(left.shape, tuple(passing), None, left.buffer), Value(right.shape, own, right.parameter), bool(met)
 
 
 @rule("div")

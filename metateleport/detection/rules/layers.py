@@ -23,13 +23,42 @@ def _add_bias(
     return context.value(shape, context.equal([result, context.value(shape, moved)]))
 
 
+def _of_one_feature(
+    context: Context, x: Value, weight: Value, bias: Value | None, out_axis: int
+) -> tuple[Value, Value]:
+    """The arguments of a layer, after what axes of one entry ask for: labels of one variable, which vary nowhere.
+
+    What a layer of one unit puts out scales as a whole, and is undone by the next weight as a whole.
+    """
+    ledger, name = context.ledger, weight.parameter
+    if name is None:
+        return x, weight
+    if weight.shape[out_axis] == 1:
+        ledger.slot((name, out_axis), name, (1,) * weight.ndim)
+        if bias is not None and bias.parameter is not None:
+            ledger.slot((bias.parameter, 0), bias.parameter, (1,))
+    single = [label for label in x.labels if not varying(label)]
+    met: list[torch.Tensor] = []
+    for label in single:
+        met.append(ledger.slot((name, "one", len(met)), name, (1,) * weight.ndim))
+        ledger.equal(label.reshape(()), met[-1].reshape(()), -1, tentative=True)
+    slots = [slot.variables for key, slot in ledger.slots.items() if key[:2] == (name, "one")]
+    context.kill_labels([slot for slot in slots if not any(slot is each for each in met)], silent=True)
+    ones = [int(slot) for slot in slots]
+    x = Value(x.shape, tuple(label for label in x.labels if varying(label)), x.parameter, x.buffer)
+    kept = tuple(label for label in weight.labels if varying(label) or int(label) not in ones)
+    return x, Value(weight.shape, kept, name)
+
+
 @rule("linear")
 def _linear(context: Context, shape: tuple[int, ...], x: Value, weight: Value, bias: Value | None = None) -> Value:
+    seen = x
+    x, weight = _of_one_feature(context, x, weight, bias, 0)
     batch = LETTERS[: x.ndim - 1]
     labels = context.contract(x, f"{batch}z", weight, "yz" if weight.ndim == 2 else "z", f"{batch}y"[: len(shape)])
     result = _add_bias(context, labels, shape, bias, -1)
     context.affine(weight, bias, 0)
-    context.watch(weight, x, result, -1)
+    context.watch(weight, seen, result, -1)
     return result
 
 
@@ -119,8 +148,10 @@ def _convolve(
     groups: int,
     order: tuple[int, int],
 ) -> Value:
-    ndim = x.ndim
+    ndim, seen = x.ndim, x
     x = constant(context, x, range(2, ndim))
+    if groups == 1:
+        x, weight = _of_one_feature(context, x, weight, bias, order[0])
     weight = without(weight, context, range(2, ndim))
     if groups == 1:
         names = "yz" if order == (0, 1) else "zy"
@@ -135,7 +166,7 @@ def _convolve(
     result = _add_bias(context, labels, shape, bias, 1)
     if groups == 1:
         context.affine(weight, bias, order[0])
-    context.watch(weight, x, result, 1)
+    context.watch(weight, seen, result, 1)
     return result
 
 

@@ -25,6 +25,9 @@ def _gains(
             shape, [label.reshape(*(1,) * first, *label.shape, *(1,) * behind) for label in value.labels]
         )
 
+    for each in (weight, bias):
+        if each is not None and each.parameter is not None and each.shape == (1,):
+            context.ledger.slot((each.parameter, 0), each.parameter, (1,))
     gain = placed(weight)
     for label in gain.labels:
         context.ledger.elementwise(label)

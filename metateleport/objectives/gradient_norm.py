@@ -1,28 +1,15 @@
-"""What a teleport may seek on an orbit: a number at every point, differentiable in the group element."""
+"""The squared gradient norm: how fast gradient flow goes down."""
 
 from __future__ import annotations
-
-import abc
 
 import torch
 from torch import Tensor
 
+from metateleport.objectives.base import Objective
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 
-__all__ = ["Objective", "SquaredGradientNorm"]
-
-
-class Objective(abc.ABC):
-    """A function of a point that a hand-designed teleporter raises or lowers along the orbit."""
-
-    @abc.abstractmethod
-    def evaluations(self, symmetry: Symmetry, point: Point) -> float:
-        """Gradient evaluations that one value and its gradient in the group element cost."""
-
-    @abc.abstractmethod
-    def __call__(self, point: Point) -> Tensor:
-        """The objective at a point, `(*batch,)`, differentiable in whatever moved the point there."""
+__all__ = ["SquaredGradientNorm"]
 
 
 class SquaredGradientNorm(Objective):

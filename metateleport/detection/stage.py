@@ -1,0 +1,236 @@
+"""Where symmetries are tried: a copy of the model, its inputs, and the outputs that have to stay."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.capture import modules_of, record
+from metateleport.detection.draws import fresh_inputs, mapped, random_element, randomise
+from metateleport.detection.trace import observables
+from metateleport.point import Point
+from metateleport.symmetries import Symmetry
+from metateleport.symmetries.axes import AxisSymmetry
+
+__all__ = ["OWN", "Stage", "Trial"]
+
+OWN = 0.0
+_LIMITS = {
+    "exact": {torch.float64: 1e-10, torch.float32: 1e-4},
+    "approximate": {torch.float64: 1e-2, torch.float32: 1e-2},
+    "batch-exact": {torch.float64: 1e-6, torch.float32: 1e-2},
+}
+"""Largest relative drift of what is claimed, at elements of norm one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Weights, a size of elements, and on which inputs to try what there.
+
+    Args:
+        weights: scale of random weights; `OWN` stands for the model's own.
+        size: Frobenius norm of the generators.
+        seed: of weights, elements and fresh inputs.
+        inputs: by exactness, `"given"`, `"fresh"` or both.
+    """
+
+    weights: float
+    size: float
+    seed: int
+    inputs: Mapping[str, tuple[str, ...]]
+
+
+class Stage:
+    """A copy of the model, and the outputs that it has to keep where it stands.
+
+    Args:
+        model: the model; it is not changed.
+        inputs: positional inputs.
+        keywords: keyword inputs.
+        loss: maps the outputs to what has to stay; the outputs themselves if not given.
+        dtype: of the copy.
+    """
+
+    trial: Trial
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        keywords: dict[str, Any],
+        loss: Callable[[Any], Tensor] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.loss, self.dtype = loss, dtype
+        self.given = (inputs, keywords)
+        self.model = copy.deepcopy(model, _copies(model, dtype))
+        self.named = dict(self.model.named_parameters())
+        self.tensors: dict[str, Tensor] = {**self.named, **dict(self.model.named_buffers())}
+        self._inputs: dict[str, Any] = {}
+        self._expected: dict[str, tuple[Tensor, ...]] = {}
+        self._moved: list[tuple[Symmetry, Tensor]] = []
+        self._activations: dict[str, Tensor] = {}
+
+    def prepare(self, trial: Trial) -> None:
+        """Puts the weights of a trial in place.
+
+        Args:
+            trial: the first is at the model's own weights; random ones are not taken back.
+        """
+        self._moved.clear()
+        if trial.weights != OWN:
+            randomise(self.model, trial.weights, trial.seed)
+        self.trial = trial
+        self._inputs = {}
+        self._expected = {}
+
+    def expected(self, name: str) -> tuple[Tensor, ...]:
+        """The outputs before anything moves, on the given or on fresh inputs; evaluated when first asked for."""
+        if name not in self._expected:
+            self._undo()
+            self._expected[name] = self._outputs(name)
+        return self._expected[name]
+
+    def measure(self, symmetries: Sequence[Symmetry], name: str) -> tuple[float, str]:
+        """Moves along some symmetries at once, each by an element of its own.
+
+        Args:
+            symmetries: all of one exactness; of batch forms, those whose `conditions` are met.
+            name: of the inputs, `"given"` or `"fresh"`.
+
+        Returns:
+            The relative drift of the outputs, and why the symmetries do not hold; empty where they do.
+        """
+        expected = self.expected(name)
+        self._undo()
+        exactness = symmetries[0].exactness
+        if exactness == "batch-exact":
+            drift = _drift(expected, self._outputs(name, self._moved_on_batch(symmetries)))
+        else:
+            for symmetry in symmetries:
+                element = self._element(symmetry)
+                self._move(symmetry, element)
+                self._moved.append((symmetry, element))
+            drift = _drift(expected, self._outputs(name))
+        # Rounding grows with the condition number of the element.
+        if drift <= _LIMITS[exactness][self.dtype] * (10.0 if self.trial.size > 1 else 1.0):
+            return drift, ""
+        where = "random weights" if self.trial.weights != OWN else "the model's weights"
+        return drift, f"outputs drift by {drift:.1e} under an element of norm {self.trial.size:g} at {where}"
+
+    def conditions(self, symmetries: Sequence[Symmetry]) -> list[bool]:
+        """Whether the rank condition of each batch form is met on the given inputs, before and after it moves."""
+        if not symmetries:
+            return []
+        self._undo()
+        with record(self.model, modules_of(symmetries)) as recording:
+            self._expected["given"] = self._outputs("given")
+        self._activations = recording.activations()
+        point = self._point(symmetries)
+        # The one without an element first: most that fail do so by their number of samples, which costs nothing.
+        return [
+            bool(symmetry.holds(point)) and bool(symmetry.holds(point, self._element(symmetry)))
+            for symmetry in symmetries
+        ]
+
+    def _moved_on_batch(self, symmetries: Sequence[Symmetry]) -> dict[str, Tensor]:
+        """Parameters moved along batch forms, the last in the data flow first: each finds its activations unchanged."""
+        point = self._point(symmetries)
+        for symmetry in reversed(symmetries):
+            point = symmetry.act(self._element(symmetry), point)
+        return point.parameters
+
+    def _point(self, symmetries: Sequence[Symmetry]) -> Point:
+        names = {name for symmetry in symmetries for name in symmetry.parameters}
+        return Point({name: self.named[name] for name in names}, activations=self._activations)
+
+    def _element(self, symmetry: Symmetry) -> Tensor:
+        """The symmetry's element of this trial: the same whenever it is asked for, others for other symmetries."""
+        source = torch.Generator().manual_seed(
+            zlib.crc32(f"{symmetry.kind} {symmetry.where}".encode()) + self.trial.seed
+        )
+        device = self.tensors[symmetry.parameters[0]].device
+        return random_element(symmetry.group, self.trial.size, source, self.dtype, device)
+
+    def _undo(self) -> None:
+        """Takes back what was moved: to rounding, which is far below what is asked for."""
+        for symmetry, element in reversed(self._moved):
+            self._move(symmetry, symmetry.group.inverse(element))
+        self._moved.clear()
+
+    def _move(self, symmetry: Symmetry, element: Tensor) -> None:
+        if isinstance(symmetry, AxisSymmetry):
+            symmetry.overwrite(element, self.tensors)
+            return
+        names = (*symmetry.parameters, *symmetry.buffers)
+        moved = symmetry.act(element, Point({name: self.tensors[name] for name in names}))
+        for name in names:
+            self.tensors[name].copy_(moved.parameters[name])
+
+    def _outputs(self, name: str, instead: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The outputs on some inputs; with other parameters in the place of some."""
+        if name not in self._inputs:
+            example = self.given if name == "given" else fresh_inputs(self.given, self.trial.seed)
+            self._inputs[name] = _cast(example, self.dtype)
+        inputs, keywords = self._inputs[name]
+        # Buffers that the model writes, and random numbers that it draws, are the same in every pass.
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        with torch.no_grad(), _seeded(self.model):
+            outputs = torch.func.functional_call(self.model, {**buffers, **(instead or {})}, inputs, keywords)
+            return observables(outputs if self.loss is None else self.loss(outputs))
+
+
+def _copies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
+    """Tensors that a copy of the model shall have in the place of its own, by their identity.
+
+    Parameters and buffers are copied into the dtype at once, so that there is no moment with two more copies. What a
+    module computed from its parameters and keeps becomes a plain tensor: torch copies no graph.
+    """
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        kept = (
+            parameter.detach().clone() if not parameter.is_floating_point() else parameter.detach().to(dtype, copy=True)
+        )
+        copies[id(parameter)] = nn.Parameter(kept, requires_grad=False)
+    for buffer in model.buffers():
+        copies[id(buffer)] = buffer.detach().to(dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                copies[id(value)] = value.detach().clone()
+    return copies
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    return mapped(inputs, lambda value: value.detach().to(dtype) if value.is_floating_point() else value.detach())
+
+
+def _drift(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> float:
+    """The largest relative change of an output; infinite where one is not finite or not of the same kind."""
+    worst = 0.0
+    for old, new in zip(expected, found, strict=True):
+        if not old.is_floating_point():
+            if not torch.equal(old, new):
+                return float("inf")
+            continue
+        scale = float(torch.linalg.vector_norm(old.double()))
+        change = float(torch.linalg.vector_norm(new.double() - old.double()))
+        if not change < float("inf"):
+            return float("inf")
+        worst = max(worst, change / scale if scale > 0 else change)
+    return worst
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module) -> Iterator[None]:
+    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield

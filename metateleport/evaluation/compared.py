@@ -1,0 +1,104 @@
+"""One method beside the learned one: paired ratios at equal evaluations and at equal seconds, over tasks and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from metateleport.evaluation.marks import marks
+from metateleport.evaluation.paired import REFERENCE, paired_ratio, ratio_over_seeds
+from metateleport.evaluation.run import Evaluation, Result
+
+__all__ = ["Pair", "compared", "pairs_of"]
+
+Array = npt.NDArray[np.float64]
+
+
+class Pair(NamedTuple):
+    """The learned method's result of one meta-seed, and the other method's on the same tasks."""
+
+    seed: int
+    learned: Result
+    other: Result
+
+
+def pairs_of(evaluation: Evaluation, name: str) -> list[Pair]:
+    """A method's results beside the learned one's, for each meta-seed; the same for all where it has none of its own.
+
+    Args:
+        evaluation: with a learned method and the method of that name.
+        name: of the other method.
+    """
+    pairs = []
+    for each in evaluation.meta_seeds:
+        other = each.results.get(name) if name.startswith(f"{REFERENCE}/") else evaluation.results[name]
+        if other is not None and REFERENCE in each.results:
+            pairs.append(Pair(each.seed, each.results[REFERENCE], other))
+    return pairs
+
+
+def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] = ()) -> dict[str, Any]:
+    """Paired ratios of another method's losses over the learned one's.
+
+    Args:
+        learned: the learned method's result.
+        other: another's on the same tasks.
+        steps: the budget of both.
+        pairs: both for every meta-seed, where there are several.
+
+    Returns:
+        `gauge` of the other; `gradient_evaluations`, a list of `at`, `ratio`, `low`, `high` at the marks; `seconds`,
+        the same at the time when the faster of the two had spent its budget. With several meta-seeds `meta_seeds` has
+        `gradient_evaluations` and `seconds` over all of them, as `ratio_over_seeds` does, and with each the `worst`
+        seed's ratio with its interval over tasks.
+    """
+    seconds = _seconds([Pair(0, learned, other)])
+    found: dict[str, Any] = {
+        "gauge": other.gauge,
+        "gradient_evaluations": [
+            {"at": place, **_ratio(_loss(other, place), _loss(learned, place))} for place in marks(steps)
+        ],
+        "seconds": {"at": seconds, **_ratio(_loss_after(other, seconds), _loss_after(learned, seconds))},
+    }
+    if len(pairs) > 1:
+        seconds = _seconds(pairs)
+        found["meta_seeds"] = {
+            "gradient_evaluations": [{"at": place, **_over(pairs, _at(place))} for place in marks(steps)],
+            "seconds": {"at": seconds, **_over(pairs, lambda result: _loss_after(result, seconds))},
+        }
+    return found
+
+
+def _at(place: int) -> Callable[[Result], Array]:
+    return lambda result: _loss(result, place)
+
+
+def _over(pairs: Sequence[Pair], loss: Callable[[Result], Array]) -> dict[str, Any]:
+    learned, others = [loss(pair.learned) for pair in pairs], [loss(pair.other) for pair in pairs]
+    alone = [
+        {"seed": pair.seed, **_ratio(*both)}
+        for pair, both in zip(pairs, zip(others, learned, strict=True), strict=True)
+    ]
+    worst = min(alone, key=lambda each: each["ratio"])
+    return {**ratio_over_seeds(np.stack(others), np.stack(learned))._asdict(), "worst": worst}
+
+
+def _seconds(pairs: Sequence[Pair]) -> float:
+    """The time when the fastest of all had spent its budget."""
+    return float(min(result.trajectory.seconds_along[-1] for pair in pairs for result in (pair.learned, pair.other)))
+
+
+def _ratio(theirs: Array, mine: Array) -> dict[str, float]:
+    return paired_ratio(theirs, mine)._asdict()
+
+
+def _loss(result: Result, place: int) -> Array:
+    # What is not a number has diverged, and counts as the largest loss.
+    return np.asarray(np.nan_to_num(result.trajectory.loss[:, place], nan=np.inf, posinf=np.inf))
+
+
+def _loss_after(result: Result, seconds: float) -> Array:
+    return _loss(result, int(np.searchsorted(result.trajectory.seconds_along, seconds, side="right")) - 1)

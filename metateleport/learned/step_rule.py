@@ -1,0 +1,241 @@
+"""The learned step: descent with a step and a momentum for each tensor, bounded by the curvature."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.gauges import Gauge, precondition
+from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.finite import finite_gradient
+from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.learned.rules import UpdateRule, fit, subtracted
+from metateleport.learned.secants import Secant, secant_between, with_secants
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Move
+
+__all__ = ["StepRule"]
+
+Cell = tuple[Tensor, Tensor]
+_TENSOR_FEATURES = 6
+
+
+_AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
+
+
+class StepRule(nn.Module, UpdateRule):
+    r"""Gradient descent with momentum, step and momentum of each tensor learned.
+
+    $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,d\,P v / \kappa$$
+
+    $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
+    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
+    shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
+    the start a twentieth. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
+    large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
+    a task that goes back to its last accepted point starts with $v = G$. Tensors without a bound take Polyak's step
+    $L / \langle G, P G \rangle$, summed over all such, in the place of $1 / \kappa$.
+
+    The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
+    `detach` to False, or put another function in the place of `observe`.
+
+    With `secants` the last so many steps and changes of the gradient are built around $m P / \kappa$ as limited-memory
+    BFGS does around its scaled identity; what they tell is kept out of the graph, and a learned trust in (0, 1) mixes
+    that step with the one above, tensor by tensor. Only where all data are seen at every evaluation: the gradients of
+    two minibatches have no secant.
+
+    Args:
+        hidden: units of the LSTM.
+        secants: number of secant pairs.
+
+    Example:
+        >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
+        690
+    """
+
+    def __init__(self, hidden: int = 32, secants: int = 0) -> None:
+        super().__init__()
+        self.hidden, self.secants = hidden, secants
+        self.detach = True
+        self.observe: Callable[..., Tensor] = _observe
+        self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
+        self.head = nn.Linear(hidden, 3 if secants else 2)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
+            self.head.bias.copy_(torch.tensor([-0.7, -3.0, -3.0])[: len(self.head.bias)])
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        assert point.loss is not None
+        own = self.head.weight
+        zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
+        still = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still, **_AT_REST}
+
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, dict[str, Any]]:
+        changes, remembered = self._changes(point, symmetries, progress, state, gauges)
+        return {**point.parameters, **subtracted(point.parameters, changes)}, remembered
+
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+        velocity, secants = dict(state["velocity"]), list(state["secants"])
+        if state["from"] is not None:
+            now = point.detach()
+            own = {name: now.parameters[name] for name in now.gradients}
+            secants = [*secants, secant_between(state["from"], (own, now.gradients), accepted)][-self.secants :]
+        for move in moves:
+            velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
+            secants = [_carried_secant(Secant(*each), move, point) for each in secants]
+        return {**state, "velocity": velocity, "secants": tuple(secants)}
+
+    def _changes(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """What to subtract from each tensor with a gradient, and what is remembered of the step."""
+        scales, velocity, trusts, cells = self._velocities(point, symmetries, progress, state, gauges)
+
+        def inner(direction: Tensors) -> Tensors:
+            raised = precondition(gauges, direction, point)
+            return {name: fit(scales[name], value) * value for name, value in raised.items()}
+
+        remembered = {"cells": cells, "velocity": velocity, "moving": True, "secants": (), "from": None}
+        changes = inner(velocity)
+        if self.secants and progress.deterministic:
+            bent = with_secants([Secant(*each) for each in state["secants"]], velocity, inner)
+            changes = {name: value + fit(trusts[name], value) * (bent[name] - value) for name, value in changes.items()}
+            fixed = point.detach()
+            own = {name: fixed.parameters[name] for name in fixed.gradients}
+            remembered |= {"secants": state["secants"], "from": (own, fixed.gradients)}
+        return {name: fit(progress.damping, value) * value for name, value in changes.items()}, remembered
+
+    def _velocities(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
+    ) -> tuple[Tensors, Tensors, Tensors, dict[str, Cell]]:
+        """Of each tensor the factor on its step in its gauge, `(tasks,)`, the velocity and the trust in secants."""
+        assert point.loss is not None
+        bounds = curvature_bounds(point, symmetries, gauges)
+        polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
+        names = list(point.gradients)
+        own = self.head.weight.dtype
+        if self.detach:
+            fixed = {name: value.detach() for name, value in bounds.items()}
+            still = [dataclasses.replace(gauge, element=gauge.element.detach()) for gauge in gauges]
+            inputs = self.observe(point.detach(), fixed, progress, still, symmetries)
+        else:
+            inputs = self.observe(point, bounds, progress, gauges, symmetries)
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        cells = state["cells"]
+        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
+        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        size = (len(names), *point.loss.shape)
+        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
+        multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
+        hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
+        trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
+        scales, velocity, after = {}, {}, {}
+        for index, name in enumerate(names):
+            gradient = point.gradients[name]
+            reach = _reciprocal(bounds[name]) if name in bounds else polyak
+            scales[name] = multipliers[index] * reach
+            kept = gradient
+            if state["moving"]:
+                kept = torch.where(fit(progress.accepted, gradient), finite_gradient(state["velocity"][name]), gradient)
+            share = fit(memories[index], gradient)
+            velocity[name] = share * kept + (1 - share) * gradient
+            after[name] = (hidden[index], memory[index])
+        return scales, velocity, trusts, after
+
+
+def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
+    """A secant pair moved along; void where its teleport has no linear action to move it by."""
+    moved = move.size > 0
+    if not bool(moved.any()):
+        return secant
+    if move.symmetry.exactness != "exact":
+        return secant._replace(weight=torch.where(moved, 0.0, secant.weight))
+    element = move.element.detach()
+    step = {**secant.step, **move.symmetry.carry_vectors(element, secant.step, point)}
+    return Secant(
+        step, {**secant.change, **move.symmetry.carry_covectors(element, secant.change, point).tensors}, secant.weight
+    )
+
+
+def _reciprocal(bound: Tensor) -> Tensor:
+    """One over a bound; zero where there is no curvature, as there is no gradient either."""
+    flat = bound <= 1e3 * torch.finfo(bound.dtype).tiny
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, bound).reciprocal())
+
+
+def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tensor:
+    """Polyak's step over some tensors together, in their gauges, `(tasks,)`."""
+    assert point.loss is not None
+    own = {name: point.gradients[name] for name in names}
+    raised = precondition(gauges, own, point)
+    products = [(own[name] * raised[name]).flatten(point.loss.ndim).sum(-1) for name in names]
+    total = sum(products, torch.zeros_like(point.loss))
+    return point.loss.abs() / total.clamp_min(torch.finfo(point.loss.dtype).tiny)
+
+
+def _observe(
+    point: Point, bounds: Tensors, progress: Progress, gauges: Sequence[Gauge], symmetries: Sequence[Symmetry]
+) -> Tensor:
+    """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
+    shared = progress.features()
+    raised = precondition(gauges, point.gradients, point)
+    lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
+    rows = []
+    for name in point.gradients:
+        place = _place_features(point, name, lower)
+        rows.append(torch.cat((_tensor_features(point, name, bounds, raised[name]), place, shared), -1))
+    return torch.stack(rows)
+
+
+def _tensor_features(point: Point, name: str, bounds: Tensors, raised: Tensor) -> Tensor:
+    """How uneven a tensor's inputs are, how steep it is in its gauge, and whether its curvature is known."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    loss = point.loss
+    tiny = torch.finfo(loss.dtype).tiny
+    uneven, steep = torch.zeros_like(loss), torch.zeros_like(loss)
+    if layer in point.activations and kind == "weight":
+        inputs = point.activations[layer]
+        mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
+        uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
+    if name in bounds:
+        product = (point.gradients[name] * raised).reshape(*loss.shape, -1).sum(-1)
+        # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
+        share = product / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
+        steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
+    known = torch.full_like(loss, float(name in bounds))
+    return torch.stack((uneven / 2, steep, known), -1)
+
+
+def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
+    """Whether a tensor is a bias, whether a layer follows it, and how many samples there are for its inputs."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    inputs = point.activations.get(layer)
+    ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1])
+    return point.loss.new_tensor((kind == "bias", layer in lower, ratio)).expand(*point.loss.shape, 3)

@@ -1,0 +1,8 @@
+"""What a teleport may seek on an orbit: a number at every point, differentiable in the group element."""
+
+from metateleport.objectives.base import Objective
+from metateleport.objectives.curvature import Curvature
+from metateleport.objectives.gradient_norm import SquaredGradientNorm
+from metateleport.objectives.sharpness import Sharpness
+
+__all__ = ["Curvature", "Objective", "Sharpness", "SquaredGradientNorm"]

@@ -1,0 +1,142 @@
+"""What a teleport did, told and summed up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from metateleport.point import Point
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters.base import FAILURES, Move
+
+__all__ = [
+    "TeleportReport",
+    "failures_of",
+    "gain_of",
+    "gradient_norm",
+    "half_squared_norm",
+    "moved_names",
+    "relative_change",
+    "summary_of",
+]
+
+_NAN = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeleportReport:
+    """What one teleport did.
+
+    Args:
+        teleporter: the teleporter's name.
+        accepted: false where all that was proposed was refused; the weights are then as they were.
+        reason: why it was refused, wholly or for some symmetries; empty otherwise.
+        loss_before: loss before the teleport; NaN where no loss was seen.
+        loss_after: loss after it; NaN where no loss was seen.
+        drift: relative change of the model's outputs on the inputs, in the Frobenius norm.
+        gradient_norm_before: norm of the gradient before; NaN where there was none.
+        gradient_norm_after: norm of the gradient after; NaN where there was none.
+        size: Frobenius norm of the generators of all symmetries together.
+        sizes: Frobenius norm of the generator of each symmetry, in the order of the symmetries.
+        weight_decay_change: change of half the squared norm of the moved parameters, which weight decay pulls on.
+        evaluations: gradient evaluations spent; a forward pass alone counts a third.
+        state: how the optimizer's state came along, one of `transport`, `keep`, `reset`, `approximate`; empty
+            without an optimizer.
+        state_entries: what became of each entry of the optimizer's state: `exact`, `approximate`, `kept` or `reset`.
+        signatures: signs of failure that an optimizer saw, at once or in later steps, by name, each with what was seen.
+        seconds: wall time of choosing and moving; NaN where it was not taken.
+        gain: relative change of what the teleporter seeks, summed over its moves, positive where it went its way; NaN
+            where it seeks nothing.
+        held_out_before: loss on held-out data before; NaN where there was none.
+        held_out_after: loss on held-out data after.
+        held_out_drift: relative change of the outputs on held-out data.
+        failures: which of `metateleport.teleporters.FAILURES` were seen.
+    """
+
+    teleporter: str
+    accepted: bool
+    reason: str
+    loss_before: float
+    loss_after: float
+    drift: float
+    gradient_norm_before: float
+    gradient_norm_after: float
+    size: float
+    sizes: tuple[float, ...]
+    weight_decay_change: float
+    evaluations: float
+    state: str = ""
+    state_entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    signatures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = _NAN
+    gain: float = _NAN
+    held_out_before: float = _NAN
+    held_out_after: float = _NAN
+    held_out_drift: float = _NAN
+    failures: tuple[str, ...] = ()
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """Relative change in the Frobenius norm, computed in float64; infinite where a value is not finite."""
+    old, new = before.detach().double(), after.detach().double()
+    if not bool(new.isfinite().all()):
+        return float("inf")
+    scale = float(torch.linalg.vector_norm(old))
+    return float(torch.linalg.vector_norm(new - old)) / max(scale, torch.finfo(torch.float64).tiny)
+
+
+def summary_of(moves: Sequence[Move]) -> tuple[float, tuple[float, ...], str, float]:
+    """Size, sizes in the order of the symmetries, reasons of refusal and evaluations of a single model's moves."""
+    sizes = tuple(float(move.size) for move in reversed(moves))
+    reasons = "; ".join(f"{move.symmetry!r}: {move.reason}" for move in moves if bool(move.refused))
+    return sum(size**2 for size in sizes) ** 0.5, sizes, reasons, float(sum(float(move.evaluations) for move in moves))
+
+
+def gain_of(moves: Sequence[Move]) -> float:
+    """What a single model's moves gained together, relatively; NaN where nothing was sought."""
+    gains = [float(move.gain) for move in moves if move.gain is not None]
+    return sum(gains) if gains else _NAN
+
+
+def failures_of(
+    moves: Sequence[Move], drift: float = 0.0, max_drift: float = float("inf"), held_out: tuple[float, float] = (0, 0)
+) -> tuple[str, ...]:
+    """Names of what went wrong with a teleport, in the order of `FAILURES`.
+
+    Args:
+        moves: what it did.
+        drift: relative change of what it has to keep, of what was proposed.
+        max_drift: the bound on it.
+        held_out: loss on held-out data before and after.
+    """
+    seen = {name for move in moves for name in move.failures} - {"no gain"}
+    # One symmetry may lose what another gains twice.
+    gained = gain_of(moves)
+    if not (gained > 0 or math.isnan(gained)):
+        seen.add("no gain")
+    if not drift <= max_drift:
+        seen.add("drift beyond bound")
+    # Less than what rounding does to an exact teleport is no worsening.
+    before, after = held_out
+    if math.isnan(after) or after - before > 1e-6 * abs(before):
+        seen.add("worse held-out loss")
+    return tuple(name for name in FAILURES if name in seen)
+
+
+def half_squared_norm(tensors: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    """Half the sum of squares of the named tensors."""
+    return sum(0.5 * float(tensors[name].detach().double().square().sum()) for name in names)
+
+
+def moved_names(symmetries: Sequence[Symmetry]) -> tuple[str, ...]:
+    """Names of the parameters that some symmetries move, each once."""
+    return tuple(dict.fromkeys(name for symmetry in symmetries for name in symmetry.parameters))
+
+
+def gradient_norm(point: Point) -> float:
+    """Norm of the gradient of a single model; NaN where there is none."""
+    return float(point.squared_gradient_norm()) ** 0.5 if point.gradients and not point.stale else _NAN

@@ -1,0 +1,89 @@
+"""Several meta-trainings by one recipe, from different seeds, in one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from metateleport.checkpoint import load_checkpoint
+from metateleport.checkpoint_seeds import combine_meta_seeds
+from metateleport.training.config import TrainConfig, TrainingError
+from metateleport.training.train import resume_folder, settings_that_count, train
+from metateleport.training.trainer import Progression
+
+__all__ = ["seeds_folder", "train_meta_seeds"]
+
+
+def seeds_folder(out: str | Path) -> Path:
+    """Where the meta-seeds that are done wait for the others, beside the checkpoint they will make."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.meta-seeds")
+
+
+def train_meta_seeds(
+    config: TrainConfig,
+    out: str | Path,
+    seeds: int,
+    resume: bool = False,
+    report: Callable[[str, Progression, float], None] | None = None,
+    command: str = "",
+) -> Path:
+    """Meta-trains from several seeds, one after another, and writes one checkpoint.
+
+    On top of the checkpoint lies the seed with the best validation score; see
+    `metateleport.checkpoint_seeds.combine_meta_seeds`.
+
+    Args:
+        config: the settings; the seeds are `config.seed`, `config.seed + 1`, and so on. A limit of time is of each.
+        out: folder of the checkpoint.
+        seeds: their number.
+        resume: go on where it was interrupted; the settings have to be the same, the number may be another.
+        report: called after every meta-step as by `train`, with `seed N/` before the network's name.
+        command: the command that this run was started by, for the cards.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TrainingError: if settings cannot work, or there is nothing to resume, or it was started with other settings.
+        FamilyError: if the task family cannot be loaded.
+        Interrupted: after Ctrl-C, when the state has been saved.
+    """
+    if seeds < 1:
+        raise TrainingError(f"a training needs at least one meta-seed, not {seeds}")
+    done = seeds_folder(out)
+    if done.exists() and not resume:
+        raise TrainingError(f"{done} holds an unfinished training: add --resume to go on with it, or remove it")
+    if resume and not done.exists():
+        raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
+    paths = []
+    for seed in range(config.seed, config.seed + seeds):
+        one, path = dataclasses.replace(config, seed=seed), done / str(seed)
+        if path.exists():
+            _has_settings(path, one)
+        else:
+            train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command)
+        paths.append(path)
+    combined = combine_meta_seeds(paths, out)
+    shutil.rmtree(done, ignore_errors=True)
+    return combined
+
+
+def _named(
+    seed: str, report: Callable[[str, Progression, float], None] | None
+) -> Callable[[str, Progression, float], None] | None:
+    if report is None:
+        return None
+    return lambda name, progression, share: report(f"{seed}/{name}", progression, share)
+
+
+def _has_settings(path: Path, config: TrainConfig) -> None:
+    started = load_checkpoint(path).card.get("training", {}).get("config", {})
+    for name, wanted in settings_that_count(config).items():
+        if started.get(name) != wanted:
+            raise TrainingError(
+                f"{path} was trained with {name}={started.get(name)!r}, not {wanted!r}: resume with the same settings, "
+                f"or remove {path.parent} and start anew"
+            )

