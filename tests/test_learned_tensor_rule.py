@@ -230,13 +230,13 @@ def test_it_can_be_trained() -> None:
     meta, problem = meta_optimizer(), stack("rescaling")
     optimizer = torch.optim.Adam(meta.parameters(), lr=0.02)
     losses = []
-    for _ in range(30):
+    for _ in range(20):
         optimizer.zero_grad()
-        loss, _ = unrolled(meta, problem, 6, track=True)
+        loss, _ = unrolled(meta, problem, 5, track=True)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.2
 
 
 # Large models

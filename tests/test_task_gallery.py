@@ -585,8 +585,9 @@ def test_every_teleporter_moves_a_stack_of_bottlenecks_and_keeps_its_loss(name: 
     assert start.loss is not None
     assert there.loss is not None
     close(there.loss, start.loss, 1e-9)
-    for key, gradient in there.gradients.items():
-        close(arrived.gradients[key], gradient, 1e-7)
+    for kind in ("gradients", "activations", "cotangents"):
+        for key, value in getattr(there, kind).items():
+            close(getattr(arrived, kind)[key], value, 1e-7)
     other = stack.batch(1)
     close(stack.model.losses_at(arrived.parameters, other), stack.model.losses_at(start.parameters, other), 1e-9)
 
