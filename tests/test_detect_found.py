@@ -329,6 +329,12 @@ def test_a_frozen_or_shared_layer_scale_undoes_nothing() -> None:
     shared.out = Written(lambda m, h: m.layer(h) + m.gamma.sum(), layer=nn.Linear(4, 2))
     shared.out.gamma = shared.gamma
     assert len(mt.find_symmetries(shared, x(9, 3))) == 0
+    # In a second place it scales what cannot move: not even tried.
+    twice = Written(lambda m, h: m.out(torch.tanh(m.gamma * m.branch(h)) + m.gamma * h))
+    twice.gamma, twice.branch, twice.out = nn.Parameter(torch.ones(4)), nn.Linear(4, 4), nn.Linear(4, 2)
+    found = mt.find_symmetries(twice, x(9, 4))
+    assert len(found) == 0
+    assert not any("drift" in each.reason for each in found.refused)
 
 
 def test_inputs_as_tensor_tuple_and_dict() -> None:

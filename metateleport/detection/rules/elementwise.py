@@ -58,7 +58,8 @@ def _undone(context: Context, left: Value, right: Value) -> tuple[Value, Value, 
     if left.parameter is not None:
         right, left, undone = _undone(context, right, left)
         return left, right, undone
-    ledger, passing = context.ledger, []
+    ledger = context.ledger
+    passing: list[torch.Tensor] = []
     met: list[torch.Tensor] = []
     for label in left.labels:
         along = tuple(dim - left.ndim for dim in varying(label))

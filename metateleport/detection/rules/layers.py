@@ -38,7 +38,7 @@ def _of_one_feature(
         if bias is not None and bias.parameter is not None:
             ledger.slot((bias.parameter, 0), bias.parameter, (1,))
     single = [label for label in x.labels if not varying(label)]
-    met: list[torch.Tensor] = []
+    met: list[Tensor] = []
     for label in single:
         met.append(ledger.slot((name, "one", len(met)), name, (1,) * weight.ndim))
         ledger.equal(label.reshape(()), met[-1].reshape(()), -1, tentative=True)
