@@ -88,7 +88,7 @@ class FlatRule(nn.Module, UpdateRule):
             gradient = point.gradients[name]
             size = torch.Size(shape).numel()
             if self.per_coordinate:
-                change = 0.01 * outputs[:, start : start + size].reshape(gradient.shape)
+                change = (progress.damping.unsqueeze(-1) * outputs[:, start : start + size]).reshape(gradient.shape)
             else:
                 rate = (outputs[:, index].clamp(*_LOG_RATES).exp() * progress.damping).reshape(-1, *(1,) * len(shape))
                 change = rate * gradient
