@@ -23,7 +23,7 @@ AGAINST: dict[str, str] = {
 }
 """What a learned result is attributed by, and how a sentence calls it."""
 
-_DECIDES = (f"{REFERENCE}/teleport-off", f"{REFERENCE}/step-only")
+_DECIDES = (f"{REFERENCE}/teleport-off", f"{REFERENCE}/step-only", f"{REFERENCE}/random-teleport")
 _KINDS = {
     "stays": "a teleport that stays: the model is elsewhere on its orbit",
     "undone": "a gauge undone after the step: the model never moves along its orbit",
@@ -85,7 +85,7 @@ def _part(kind: str, gauge: str, against: Mapping[str, Any]) -> Any:
 
 
 def _verdict(gauge: str, against: Mapping[str, Any]) -> str:
-    """Whether the teleport helps: ahead, with its interval, both of itself switched off and of a step learned alone."""
+    """Whether the teleport helps: ahead, with its interval, of none, of a step learned alone and of a random element."""
     if gauge == "none":
         return "nothing"
     ends = [_best_known(against[name])["gradient_evaluations"][-1] for name in _DECIDES if name in against]
