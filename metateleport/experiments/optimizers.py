@@ -221,15 +221,17 @@ def _along(losses: npt.ArrayLike) -> Array:
 
 def _claims(data: Mapping[str, Any]) -> list[Claim]:
     section = "ICLR 2024, on teleportation in other optimizers"
+    names = list(data[FAMILIES[0]])
+    who = "all optimizers" if len(names) > 1 else names[0]
     claims = []
-    for optimizer, regime in itertools.product(data[FAMILIES[0]], REGIMES):
+    for optimizer, regime in itertools.product(names, REGIMES):
         ratio = _log_ratios(data, regime, "ascent, batch form, early", PLAIN, "training", [optimizer])
         words = f"one early teleport lowers {optimizer}'s training loss along the run (batch form, {REGIMES[regime]})"
         claims.append(_lower(ratio, words, section))
     for what, way, regime in itertools.product(("training", "held-out"), ("batch form", "rescaling"), REGIMES):
         if (what, way) == ("training", "batch form"):
             continue
-        words = f"one early teleport lowers the {what} loss along the run (all optimizers, {way}, {REGIMES[regime]})"
+        words = f"one early teleport lowers the {what} loss along the run ({who}, {way}, {REGIMES[regime]})"
         claims.append(_lower(_log_ratios(data, regime, f"ascent, {way}, early", PLAIN, what), words, section))
     for regime, steps in REGIMES.items():
         words = f"gradient ascent does better than a random element of the same size (batch form, {steps})"
