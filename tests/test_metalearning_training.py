@@ -100,9 +100,16 @@ def _copy(learner: Any) -> dict[str, Tensor]:
 
 
 def test_later_worse_validations_do_not_take_the_place_of_the_best() -> None:
-    # The first meta-steps start a long way off; once there, so large a rate wanders.
-    config = dataclasses.replace(SMALL, meta_steps=20, meta_lr=0.3, validation_every=1)
-    training = MetaTraining(LEARNERS["maml"](), Plane(), config)
+    def stacks(meta_step: int) -> TaskStack:
+        stack = Plane().stack(range(3))
+        if meta_step >= 4:
+            # From here on the tasks are the opposite of those of the validation.
+            stack.full = (stack.full[0], (-stack.full[1][0],))
+            assert stack.held_out is not None
+            stack.held_out = (stack.held_out[0], (-stack.held_out[1][0],))
+        return stack
+
+    training = MetaTraining(LEARNERS["maml"](), Plane(), dataclasses.replace(SMALL, meta_lr=0.1), stacks)
     training.run()
     scores = [score for _, score in training.progress.validations]
     assert scores[-1] > min(scores)
