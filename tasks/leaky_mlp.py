@@ -80,7 +80,7 @@ class LeakyMLP(TaskFamily):
         if not self.mixture:
             return dataclasses.replace(self, width=width)
         drawn = dataclasses.replace(self, width=width, depth=self.depth + int(source.random() < 1 / 6), mixture=False)
-        distribution = ("uniform", "normal")[int(source.integers(2))]
+        distribution: Literal["uniform", "normal"] = "normal" if source.integers(2) else "uniform"
         noise = float(source.uniform(0, 2))
         ratio = float(source.choice([0.5, 1.0, 1.5, 2.0], p=[0.2, 0.2, 0.4, 0.2]))
         if source.random() < 1 / 4:
