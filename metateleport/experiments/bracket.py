@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,10 @@ from torch import Tensor
 from metateleport.experiments.descent import Function
 
 __all__ = ["Action", "Bracket", "bracket", "gradient_flow"]
+
+ACCURACY = 1e-4
+"""How exactly the loss has to fall between two points of a flow."""
+MOST_PIECES = 1 << 14
 
 Action = Callable[[Tensor], Tensor]
 """Maps a vector `(n,)` to the velocities there of some symmetries, `(fields, n)`."""
@@ -87,8 +90,8 @@ def gradient_flow(function: Function, x: Tensor, folds: float, steps: int) -> Te
         function: $L$, positive along the way.
         x: where to start, `(n,)`.
         folds: how many factors of e.
-        steps: points of the path; between two of them stand as many Runge-Kutta steps (of fourth order) as the
-            largest eigenvalue of the Hessian needs to be followed.
+        steps: points of the path; between two of them stand as many Runge-Kutta steps (of fourth order) as it takes
+            for the loss to fall as it has to.
 
     Returns:
         The path, `(steps + 1, n)`.
@@ -110,13 +113,18 @@ def gradient_flow(function: Function, x: Tensor, folds: float, steps: int) -> Te
         return -gradient * value / gradient.square().sum()
 
     path, h = [x], folds / steps
+    pieces = 1
     for _ in range(steps):
-        at = path[-1]
-        gradient, value = both(at)
-        stiffness = torch.func.hessian(function)(at).norm() * value / gradient.square().sum()
-        pieces = math.ceil(h * float(stiffness) / 2) + 1
-        for _ in range(pieces):
-            at = _runge_kutta(velocity, at, h / pieces)
+        level = function(path[-1]).log()
+        pieces = max(pieces // 2, 1)
+        while True:
+            at = path[-1]
+            for _ in range(pieces):
+                at = _runge_kutta(velocity, at, h / pieces)
+            off = abs(float(function(at).log() - level + h))
+            if off <= ACCURACY * h or pieces >= MOST_PIECES:
+                break
+            pieces *= 2
         path.append(at)
     return torch.stack(path)
 

@@ -163,9 +163,9 @@ def _is_data(task: Task) -> bool:
 
 
 def _fresh(inputs: tuple[Tensor, ...], shape: torch.Size, parameters: int, seed: int) -> tuple[Tensor, ...]:
-    """Gaussian inputs, enough of them for twice as many outputs as there are parameters."""
+    """Gaussian inputs, enough of them for eight times as many outputs as there are parameters."""
     outputs = shape[0] // inputs[0].shape[0]
-    samples = -(-2 * parameters // outputs)
+    samples = -(-8 * parameters // outputs)
     source = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(samples, *each.shape[1:], generator=source, dtype=each.dtype) for each in inputs)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Quadratic"]
 
 # What the source's code takes on its two functions.
-SOURCE = {"booth": {"step": 0.08, "steps": 10}, "rosenbrock": {"step": 1e-3, "steps": 1000}}
+STEP = {"booth": 0.08, "rosenbrock": 1e-3}
 BOX = {"booth": 10.0, "rosenbrock": 2.0}
 ANGLES = 721
 
@@ -38,6 +38,8 @@ class Quadratic(Experiment):
         condition: of their Hessians, log-spaced eigenvalues.
         steps: of gradient descent on the quadratics.
         ascent: steps of the gradient-ascent teleporter.
+        booth: steps of gradient descent on Booth.
+        rosenbrock: steps of gradient descent on Rosenbrock.
     """
 
     name: ClassVar[str] = "quadratic"
@@ -48,12 +50,14 @@ class Quadratic(Experiment):
     condition: float = 100.0
     steps: int = 60
     ascent: int = 300
+    booth: int = 10
+    rosenbrock: int = 1000
 
     def __post_init__(self) -> None:
-        if self.functions < 2 or self.steps < 1 or self.ascent < 1:
+        if self.functions < 2 or min(self.steps, self.ascent, self.booth, self.rosenbrock) < 1:
             raise ExperimentError(
-                f"quadratic needs at least two functions, one step and one ascent step; got "
-                f"functions={self.functions}, steps={self.steps}, ascent={self.ascent}"
+                f"quadratic needs at least two functions, and one step of each kind; got functions={self.functions}, "
+                f"steps={self.steps}, ascent={self.ascent}, booth={self.booth}, rosenbrock={self.rosenbrock}"
             )
         load_family("quadratic", {"dimension": self.dimension, "condition": self.condition})
 
@@ -112,7 +116,7 @@ class Quadratic(Experiment):
             norms.append([report.gradient_norm_before, report.gradient_norm_after])
             drifts.append(abs(report.loss_after / report.loss_before - 1))
             steepest.append(float(level_set(kind, start, angles)[1].max()))
-        there, step, steps = torch.stack(arrived), SOURCE[kind.name]["step"], int(SOURCE[kind.name]["steps"])
+        there, step, steps = torch.stack(arrived), STEP[kind.name], getattr(self, kind.name)
         grid = 10.0 ** torch.linspace(-6, 0, 37, dtype=torch.float64)
         own = {who: best_step(kind.value, x, grid, steps) for who, x in (("gd", starts), ("teleported", there))}
         runs = {
@@ -213,7 +217,7 @@ def _quadratic_claims(found: Mapping[str, Any], steps: int) -> list[Claim]:
 
 def _landscape_claims(name: str, found: Mapping[str, Any]) -> list[Claim]:
     final = found["final"]
-    steps = int(SOURCE[name]["steps"])
+    steps = len(found["first"]["gd"]["loss"]) - 1
     reached = np.array([after for _, after in found["gradient_norms"]])
     gaps = 1 - reached / np.asarray(found["steepest"])
     better = float(np.mean(np.asarray(found["by_angle"]["final_loss"]) < found["by_angle"]["untouched"]))
@@ -228,7 +232,7 @@ def _landscape_claims(name: str, found: Mapping[str, Any]) -> list[Claim]:
         ),
         _faster(
             paired_ratio(final["teleported"], final["gd"]),
-            f"{name}, both at the source's step of {SOURCE[name]['step']:g}, after {steps} steps",
+            f"{name}, both at the source's step of {STEP[name]:g}, after {steps} steps",
             "NeurIPS 2022, section 5",
         ),
         _faster(
