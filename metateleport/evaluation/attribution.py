@@ -85,7 +85,7 @@ def _part(kind: str, gauge: str, against: Mapping[str, Any]) -> Any:
 
 
 def _verdict(gauge: str, against: Mapping[str, Any]) -> str:
-    """Whether the teleport helps: ahead, with its interval, of none, of a step learned alone and of a random element."""
+    """Whether it helps: ahead, with its interval, of none, of a step learned alone and of a random element."""
     if gauge == "none":
         return "nothing"
     ends = [_best_known(against[name])["gradient_evaluations"][-1] for name in _DECIDES if name in against]
