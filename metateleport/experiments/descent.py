@@ -29,7 +29,7 @@ def descend(function: Function, starts: Tensor, step: Tensor | float, steps: int
         stands as 1e300.
 
     Example:
-        >>> path, values = descend(lambda x: x.square().sum(), torch.ones(1, 2), 0.5, 1)
+        >>> path, values = descend(lambda x: x.square().sum(), torch.ones(1, 2).double(), 0.5, 1)
         >>> values[:, 0].tolist()
         [2.0, 0.0]
     """

@@ -90,7 +90,7 @@ class Generalisation(Experiment):
         # The starts are those of different tasks, the data those of the first.
         first = tasks[0]
         stack = StackedModel([task.model for task in tasks], first.loss, first.symmetries)
-        data = _repeated((first.inputs, first.targets), self.networks)
+        data = _repeated(first.training, self.networks)
         held_out = _repeated(first.held_out, self.networks)
         half = self._train(stack, data, held_out, 0, self.teleport, seed, progress, "plain training")
         middle = {name: value.detach().clone() for name, value in stack.tensors().items()}
@@ -212,7 +212,7 @@ def correlation(pairs: Array) -> float:
     """Pearson's correlation of the first two columns; 0 where one of them is constant.
 
     Example:
-        >>> correlation(np.array([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]])).round(6)
+        >>> round(correlation(np.array([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]])), 6)
         1.0
     """
     # Few networks drawn again can be one network alone.

@@ -14,7 +14,7 @@ from metateleport.capture import point_of
 from metateleport.detection import find_symmetries
 from metateleport.experiments.actions import fields, flatten, unflatten
 from metateleport.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress
-from metateleport.families import Task, gallery, load_family
+from metateleport.families import FamilyError, Task, gallery, load_family
 from metateleport.symmetries import Symmetry
 
 if TYPE_CHECKING:
@@ -69,7 +69,12 @@ class Orbit(Experiment):
             for settings in SETTINGS.get(family, [{}]):
                 label = " ".join([family, *(f"{name}={value}" for name, value in settings.items())])
                 progress(label)
-                task = load_family(family, settings).task(0, "held-out", seed, torch.float64)
+                try:
+                    task = load_family(family, settings).task(0, "held-out", seed, torch.float64)
+                except FamilyError as error:
+                    # Families whose data are not on this machine.
+                    left_out.append({"model": label, "reason": str(error)})
+                    continue
                 count = sum(value.numel() for value in task.model.parameters())
                 if count > self.largest:
                     left_out.append({"model": label, "parameters": count})
@@ -80,11 +85,11 @@ class Orbit(Experiment):
         return Findings({"models": models, "left out": left_out}, _claims(models))
 
     def _dimensions(self, task: Task, seed: int) -> dict[str, Any]:
-        model, inputs = task.model, task.inputs
+        model, (inputs, targets) = task.model, task.training
         # What the task names, and what is found; the ranks below count every direction once.
         found: list[Symmetry] = [*task.symmetries, *find_symmetries(model, inputs)]
         exact = [symmetry for symmetry in found if symmetry.exactness == "exact"]
-        point, _ = point_of(model, found, inputs, None, lambda out: task.loss(out, *task.targets))
+        point, _ = point_of(model, found, inputs, None, lambda out: task.loss(out, *targets))
         names = list(dict(model.named_parameters()))
         gradient = flatten(
             {name: point.gradients.get(name, torch.zeros_like(point.parameters[name])) for name in names}, names

@@ -96,7 +96,8 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
     nearest to the loss, $\gamma = |\partial L / \partial z|^2 / 2 L$: exact for squared errors, and close for a cross
     entropy. Below, that $\gamma$ is multiplied by $\lambda_{\max}(S)$ of `output_curvatures`; where a convolution
     follows, by $\lambda_{\max}(W^\top W)$ of each layer on the way, whose activation is taken to have slopes of at
-    most one. Largest eigenvalues are bounded smoothly (`smooth_largest`).
+    most one. Largest eigenvalues are bounded smoothly (`smooth_largest`). Between linear layers these are bounds; with
+    an activation, whose slopes are averaged over the samples, the curvature may lie several times above.
 
     In a gauge $g$, $h$ is seen as $g h$, and $S$ as $g^{-\top} S g^{-1}$.
 

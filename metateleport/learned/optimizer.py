@@ -178,7 +178,9 @@ class LearnedOptimizer(_MetaSteps):
         ...     loss.backward()
         ...     return loss
         >>> first = optimizer.step(closure)
-        >>> bool(optimizer.step(closure) < first)
+        >>> for _ in range(5):
+        ...     last = optimizer.step(closure)
+        >>> bool(last < first)
         True
     """
 

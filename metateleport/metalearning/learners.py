@@ -17,6 +17,7 @@ from metateleport.point import Point, Tensors, pullback_through
 from metateleport.stack import StackedModel
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, travel
+from metateleport.teleporters.base import Chosen
 
 __all__ = ["TeleportingLearner", "TeleportingMAML", "TeleportingMetaSGD"]
 
@@ -369,7 +370,9 @@ class _Detached(Teleporter):
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
         return self.teleporter.evaluations(symmetry, point)
 
-    def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
+    def choose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor | Chosen, Any]:
         with torch.no_grad():
-            chosen, state = self.teleporter.generator(symmetry, point, state)
-        return chosen.detach(), state
+            chosen, state = self.teleporter.choose(symmetry, point, state)
+        if isinstance(chosen, Tensor):
+            return chosen.detach(), state
+        return type(chosen)(*(part.detach() if isinstance(part, Tensor) else part for part in chosen)), state
