@@ -151,6 +151,8 @@ def dimension_of(plan: tuple[Block, ...]) -> int:
         total += block.channels * (block.norm == "batch")
         # A convolution of one channel is depthwise and full at once.
         mixes = index + 1 == len(plan) or not plan[index + 1].depthwise or block.channels == 1
+        # Nor can what a depthwise convolution puts out be mixed by its own weights.
+        mixes = mixes and (not block.depthwise or block.channels == 1)
         if block.unit in HOMOGENEOUS:
             linear = block.norm == "none" and block.unit == "nothing" and block.pool != "largest" and mixes
             total += block.channels ** (2 if linear else 1)
