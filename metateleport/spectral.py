@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["relative_shift", "symmetric_log", "symmetric_logs"]
+__all__ = ["diagonal_logs", "relative_shift", "symmetric_log", "symmetric_logs"]
 
 _RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
 
@@ -83,6 +83,25 @@ def symmetric_logs(matrix: Tensor, shifts: Sequence[float], rank: float = 0.0) -
     logs = torch.where(usable, logs, torch.zeros_like(logs))
     whole = (vectors.unsqueeze(-3) * logs.unsqueeze(-2)) @ vectors.mT.unsqueeze(-3)
     return whole.to(matrix.dtype), logs.to(matrix.dtype)
+
+
+def diagonal_logs(values: Tensor, shifts: Sequence[float]) -> Tensor:
+    """Logarithms of a covariance's diagonal with several shifts, for groups that see no more of it.
+
+    Args:
+        values: the diagonal, `(*batch, k)`; what rounding has made negative counts as zero.
+        shifts: each relative to the largest value.
+
+    Returns:
+        `(*batch, shifts, k)`.
+
+    Example:
+        >>> diagonal_logs(torch.tensor([1.0, 0.0]), (1.0,))
+        tensor([[0.6931, 0.0000]])
+    """
+    values = values.clamp_min(0)
+    largest = values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.stack([(values + shift * largest).log() for shift in shifts], -2)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

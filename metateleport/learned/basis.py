@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metateleport.groups import Group
 from metateleport.point import Point
-from metateleport.spectral import relative_shift, symmetric_log
+from metateleport.spectral import diagonal_logs, relative_shift, symmetric_log
 from metateleport.symmetries import Symmetry
 
 __all__ = ["BASIS", "FEATURES", "Observation", "observe", "symmetric_log"]
@@ -83,9 +83,8 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
             features += [known.new_zeros(batch)] * 2
             continue
         if group.name == "diagonal":
-            diagonal = torch.diagonal(matrices[name], dim1=-2, dim2=-1).clamp_min(0)
-            largest = diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(known.dtype).tiny)
-            logs = (diagonal + relative_shift(known.dtype) * largest).log()
+            diagonal = torch.diagonal(matrices[name], dim1=-2, dim2=-1)
+            logs = diagonal_logs(diagonal, (relative_shift(known.dtype),))[..., 0, :]
             generators.append(logs)
         else:
             generator, logs = symmetric_log(matrices[name])

@@ -14,7 +14,7 @@ from metateleport.learned.curvature import output_curvatures
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
-from metateleport.spectral import relative_shift, symmetric_logs
+from metateleport.spectral import diagonal_logs, relative_shift, symmetric_logs
 from metateleport.symmetries import Symmetry
 
 __all__ = ["GAUGE_BASIS", "GaugeNetwork", "LearnedGauge"]
@@ -95,7 +95,7 @@ class LearnedGauge(nn.Module):
                     found.append((symmetry, side, names))
         return found
 
-    def initial_state(self, point: Point, symmetries: Sequence[Symmetry], deterministic: bool = True) -> dict[str, Any]:
+    def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         """Zero LSTM states, and no covariance seen yet."""
         like = next(self.parameters())
         assert point.loss is not None
@@ -168,7 +168,9 @@ class LearnedGauge(nn.Module):
 
         for place in places:
             symmetry, side, _ = place
-            found = matrices.setdefault(id(symmetry), symmetry.matrices(point))
+            if id(symmetry) not in matrices:
+                matrices[id(symmetry)] = symmetry.matrices(point)
+            found = matrices[id(symmetry)]
             if side == "in":
                 metric = found.get("feature_covariance", found.get("incoming_covariance"))
                 gradient = found.get("outgoing_gradient_covariance")
@@ -192,8 +194,8 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
     smallest = relative_shift(metric.dtype)
     if len(group.shape) == 1:
         diagonals = [torch.diagonal(each, dim1=-2, dim2=-1) for each in (metric, gradient)]
-        logs = _vector_logs(diagonals[0], (smallest, *_SHIFTS))
-        gradient_logs = _vector_logs(diagonals[1], (_GRADIENT_SHIFT,))
+        logs = diagonal_logs(diagonals[0], (smallest, *_SHIFTS))
+        gradient_logs = diagonal_logs(diagonals[1], (_GRADIENT_SHIFT,))
         basis = torch.cat((logs, gradient_logs), -2)
     else:
         matrices, logs = symmetric_logs(metric, (smallest, *_SHIFTS), rank=smallest)
@@ -218,11 +220,6 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
 
 def _sees_rows(symmetry: Symmetry, point: Point) -> bool:
     return bool(symmetry.modules) and symmetry.modules[-1] in point.activations
-
-
-def _vector_logs(values: Tensor, shifts: Sequence[float]) -> Tensor:
-    largest = values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.stack([(values.clamp_min(0) + shift * largest).log() for shift in shifts], -2)
 
 
 def _gauge(place: Place, weights: Tensor, basis: Tensor) -> Gauge:
