@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metateleport import FamilyError, LinearPair, Rescaling, Symmetry, Task, TaskFamily
+from metateleport import FamilyError, Task
 from metateleport.families import Split, split_of
-from metateleport.metalearning import Episodes, MissingLearn2Learn
+from metateleport.metalearning import Episodes, FewShotFamily, MissingLearn2Learn
 
 PIXELS = 64
 TURNS = 2
@@ -66,13 +65,8 @@ def episodes() -> Episodes:
         raise FamilyError(f"few-shot tasks are made by learn2learn: {error}") from error
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of the samples, the last dimension of `targets`, whose largest output is the right one."""
-    return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotDigits(TaskFamily):
+class FewShotDigits(FewShotFamily):
     """Few-shot classification of handwritten digits: other classes, images and initialisation a task.
 
     A class is a digit in one of two turns. The splits share out the digits, so that a held-out task is about
@@ -91,13 +85,6 @@ class FewShotDigits(TaskFamily):
 
     name: ClassVar[str] = "fewshot_digits"
 
-    ways: int = 4
-    shots: int = 5
-    queries: int = 15
-    hidden: int = 32
-    bottleneck: int | None = 8
-    slope: float = 0.1
-
     def __post_init__(self) -> None:
         fewest = min(len(classes_of(split)) for split in DIGITS)
         if not 2 <= self.ways <= fewest:
@@ -110,42 +97,8 @@ class FewShotDigits(TaskFamily):
                 f"fewshot_digits: shots and queries have to be at least 1 and together at most {IMAGES}, the images "
                 f"of the rarest class; got shots={self.shots}, queries={self.queries}"
             )
-        if self.hidden < 1 or (self.bottleneck is not None and self.bottleneck < 1):
-            raise FamilyError(
-                f"fewshot_digits: hidden and bottleneck are widths of at least 1; got hidden={self.hidden}, "
-                f"bottleneck={self.bottleneck}"
-            )
-        if not 0 <= self.slope <= 1:
-            raise FamilyError(f"fewshot_digits: slope has to lie between 0 and 1, it is {self.slope}")
+        self._check_network()
 
     def sample(self, seed: int) -> Task:
         classes = classes_of(split_of(seed))
-        support, query = episodes().sample(classes, self.ways, self.shots, self.queries, seed)
-        model = self._network(torch.Generator().manual_seed(seed))
-        return Task(
-            model=model,
-            loss=nn.functional.cross_entropy,
-            inputs=(support[0].to(torch.get_default_dtype()),),
-            targets=(support[1],),
-            symmetries=self._symmetries(model),
-            seed=seed,
-            held_out=((query[0].to(torch.get_default_dtype()),), (query[1],)),
-            score=accuracy,
-        )
-
-    def _network(self, source: torch.Generator) -> nn.Sequential:
-        """The usual start of `nn.Linear`, drawn from `source`."""
-        sizes = [PIXELS, self.hidden, *([] if self.bottleneck is None else [self.bottleneck]), self.ways]
-        layers: list[nn.Module] = []
-        for incoming, outgoing in itertools.pairwise(sizes):
-            layer = nn.utils.skip_init(nn.Linear, incoming, outgoing)
-            bound = incoming**-0.5
-            with torch.no_grad():
-                layer.weight.uniform_(-bound, bound, generator=source)
-                layer.bias.uniform_(-bound, bound, generator=source)
-            layers.append(layer)
-        return nn.Sequential(layers[0], nn.LeakyReLU(self.slope), *layers[1:])
-
-    def _symmetries(self, model: nn.Sequential) -> list[Symmetry]:
-        rescaling = Rescaling(model, "0", "2")
-        return [rescaling] if self.bottleneck is None else [rescaling, LinearPair(model, "2", "3")]
+        return self.task_of(episodes().sample(classes, self.ways, self.shots, self.queries, seed), seed)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metateleport import FamilyError, LinearPair, Rescaling, Symmetry, Task, TaskFamily
+from metateleport import FamilyError, Task
 from metateleport.families import SPLITS, Split, split_of
-from metateleport.metalearning import Episodes, MissingLearn2Learn, omniglot
+from metateleport.metalearning import Episodes, FewShotFamily, MissingLearn2Learn, omniglot
 
 TURNS = 4
 IMAGES = 20
@@ -80,13 +79,8 @@ def drawn(root: Path, download: bool, size: int) -> tuple[Episodes, dict[Split, 
     return episodes, classes
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of the samples, the last dimension of `targets`, whose largest output is the right one."""
-    return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotOmniglot(TaskFamily):
+class FewShotOmniglot(FewShotFamily):
     """Few-shot classification of Omniglot's characters: other classes, images and initialisation a task.
 
     A class is a character in one of four turns. The splits share out the characters, so that a held-out task is
@@ -116,7 +110,6 @@ class FewShotOmniglot(TaskFamily):
     queries: int = 10
     hidden: int = 64
     bottleneck: int | None = 16
-    slope: float = 0.1
 
     def __post_init__(self) -> None:
         if self.ways < 2 or min(self.shots, self.queries) < 1 or self.shots + self.queries > IMAGES:
@@ -124,13 +117,9 @@ class FewShotOmniglot(TaskFamily):
                 f"fewshot_omniglot needs at least 2 ways, and at least 1 shot and 1 query of the {IMAGES} images of a "
                 f"character; got ways={self.ways}, shots={self.shots}, queries={self.queries}"
             )
-        if min(self.size, self.hidden) < 1 or (self.bottleneck is not None and self.bottleneck < 1):
-            raise FamilyError(
-                f"fewshot_omniglot: size, hidden and bottleneck are at least 1; got size={self.size}, "
-                f"hidden={self.hidden}, bottleneck={self.bottleneck}"
-            )
-        if not 0 <= self.slope <= 1:
-            raise FamilyError(f"fewshot_omniglot: slope has to lie between 0 and 1, it is {self.slope}")
+        if self.size < 1:
+            raise FamilyError(f"fewshot_omniglot: size is at least 1; got size={self.size}")
+        self._check_network()
 
     def sample(self, seed: int) -> Task:
         episodes, by_split = drawn(Path(self.root).expanduser().resolve(), self.download, self.size)
@@ -140,32 +129,4 @@ class FewShotOmniglot(TaskFamily):
                 f"fewshot_omniglot: ways={self.ways}, and the {split_of(seed)} split of {self.root} has {len(classes)} "
                 "classes"
             )
-        support, query = episodes.sample(classes, self.ways, self.shots, self.queries, seed)
-        model = self._network(torch.Generator().manual_seed(seed))
-        return Task(
-            model=model,
-            loss=nn.functional.cross_entropy,
-            inputs=(support[0].to(torch.get_default_dtype()),),
-            targets=(support[1],),
-            symmetries=self._symmetries(model),
-            seed=seed,
-            held_out=((query[0].to(torch.get_default_dtype()),), (query[1],)),
-            score=accuracy,
-        )
-
-    def _network(self, source: torch.Generator) -> nn.Sequential:
-        """The usual start of `nn.Linear`, drawn from `source`."""
-        sizes = [self.size**2, self.hidden, *([] if self.bottleneck is None else [self.bottleneck]), self.ways]
-        layers: list[nn.Module] = []
-        for incoming, outgoing in itertools.pairwise(sizes):
-            layer = nn.utils.skip_init(nn.Linear, incoming, outgoing)
-            bound = incoming**-0.5
-            with torch.no_grad():
-                layer.weight.uniform_(-bound, bound, generator=source)
-                layer.bias.uniform_(-bound, bound, generator=source)
-            layers.append(layer)
-        return nn.Sequential(layers[0], nn.LeakyReLU(self.slope), *layers[1:])
-
-    def _symmetries(self, model: nn.Sequential) -> list[Symmetry]:
-        rescaling = Rescaling(model, "0", "2")
-        return [rescaling] if self.bottleneck is None else [rescaling, LinearPair(model, "2", "3")]
+        return self.task_of(episodes.sample(classes, self.ways, self.shots, self.queries, seed), seed)

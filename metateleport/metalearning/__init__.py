@@ -3,6 +3,7 @@
 from metateleport._learn2learn import MissingLearn2Learn
 from metateleport.metalearning.ascent import UnrolledAscentTeleporter
 from metateleport.metalearning.episodes import Episode, Episodes
+from metateleport.metalearning.fewshot import FewShotFamily
 from metateleport.metalearning.learners import TeleportingLearner, TeleportingMAML, TeleportingMetaSGD
 from metateleport.metalearning.omniglot import omniglot
 from metateleport.metalearning.plain import maml, meta_curvature, meta_sgd
@@ -13,6 +14,7 @@ __all__ = [
     "Adaptation",
     "Episode",
     "Episodes",
+    "FewShotFamily",
     "MetaTraining",
     "MetaTrainingConfig",
     "MetaTrainingError",
