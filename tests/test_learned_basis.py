@@ -166,6 +166,16 @@ def test_detached_unless_told_otherwise() -> None:
     assert observe(stacked.symmetries[0], point, detach=False).basis.requires_grad
 
 
+def test_logarithms_below_rounding_do_not_depend_on_the_noise() -> None:
+    logs = [
+        symmetric_log(torch.diag(torch.tensor([1.0, noise], dtype=torch.float64)))[0] for noise in (3e-16, -2e-16, 0.0)
+    ]
+    assert torch.equal(logs[0], logs[1])
+    assert torch.equal(logs[0], logs[2])
+    # What is above rounding is seen.
+    assert not torch.allclose(symmetric_log(torch.diag(torch.tensor([1.0, 1e-12]).double()))[0], logs[0])
+
+
 def test_smooth_bound_on_the_largest_eigenvalue() -> None:
     source = torch.Generator().manual_seed(0)
     for rows, columns in ((3, 7), (7, 3), (5, 5), (1, 4)):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.evaluation.learned import Learned
 from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_gauges
 from metateleport.learned.curvature import curvature_bounds, output_curvatures
 from metateleport.learned.gauge import LearnedGauge
@@ -203,6 +206,37 @@ def test_the_condition_of_a_gauge_is_bounded() -> None:
     for gauge in gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), b0=200.0, b4=40.0):
         assert bool((gauge.size <= -math.log(torch.finfo(torch.float64).eps) / 2 + 1e-9).all())
         assert bool(gauge.element.isfinite().all())
+
+
+def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> None:
+    torch.manual_seed(0)
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
+    plain = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
+    plain.rule.load_state_dict(meta.rule.state_dict())  # type: ignore[union-attr]
+    stack = mt.load_family("leaky_mlp", {"width": 5, "samples": 8}).stack(range(4), "held-out")
+    runs = {kind: Learned(kind, meta, kind) for kind in ("learned", "off", "gauge-off", "random")}  # type: ignore[arg-type]
+    losses = {kind: run.run(stack, 8).loss for kind, run in runs.items()}
+    without = Learned("plain", plain).run(stack, 8).loss
+    assert np.array_equal(losses["off"], without)
+    assert np.array_equal(losses["gauge-off"], without)
+    assert not np.allclose(losses["learned"], without)
+    assert not np.allclose(losses["random"], losses["learned"])
+    assert [run.gauge for run in runs.values()] == ["undone", "none", "none", "undone"]
+
+    seen: dict[str, list[Gauge]] = {}
+    own = meta.step
+
+    def step(*arguments: Any) -> Any:
+        taken = own(*arguments)
+        seen.setdefault("random" if arguments[-1] is not None else "learned", []).extend(taken.gauges)
+        return taken
+
+    meta.step = step  # type: ignore[method-assign]
+    runs["random"].run(stack, 8)
+    assert len(seen["random"]) == len(seen["learned"]) > 0
+    for drawn, learned in zip(seen["random"], seen["learned"], strict=True):
+        assert torch.equal(drawn.size, learned.size)
+        assert not torch.allclose(drawn.element, learned.element)
 
 
 def test_what_a_gauge_may_act_along() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.learned import StackOptimizer
 from metateleport.learned.coordinate_rule import CoordinateRule
-from metateleport.learned.differentiable import unroll_context
+from metateleport.learned.differentiable import _Bounded, unroll_context
 from metateleport.learned.progress import Progress
 from metateleport.learned.step_rule import StepRule
 from metateleport.learned.tensor_rule import TensorRule
@@ -276,6 +276,25 @@ def test_differences_notice_what_is_detached() -> None:
     """Five steps as trained, against plain differences: the part through basis and features is missing."""
     meta, problem = meta_optimizer("lr+tele"), stack("linear pair")
     assert compare(meta, problem, 5, plain(meta, problem, 5)) > 1e-4
+
+
+def test_what_a_step_can_say_is_bounded_task_by_task() -> None:
+    before = (torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
+    after = tuple((value + 1).requires_grad_() for value in before)
+    passed = _Bounded.apply(*before, *after)
+    says = torch.tensor([1.0, 1e6, float("nan"), -1e9], dtype=torch.float64)
+    torch.autograd.backward(passed, [says.unsqueeze(1).expand_as(value) for value in passed])
+    total = sum(value.grad.sum(1) for value in after)
+    assert total[0] == 3.0
+    assert total[1] == pytest.approx(100.0)
+    assert total[2] == 0.0
+    assert total[3] == pytest.approx(-100.0)
+    # What cancels between tensors, as along an orbit, is let through as it is.
+    for value in after:
+        value.grad = None
+    opposed = [torch.full((4, 2), 1e6, dtype=torch.float64), torch.full((4, 1), -2e6, dtype=torch.float64)]
+    torch.autograd.backward(_Bounded.apply(*before, *after), opposed)
+    assert all(torch.equal(value.grad, each) for value, each in zip(after, opposed, strict=True))
 
 
 def test_first_order_leaves_the_derivative_of_gradients_out() -> None:

@@ -321,6 +321,36 @@ def test_the_best_on_validation_is_what_is_kept(monkeypatch: pytest.MonkeyPatch)
     assert not all(torch.equal(value, best[name]) for name, value in kept[2].items())
 
 
+def test_training_that_has_wandered_off_goes_back_with_a_smaller_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([-10.0, -9.5, -4.0, -9.8])
+    seen: list[dict[str, Tensor]] = []
+
+    def scored(self: MetaTrainer) -> float:
+        seen.append({name: value.clone() for name, value in self.meta.state_dict().items()})
+        return next(scores)
+
+    monkeypatch.setattr(MetaTrainer, "validation_score", scored)
+    learning = trainer(config(meta_steps=4, validation_every=1))
+    rates: list[float] = []
+    weights_after: list[dict[str, Tensor]] = []
+
+    def report(_: Any) -> None:
+        rates.append(learning.optimizer.param_groups[0]["lr"])
+        weights_after.append({name: value.clone() for name, value in learning.meta.state_dict().items()})
+
+    learning.run(report)
+    # Half a nat is not far off; six are.
+    assert learning.progression.returns == 1
+    assert all(torch.equal(value, seen[1][name]) for name, value in weights_after[1].items())
+    assert all(torch.equal(value, seen[0][name]) for name, value in weights_after[2].items())
+    assert any(not torch.equal(value, seen[0][name]) for name, value in seen[2].items())
+    full = [0.55 + 0.45 * math.cos(math.pi * step / 4) for step in range(4)]
+    assert rates[1] == pytest.approx(learning.config.lr * full[1])
+    assert rates[3] == pytest.approx(0.7 * learning.config.lr * full[3])
+    # What Adam had gathered on the way off is gone: one step since.
+    assert {float(state["step"]) for state in learning.optimizer.state.values()} == {1.0}
+
+
 def test_the_end_is_validated_too() -> None:
     learning = trainer(config(meta_steps=3, validation_every=2))
     learning.run()
