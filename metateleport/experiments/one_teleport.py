@@ -140,7 +140,7 @@ class OneTeleport(Experiment):
                 first.plot(loss[0] / loss, entry["ratio"], color=colours[label], label=words)
         first.set(xscale="log", yscale="log", xlabel="first loss / loss along the gradient flow")
         first.set(ylabel="squared gradient norm / largest on the level set")
-        first.legend(fontsize=7, loc="lower left")
+        first.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
         kinds: tuple[type[Landscape], ...] = (Rosenbrock, valley(0.2, 0.0))
         for axes, label, kind in zip((second, third), DRAWN, kinds, strict=True):
             _draw_chart(axes, results["examples"][label][0], kind, label)

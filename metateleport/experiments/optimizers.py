@@ -172,10 +172,21 @@ class _Ready(NamedTuple):
 
 def _columns(courses: Sequence[Course]) -> dict[str, Any]:
     """Runs side by side; of the seconds the median."""
-    found = {field.name: [getattr(each, field.name) for each in courses] for field in dataclasses.fields(Course)}
+    found = {
+        field.name: _rounded([getattr(each, field.name) for each in courses])
+        for field in dataclasses.fields(Course)
+        if field.name != "signatures"
+    }
     signs = sorted({name for each in courses for name in each.signatures})
     return {
         **found,
-        "seconds": np.median(found["seconds"], axis=0).tolist(),
+        "seconds": _rounded(np.median(found["seconds"], axis=0).tolist()),
         "signatures": {name: sum(each.signatures.get(name, 0) for each in courses) for name in signs},
     }
+
+
+def _rounded(values: Any) -> Any:
+    """Six digits of each number: a file for readers needs no more."""
+    if isinstance(values, list):
+        return [_rounded(each) for each in values]
+    return float(f"{values:.6g}") if isinstance(values, float) else values

@@ -47,14 +47,14 @@ def _from_library(name: str, **settings: Any) -> Callable[[nn.Module, float], to
 
 
 def _muon(model: nn.Module, step_size: float) -> torch.optim.Optimizer:
-    """Matrices by Muon; the biases, which it does not take, by its AdamW at the same step size."""
+    """Hidden matrices by Muon; the first, the last and the biases by its AdamW, as its authors advise."""
     from pytorch_optimizer import Muon
 
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    others = [value for value in model.parameters() if value.ndim < 2]
+    hidden = [value for value in model.parameters() if value.ndim >= 2][1:-1]
+    others = [value for value in model.parameters() if not any(value is each for each in hidden)]
     return Muon(
         [
-            {"params": matrices, "use_muon": True, "lr": step_size},
+            {"params": hidden, "use_muon": True, "lr": step_size},
             {"params": others, "use_muon": False, "lr": step_size},
         ]
     )
