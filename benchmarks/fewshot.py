@@ -27,6 +27,7 @@ import torch
 from benchmarks._fewshot_methods import METHODS, Meta, base_of, build, standing, switched_off
 from benchmarks._fewshot_report import compare, page_of, words_of
 from metateleport import TaskFamily, TaskStack, load_family
+from metateleport.checkpoint import load_checkpoint
 from metateleport.files import write_json, write_text
 from metateleport.metalearning import Adaptation, MetaTraining, MetaTrainingConfig, TeleportingLearner, adapt
 
@@ -107,6 +108,7 @@ def run(settings: Settings, keep: Callable[[dict[str, Any]], None], quiet: bool 
                 "threads": torch.get_num_threads(),
                 "machine": platform.machine(),
             },
+            "checkpoint": checkpoint_of(settings.methods),
             "seconds": time.perf_counter() - started,
             "random_size": size,
             "methods": methods,
@@ -207,6 +209,14 @@ def one_seed(meta: Meta, family: TaskFamily, settings: Settings, held_out: TaskS
         "meta_seconds": seconds,
         "adapt_seconds": adapting,
     }
+
+
+def checkpoint_of(methods: Sequence[str]) -> dict[str, str]:
+    """How the shipped teleporter was trained and which weights it has; empty where it takes no part."""
+    if "maml+learned" not in methods:
+        return {}
+    card = load_checkpoint("digits").card
+    return {"command": card["training"]["command"], "weights_sha256": card["weights_sha256"]}
 
 
 def at_budget(values: torch.Tensor | None, found: Adaptation, budget: float) -> torch.Tensor:
