@@ -27,7 +27,10 @@ _GRADIENT_SHIFT = 1e-3
 _FEATURES = 8
 _SIDE = 3.0
 """How loud the side of a symmetry is among the features, so that the networks soon tell them apart."""
-_GRADIENT_FIRST = 1.5
+_START = (0.0, -1.5, -1.5, 1.5)
+"""Where the logits of the basis start. Far from a minimum the metric's full inverse steps too far in every layer at
+once, and is refused: the gradients' covariance comes first. The damped metrics start low, as they pay early, and the
+softmax, once closed around one of them, does not find the way to the metric itself."""
 _MEMORY = 0.95
 
 Cell = tuple[Tensor, Tensor]
@@ -46,11 +49,9 @@ class GaugeNetwork(nn.Module):
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, len(GAUGE_BASIS) + 1)
         with torch.no_grad():
-            # The gate half open, and more of the gradients than of the metric: far from a minimum the metric's full
-            # inverse steps too far in every layer at once, is refused, and hardly a meta-seed learns its way out.
             self.head.weight.mul_(0.5)
-            self.head.bias.zero_()
-            self.head.bias[len(GAUGE_BASIS) - 1] = _GRADIENT_FIRST
+            # The gate half open.
+            self.head.bias.copy_(torch.tensor([*_START, 0.0]))
 
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Cell]:
         """Coefficients that sum up to a number in (-1/2, 0), `(rows, basis)`, and the new state."""
