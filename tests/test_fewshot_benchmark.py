@@ -105,12 +105,12 @@ def test_the_command_writes_the_figures_and_the_page(
     assert page.count("MAML, ascent on the gradient norm") >= 3
 
 
-def test_every_method_can_be_made() -> None:
+def test_every_hand_designed_method_can_be_made() -> None:
     from benchmarks._fewshot_methods import METHODS, Meta, build
     from metateleport import load_family
 
     task = load_family(ROOT / "tasks" / "fewshot_digits.py", {"ways": 2, "bottleneck": 3}).task(0)
-    for name in METHODS:
+    for name in set(METHODS) - {"maml+learned"}:
         assert build(Meta(name, 0.1, 0, 0.5), task.model, task.symmetries) is not None
 
 
