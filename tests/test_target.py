@@ -31,7 +31,7 @@ def evaluation(**results: Result) -> Evaluation:
 
 class TestEvaluationsTo:
     def test_the_first_time_counts_though_the_loss_rises_again(self) -> None:
-        assert evaluations_to([[5.0, 2.0, 4.0, 1.0]], [2.0]).tolist() == [1.0]
+        assert evaluations_to([[5.0, 2.0, 4.0]], [2.0]).tolist() == [1.0]
 
     def test_what_is_not_a_number_is_not_there(self) -> None:
         assert evaluations_to([[5.0, np.nan, 4.0], [5.0, np.nan, 1.0]], [2.0, 2.0]).tolist() == [np.inf, 2.0]
