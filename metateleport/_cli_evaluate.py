@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from metateleport.checkpoint import Checkpoint
-    from metateleport.evaluation import Method, Seed
+    from metateleport.evaluation import Method, Seed, Target
     from metateleport.families import TaskFamily
 
 __all__ = ["add"]
@@ -31,6 +31,7 @@ examples:
   metateleport evaluate leaky_mlp leaky_mlp --steps 1000 --methods learned     does it diverge far beyond its horizon?
   metateleport evaluate none digits --tasks 16 --methods adam,lbfgs  baselines alone
   metateleport evaluate none leaky_mlp --methods whitening,gauss-newton,soap   second-order references
+  metateleport evaluate digits digits --steps 300 --target adam@300  evaluations to the loss that tuned Adam has at 300
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
 teleport or a line search evaluates is counted. Of a checkpoint of several meta-seeds all are run, and what is said
@@ -65,6 +66,11 @@ def add(commands: Any) -> None:
         default="all",
         help="of a checkpoint of several: run the learned methods of all, or of the best alone (default %(default)s)",
     )
+    parser.add_argument(
+        "--target",
+        metavar="METHOD@K",
+        help="also compare what each method needs to the loss that METHOD has at K, as adam@300",
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
@@ -87,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         record_result,
         report_of,
         table_of,
+        target_of,
         words_of,
         write_report,
     )
@@ -108,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' has none: name a checkpoint")
     learned, baselines = _chosen(arguments.methods, checkpoint, arguments.seed)
+    target = _target(arguments, [*(method.name for method in learned), *baselines])
     seeds = _seeds(checkpoint, learned, arguments.seed) if arguments.meta_seeds == "all" else []
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with Console(stderr=True).status("starting") as status:
@@ -124,11 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
             progress=lambda name: status.update(f"running {name} on {arguments.tasks} held-out tasks"),
             meta_seeds=seeds,
         )
-    report = report_of(evaluation)
+    report = {**report_of(evaluation), **({} if target is None else {"target": target_of(evaluation, target)})}
     for table in (table_of(report), ratios_table_of(report)):
         if table is not None:
             _print(table)
-    for words in words_of(report):
+    for words in filter(None, [*words_of(report), report.get("target", {}).get("in_words")]):
         Console(highlight=False, soft_wrap=True).print(words, markup=False)
     if arguments.json is not None:
         write_report(arguments.json, report)
@@ -142,6 +150,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_track:
         _track(report, None if checkpoint is None else checkpoint.path)
     return 0
+
+
+def _target(arguments: argparse.Namespace, names: Sequence[str]) -> Target | None:
+    from metateleport.evaluation import Target
+
+    if arguments.target is None:
+        return None
+    target = Target.parse(arguments.target)
+    target.check(names, arguments.steps)
+    return target
 
 
 def _checkpoint(name: str) -> Checkpoint | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.learned import StackOptimizer
+from metateleport.learned.adaptive_rule import AdaptiveRule
 from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.differentiable import _Bounded, unroll_context
 from metateleport.learned.progress import Progress
@@ -184,8 +185,9 @@ def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
     tape = Tape()
     if isinstance(meta.teleporter, mt.LearnedTeleporter):
         meta.teleporter.observe = tape(meta.teleporter.observe)
-    if isinstance(meta.rule, StepRule):
+    if isinstance(meta.rule, StepRule | AdaptiveRule):
         meta.rule.observe = tape(meta.rule.observe)
+    if isinstance(meta.rule, StepRule):
         meta.rule.secant = tape(meta.rule.secant)
     if meta.gauge is not None:
         meta.gauge.observe = tape(meta.gauge.observe)
@@ -200,7 +202,7 @@ def attached(meta: mt.MetaOptimizer) -> mt.MetaOptimizer:
     meta.detach = False
     if isinstance(meta.teleporter, mt.LearnedTeleporter):
         meta.teleporter.detach = False
-    if isinstance(meta.rule, StepRule):
+    if isinstance(meta.rule, StepRule | AdaptiveRule):
         meta.rule.detach = False
     return meta
 

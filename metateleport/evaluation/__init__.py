@@ -13,6 +13,7 @@ from metateleport.evaluation.report import report_of, write_report
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result, Seed, SeedResults, evaluate
 from metateleport.evaluation.second_order import GaussNewton, PerTask
 from metateleport.evaluation.table import ratios_table_of, table_of
+from metateleport.evaluation.target import Target, target_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
 from metateleport.evaluation.whitening import Whitening
@@ -38,6 +39,7 @@ __all__ = [
     "Result",
     "Seed",
     "SeedResults",
+    "Target",
     "Trajectory",
     "Whitening",
     "attribution_of",
@@ -52,6 +54,7 @@ __all__ = [
     "record_result",
     "report_of",
     "table_of",
+    "target_of",
     "tune",
     "words_of",
     "write_report",

@@ -39,6 +39,8 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
     result.update({"command": command, "methods": methods})
     if report["meta_seeds"]:
         result["meta_seeds"] = {key: report["meta_seeds"][key] for key in ("seeds", "worst", "ratios_to_learned")}
+    if "target" in report:
+        result["target"] = report["target"]
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
     key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
     update_card(path, {"results": {**results, key: _rounded(result)}})

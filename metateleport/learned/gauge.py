@@ -27,10 +27,11 @@ _GRADIENT_SHIFT = 1e-3
 _FEATURES = 8
 _SIDE = 3.0
 """How loud the side of a symmetry is among the features, so that the networks soon tell them apart."""
-_START = (0.0, -1.5, -1.5, 1.5)
+_START = (0.0, -0.75, -0.75, 1.5)
 """Where the logits of the basis start. Far from a minimum the metric's full inverse steps too far in every layer at
-once, and is refused: the gradients' covariance comes first. The damped metrics start low, as they pay early, and the
-softmax, once closed around one of them, does not find the way to the metric itself."""
+once, and is refused: the gradients' covariance comes first. The damped metrics start low: they pay early, and where the
+softmax has closed around one of them, together with a large step, training does not find the way to the metric itself.
+"""
 _MEMORY = 0.95
 
 Cell = tuple[Tensor, Tensor]

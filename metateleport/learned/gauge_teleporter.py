@@ -46,9 +46,8 @@ class GaugeTeleporter(Teleporter, nn.Module):
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         """The gauge's own state for each symmetry that it serves, and the progress."""
-        like = next(iter(point.parameters.values()))
-        loss = like.new_ones(()) if point.loss is None else point.loss.detach()
-        stacked = _stacked(point.replace(loss=loss))
+        loss = _loss(point)
+        stacked = _stacked(point)
         state: dict[str, Any] = {
             _key(symmetry): self.gauge.initial_state(stacked, _linear(symmetry)) for symmetry in symmetries
         }
@@ -57,11 +56,10 @@ class GaugeTeleporter(Teleporter, nn.Module):
 
     def choose(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor | Chosen, dict[str, Any]]:
         """The element of the upper side's gauge; the identity where the symmetry has none."""
-        stacked = _stacked(point)
-        assert stacked.loss is not None
+        stacked, tasks = _stacked(point), _stacked_shape(point)
         # Where a teleport has moved the model, running means of what was seen before it are void.
-        moved = torch.ones_like(stacked.loss, dtype=torch.bool)
-        progress = state["progress"].map(lambda value: value.reshape(stacked.loss.shape))
+        moved = torch.ones(tasks, dtype=torch.bool, device=_loss(point).device)
+        progress = state["progress"].map(lambda value: value.reshape(tasks))
         gauges, after = self.gauge.choose(
             stacked, _linear(symmetry), progress, state[_key(symmetry)], deterministic=False, moved=moved
         )
@@ -81,9 +79,21 @@ def _linear(symmetry: Symmetry) -> tuple[Symmetry, ...]:
     return same or gauge_symmetries([symmetry], linearised=False)
 
 
+def _loss(point: Point) -> Tensor:
+    """The loss; one where it was not seen, as after a caller's own backward pass."""
+    if point.loss is None:
+        return next(iter(point.parameters.values())).new_ones(())
+    return point.loss.detach()
+
+
+def _stacked_shape(point: Point) -> tuple[int, ...]:
+    return tuple(_loss(point).shape) or (1,)
+
+
 def _stacked(point: Point) -> Point:
-    """The point with one task dimension in front, as the gauge wants it."""
-    return point if point.loss is not None and point.loss.ndim else point.map(lambda value: value.unsqueeze(0))
+    """The point with a loss and with one task dimension in front, as the gauge wants it."""
+    seen = point.replace(loss=_loss(point))
+    return seen if point.loss is not None and point.loss.ndim else seen.map(lambda value: value.unsqueeze(0))
 
 
 def _key(symmetry: Symmetry) -> str:

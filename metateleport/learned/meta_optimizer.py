@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, gauge_symmetries
+from metateleport.learned.adaptive_rule import AdaptiveRule
 from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.flat import FlatRule, FlatTeleporter
 from metateleport.learned.gauge import LearnedGauge
@@ -26,8 +27,8 @@ __all__ = ["GAUGES", "MODES", "UPDATES", "GaugeKind", "MetaOptimizer", "MetaOpti
 
 GaugeKind = Literal["none", "exact", "linearised"]
 GAUGES: tuple[GaugeKind, ...] = ("none", "exact", "linearised")
-UpdateSize = Literal["coordinate", "tensor"]
-UPDATES: tuple[UpdateSize, ...] = ("coordinate", "tensor")
+UpdateSize = Literal["coordinate", "tensor", "adaptive"]
+UPDATES: tuple[UpdateSize, ...] = ("coordinate", "tensor", "adaptive")
 Mode = Literal["update", "lr", "update+tele", "lr+tele", "tele"]
 MODES: tuple[Mode, ...] = ("update", "lr", "update+tele", "lr+tele", "tele")
 
@@ -56,7 +57,8 @@ class MetaOptimizerConfig:
             `none`.
         secants: number of secant pairs that are built around the learned step where all data are seen.
         update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
-            for every tensor that steers a small network, for large models.
+            for every tensor that steers a small network, for large models; `adaptive` has an LSTM for every tensor that
+            steers Adam's direction and the gauge's, for minibatches. It builds no secants.
 
     Raises:
         ValueError: if the mode, the network or the gauge is unknown, `flat` has no shapes, or a mode with `tele` has
@@ -223,6 +225,8 @@ class MetaOptimizer(nn.Module):
             self.rule = BaseRule(config.base, config.base_lr)
         elif config.network == "flat":
             self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
+        elif config.mode.startswith("update") and config.update == "adaptive":
+            self.rule = AdaptiveRule(config.hidden)
         elif config.mode.startswith("update") and config.update == "tensor":
             self.rule = TensorRule(config.hidden, secants=config.secants)
         elif config.mode.startswith("update"):
@@ -284,7 +288,7 @@ class MetaOptimizer(nn.Module):
             raise ValueError("a step needs an evaluated point: loss and gradients")
         chosen = teleporter or self.teleporter or NoTeleport()
         seen = point.loss.detach() if self.detach else point.loss
-        progress, accepted = state.progress.judge(seen, state.deterministic)
+        progress, accepted = state.progress.judge(seen, state.deterministic, self.rule.tolerance)
         base = point
         if state.accepted is not None and not bool(accepted.all()):
             base = point.choose(accepted, state.accepted)

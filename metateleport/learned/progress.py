@@ -9,9 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PROGRESS_FEATURES", "Progress"]
+__all__ = ["PROGRESS_FEATURES", "Progress", "Tolerance"]
 
 PROGRESS_FEATURES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """How far the loss of a minibatch may lie above the running mean before a step is taken back.
+
+    Args:
+        spreads: running deviations about the mean.
+        share: further, of the mean itself.
+        memory: of the running mean.
+    """
+
+    spreads: float = 3.0
+    share: float = 0.1
+    memory: float = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +76,24 @@ class Progress:
         tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         return Progress(**{**values, **tensors})
 
-    def judge(self, loss: Tensor, deterministic: bool) -> tuple[Progress, Tensor]:
+    def judge(self, loss: Tensor, deterministic: bool, tolerance: Tolerance | None = None) -> tuple[Progress, Tensor]:
         """Decides which tasks accept the point they stepped to, and what is remembered then.
 
         On a fixed data set a step is accepted if the loss did not rise. On minibatches the loss of another batch is
-        compared with the running mean, and three spreads above it are allowed.
+        compared with the running mean, and some spreads above it are allowed.
 
         Args:
             loss: the loss of the new point, `(tasks,)`.
             deterministic: whether every evaluation sees the same data.
+            tolerance: on minibatches; the default one if not given.
 
         Returns:
             The progress after it, and where the point is accepted.
         """
         first = self.last.isinf()
-        bound = self.last if deterministic else self.last + 3 * self.spread + 0.1 * self.last.abs()
+        allowed = tolerance or Tolerance()
+        above = allowed.spreads * self.spread + allowed.share * self.last.abs()
+        bound = self.last if deterministic else self.last + above
         accepted = loss.isfinite() & (first | (loss <= bound))
         # A first loss that is not finite is none: the next one is the first.
         start = torch.where(first & accepted, loss, self.start)
@@ -84,9 +102,10 @@ class Progress:
         if deterministic:
             last, spread = seen, self.spread
         else:
-            last = torch.where(first, seen, 0.8 * before + 0.2 * seen)
+            kept, new = allowed.memory, 1 - allowed.memory
+            last = torch.where(first, seen, kept * before + new * seen)
             deviation = torch.where(accepted, (seen - before).square(), self.spread.square())
-            spread = (0.8 * self.spread.square() + 0.2 * deviation).sqrt()
+            spread = (kept * self.spread.square() + new * deviation).sqrt()
         tiny = torch.finfo(loss.dtype).tiny
         gain = ((last.abs() + tiny).log() - (before.abs() + tiny).log()).clamp(-20, 20)
         gain = torch.where(last.isfinite(), gain, 0.0)

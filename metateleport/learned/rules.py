@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from metateleport.gauges import Gauge
-from metateleport.learned.progress import Progress
+from metateleport.learned.progress import Progress, Tolerance
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -23,7 +23,12 @@ BASES = ("sgd", "momentum", "adam")
 
 
 class UpdateRule(abc.ABC):
-    """Turns a point into the parameters to evaluate next."""
+    """Turns a point into the parameters to evaluate next.
+
+    `tolerance` says when its steps on minibatches are taken back.
+    """
+
+    tolerance: ClassVar[Tolerance] = Tolerance()
 
     @abc.abstractmethod
     def initial_state(self, point: Point) -> Any:

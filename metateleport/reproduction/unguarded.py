@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.meta_optimizer import MetaState
-from metateleport.learned.progress import Progress
+from metateleport.learned.progress import Progress, Tolerance
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Teleporter
@@ -22,8 +22,8 @@ __all__ = ["Unguarded"]
 class _Accepting(Progress):
     """Accepts every point, and damps nothing."""
 
-    def judge(self, loss: Tensor, deterministic: bool) -> tuple[Progress, Tensor]:
-        judged, _ = super().judge(loss, deterministic)
+    def judge(self, loss: Tensor, deterministic: bool, tolerance: Tolerance | None = None) -> tuple[Progress, Tensor]:
+        judged, _ = super().judge(loss, deterministic, tolerance)
         accepted, one = torch.ones_like(loss, dtype=torch.bool), torch.ones_like(loss)
         kept = {field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)}
         return _Accepting(**{**kept, "last": loss, "damping": one, "rejected": 0 * one, "accepted": accepted}), accepted

@@ -1,0 +1,237 @@
+"""Evaluations and seconds to a given loss: that which one method has at its k-th gradient evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metateleport.evaluation.compared import Pair, pairs_of
+from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio, ratio_over_seeds
+from metateleport.evaluation.run import Evaluation, EvaluationError, Result
+
+__all__ = ["Target", "evaluations_to", "target_of"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The loss that a method has at its k-th gradient evaluation, task by task.
+
+    Args:
+        method: its name.
+        at: k.
+
+    Example:
+        >>> Target.parse("adam@300")
+        Target(method='adam', at=300)
+    """
+
+    method: str
+    at: int
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Reads `METHOD@K`.
+
+        Raises:
+            EvaluationError: if it is something else.
+        """
+        method, _, at = text.rpartition("@")
+        if not method or not at.isdecimal() or int(at) < 1:
+            raise EvaluationError(f"a target is METHOD@K, as adam@300: the loss of a method at K; not {text!r}")
+        return cls(method, int(at))
+
+    def check(self, names: Sequence[str], steps: int) -> None:
+        """Says what is wrong before anything is run.
+
+        Args:
+            names: of the methods that will be.
+            steps: the budget.
+
+        Raises:
+            EvaluationError: if the method is not among them, or the budget ends before.
+        """
+        if self.method not in names:
+            raise EvaluationError(f"the target {self} needs {self.method!r} among the methods: {', '.join(names)}")
+        if self.at > steps:
+            raise EvaluationError(f"the target {self} lies past the budget of {steps}: give at least that many steps")
+
+    def __str__(self) -> str:
+        return f"{self.method}@{self.at}"
+
+
+def evaluations_to(loss: npt.ArrayLike, goal: npt.ArrayLike) -> Array:
+    """The first gradient evaluation at which each task's loss is at most its goal; infinite where it never is.
+
+    Args:
+        loss: along the trajectory, `(tasks, budget + 1)`.
+        goal: `(tasks,)`.
+
+    Example:
+        >>> evaluations_to([[3.0, 2.0, 1.0], [3.0, 2.5, 2.2]], [2.0, 2.0]).tolist()
+        [1.0, inf]
+    """
+    there = np.asarray(loss, dtype=np.float64) <= np.asarray(goal, dtype=np.float64)[:, None]
+    return np.where(there.any(1), there.argmax(1), np.inf)
+
+
+def target_of(evaluation: Evaluation, target: Target) -> dict[str, Any]:
+    """How many gradient evaluations and seconds each method needs to the target, and how they compare.
+
+    The loss is what the evaluation measures, on minibatches as well that on all of a task's training data (or the
+    task's own measure), and a task counts as there from the first time that it is at most the goal: the method of the
+    target itself may be there before its k-th evaluation.
+
+    A ratio is the other method's number over the learned one's: above 1 the learned one is better. A run that does not
+    get there is censored. Of the other method its whole budget is counted, which is less than it would need; of the
+    learned one it counts as worse than any; of both, the two are alike.
+
+    Args:
+        evaluation: with the target's method.
+        target: the target.
+
+    Returns:
+        `target`, `goal` (its median over tasks), and `methods`: by name `evaluations` and `seconds` (medians over
+        tasks, the budget's where a median is censored), `censored` (a number of tasks), `held_out_accuracy` there
+        (mean over tasks, at the end of the budget where censored; where the tasks have a score). Where there is a
+        learned method also `ratios_to_learned`: by name `evaluations` and `seconds`, each with `ratio`, `low`, `high`;
+        `held_out_accuracy`, the learned one's there less the other's, with `difference`, `low`, `high`; and with
+        several meta-seeds `meta_seeds` with the same over all of them, and the `worst` seed's; and `in_words`.
+    """
+    goal = _level(evaluation.results[target.method], target.at)
+    methods = {name: _summary(result, goal) for name, result in evaluation.results.items()}
+    found: dict[str, Any] = {"target": str(target), "goal": float(np.median(goal)), "methods": methods}
+    if REFERENCE not in evaluation.results:
+        return found
+    found["confidence"] = CONFIDENCE
+    found["ratios_to_learned"] = {}
+    for name, result in evaluation.results.items():
+        if name == REFERENCE:
+            continue
+        entry: dict[str, Any] = _beside(Pair(0, evaluation.results[REFERENCE], result), goal)
+        pairs = pairs_of(evaluation, name)
+        if len(pairs) > 1:
+            entry["meta_seeds"] = _over(pairs, goal)
+        found["ratios_to_learned"][name] = entry
+    found["in_words"] = _in_words(found, target)
+    return found
+
+
+def _level(result: Result, place: int) -> Array:
+    # A task that has diverged sets no goal that could be missed.
+    return np.asarray(np.nan_to_num(result.trajectory.loss[:, place], nan=np.inf, posinf=np.inf))
+
+
+def _summary(result: Result, goal: Array) -> dict[str, Any]:
+    needed = evaluations_to(result.trajectory.loss, goal)
+    budget = result.trajectory.loss.shape[1] - 1
+    middle = float(np.median(np.minimum(needed, budget)))
+    entry: dict[str, Any] = {
+        "evaluations": middle,
+        "seconds": float(np.median(_seconds(result, needed))),
+        "censored": int(np.isinf(needed).sum()),
+    }
+    accuracy = _accuracy(result, needed)
+    if accuracy is not None:
+        entry["held_out_accuracy"] = float(accuracy.mean())
+    return entry
+
+
+def _places(result: Result, needed: Array) -> npt.NDArray[np.int64]:
+    return np.minimum(needed, result.trajectory.loss.shape[1] - 1).astype(np.int64)
+
+
+def _seconds(result: Result, needed: Array) -> Array:
+    return np.asarray(result.trajectory.seconds_along[_places(result, needed)])
+
+
+def _accuracy(result: Result, needed: Array) -> Array | None:
+    accuracy = result.trajectory.held_out_accuracy
+    return None if accuracy is None else accuracy[np.arange(len(needed)), _places(result, needed)]
+
+
+def _numbers(pair: Pair, goal: Array) -> dict[str, tuple[Array, Array]]:
+    """The other method's numbers and the learned one's, censored ones as they are to be counted."""
+    mine = evaluations_to(pair.learned.trajectory.loss, goal)
+    theirs = evaluations_to(pair.other.trajectory.loss, goal)
+    both, lost = np.isinf(mine) & np.isinf(theirs), np.isinf(mine)
+    found = {}
+    for what, other, counted in (
+        ("evaluations", _places(pair.other, theirs).astype(np.float64), mine),
+        ("seconds", _seconds(pair.other, theirs), _seconds(pair.learned, mine)),
+    ):
+        own = np.where(both, other, np.where(lost, np.inf, counted))
+        # A goal that is met at the start needs nothing of either.
+        found[what] = (np.where(other == own, 1.0, other), np.where(other == own, 1.0, own))
+    return found
+
+
+def _beside(pair: Pair, goal: Array) -> dict[str, Any]:
+    entry: dict[str, Any] = {what: paired_ratio(*numbers)._asdict() for what, numbers in _numbers(pair, goal).items()}
+    gain = _gain(pair, goal)
+    if gain is not None:
+        picks = np.random.default_rng(0).integers(len(gain), size=(2000, len(gain)))
+        entry["held_out_accuracy"] = _spread(gain.mean(), gain[picks].mean(1))
+    return entry
+
+
+def _gain(pair: Pair, goal: Array) -> Array | None:
+    """How much more of the held-out data the learned method gets right when it is there, `(tasks,)`."""
+    mine = _accuracy(pair.learned, evaluations_to(pair.learned.trajectory.loss, goal))
+    theirs = _accuracy(pair.other, evaluations_to(pair.other.trajectory.loss, goal))
+    return None if mine is None or theirs is None else mine - theirs
+
+
+def _over(pairs: Sequence[Pair], goal: Array) -> dict[str, Any]:
+    alone = [{"seed": pair.seed, **_beside(pair, goal)} for pair in pairs]
+    numbers = [_numbers(pair, goal) for pair in pairs]
+    found: dict[str, Any] = {}
+    for what in ("evaluations", "seconds"):
+        others, own = (np.stack([each[what][side] for each in numbers]) for side in (0, 1))
+        worst = min(alone, key=lambda each: each[what]["ratio"])
+        ratio = ratio_over_seeds(others, own)._asdict()
+        found[what] = {**ratio, "worst": {"seed": worst["seed"], **worst[what]}}
+    gains = [gain for gain in (_gain(pair, goal) for pair in pairs) if gain is not None]
+    if gains:
+        stacked, source = np.stack(gains), np.random.default_rng(0)
+        seeds, tasks = (source.integers(count, size=(2000, count)) for count in stacked.shape)
+        samples = stacked[seeds[:, :, None], tasks[:, None, :]].mean((1, 2))
+        worst = min(alone, key=lambda each: each["held_out_accuracy"]["difference"])
+        found["held_out_accuracy"] = {
+            **_spread(stacked.mean(), samples),
+            "worst": {"seed": worst["seed"], **worst["held_out_accuracy"]},
+        }
+    return found
+
+
+def _spread(value: float, samples: Array) -> dict[str, float]:
+    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"difference": float(value), "low": float(low), "high": float(high)}
+
+
+def _in_words(found: Mapping[str, Any], target: Target) -> str:
+    own = found["methods"][REFERENCE]
+    words = f"{REFERENCE}: {own['evaluations']:.0f} gradient evaluations and {own['seconds']:.3g} s to the loss that "
+    words += f"{target.method} has at {target.at}"
+    words += f", {own['censored']} tasks not there. " if own["censored"] else ". "
+    told = []
+    for name, entry in found["ratios_to_learned"].items():
+        best = entry.get("meta_seeds", entry)
+        told.append(f"{name} {_told(best['evaluations'])} and in seconds {_told(best['seconds'])}")
+    words += "Others' over its own: " + "; ".join(told) + "."
+    against = found["ratios_to_learned"].get(target.method, {})
+    accuracy = against.get("meta_seeds", against).get("held_out_accuracy")
+    if accuracy is not None:
+        words += " Held-out accuracy there less that of {}: {:+.2%} [{:+.2%}, {:+.2%}].".format(
+            target.method, *(accuracy[key] for key in ("difference", "low", "high"))
+        )
+    return words
+
+
+def _told(ratio: Mapping[str, float]) -> str:
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*(ratio[key] for key in ("ratio", "low", "high")))

@@ -1,0 +1,198 @@
+"""The update for minibatches: what it starts as, what it does with a step taken back, its scale, its meta-gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from test_meta_gradients import Batch, analytic, attached, compare, error, plain, recorded, stack
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.learned.adaptive_rule import AdaptiveRule
+from metateleport.learned.progress import Progress, Tolerance
+
+TOLERANCE = 1e-6
+
+
+def rule_of(size: float = 0.0, memory: float = 0.9, share: float = 40.0, head: float = 0.0) -> AdaptiveRule:
+    """A rule in float64 that always says the same, unless `head` lets it see something."""
+    torch.manual_seed(0)
+    rule = AdaptiveRule(hidden=5).double()
+    with torch.no_grad():
+        rule.head.weight.copy_(head * (torch.rand(rule.head.weight.shape) - 0.5))
+        rule.head.bias.copy_(torch.tensor([size, math.log(memory / (1 - memory)), share], dtype=torch.float64))
+    return rule
+
+
+def meta_optimizer(mode: str = "update", **config: object) -> mt.MetaOptimizer:
+    torch.manual_seed(0)
+    shape = mt.MetaOptimizerConfig(mode=mode, update="adaptive", hidden=4, **config)  # type: ignore[arg-type]
+    meta = mt.MetaOptimizer(shape).double()
+    with torch.no_grad():
+        assert isinstance(meta.rule, AdaptiveRule)
+        meta.rule.head.weight.mul_(10)
+        # Short steps, so that none is taken back.
+        meta.rule.head.bias.copy_(torch.tensor([-1.5, 1.0, 0.3]))
+    return meta
+
+
+def walk(rule: AdaptiveRule, model: mt.StackedModel, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
+    """Parameters before and after each of some steps, all of them accepted."""
+    along: list[dict[str, Tensor]] = [dict(model.tensors())]
+    state, progress = None, None
+    for _ in range(steps):
+        point = model.point_at(along[-1], batch)
+        assert point.loss is not None
+        progress = Progress.begin(point.loss).judge(point.loss, deterministic=True)[0]
+        state = rule.initial_state(point) if state is None else state
+        with torch.no_grad():
+            moved, state = rule.step(point, model.symmetries, progress, state)
+        along.append(moved)
+    return along
+
+
+def layer_scales(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    layers: dict[str, list[Tensor]] = {}
+    for name, value in parameters.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(value.flatten(1))
+    sizes = {name: torch.cat(parts, 1).square().mean(1).sqrt() for name, parts in layers.items()}
+    return {name: sizes[name.rpartition(".")[0]] for name in parameters}
+
+
+def test_unmixed_it_is_adam_with_a_step_relative_to_the_weights() -> None:
+    model, batch = stack("rescaling")
+    along = walk(rule_of(), model, batch, 6)
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in along[0].items()}
+    for step, (before, after) in enumerate(itertools.pairwise(along), start=1):
+        gradients = model.point_at(before, batch).gradients
+        sizes = layer_scales(before)
+        for name, gradient in gradients.items():
+            mean, square = moments[name]
+            moments[name] = mean, square = 0.9 * mean + 0.1 * gradient, 0.99 * square + 0.01 * gradient.square()
+            shape = (-1, *(1,) * (gradient.ndim - 1))
+            normal = square / (1 - 0.99**step)
+            smallest = 1e-8 * normal.flatten(1).mean(1).reshape(shape)
+            direction = mean / (1 - 0.9**step) / (normal + smallest).sqrt()
+            size = sizes[name].reshape(shape)
+            expected = before[name] - 0.1 * size * direction
+            torch.testing.assert_close(after[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_a_gauge_the_other_direction_is_the_velocity() -> None:
+    model, batch = stack("rescaling")
+    before, after = walk(rule_of(share=-40.0), model, batch, 1)
+    sizes = layer_scales(before)
+    for name, gradient in model.point_at(before, batch).gradients.items():
+        shape = (-1, *(1,) * (gradient.ndim - 1))
+        level = gradient.square().flatten(1).mean(1).sqrt().reshape(shape)
+        expected = before[name] - 0.1 * sizes[name].reshape(shape) * gradient / level
+        torch.testing.assert_close(after[name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e5])
+def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
+    model, batch = stack("rescaling")
+    scaled = mt.StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
+    alone = mt.StackedModel([model.template], model.loss, model.symmetries)
+    first = tuple(tuple(value[:1] for value in part) for part in batch)
+    ours, theirs = (walk(rule_of(share=0.0, head=1.0), each, first, 4)[-1] for each in (scaled, alone))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_that_is_taken_back_is_taken_again_damped() -> None:
+    model, batch = stack("rescaling")
+    rule = rule_of(share=0.0)
+    point = model.point_at(model.tensors(), batch)
+    assert point.loss is not None
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=False)[0]
+    with torch.no_grad():
+        first, state = rule.step(point, model.symmetries, progress, rule.initial_state(point))
+        back = dataclasses.replace(
+            progress, accepted=torch.zeros_like(progress.accepted), damping=0.3 * progress.damping
+        )
+        again, after = rule.step(point, model.symmetries, back, state)
+    for name, value in point.parameters.items():
+        torch.testing.assert_close(again[name] - value, 0.3 * (first[name] - value), rtol=1e-9, atol=1e-12)
+        assert torch.equal(after["squares"][name], state["squares"][name])
+
+
+def test_a_layer_that_starts_at_zero_moves() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2)).double()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    symmetry = mt.Rescaling(model, "0", "2")
+    stacked = mt.StackedModel([model], nn.functional.mse_loss, [symmetry])
+    batch = ((torch.randn(1, 8, 3).double(),), (torch.ones(1, 8, 2).double(),))
+    moved = walk(rule_of(), stacked, batch, 1)[-1]
+    assert float(moved["2.weight"].abs().max()) > 1e-4
+
+
+def test_units_that_are_never_on_spoil_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].bias[0] = -30.0
+    stacked = mt.StackedModel([model], nn.functional.mse_loss, [mt.Rescaling(model, "0", "2")])
+    batch = ((torch.randn(1, 8, 3).double(),), (torch.randn(1, 8, 2).double(),))
+    meta = meta_optimizer()
+    with torch.no_grad():
+        meta.rule.head.bias[0] = -4.0
+    assert all(bool(value.isfinite().all()) for value in analytic(meta, (stacked, batch), 4))
+
+
+def test_on_minibatches_it_allows_what_a_narrower_test_takes_back() -> None:
+    calm = torch.ones(1)
+    progress = Progress.begin(calm).judge(calm, deterministic=False)[0]
+    worse = 1.9 * calm
+    assert not bool(progress.judge(worse, False)[1])
+    assert bool(progress.judge(worse, False, AdaptiveRule.tolerance)[1])
+    assert not bool(progress.judge(worse, True, AdaptiveRule.tolerance)[1])
+    assert not bool(progress.judge(2.1 * calm, False, Tolerance(5.0, 1.0, 0.9))[1])
+
+
+@pytest.mark.parametrize("mode", ["update", "update+tele"])
+@pytest.mark.parametrize("kind", ["linear pair", "rescaling"])
+class TestMetaGradient:
+    def test_over_five_steps_with_nothing_detached(self, mode: str, kind: str) -> None:
+        meta, problem = attached(meta_optimizer(mode)), stack(kind)
+        assert compare(meta, problem, 5, plain(meta, problem, 5)) < TOLERANCE
+
+    def test_over_five_steps_at_recorded_features(self, mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        meta, problem = meta_optimizer(mode), stack(kind)
+        gradient = analytic(meta, problem, 5)
+        evaluate = recorded(meta, problem, 5, monkeypatch)
+        assert error(gradient, evaluate, meta) < TOLERANCE
+
+
+def test_a_run_that_goes_on_from_its_state_takes_the_same_steps() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3), torch.randn(16, 2)
+
+    def begun() -> tuple[nn.Module, mt.LearnedOptimizer]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2))
+        return model, mt.LearnedOptimizer(model, meta_optimizer().float(), deterministic=False)
+
+    def run(model: nn.Module, optimizer: mt.LearnedOptimizer, steps: int) -> float:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        return float([optimizer.step(closure) for _ in range(steps)][-1])
+
+    model, optimizer = begun()
+    start = run(model, optimizer, 1)
+    run(model, optimizer, 4)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = optimizer.state_dict()
+    end = run(model, optimizer, 5)
+    other, again = begun()
+    other.load_state_dict(weights)
+    again.load_state_dict(saved)
+    assert run(other, again, 5) == end < start
