@@ -111,6 +111,15 @@ class Group(abc.ABC):
     def condition(self, element: Tensor) -> Tensor:
         """Condition number of each element in the spectral norm, `(*batch,)`; infinite where it overflows."""
 
+    def conditioned(self, element: Tensor, bound: float) -> Tensor:
+        """Whether the condition number of each element is at most `bound`, `(*batch,)`.
+
+        Example:
+            >>> GeneralLinear(2).conditioned(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), 4.0)
+            tensor(True)
+        """
+        return self.condition(element) <= bound
+
     def norm(self, generator: Tensor) -> Tensor:
         """Frobenius norm of each generator, `(*batch,)`."""
         return torch.linalg.vector_norm(generator, dim=tuple(range(-len(self.shape), 0)))
@@ -224,6 +233,13 @@ class GeneralLinear(_MatrixGroup):
 
     def inverse(self, element: Tensor) -> Tensor:
         return torch.linalg.inv(element)
+
+    def conditioned(self, element: Tensor, bound: float) -> Tensor:
+        # The product of the Frobenius norms lies above the condition number and takes no singular value decomposition;
+        # as long as half of the digits are left, rounding in the inverse does not matter.
+        inverse, _ = torch.linalg.inv_ex(element)
+        well = self.norm(element) * self.norm(inverse) <= min(bound, torch.finfo(element.dtype).eps ** -0.5)
+        return well if bool(well.all()) else super().conditioned(element, bound)
 
     def retract(self, element: Tensor, step: Tensor) -> Tensor:
         # Below norm one 1 + S is in the identity component, and a third of the price of the exponential.

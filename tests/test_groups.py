@@ -146,6 +146,20 @@ def test_condition_is_infinite_where_an_element_is_lost_and_only_there(group: mt
     found = group.condition(torch.stack([*bad, good.clone()]))
     assert found[:3].isinf().all()
     assert found[3] == 1
+    assert group.conditioned(torch.stack([*bad, good.clone()]), 1e30).tolist() == [False, False, False, True]
+
+
+@each_group
+def test_a_bound_on_the_condition_number_decides_as_the_number_does(group: mt.Group) -> None:
+    """With bounds right below and above the number, far from it, and beyond what the dtype resolves."""
+    for size in (0.1, 2.0, 20.0):
+        element = group.random(4, size=size, seed=11, dtype=torch.float64)
+        number = group.condition(element)
+        assert group.conditioned(element, float("inf")).all()
+        for one in range(4):
+            for factor in (0.5, 1 - 1e-6, 1 + 1e-6, 2.0, 1e3, 1e9):
+                bound = float(number[one]) * factor
+                assert torch.equal(group.conditioned(element, bound), number <= bound)
 
 
 def test_equality_is_of_kind_and_size() -> None:

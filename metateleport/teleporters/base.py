@@ -210,8 +210,8 @@ def _carry_out(
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
     element = _element_where(allowed & holds & finite & within, group, proposed)
-    conditioned = group.condition(element.detach()) <= region.condition_for(element.dtype)
-    lawful = symmetry.holds(start, element.detach()) if symmetry.exactness == "batch-exact" else holds
+    conditioned = group.conditioned(element.detach(), region.condition_for(element.dtype))
+    lawful = symmetry.holds(start, element.detach()) if symmetry.holds_by_element else holds
     accepted = allowed & holds & finite & within & conditioned & lawful
     moved = accepted & (size > 0)
     refusals = [
