@@ -129,6 +129,19 @@ def test_exponential_and_inverse_have_right_derivatives(group: mt.Group) -> None
     assert torch.autograd.gradgradcheck(group.exp, generator)
 
 
+@pytest.mark.parametrize("size", [0.3, 0.6, 0.99, 1.5])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_step_is_the_exponential_where_it_is_not_short(size: float, shape: tuple[int, ...]) -> None:
+    group = mt.GeneralLinear(6)
+    element, step = (group.random_generator(*shape, size=size, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    # In one direction alone the powers of a generator are largest.
+    straight = size * torch.diag(torch.eye(6, dtype=torch.float64)[0]).expand_as(step)
+    for each in (step, straight):
+        found, exact = group.retract(element, each), group.exp(each) @ element
+        error = float((found - exact).abs().max() / exact.abs().max())
+        assert error < 1e-15 if size > 0.5 else 1e-3 < error < size**2
+
+
 @each_group
 @each_batch
 def test_condition_numbers(group: mt.Group, batch: tuple[int, ...]) -> None:
