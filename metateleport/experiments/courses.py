@@ -79,7 +79,7 @@ class Course:
         seconds: of processor time spent in steps and teleports, so that a busy machine tells the same.
         moved: number of teleports that moved the weights.
         refused: number that were refused.
-        signatures: how often each sign of failure was seen.
+        failures: how often each failure of a teleport was seen.
         growth: of the gradient norm in a teleport, geometric mean.
     """
 
@@ -89,7 +89,7 @@ class Course:
     seconds: list[float]
     moved: int
     refused: int
-    signatures: dict[str, int]
+    failures: dict[str, int]
     growth: float
 
 
@@ -157,7 +157,7 @@ def follow(
         seconds=seen.seconds + seen.seconds[-1:] * missing,
         moved=len(growth),
         refused=sum(not report.accepted for report in reports),
-        signatures=dict(Counter(name for report in reports for name in report.signatures)),
+        failures=dict(Counter(name for report in reports for name in report.failures)),
         growth=finite(math.exp(sum(logs) / len(logs))) if logs else 1.0,
     )
 

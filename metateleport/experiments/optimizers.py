@@ -202,11 +202,11 @@ class _Ready(NamedTuple):
 def _columns(courses: Sequence[Course]) -> dict[str, Any]:
     """Runs side by side; of the seconds the median."""
     found = {field.name: [getattr(each, field.name) for each in courses] for field in dataclasses.fields(Course)}
-    signs = sorted({name for each in courses for name in each.signatures})
+    failures = sorted({name for each in courses for name in each.failures})
     return {
         **found,
         "seconds": np.median(found["seconds"], axis=0).tolist(),
-        "signatures": {name: sum(each.signatures.get(name, 0) for each in courses) for name in signs},
+        "failures": {name: sum(each.failures.get(name, 0) for each in courses) for name in failures},
     }
 
 
