@@ -50,7 +50,7 @@ class Meta:
 
 _TELEPORTERS: dict[str, Callable[[Meta], Teleporter]] = {
     "ascent": lambda _: GradientAscentTeleporter(steps=2, step_size=0.2, cap=0.5),
-    "descent": lambda _: GradientAscentTeleporter(steps=2, step_size=-0.2, cap=0.5),
+    "descent": lambda _: GradientAscentTeleporter(steps=2, step_size=0.2, cap=0.5, direction="descent"),
     "random": lambda meta: RandomTeleporter(size=meta.size, seed=meta.seed),
     "whitening": lambda _: WhiteningTeleporter("features", damping=1e-3),
     "balanced": lambda _: WhiteningTeleporter("balanced", damping=1e-3),

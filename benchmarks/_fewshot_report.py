@@ -96,6 +96,7 @@ def page_of(report: Mapping[str, Any]) -> str:
         "factor 2.5 that goes on where the best is at its end. "
         f"{report['seconds'] / 60:.0f} minutes on one thread, {report['conditions']['torch']}.",
         "",
+        *_trained_by(report["checkpoint"]),
         "The ratio is the loss of the method held against over this one's, task by task: above 1 this one is better. "
         "Brackets are 95 % over tasks; meta-seeds are averaged, and stand beside one by one.",
         "",
@@ -127,6 +128,13 @@ def page_of(report: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "In words:", "", *(f"- {sentence}" for sentence in report["in_words"]), "", *_switched_off(report)]
     return "\n".join(lines) + "\n"
+
+
+def _trained_by(checkpoint: Mapping[str, str]) -> list[str]:
+    if not checkpoint:
+        return []
+    weights = checkpoint["weights_sha256"][:12]
+    return [f"The teleporter `digits` is that of weights {weights}, by `{checkpoint['command']}`.", ""]
 
 
 def _switched_off(report: Mapping[str, Any]) -> list[str]:

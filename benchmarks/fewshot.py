@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import platform
 import sys
@@ -27,6 +28,7 @@ import torch
 from benchmarks._fewshot_methods import METHODS, Meta, base_of, build, standing, switched_off
 from benchmarks._fewshot_report import compare, page_of, words_of
 from metateleport import TaskFamily, TaskStack, load_family
+from metateleport.checkpoint import shipped_checkpoints
 from metateleport.files import write_json, write_text
 from metateleport.metalearning import Adaptation, MetaTraining, MetaTrainingConfig, TeleportingLearner, adapt
 
@@ -107,6 +109,7 @@ def run(settings: Settings, keep: Callable[[dict[str, Any]], None], quiet: bool 
                 "threads": torch.get_num_threads(),
                 "machine": platform.machine(),
             },
+            "checkpoint": checkpoint_of(settings.methods),
             "seconds": time.perf_counter() - started,
             "random_size": size,
             "methods": methods,
@@ -207,6 +210,14 @@ def one_seed(meta: Meta, family: TaskFamily, settings: Settings, held_out: TaskS
         "meta_seconds": seconds,
         "adapt_seconds": adapting,
     }
+
+
+def checkpoint_of(methods: Sequence[str]) -> dict[str, str]:
+    """How the shipped teleporter was trained and which weights it has; empty where it takes no part."""
+    if "maml+learned" not in methods:
+        return {}
+    card = json.loads((shipped_checkpoints()["digits"] / "card.json").read_text(encoding="utf-8"))
+    return {"command": card["training"]["command"], "weights_sha256": card["weights_sha256"]}
 
 
 def at_budget(values: torch.Tensor | None, found: Adaptation, budget: float) -> torch.Tensor:

@@ -5,7 +5,13 @@ from metateleport.detect import symmetries_of
 from metateleport.detection import Certificate, Refused, Symmetries, certify, find_symmetries
 from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
-from metateleport.learned import LearnedOptimizer, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import (
+    GaugeTeleporter,
+    LearnedOptimizer,
+    LearnedTeleporter,
+    MetaOptimizer,
+    MetaOptimizerConfig,
+)
 from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import TeleportingOptimizer
 from metateleport.point import Point
@@ -47,6 +53,7 @@ __all__ = [
     "Every",
     "FamilyError",
     "FreeTeleporter",
+    "GaugeTeleporter",
     "GeneralLinear",
     "GradientAscentTeleporter",
     "Group",

@@ -17,7 +17,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from metateleport.files import replacing_folder, search_folders, write_json
-from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.teleporters import Teleporter, TrustRegion
 
 __all__ = [
     "SCHEMA",
@@ -181,32 +182,36 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     return Checkpoint(path, card, learned, step_only, _meta_seeds(path, card))
 
 
-def load(name_or_path: str | Path) -> LearnedTeleporter:
+def load(name_or_path: str | Path) -> Teleporter:
     """Loads the learned teleporter of a checkpoint, for use with any optimizer.
+
+    Where the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
 
     Args:
         name_or_path: a folder, or the bare name of a shipped checkpoint.
 
     Returns:
-        The teleporter, in eval mode, on the CPU.
+        The teleporter, in eval mode, on the CPU: a `LearnedTeleporter` or a `GaugeTeleporter`.
 
     Raises:
-        CheckpointError: if it cannot be loaded, or its mode has no teleporter of this kind.
+        CheckpointError: if it cannot be loaded, or its mode learns no group element.
 
     Example:
         >>> load("leaky_mlp").name
         'learned'
     """
     checkpoint = load_checkpoint(name_or_path)
-    teleporter = checkpoint.learned.teleporter
-    if teleporter is None:
-        raise CheckpointError(
-            f"{checkpoint.name} is of mode {checkpoint.mode!r}, which learns a step and no teleport: use "
-            f"metateleport.LearnedOptimizer(model, {checkpoint.name!r}), or a checkpoint of a mode with 'tele'"
-        )
-    if not isinstance(teleporter, LearnedTeleporter):
+    teleporter, gauge = checkpoint.learned.teleporter, checkpoint.learned.gauge
+    if isinstance(teleporter, LearnedTeleporter):
+        return teleporter.eval()
+    if teleporter is not None:
         raise CheckpointError(f"{checkpoint.name} has flat networks, which serve only the shapes they were made for")
-    return teleporter.eval()
+    if gauge is not None:
+        return GaugeTeleporter(gauge, TrustRegion(max_size=checkpoint.learned.config.max_size)).eval()
+    raise CheckpointError(
+        f"{checkpoint.name} is of mode {checkpoint.mode!r}, which learns a step and no teleport: use "
+        f"metateleport.LearnedOptimizer(model, {checkpoint.name!r}), or a checkpoint of a mode with 'tele'"
+    )
 
 
 def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:

@@ -103,3 +103,24 @@ def test_the_command_writes_the_figures_and_the_page(
     assert capsys.readouterr().out == page
     assert all(sentence in page for sentence in report["in_words"])
     assert page.count("MAML, ascent on the gradient norm") >= 3
+
+
+def test_every_hand_designed_method_can_be_made() -> None:
+    from benchmarks._fewshot_methods import METHODS, Meta, build
+    from metateleport import load_family
+
+    task = load_family(ROOT / "tasks" / "fewshot_digits.py", {"ways": 2, "bottleneck": 3}).task(0)
+    for name in set(METHODS) - {"maml+learned"}:
+        assert build(Meta(name, 0.1, 0, 0.5), task.model, task.symmetries) is not None
+
+
+def test_the_page_names_the_weights_of_the_shipped_teleporter() -> None:
+    from benchmarks._fewshot_report import _trained_by
+    from benchmarks.fewshot import checkpoint_of
+
+    assert checkpoint_of(["maml", "meta-sgd"]) == {}
+    assert _trained_by({}) == []
+    found = checkpoint_of(["maml", "maml+learned"])
+    (line, _) = _trained_by(found)
+    assert found["weights_sha256"][:12] in line
+    assert "metateleport train digits" in line

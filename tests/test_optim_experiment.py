@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,12 @@ from torch import nn
 
 import metateleport as mt
 from metateleport.experiments import ExperimentError, ExperimentResult, load_experiment
-from metateleport.experiments.courses import OPTIMIZERS, Method, batch_pairs, follow, rescalings
-from metateleport.experiments.optimizers import FAMILIES, PLAIN, REGIMES, Optimizers, _along, _claims
+from metateleport.experiments._optimizers_claims import REGIMES, along, claims
+from metateleport.experiments.courses import follow
+from metateleport.experiments.intervals import bootstrap, median_interval
+from metateleport.experiments.optimizers import FAMILIES, Optimizers
+from metateleport.experiments.recipes import OPTIMIZERS, best_step_size, require
+from metateleport.experiments.ways import ONCE, PLAIN, THRICE, WHEN, Method, batch_pairs, rescalings
 
 STEPS = 10
 
@@ -49,12 +54,32 @@ def test_all_start_alike_and_a_late_teleport_changes_nothing_before_it(result: E
             assert [run[half:] for run in courses[name]["training"]] != [run[half:] for run in plain["training"]]
 
 
+def test_every_way_is_tried_at_its_times_and_step_sizes(result: ExperimentResult) -> None:
+    early = {PLAIN, *(f"{way}, early" for way in (*THRICE, *ONCE))}
+    for family in FAMILIES:
+        courses = result.results["data"][family]["sgd"]["courses"]
+        assert set(courses["source"]) == set(courses["own"]) == early
+        assert set(courses["plain"]) == early | {f"{way}, {when}" for way in THRICE for when in WHEN}
+        # At equal step sizes a run is the same in both regimes.
+        steps = result.results["data"][family]["sgd"]["step_sizes"]
+        assert set(steps) == early | {"source"}
+        assert courses["own"][PLAIN] == courses["plain"][PLAIN]
+
+
 def test_teleports_move_at_their_times_and_are_paid_for(result: ExperimentResult) -> None:
     for courses in courses_of(result):
         for name, course in courses.items():
             moved = course["moved"]
-            assert moved == [0, 0] if name == PLAIN else min(moved) >= 1, name
+            if name == "level set, early":
+                # It may find no way on.
+                assert [count + refused <= 1 for count, refused in zip(moved, course["refused"], strict=True)]
+            else:
+                assert moved == [0, 0] if name == PLAIN else min(moved) >= 1, name
             assert name.endswith("often") or max(moved) <= 1
+            for size, count in zip(course["size"], moved, strict=True):
+                assert (size > 0) is (count > 0)
+            if "rescaling" in name:
+                assert course["jump"] == pytest.approx([1, 1], rel=1e-5)
             for spent, training in zip(course["evaluations"], course["training"], strict=True):
                 assert spent == sorted(spent)
                 if training[-1] < 1e300:
@@ -68,11 +93,12 @@ def test_the_result_is_plain_and_names_every_claim(result: ExperimentResult, tmp
     result.write(tmp_path / "optimizers.json")
     found = json.loads((tmp_path / "optimizers.json").read_text())
     assert found["experiment"] == "optimizers"
-    claims = [claim["claim"] for claim in found["claims"]]
-    assert len(claims) == len(set(claims)) == len(REGIMES) * (1 + 3 + 1 + 1) + 4
+    words = [claim["claim"] for claim in found["claims"]]
+    assert len(words) == len(set(words)) == len(REGIMES) * (1 + 4 + 2 + 1) + 4 + 2 * len(ONCE) + 1
     for claim in found["claims"]:
         low, high = claim["interval"]
-        assert claim["holds"] is (True if high < 1 else False if low > 1 else None)
+        below = True if high < 1 else False if low > 1 else None
+        assert claim["holds"] is (below if "raises" not in claim["claim"] or below is None else not below)
     Optimizers().plot(result, tmp_path / "optimizers.png")
     assert (tmp_path / "optimizers.png").stat().st_size > 10_000
 
@@ -82,7 +108,8 @@ def test_equal_seeds_give_equal_losses(result: ExperimentResult) -> None:
     ready = again._ready(again._family("digits").task(1, "held-out", 1))
     found = again._follow(ready, "sgd", OPTIMIZERS["sgd"].source, again.methods["ascent, batch form, early"])
     course = result.results["data"]["digits"]["sgd"]["courses"]["source"]["ascent, batch form, early"]
-    assert found.training == course["training"][1]
+    assert found.training == pytest.approx(course["training"][1], rel=1e-5)
+    assert found.evaluations == pytest.approx(course["evaluations"][1], rel=1e-5)
 
 
 # --- the claims, on runs that are made up -------------------------------------------------------------------------
@@ -98,26 +125,25 @@ def made_up(factors: Mapping[str, float], spread: float = 0.0) -> dict[str, Any]
             [1.0, *(factor * float(np.exp(spread * draws.standard_normal())) * 0.9**step for step in range(1, 11))]
             for _ in range(5)
         ]
-        return {"training": runs, "held_out": runs, "seconds": list(np.arange(11.0))}
+        clock = list(np.arange(11.0))
+        return {"training": runs, "held_out": runs, "seconds": clock, "evaluations": [clock] * 5, "jump": [1.0] * 5}
 
-    methods = Optimizers().methods
-    return {
-        family: {
-            optimizer: {"courses": {regime: {name: course(name) for name in methods} for regime in REGIMES}}
-            for optimizer in OPTIMIZERS
-        }
-        for family in FAMILIES
-    }
+    def courses(optimizer: str) -> dict[str, Any]:
+        known = [regime for regime in REGIMES if regime != "source" or OPTIMIZERS[optimizer].source is not None]
+        return {regime: {name: course(name) for name in Optimizers().methods} for regime in known}
+
+    return {family: {optimizer: {"courses": courses(optimizer)} for optimizer in OPTIMIZERS} for family in FAMILIES}
 
 
 def verdicts(data: dict[str, Any]) -> dict[str, bool | None]:
-    return {claim.claim: claim.holds for claim in _claims(data)}
+    return {claim.claim: claim.holds for claim in claims(data)}
 
 
 def test_claims_follow_the_losses() -> None:
     better, worse = verdicts(made_up({"ascent": 0.5})), verdicts(made_up({"ascent": 2.0}))
-    early = [name for name in better if "early teleport lowers" in name]
-    assert len(early) == 3 * 5 + 3 * 3 + 3
+    ways = tuple(ONCE)
+    early = [name for name in better if "early teleport lowers" in name and not any(way in name for way in ways)]
+    assert len(early) == 3 * 5 + 2 * 4 + 4 * 3 + 2 * 3
     assert all(better[name] is True and worse[name] is False for name in early)
     assert all(holds is True for name, holds in better.items() if "than a random element" in name)
     # Where nothing differs nothing is decided.
@@ -137,9 +163,61 @@ def test_only_the_optimizer_that_gains_is_said_to() -> None:
     assert all("adam's training loss" in name for name in gained)
 
 
+def test_what_a_teleport_costs_counts_at_equal_evaluations_and_seconds() -> None:
+    """Half the loss at each step, and twice as late: at equal cost nothing is gained, and at more there is a loss."""
+    for clock in ("evaluations", "seconds"):
+        data = made_up({"ascent": 0.5})
+        for family, optimizer in itertools.product(data.values(), OPTIMIZERS):
+            for courses in family[optimizer]["courses"].values():
+                course = courses["ascent, batch form, early"]
+                times = [0.0, *(100 + 10 * step for step in range(10))]
+                course[clock] = times if clock == "seconds" else [times] * 5
+        found = verdicts(data)
+        word = "equal evaluations" if clock == "evaluations" else "equal seconds"
+        at_equal = {holds for name, holds in found.items() if word in name}
+        assert at_equal == {False}
+        assert {holds for name, holds in found.items() if "adam's training loss" in name} == {True}
+
+
+def test_a_jump_of_the_held_out_loss_is_told() -> None:
+    data = made_up({})
+    assert [claim.holds for claim in claims(data) if "raises" in claim.claim] == [None]
+    for family, optimizer in itertools.product(data.values(), OPTIMIZERS):
+        family[optimizer]["courses"]["plain"]["ascent, batch form, late"]["jump"] = [1.2, 1.1, 1.3, 1.2, 1.1]
+    assert [claim.holds for claim in claims(data) if "raises" in claim.claim] == [True]
+
+
+@pytest.mark.parametrize(("best", "start", "tried"), [(1.0, 1.0, 3), (27.0, 1.0, 6), (1 / 81, 1.0, 7)])
+def test_the_search_for_a_step_size_goes_on_at_its_end(best: float, start: float, tried: int) -> None:
+    seen = []
+
+    def score(step: float) -> float:
+        seen.append(step)
+        return abs(float(np.log(step / best)))
+
+    assert best_step_size(score, start) == pytest.approx(best)
+    assert len(seen) == len(set(seen)) == tried
+
+
+def test_the_search_ends_where_a_larger_step_is_always_better() -> None:
+    assert best_step_size(lambda step: -step, 1.0) == pytest.approx(3.0**6)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pytorch_optimizer" else object())
+    require(["sgd", "adam"])
+    with pytest.raises(ExperimentError, match=r"lion, soap: needs pytorch_optimizer, pip install"):
+        require(["sgd", "lion", "soap"])
+
+
+def test_the_interval_of_a_median_is_that_of_the_bootstrap() -> None:
+    rows = np.random.default_rng(0).standard_normal((10, 3))
+    assert median_interval(rows, seed=3, draws=200) == bootstrap(rows, np.median, seed=3, draws=200)
+
+
 def test_what_diverges_counts_as_ten_times_the_start() -> None:
-    assert _along([2.0, 1e300, 1e300]) == pytest.approx(20.0)
-    assert _along([[1.0, 0.5, 0.5], [1.0, 0.25, 1.0]]) == pytest.approx([0.5, 0.5])
+    assert along([2.0, 1e300, 1e300]) == pytest.approx(20.0)
+    assert along([[1.0, 0.5, 0.5], [1.0, 0.25, 1.0]]) == pytest.approx([0.5, 0.5])
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -178,7 +256,36 @@ def test_a_run_is_that_of_a_plain_loop() -> None:
     with torch.no_grad():
         assert course.training[-1] == float(task.loss(task.model(*inputs), *targets))
     assert course.evaluations == [0, 3, 6]
-    assert (course.moved, course.refused, course.signatures, course.growth) == (0, 0, {}, 1.0)
+    assert (course.moved, course.refused, course.failures, course.growth) == (0, 0, {}, 1.0)
+    assert (course.size, course.jump) == (0.0, 1.0)
+
+
+def test_a_teleport_between_steps_keeps_its_loss_and_starts_the_optimizer_anew() -> None:
+    """Teleporters that evaluate the loss at other weights: the step after them is that of a new optimizer."""
+    task, step = small_task(), 3
+    batches = [task.batch(number) for number in range(step + 1)]
+    method = Method(lambda _: mt.LevelSetTeleporter(steps=3), schedule=mt.AtSteps([step]))
+    recipe = OPTIMIZERS["adam"]
+    course = follow(task, task.training, batches, recipe, 1e-2, method, [0, step, step + 1])
+    assert course.moved == 1
+    assert course.growth > 1
+    other = small_task()
+    optimizer = recipe.make(other.model, 1e-2)
+    for number in range(step + 1):
+        inputs, targets = batches[number]
+        if number == step:
+            report = mt.teleport(
+                other.model, mt.LevelSetTeleporter(steps=3), inputs, lambda out: other.loss(out, *batches[step][1])
+            )
+            assert report.loss_after == pytest.approx(report.loss_before)
+            optimizer = recipe.make(other.model, 1e-2)
+        optimizer.zero_grad()
+        other.loss(other.model(*inputs), *targets).backward()
+        optimizer.step()
+    with torch.no_grad():
+        inputs, targets = other.training
+        assert course.training[-1] == pytest.approx(float(other.loss(other.model(*inputs), *targets)), rel=1e-9)
+    assert course.evaluations[-1] > step + 1 + 3 * 2
 
 
 def test_a_run_that_diverges_stops_and_stands_at_the_largest_number() -> None:
@@ -187,14 +294,14 @@ def test_a_run_that_diverges_stops_and_stands_at_the_largest_number() -> None:
     assert course.evaluations == [0, 3, 3]
 
 
-def test_refused_teleports_and_signs_of_failure_are_counted() -> None:
+def test_refused_teleports_and_failures_are_counted() -> None:
     refusing = mt.TrustRegion(max_size=0.1)
     for symmetries in (rescalings, batch_pairs):
-        method = Method(lambda: mt.RandomTeleporter(1.0, seed=0, trust_region=refusing), symmetries, mt.Every(2))
+        method = Method(lambda seed: mt.RandomTeleporter(1.0, seed, trust_region=refusing), symmetries, mt.Every(2))
         course = run(0.1, method)
         assert (course.moved, course.refused) == (0, 3)
-        assert course.signatures == {"unstable element": 3}
-        method = dataclasses.replace(method, teleporter=lambda: mt.RandomTeleporter(0.1, seed=0))
+        assert course.failures == {"unstable element": 3}
+        method = dataclasses.replace(method, teleporter=lambda seed: mt.RandomTeleporter(0.1, seed))
         course = run(0.1, method)
         assert (course.moved, course.refused) == (3, 0)
         assert course.evaluations[-1] > 6
@@ -208,7 +315,7 @@ def test_refused_teleports_and_signs_of_failure_are_counted() -> None:
         ({"reach": "0"}, "reach is a norm"),
         ({"depth": "2"}, "two hidden layers"),
         ({"batch": "33"}, "batch=33 and hidden=32"),
-        ({"only": "lion"}, "only"),
+        ({"only": "sgdm"}, "only"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings: dict[str, str], message: str) -> None:

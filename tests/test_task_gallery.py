@@ -20,6 +20,7 @@ from metateleport.capture import rows
 from metateleport.classification import subsets
 from metateleport.families import SPLITS, task_seed
 from metateleport.gauges import TensorGroup, gauge_symmetries, step_in_gauges
+from metateleport.learned.gauge import LearnedGauge
 from metateleport.symmetries import AttentionQK, AttentionVO
 from metateleport.teleporters import travel
 
@@ -567,6 +568,7 @@ TELEPORTERS = {
     "outgoing": lambda: mt.WhiteningTeleporter("outgoing", damping=1e-3),
     "balanced": lambda: mt.WhiteningTeleporter("balanced", damping=1e-3),
     "learned": lambda: mt.LearnedTeleporter(hidden=4),
+    "learned gauge": lambda: mt.GaugeTeleporter(LearnedGauge(("GL", "diagonal"), hidden=4)),
 }
 
 
@@ -574,7 +576,7 @@ TELEPORTERS = {
 def test_every_teleporter_moves_a_stack_of_bottlenecks_and_keeps_its_loss(name: str) -> None:
     stack, start = small_bottlenecks()
     teleporter = TELEPORTERS[name]()
-    with torch.no_grad() if name == "learned" else contextlib.nullcontext():
+    with torch.no_grad() if name.startswith("learned") else contextlib.nullcontext():
         state = teleporter.initial_state(start, stack.symmetries)
         arrived, moves, _ = travel(teleporter, start, stack.symmetries, state)
     there = stack.model.point_at(arrived.parameters, stack.batch(0))

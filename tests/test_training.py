@@ -158,6 +158,42 @@ def test_a_killed_training_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     assert weights(path) == weights(whole)
 
 
+def test_the_best_of_several_starts_goes_on() -> None:
+    settings = config(starts=3, meta_steps=9, validation_every=1, settings={"width": 4, "activation": "identity"})
+    learning = trainer(settings)
+    begun: dict[int, list[bytes]] = {}
+
+    def seen(done: Progression) -> None:
+        weight = learning.meta.rule.head.weight.detach().clone()
+        begun.setdefault(done.start, []).append(weight.numpy().tobytes())
+
+    learning.run(seen)
+    done = learning.progression
+    assert len(done.starts) == 3
+    assert len(set(done.starts)) == 3
+    assert [len(begun[start]) for start in range(3)] == [3, 3, 3]
+    assert len(begun[3]) == 6
+    assert done.meta_step == 9
+    # What goes on has the course of the best one behind it.
+    assert min(score for step, score in done.validations if step <= 3) == min(done.starts)
+    alone = trainer(dataclasses.replace(settings, starts=1))
+    alone.run()
+    first = [score for step, score in alone.progression.validations if step <= 3]
+    assert min(first) == done.starts[0]
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 8])
+def test_a_training_with_several_starts_can_be_resumed(at: int, tmp_path: Path) -> None:
+    several = config(starts=2, mode="lr", meta_steps=6, validation_every=1)
+    expected = weights(train(several, tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        train(several, tmp_path / "part", report=interrupting(at))
+    path = train(several, tmp_path / "part", resume=True)
+    assert weights(path) == expected
+    run = mt.load_checkpoint(path).card["training"]["runs"]["learned"]
+    assert len(run["starts"]) == 2
+
+
 def unfinished(tmp_path: Path) -> Path:
     with pytest.raises(Interrupted):
         train(config(), tmp_path / "a", report=interrupting(3))

@@ -3,69 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metateleport.experiments.base import LARGEST, finite
+from metateleport.experiments.recipes import Recipe
+from metateleport.experiments.ways import Method
 from metateleport.families import Task
 from metateleport.optim import TeleportingOptimizer
-from metateleport.schedules import Schedule
 from metateleport.stack import Batch
-from metateleport.symmetries import BatchPair2024, Rescaling, Symmetry
-from metateleport.teleporters import Teleporter, TeleportReport
+from metateleport.teleporters import TeleportReport, teleport
 
-__all__ = ["OPTIMIZERS", "Course", "Method", "Recipe", "batch_pairs", "follow", "rescalings"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """An optimizer and the step sizes it is tried at.
-
-    Args:
-        make: makes it for a model, at a step size.
-        source: the step size of the source's code.
-        grid: what it is tuned over.
-    """
-
-    make: Callable[[nn.Module, float], torch.optim.Optimizer]
-    source: float
-    grid: tuple[float, ...]
-
-
-# The step sizes are those of the source's code on MNIST.
-OPTIMIZERS: dict[str, Recipe] = {
-    "sgd": Recipe(lambda model, lr: torch.optim.SGD(model.parameters(), lr), 1e-2, (1e-2, 3e-2, 0.1, 0.3)),
-    "momentum": Recipe(
-        lambda model, lr: torch.optim.SGD(model.parameters(), lr, momentum=0.9), 1e-3, (1e-3, 3e-3, 1e-2, 3e-2)
-    ),
-    "adagrad": Recipe(lambda model, lr: torch.optim.Adagrad(model.parameters(), lr), 1e-2, (3e-3, 1e-2, 3e-2, 0.1)),
-    "rmsprop": Recipe(lambda model, lr: torch.optim.RMSprop(model.parameters(), lr), 1e-4, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "adam": Recipe(lambda model, lr: torch.optim.Adam(model.parameters(), lr), 1e-4, (1e-3, 3e-3, 1e-2, 3e-2)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How and when to teleport.
-
-    Args:
-        teleporter: makes the teleporter; None for the optimizer alone.
-        symmetries: of a model, in the order of the data flow.
-        schedule: before which steps.
-        state: what becomes of the optimizer's state.
-    """
-
-    teleporter: Callable[[], Teleporter] | None = None
-    symmetries: Callable[[nn.Module], Sequence[Symmetry]] = lambda _: ()
-    schedule: Schedule | None = None
-    state: str = "transport"
+__all__ = ["Course", "follow"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +35,10 @@ class Course:
         seconds: of processor time spent in steps and teleports, so that a busy machine tells the same.
         moved: number of teleports that moved the weights.
         refused: number that were refused.
-        signatures: how often each sign of failure was seen.
-        growth: of the gradient norm in a teleport, geometric mean.
+        failures: how often each failure of a teleport was seen.
+        growth: of the gradient norm in a teleport, on its minibatch; geometric mean.
+        size: of a teleport, the mean norm of the generators; of one without generators that of the displacement.
+        jump: of the held-out loss in a teleport, geometric mean of after over before.
     """
 
     training: list[float]
@@ -89,19 +47,10 @@ class Course:
     seconds: list[float]
     moved: int
     refused: int
-    signatures: dict[str, int]
+    failures: dict[str, int]
     growth: float
-
-
-def rescalings(model: nn.Module) -> list[Symmetry]:
-    """The rescalings of a perceptron, exact on every batch."""
-    return [Rescaling(model, first, second) for first, second in itertools.pairwise(_layers(model))]
-
-
-def batch_pairs(model: nn.Module) -> list[Symmetry]:
-    """GL between the layers of a perceptron in the form of 2024, exact on the minibatch it is taken on."""
-    activation = next(module for module in model.modules() if isinstance(module, nn.LeakyReLU))
-    return [BatchPair2024(model, first, second, activation) for first, second in itertools.pairwise(_layers(model))]
+    size: float
+    jump: float
 
 
 def follow(
@@ -124,42 +73,102 @@ def follow(
         method: how to teleport.
         checkpoints: after which numbers of steps to look, in order; 0 is the start.
     """
-    model, seen = task.model, _Seen()
-    optimizer: Any = recipe.make(model, step_size)
-    reports: Sequence[TeleportReport] = ()
-    if method.teleporter is not None:
-        optimizer = TeleportingOptimizer(
-            optimizer,
-            model,
-            method.teleporter(),
-            method.symmetries(model),
-            schedule=method.schedule,
-            state=method.state,
-        )
-        reports = optimizer.reports
-    seconds = 0.0
+    with warnings.catch_warnings():
+        # What becomes of a state that cannot be carried is told of each method in words.
+        warnings.filterwarnings("ignore", "the state")
+        return _follow(_Run(task, recipe.make(task.model, step_size), method), training, batches, checkpoints)
+
+
+def _follow(run: _Run, training: Batch, batches: Sequence[Batch], checkpoints: Sequence[int]) -> Course:
+    seen = _Seen()
     for step in range(checkpoints[-1] + 1):
         if step in checkpoints:
-            spent = step + sum(report.evaluations for report in reports)
-            seen.add(_loss(task, training), _loss(task, task.held_out), spent, seconds)
+            spent = step + sum(report.evaluations for report in run.reports)
+            seen.add(_loss(run.task, training), run.held_out(), spent, run.seconds)
         if step == checkpoints[-1] or seen.diverged:
             break
-        start = time.process_time()
-        _step(optimizer, task, batches[step])
-        seconds += time.process_time() - start
-    growth = [report.gradient_norm_after / report.gradient_norm_before for report in reports if report.size > 0]
-    logs = [math.log(each) for each in growth if math.isfinite(each) and each > 0]
+        run.step(step, batches[step])
+    moved = [report for report in run.reports if report.size > 0]
     missing = len(checkpoints) - len(seen.training)
     return Course(
         training=seen.training + seen.training[-1:] * missing,
         held_out=seen.held_out + seen.held_out[-1:] * missing,
         evaluations=seen.evaluations + seen.evaluations[-1:] * missing,
         seconds=seen.seconds + seen.seconds[-1:] * missing,
-        moved=len(growth),
-        refused=sum(not report.accepted for report in reports),
-        signatures=dict(Counter(name for report in reports for name in report.signatures)),
-        growth=finite(math.exp(sum(logs) / len(logs))) if logs else 1.0,
+        moved=len(moved),
+        refused=sum(not report.accepted for report in run.reports),
+        failures=dict(Counter(name for report in run.reports for name in report.failures)),
+        growth=_mean_ratio([(each.gradient_norm_before, each.gradient_norm_after) for each in moved]),
+        size=sum(report.size for report in moved) / len(moved) if moved else 0.0,
+        jump=_mean_ratio([(each.held_out_before, each.held_out_after) for each in moved]),
     )
+
+
+class _Run:
+    """A model in training, with its optimizer and its teleports."""
+
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, method: Method) -> None:
+        self.task, self.method = task, method
+        self.seconds, self._looking = 0.0, 0.0
+        self.optimizer: Any = optimizer
+        self.reports: Sequence[TeleportReport] = ()
+        self._between: Callable[[int, Batch], None] | None = None
+        if method.teleporter is None:
+            return
+        teleporter = method.teleporter(task.seed)
+        if teleporter.needs_loss:
+            reports: list[TeleportReport] = []
+            self.reports = reports
+
+            def between(step: int, batch: Batch) -> None:
+                """Teleports that evaluate the loss at other weights come between two steps of the optimizer."""
+                assert method.schedule is not None
+                if method.schedule.due(step):
+                    held_out = self.held_out()
+                    report = teleport(task.model, teleporter, batch[0], self._loss_on(batch))
+                    reports.append(
+                        dataclasses.replace(report, held_out_before=held_out, held_out_after=self.held_out())
+                    )
+                    if report.size > 0:
+                        optimizer.state.clear()
+
+            self._between = between
+            return
+        self.optimizer = TeleportingOptimizer(
+            optimizer,
+            task.model,
+            teleporter,
+            method.symmetries(task.model),
+            schedule=method.schedule,
+            state=method.state,
+            held_out=self.held_out,
+        )
+        self.reports = self.optimizer.reports
+
+    def held_out(self) -> float:
+        start = time.process_time()
+        try:
+            return _loss(self.task, self.task.held_out)
+        finally:
+            self._looking += time.process_time() - start
+
+    def step(self, number: int, batch: Batch) -> None:
+        start, looking = time.process_time(), self._looking
+        if self._between is not None:
+            self._between(number, batch)
+        inputs, loss_on = batch[0], self._loss_on(batch)
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = loss_on(self.task.model(*inputs))
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+        self.seconds += time.process_time() - start - (self._looking - looking)
+
+    def _loss_on(self, batch: Batch) -> Callable[[Any], Tensor]:
+        return lambda outputs: self.task.loss(outputs, *batch[1])
 
 
 @dataclasses.dataclass
@@ -180,16 +189,10 @@ class _Seen:
         self.seconds.append(seconds)
 
 
-def _step(optimizer: Any, task: Task, batch: Batch) -> None:
-    inputs, targets = batch
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = task.loss(task.model(*inputs), *targets)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+def _mean_ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """Geometric mean of second over first, over the pairs where it is one; 1 where there are none."""
+    logs = [math.log(after / before) for before, after in pairs if 0 < before < LARGEST and 0 < after < LARGEST]
+    return finite(math.exp(sum(logs) / len(logs))) if logs else 1.0
 
 
 def _loss(task: Task, data: Batch | None) -> float:
@@ -198,7 +201,3 @@ def _loss(task: Task, data: Batch | None) -> float:
     with torch.no_grad():
         value = float(task.loss(task.model(*inputs), *targets))
     return finite(value if math.isfinite(value) else math.inf)
-
-
-def _layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

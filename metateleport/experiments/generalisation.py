@@ -30,6 +30,8 @@ RADII = (0.05, 0.1, 0.2)
 STEPS = 10
 DRIFT = 1e-4
 VARIANTS = ("sharpness down", "sharpness up", "curvature up", "curvature down")
+# As the authors' repository numbers them.
+_TABLE, _FIGURE = "ICLR 2024, table 1", "ICLR 2024, figure 4"
 Array = npt.NDArray[np.float64]
 
 
@@ -251,7 +253,6 @@ def _accuracy(stack: StackedModel, held_out: Batch, score: Callable[..., Tensor]
 def _claims(results: Mapping[str, Any], seed: int) -> list[Claim]:
     trained, moves, final = results["trained"], results["teleports"], results["held_out_final"]
     held_out, train = trained["held_out"], trained["train"]
-    place = "ICLR 2024, section 4"
 
     def correlated(words: str, source: str, sign: int, statistic: Callable[[Array], float], *columns: Any) -> Claim:
         rows = np.stack([np.asarray(column) for column in columns], 1)
@@ -261,10 +262,12 @@ def _claims(results: Mapping[str, Any], seed: int) -> list[Claim]:
 
     sharp, bent = trained["sharpness"], trained["curvature"]
     claims = [
-        correlated("sharper networks have a larger held-out loss: correlation", place, 1, correlation, sharp, held_out),
+        correlated(
+            "sharper networks have a larger held-out loss: correlation", _TABLE, 1, correlation, sharp, held_out
+        ),
         correlated(
             "networks with a larger curvature have a smaller held-out loss: correlation",
-            place,
+            _TABLE,
             -1,
             correlation,
             bent,
@@ -297,7 +300,7 @@ def _claims(results: Mapping[str, Any], seed: int) -> list[Claim]:
         expectation = {-1: below, 0: False, 1: above}[sign]
         holds = expectation if below or above else None
         words = {-1: "lowers", 0: "leaves alone", 1: "raises"}[sign]
-        source = place if sign else "here"
+        source = _FIGURE if sign else "here"
         claims.append(
             Claim(
                 f"a teleport after epoch {results['teleport_epoch']} ({variant}) {words} the held-out loss at the end: "
@@ -315,14 +318,14 @@ def _claims(results: Mapping[str, Any], seed: int) -> list[Claim]:
         *claims,
         Claim(
             "the teleports move what they seek the way they are told: share of networks and teleports",
-            place,
+            "here",
             reached / trials,
             share_interval(reached, trials),
             reached == trials,
         ),
         Claim(
             "the training loss does not change in a teleport: largest relative change",
-            place,
+            "ICLR 2024, abstract: symmetries leave the loss invariant",
             drift,
             None,
             drift <= DRIFT,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bootstrap", "share_interval"]
+__all__ = ["bootstrap", "median_interval", "share_interval"]
 
 Array = npt.NDArray[np.float64]
 
@@ -52,4 +52,22 @@ def bootstrap(
     rows = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(len(rows), size=(draws, len(rows)))
     low, high = np.quantile([statistic(rows[pick]) for pick in picks], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def median_interval(values: npt.ArrayLike, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile interval of the median of all values: `bootstrap` of it, with all draws at once.
+
+    Args:
+        values: `(samples, ...)`; whole rows are drawn, so that pairs stay together.
+        seed: seeds the draws.
+        draws: how many.
+
+    Example:
+        >>> median_interval([[0.0, 2.0], [1.0, 1.0]]) == bootstrap([[0.0, 2.0], [1.0, 1.0]], np.median)
+        True
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(rows), size=(draws, len(rows)))
+    low, high = np.quantile(np.median(rows[picks].reshape(draws, -1), axis=1), [0.025, 0.975])
     return float(low), float(high)

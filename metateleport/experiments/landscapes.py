@@ -57,7 +57,7 @@ class Booth(Landscape):
         >>> float(Booth(torch.tensor([1.0, 3.0]))())
         0.0
 
-    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), section 5.
+    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), and the code of its test functions.
     """
 
     name = "booth"
@@ -79,7 +79,7 @@ class Rosenbrock(Landscape):
         >>> float(Rosenbrock(torch.tensor([1.0, 1.0]))())
         0.0
 
-    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), section 5.
+    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), and the code of its test functions.
     """
 
     name = "rosenbrock"
@@ -152,7 +152,7 @@ class ChartRotation(Symmetry):
         >>> ChartRotation(Booth()).group
         Orthogonal(2)
 
-    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), section 5.
+    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), and the code of its test functions.
     """
 
     kind = "chart rotation"

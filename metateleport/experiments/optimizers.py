@@ -4,51 +4,40 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from metateleport.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress, finite
-from metateleport.experiments.courses import OPTIMIZERS, Course, Method, batch_pairs, follow, rescalings
-from metateleport.experiments.intervals import bootstrap
+from metateleport.experiments._optimizers_claims import along, claims
+from metateleport.experiments.base import Experiment, ExperimentError, Findings, Progress
+from metateleport.experiments.courses import Course, follow
+from metateleport.experiments.recipes import OPTIMIZERS, best_step_size, require
+from metateleport.experiments.ways import PLAIN, Method, methods
 from metateleport.families import Task, TaskFamily, load_family
-from metateleport.schedules import AtSteps, Every, Schedule
 from metateleport.stack import Batch
-from metateleport.teleporters import GradientAscentTeleporter, RandomTeleporter, Teleporter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Optimizers"]
-
-Array = npt.NDArray[np.float64]
+__all__ = ["FAMILIES", "Optimizers"]
 
 FAMILIES = ("digits", "mnist_digits")
-WHEN = ("early", "late", "often")
-PLAIN = "no teleport"
 LOOKS = 10
-# The source's code goes no further where the squared norm of the gradient is above it.
-SQUARED_NORM_CAP = 100.0
-REGIMES = {
-    "source": "the source's step size",
-    "plain": "the best step size without teleports",
-    "own": "each at its own best step size",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizers(Experiment):
     """Optimizers x teleporters on scikit-learn's and MNIST's digits: teleports early, late and often.
 
-    Every run is made without a teleport, with gradient ascent over the batch form of GL that the source takes, with
-    gradient ascent over the exact rescalings, and with a random element of the batch form; once at the first step,
-    once half-way, and ten times. All of them from the same weights and on the same minibatches, at the step sizes of
-    the source's code and at the one that is best without a teleport on other tasks; the early ones each at its own best
-    one too. After a teleport along the batch form the optimizer's state starts anew, as in the source's code; along
-    rescalings it is transported.
+    Gradient ascent over the batch form of GL that the source takes, ascent over the exact rescalings and a random
+    element of the batch form teleport once before the first step, once half-way, or ten times; gradient descent,
+    whitening, null space and level set once before the first step. All runs of a task start from the same weights and
+    meet the same minibatches, at three step sizes: that of the source's code, where it has the optimizer; the one
+    that is best without a teleport; and, for early teleports, each method's own best. Step sizes are chosen by the
+    training loss along the run, on tasks of their own. Losses are compared by steps, by gradient evaluations and by
+    seconds of processor time, those of the teleports included. The optimizer's state is transported along rescalings
+    and starts anew after every other teleport, as in the source's code.
 
     Settings:
         runs: tasks of each data set: other classes, initial weights and order of the minibatches.
@@ -56,24 +45,25 @@ class Optimizers(Experiment):
         batch: samples a minibatch; the batch form holds where they are no more than `hidden`.
         hidden: units of each hidden layer.
         depth: number of weight matrices.
-        reach: largest norm of a generator, and the norm of the random ones.
+        reach: largest norm of a generator, and the norm of the random ones; a tenth of it, over the norm of the
+            weights, is the reach of null space and level set.
         ascent: steps of gradient ascent.
         tuning: tasks of each data set that the step sizes are chosen on.
         only: one optimizer's name, or all.
     """
 
     name: ClassVar[str] = "optimizers"
-    size: ClassVar[tuple[float, float]] = (15.0, 9.0)
+    size: ClassVar[tuple[float, float]] = (15.0, 11.5)
 
     runs: int = 5
-    steps: int = 120
+    steps: int = 100
     batch: int = 20
     hidden: int = 32
     depth: int = 3
     reach: float = 1.0
     ascent: int = 10
     tuning: int = 2
-    only: Literal["all", "sgd", "momentum", "adagrad", "rmsprop", "adam"] = "all"
+    only: Literal["all", "sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon", "soap"] = "all"
 
     def __post_init__(self) -> None:
         if self.runs < 2 or self.tuning < 1 or self.ascent < 1:
@@ -97,13 +87,14 @@ class Optimizers(Experiment):
             self._family(name)
 
     def findings(self, seed: int, progress: Progress) -> Findings:
+        require(self._names)
         results: dict[str, Any] = {"checkpoints": self._checkpoints, "data": {}}
         for name in FAMILIES:
             results["data"][name] = {}
             for optimizer in self._names:
                 progress(f"{name}: {optimizer}")
                 results["data"][name][optimizer] = self._compare(self._family(name), optimizer, seed)
-        return Findings(results, _claims(results["data"]))
+        return Findings(results, claims(results["data"]))
 
     def draw(self, figure: Figure, results: Mapping[str, Any]) -> None:
         from metateleport.experiments._optimizers_figure import draw
@@ -121,66 +112,46 @@ class Optimizers(Experiment):
     @property
     def methods(self) -> dict[str, Method]:
         """All that is compared, by name."""
-        schedules: dict[str, Schedule] = {
-            "early": AtSteps([0]),
-            "late": AtSteps([self.steps // 2]),
-            "often": Every(self.steps // 10),
-        }
-
-        def ascent() -> Teleporter:
-            step = self.reach / self.ascent
-            return GradientAscentTeleporter(
-                steps=self.ascent, step_size=step, cap=self.reach, value_cap=SQUARED_NORM_CAP
-            )
-
-        def random() -> Teleporter:
-            return RandomTeleporter(size=self.reach, seed=0)
-
-        ways: dict[str, tuple[Callable[[], Teleporter], Any, str]] = {
-            "ascent, batch form": (ascent, batch_pairs, "reset"),
-            "ascent, rescaling": (ascent, rescalings, "transport"),
-            "random, batch form": (random, batch_pairs, "reset"),
-        }
-        found = {PLAIN: Method()}
-        for (way, (teleporter, symmetries, state)), when in itertools.product(ways.items(), WHEN):
-            found[f"{way}, {when}"] = Method(teleporter, symmetries, schedules[when], state)
-        return found
+        return methods(self.steps, self.reach, self.ascent, often=10)
 
     def _family(self, name: str) -> TaskFamily:
         return load_family(name, {"hidden": self.hidden, "depth": self.depth, "batch": self.batch})
 
     def _compare(self, family: TaskFamily, optimizer: str, seed: int) -> dict[str, Any]:
-        recipe, methods = OPTIMIZERS[optimizer], self.methods
-        early = [PLAIN, *(name for name in methods if name.endswith("early"))]
+        recipe, compared = OPTIMIZERS[optimizer], self.methods
+        early = [name for name in compared if name == PLAIN or name.endswith("early")]
         tuned = [self._ready(family.task(index, "train", seed)) for index in range(self.tuning)]
-        best = {name: self._best_step(tuned, optimizer, methods[name]) for name in early}
-        regimes = {
-            "source": dict.fromkeys(methods, recipe.source),
-            "plain": dict.fromkeys(methods, best[PLAIN]),
-            "own": best,
-        }
+        best = {PLAIN: self._best_step(tuned, optimizer, compared[PLAIN], recipe.start)}
+        for name in early[1:]:
+            best[name] = self._best_step(tuned, optimizer, compared[name], best[PLAIN])
+        regimes = {"plain": dict.fromkeys(compared, best[PLAIN]), "own": best}
+        if recipe.source is not None:
+            regimes = {"source": dict.fromkeys(early, recipe.source), **regimes}
         courses: dict[str, dict[str, list[Course]]] = {
             regime: {name: [] for name in steps} for regime, steps in regimes.items()
         }
         for index in range(self.runs):
             task = self._ready(family.task(index, "held-out", seed))
-            # One method after the other on one task, so that all meet the machine alike.
+            # One method after the other on one task, so that all meet the machine alike; equal runs are made once.
+            done: dict[tuple[str, float], Course] = {}
             for regime, steps in regimes.items():
                 for name, step in steps.items():
-                    courses[regime][name].append(self._follow(task, optimizer, step, methods[name]))
+                    if (name, step) not in done:
+                        done[name, step] = self._follow(task, optimizer, step, compared[name])
+                    courses[regime][name].append(done[name, step])
         return {
-            "step_sizes": {"source": recipe.source, **best},
+            "step_sizes": {**({} if recipe.source is None else {"source": recipe.source}), **best},
             "courses": {
                 regime: {name: _columns(each) for name, each in found.items()} for regime, found in courses.items()
             },
         }
 
-    def _best_step(self, tasks: Sequence[_Ready], optimizer: str, method: Method) -> float:
+    def _best_step(self, tasks: Sequence[_Ready], optimizer: str, method: Method, start: float) -> float:
         def score(step: float) -> float:
             runs = [self._follow(task, optimizer, step, method).training for task in tasks]
-            return float(np.log(_along(runs)).sum())
+            return float(np.log(along(runs)).sum())
 
-        return min(OPTIMIZERS[optimizer].grid, key=score)
+        return best_step_size(score, start)
 
     def _ready(self, task: Task) -> _Ready:
         return _Ready(task, task.training, [task.batch(number) for number in range(self.steps)])
@@ -201,93 +172,21 @@ class _Ready(NamedTuple):
 
 def _columns(courses: Sequence[Course]) -> dict[str, Any]:
     """Runs side by side; of the seconds the median."""
-    found = {field.name: [getattr(each, field.name) for each in courses] for field in dataclasses.fields(Course)}
-    signs = sorted({name for each in courses for name in each.signatures})
+    found = {
+        field.name: _rounded([getattr(each, field.name) for each in courses])
+        for field in dataclasses.fields(Course)
+        if field.name != "failures"
+    }
+    failures = sorted({name for each in courses for name in each.failures})
     return {
         **found,
-        "seconds": np.median(found["seconds"], axis=0).tolist(),
-        "signatures": {name: sum(each.signatures.get(name, 0) for each in courses) for name in signs},
+        "seconds": _rounded(np.median(found["seconds"], axis=0).tolist()),
+        "failures": {name: sum(each.failures.get(name, 0) for each in courses) for name in failures},
     }
 
 
-def _along(losses: npt.ArrayLike) -> Array:
-    """Geometric mean of the losses along a run, its start left out; runs in front.
-
-    A loss of more than ten times the first counts as that: what has diverged has failed, however far it went.
-    """
-    values = np.asarray(losses, dtype=np.float64)
-    return np.exp(np.log(values[..., 1:].clip(1e-300, 10 * values[..., :1])).mean(-1))
-
-
-def _claims(data: Mapping[str, Any]) -> list[Claim]:
-    section = "ICLR 2024, on teleportation in other optimizers"
-    names = list(data[FAMILIES[0]])
-    who = "all optimizers" if len(names) > 1 else names[0]
-    claims = []
-    for optimizer, regime in itertools.product(names, REGIMES):
-        ratio = _log_ratios(data, regime, "ascent, batch form, early", PLAIN, "training", [optimizer])
-        words = f"one early teleport lowers {optimizer}'s training loss along the run (batch form, {REGIMES[regime]})"
-        claims.append(_lower(ratio, words, section))
-    for what, way, regime in itertools.product(("training", "held-out"), ("batch form", "rescaling"), REGIMES):
-        if (what, way) == ("training", "batch form"):
-            continue
-        words = f"one early teleport lowers the {what} loss along the run ({who}, {way}, {REGIMES[regime]})"
-        claims.append(_lower(_log_ratios(data, regime, f"ascent, {way}, early", PLAIN, what), words, section))
-    for regime, steps in REGIMES.items():
-        words = f"gradient ascent does better than a random element of the same size (batch form, {steps})"
-        found = _log_ratios(data, regime, "ascent, batch form, early", "random, batch form, early", "training")
-        claims.append(_lower(found, words, "NeurIPS 2022, section 5"))
-    for regime, when in itertools.product(("source", "plain"), ("late", "often")):
-        words = f"teleporting {when} does better than once early (batch form, training, {REGIMES[regime]})"
-        found = _log_ratios(data, regime, f"ascent, batch form, {when}", "ascent, batch form, early", "training")
-        claims.append(_lower(found, words, "here"))
-    for regime, steps in REGIMES.items():
-        words = f"one early teleport lowers the training loss at equal seconds (batch form, {steps})"
-        claims.append(_lower(_at_equal_seconds(data, regime), words, section))
-    return claims
-
-
-def _log_ratios(
-    data: Mapping[str, Any], regime: str, method: str, against: str, what: str, optimizers: Sequence[str] = ()
-) -> Array:
-    """Log of the ratio of two methods' losses along a run, `(tasks, optimizers)`, tasks of both data sets in rows."""
-    key = what.replace("-", "_")
-    rows = []
-    for family in data.values():
-        courses = [family[name]["courses"][regime] for name in optimizers or family]
-        logs = [np.log(_along(each[method][key])) - np.log(_along(each[against][key])) for each in courses]
-        rows.append(np.stack(logs, axis=1))
-    return np.concatenate(rows)
-
-
-def _at_equal_seconds(data: Mapping[str, Any], regime: str) -> Array:
-    """As `_log_ratios`, of the losses at the time when the first of the two is through."""
-    rows = []
-    for family in data.values():
-        columns = []
-        for name in family:
-            ours, theirs = (family[name]["courses"][regime][key] for key in ("ascent, batch form, early", PLAIN))
-            end = min(ours["seconds"][-1], theirs["seconds"][-1])
-            logs = [
-                np.array(
-                    [
-                        np.interp(end, side["seconds"], np.log(np.clip(run, 1e-300, 10 * run[0])))
-                        for run in side["training"]
-                    ]
-                )
-                for side in (ours, theirs)
-            ]
-            columns.append(logs[0] - logs[1])
-        rows.append(np.stack(columns, axis=1))
-    return np.concatenate(rows)
-
-
-def _lower(logs: Array, claim: str, source: str) -> Claim:
-    """That the median ratio lies below one, by an interval over tasks: what one task gives stays together."""
-
-    def ratio(rows: Array) -> float:
-        return finite(float(np.exp(min(float(np.median(rows)), 690.0))))
-
-    low, high = bootstrap(logs, ratio)
-    holds = True if high < 1 else False if low > 1 else None
-    return Claim(f"{claim}: median ratio", source, ratio(logs), (low, high), holds)
+def _rounded(values: Any) -> Any:
+    """Six digits of each number: a file for readers needs no more."""
+    if isinstance(values, list):
+        return [_rounded(each) for each in values]
+    return float(f"{values:.6g}") if isinstance(values, float) else values

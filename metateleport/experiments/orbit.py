@@ -141,7 +141,7 @@ class Orbit(Experiment):
         axes.set(xscale="log", xlabel="dimension", yticks=rows)
         axes.set_yticklabels([f"{entry['model']}\n({entry['parameters']} parameters)" for entry in models], fontsize=7)
         axes.invert_yaxis()
-        axes.legend(fontsize=7, loc="lower right")
+        figure.legend(fontsize=7, loc="outside lower center", ncols=len(bars))
 
 
 def rank(matrix: Tensor, tolerance: float) -> int:
@@ -182,7 +182,7 @@ def _claims(models: Sequence[Mapping[str, Any]]) -> list[Claim]:
     claims = [
         Claim(
             "infinitesimal symmetries are tangent to the level sets: largest cosine with the gradient",
-            "NeurIPS 2022, section 3",
+            "NeurIPS 2022, abstract: the actions leave the loss invariant",
             tangent,
             None,
             tangent <= TANGENT,
@@ -193,7 +193,7 @@ def _claims(models: Sequence[Mapping[str, Any]]) -> list[Claim]:
         claims.append(
             Claim(
                 "on a quadratic the orbit is the whole level set: share of its dimension",
-                "ICLR 2024, section 3.2",
+                "ICLR 2024, section 3",
                 share,
                 None,
                 share == 1,
@@ -207,7 +207,7 @@ def _claims(models: Sequence[Mapping[str, Any]]) -> list[Claim]:
             Claim(
                 "symmetry acts transitively on a network's level sets, which the likeness to Newton's method assumes: "
                 "largest share of their dimension, over the networks",
-                "ICLR 2024, section 3.2",
+                "ICLR 2024, section 3",
                 max(whole),
                 None,
                 min(whole) == 1,
@@ -215,7 +215,7 @@ def _claims(models: Sequence[Mapping[str, Any]]) -> list[Claim]:
             Claim(
                 "at minima of zero loss the orbit is the whole set of minima: smallest share of its dimension, over "
                 "the networks",
-                "ICLR 2024, section 4",
+                "here: what curvature along an orbit would have to stand for",
                 min(at_minima, default=1.0),
                 None,
                 all(share == 1 for share in at_minima),

@@ -25,6 +25,13 @@ GAUGE_BASIS = ("log metric", "log metric, damped", "log metric, much damped", "l
 _SHIFTS = (1e-3, 3e-2)
 _GRADIENT_SHIFT = 1e-3
 _FEATURES = 8
+_SIDE = 3.0
+"""How loud the side of a symmetry is among the features, so that the networks soon tell them apart."""
+_START = (0.0, -0.75, -0.75, 1.5)
+"""Where the logits of the basis start. Far from a minimum the metric's full inverse steps too far in every layer at
+once, and is refused: the gradients' covariance comes first. The damped metrics start low: they pay early, and where the
+softmax has closed around one of them, together with a large step, training does not find the way to the metric itself.
+"""
 _MEMORY = 0.95
 
 Cell = tuple[Tensor, Tensor]
@@ -43,9 +50,9 @@ class GaugeNetwork(nn.Module):
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, len(GAUGE_BASIS) + 1)
         with torch.no_grad():
-            # All weights alike, the gate half open.
             self.head.weight.mul_(0.5)
-            self.head.bias.zero_()
+            # The gate half open.
+            self.head.bias.copy_(torch.tensor([*_START, 0.0]))
 
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Cell]:
         """Coefficients that sum up to a number in (-1/2, 0), `(rows, basis)`, and the new state."""
@@ -212,7 +219,7 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
         slow.std(-1, correction=0) / 10,
         (main > main.amax(-1, keepdim=True) - 7).to(main.dtype).mean(-1),
         flat * math.log(rows / width),
-        flat * (1.0 if side == "in" else -1.0),
+        flat * (_SIDE if side == "in" else -_SIDE),
         flat * float(_sees_rows(symmetry, point)),
     )
     return basis, torch.stack(features, -1)

@@ -144,12 +144,8 @@ class MetaState:
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Point):
+    if isinstance(value, (Point, Progress)):
         return value.map(function)
-    if isinstance(value, Progress):
-        return dataclasses.replace(
-            value, **{field.name: _mapped(getattr(value, field.name), function) for field in dataclasses.fields(value)}
-        )
     if isinstance(value, dict):
         return {key: _mapped(each, function) for key, each in value.items()}
     if isinstance(value, tuple):

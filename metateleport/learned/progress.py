@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,12 @@ class Progress:
         """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
         return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Progress:
+        """Applies `function` to every tensor."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Progress(**{**values, **tensors})
 
     def judge(self, loss: Tensor, deterministic: bool, tolerance: Tolerance | None = None) -> tuple[Progress, Tensor]:
         """Decides which tasks accept the point they stepped to, and what is remembered then.

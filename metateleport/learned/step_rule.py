@@ -23,7 +23,9 @@ from metateleport.teleporters import Move
 __all__ = ["StepRule"]
 
 Cell = tuple[Tensor, Tensor]
-_TENSOR_FEATURES = 6
+_TENSOR_FEATURES = 7
+_PLACE = 3.0
+"""How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
 
 
 _AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
@@ -56,7 +58,7 @@ class StepRule(nn.Module, UpdateRule):
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
-        690
+        722
     """
 
     def __init__(self, hidden: int = 32, secants: int = 0) -> None:
@@ -206,30 +208,37 @@ def _observe(
     shared = progress.features()
     raised = precondition(gauges, point.gradients, point)
     lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
+    shares = {name: _share(point, name, bounds[name], raised[name]) for name in point.gradients if name in bounds}
+    # Layers that each could take the same error overshoot together; one that sees this sum can make room for the rest.
+    promised = sum(shares.values(), torch.full_like(shared[..., 0], 1e-17)).log() / 5
     rows = []
     for name in point.gradients:
         place = _place_features(point, name, lower)
-        rows.append(torch.cat((_tensor_features(point, name, bounds, raised[name]), place, shared), -1))
+        own = _tensor_features(point, name, shares.get(name))
+        rows.append(torch.cat((promised.unsqueeze(-1), own, place, shared), -1))
     return torch.stack(rows)
 
 
-def _tensor_features(point: Point, name: str, bounds: Tensors, raised: Tensor) -> Tensor:
+def _share(point: Point, name: str, bound: Tensor, raised: Tensor) -> Tensor:
+    """The share of the loss that one step along this tensor alone could take; at most one for squared errors."""
+    assert point.loss is not None
+    product = (point.gradients[name] * raised).flatten(point.loss.ndim).sum(-1)
+    return product / (2 * bound * point.loss.abs()).clamp_min(torch.finfo(product.dtype).tiny)
+
+
+def _tensor_features(point: Point, name: str, share: Tensor | None) -> Tensor:
     """How uneven a tensor's inputs are, how steep it is in its gauge, and whether its curvature is known."""
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
-    loss = point.loss
-    tiny = torch.finfo(loss.dtype).tiny
-    uneven, steep = torch.zeros_like(loss), torch.zeros_like(loss)
+    tiny = torch.finfo(point.loss.dtype).tiny
+    uneven, steep = torch.zeros_like(point.loss), torch.zeros_like(point.loss)
     if layer in point.activations and kind == "weight":
         inputs = point.activations[layer]
         mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
         uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
-    if name in bounds:
-        product = (point.gradients[name] * raised).reshape(*loss.shape, -1).sum(-1)
-        # At most one for squared errors: the share of the loss that one step along this tensor alone could take.
-        share = product / (2 * bounds[name] * loss.abs()).clamp_min(tiny)
+    if share is not None:
         steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
-    known = torch.full_like(loss, float(name in bounds))
+    known = torch.full_like(point.loss, float(share is not None))
     return torch.stack((uneven / 2, steep, known), -1)
 
 
@@ -239,4 +248,5 @@ def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
     layer, _, kind = name.rpartition(".")
     inputs = point.activations.get(layer)
     ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1])
-    return point.loss.new_tensor((kind == "bias", layer in lower, ratio)).expand(*point.loss.shape, 3)
+    place = (_PLACE * (kind == "bias"), _PLACE * (layer in lower), ratio)
+    return point.loss.new_tensor(place).expand(*point.loss.shape, 3)

@@ -45,6 +45,7 @@ class TrainConfig:
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         validation_tasks: tasks that the checkpoint is chosen on.
         validation_every: meta-steps between validations.
+        starts: initialisations that are tried for a third of the meta-steps; the best on validation goes on.
         hidden: units of the LSTMs.
         stays: learn a teleport that stays, in a mode with `tele`.
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
@@ -81,6 +82,7 @@ raise the horizon or shorten the unroll
     first_order: bool = False
     validation_tasks: int = 32
     validation_every: int = 20
+    starts: int = 1
     hidden: int = 32
     stays: bool = True
     gauge: GaugeKind = "none"
@@ -99,7 +101,16 @@ raise the horizon or shorten the unroll
             if getattr(self, name) not in known:
                 allowed = ", ".join(str(each) for each in known if each is not None)
                 raise TrainingError(f"{name} is one of {allowed}; not {getattr(self, name)!r}")
-        for name in ("meta_steps", "tasks", "unroll", "horizon", "validation_tasks", "validation_every", "hidden"):
+        for name in (
+            "meta_steps",
+            "tasks",
+            "unroll",
+            "horizon",
+            "validation_tasks",
+            "validation_every",
+            "starts",
+            "hidden",
+        ):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} has to be at least 1, not {getattr(self, name)}")
         if self.horizon < self.unroll:

@@ -139,7 +139,7 @@ def _reporting(
         if progression.meta_step % config.validation_every == 0:
             _save(saved, config, trainers)
         if report is not None:
-            report(name, progression, trainer.share)
+            report(name, progression, trainer.share_of_all)
 
     return reported
 
@@ -154,10 +154,12 @@ def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -
     with replacing_folder(folder) as temporary:
         states = {}
         for name, trainer in trainers.items():
-            save_file(trainer.boundary.tensors, temporary / f"{name}.safetensors")
-            states[name] = trainer.boundary.progression
-            # JSON knows no infinity; the score before the first validation is one.
-            states[name] = {**states[name], "best": min(states[name]["best"], 1e300)}
+            for part, snapshot in {name: trainer.boundary, f"{name}-kept": trainer.boundary.kept}.items():
+                if snapshot is not None:
+                    save_file(snapshot.tensors, temporary / f"{part}.safetensors")
+                    # JSON knows no infinity; the score before the first validation is one.
+                    best = min(snapshot.progression["best"], 1e300)
+                    states[part] = {**snapshot.progression, "best": best}
         write_json(temporary / "state.json", {"config": settings_that_count(config), "progressions": states})
 
 
@@ -181,12 +183,18 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
         )
     for name, trainer in trainers.items():
         try:
-            trainer.restore(Snapshot(load_file(folder / f"{name}.safetensors"), state["progressions"][name]))
+            kept, progressions = f"{name}-kept", state["progressions"]
+            best = _read(folder, kept, progressions[kept]) if kept in progressions else None
+            trainer.restore(dataclasses.replace(_read(folder, name, progressions[name]), kept=best))
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise TrainingError(
                 f"the state of {name} in {folder} is damaged or of another version ({error}): remove {folder} and "
                 "start anew"
             ) from error
+
+
+def _read(folder: Path, name: str, progression: dict[str, Any]) -> Snapshot:
+    return Snapshot(load_file(folder / f"{name}.safetensors"), progression)
 
 
 def _card(
@@ -200,6 +208,7 @@ def _card(
             "chosen_at": done.best_step,
             "validation": done.best,
             "validations": done.validations,
+            "starts": done.starts,
             "skipped": done.skipped,
             "seconds": round(done.seconds, 1),
         }

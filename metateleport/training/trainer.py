@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,9 @@ __all__ = ["MetaTrainer", "Progression", "Snapshot"]
 _VALIDATION_SEED = 0
 _LOST = 0.1
 """Share of the best validation score that may be lost before training goes back to the networks that had it."""
+
+_TRIAL = 1 / 3
+"""Share of the run that each start is tried for."""
 
 _VALIDATION_STACKS = 8
 """Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
@@ -41,6 +45,8 @@ class Progression:
         meta_losses: the meta-loss of each meta-step.
         validations: `[meta-step, score]` pairs.
         returns: how often training went back to the best networks.
+        start: which of the starts is under way; the number of starts once the best of them goes on.
+        starts: the best validation score of each start tried.
     """
 
     meta_step: int = 0
@@ -52,14 +58,17 @@ class Progression:
     meta_losses: list[float] = dataclasses.field(default_factory=list)
     validations: list[list[float]] = dataclasses.field(default_factory=list)
     returns: int = 0
+    start: int = 0
+    starts: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A meta-training between two stacks: tensors by name, and the progression as plain values."""
+    """A meta-training between two stacks: tensors by name, the progression as plain values, and the best start yet."""
 
     tensors: dict[str, Tensor]
     progression: dict[str, Any]
+    kept: Snapshot | None = None
 
 
 class MetaTrainer:
@@ -71,24 +80,29 @@ class MetaTrainer:
     tasks, and the best are kept: meta-training wanders, and the last networks are not the best. Where it has wandered
     too far off it goes back to them, with a smaller step.
 
+    Some initialisations lead into a poor optimum and never out of it, and a third of the run shows which. With several
+    `starts` each is followed for so long, on the same tasks, and the best of them goes on.
+
     Args:
         config: the settings.
         family: where tasks come from.
         meta: the meta-optimizer; it is trained in place.
         meta_steps: number of meta-steps to take.
-        seconds: stop after so many, if sooner.
+        seconds: stop after so many, if sooner; shared by the starts.
     """
 
     def __init__(
         self, config: TrainConfig, family: TaskFamily, meta: MetaOptimizer, meta_steps: int, seconds: float | None
     ) -> None:
         self.config, self.family = config, family
-        self.meta_steps, self.limit = meta_steps, seconds
+        self.meta_steps = meta_steps
+        self.limit = None if seconds is None else seconds / (1 + (config.starts - 1) * _TRIAL)
         self.device = device_for(config.device)
         self.meta = meta.to(self.device)
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=config.lr)
         self.progression = Progression()
         self.best = copy.deepcopy(self.meta.state_dict())
+        self.kept: Snapshot | None = None
         self.boundary = self.snapshot()
 
     @property
@@ -102,6 +116,15 @@ class MetaTrainer:
         """Share of the run that is done, by meta-steps or by seconds, whichever is further."""
         share = self.progression.meta_step / self.meta_steps
         return min(1.0, share if self.limit is None else max(share, self.progression.seconds / self.limit))
+
+    @property
+    def share_of_all(self) -> float:
+        """Share that is done of the run and of the starts tried before it."""
+        starts, start = self.config.starts, self.progression.start
+        if starts == 1:
+            return self.share
+        before = min(start, starts - 1) * _TRIAL
+        return (before + (self.share if start == starts else min(self.share, _TRIAL))) / (1 + (starts - 1) * _TRIAL)
 
     def run(self, report: Callable[[Progression], None] | None = None) -> None:
         """Trains until it is finished.
@@ -125,12 +148,39 @@ class MetaTrainer:
                 done.seconds += time.perf_counter() - started
                 if report is not None:
                     report(done)
-                if self.finished:
+                if self.finished or self._tried:
                     break
             done.stack += 1
+            if self._tried:
+                self._next_start()
+                done = self.progression
         if not done.validations or done.validations[-1][0] != done.meta_step:
             self._validate()
         self.boundary = self.snapshot()
+
+    @property
+    def _tried(self) -> bool:
+        """Whether the start under way has been tried for long enough."""
+        return 1 < self.config.starts > self.progression.start and self.share >= _TRIAL
+
+    def _next_start(self) -> None:
+        """Keeps the start that was tried if it is the best yet; begins the next one, or goes on with the best."""
+        done = self.progression
+        if not done.validations or done.validations[-1][0] != done.meta_step:
+            self._validate()
+        scores = [*done.starts, done.best]
+        if done.best <= min(scores):
+            self.kept = dataclasses.replace(self.snapshot(), kept=None)
+        if len(scores) < self.config.starts:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(np.random.SeedSequence([self.config.seed, len(scores)]).generate_state(1)[0]))
+                self.meta.load_state_dict(MetaOptimizer(self.meta.config).state_dict())
+            self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.config.lr)
+            self.best = copy.deepcopy(self.meta.state_dict())
+            self.progression = Progression()
+        elif self.kept is not None:
+            self.restore(self.kept)
+        self.progression.start, self.progression.starts = len(scores), scores
 
     def snapshot(self) -> Snapshot:
         """Everything that a later run needs to go on as if this one had not stopped."""
@@ -139,7 +189,7 @@ class MetaTrainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors.update({f"adam/{index}/{name}": value for name, value in state.items()})
         copies = {name: value.detach().clone().cpu() for name, value in tensors.items()}
-        return Snapshot(copies, dataclasses.asdict(self.progression))
+        return Snapshot(copies, dataclasses.asdict(self.progression), self.kept)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on from a snapshot.
@@ -159,6 +209,7 @@ class MetaTrainer:
             state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.progression = Progression(**copy.deepcopy(snapshot.progression))
+        self.kept = snapshot.kept
         self.boundary = snapshot
 
     def best_meta(self) -> MetaOptimizer:
