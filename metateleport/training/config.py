@@ -51,7 +51,7 @@ class TrainConfig:
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
             `linearised` (also along pairs of linear layers with an activation between them).
         secants: number of secant pairs that are built around the learned step where all data are seen.
-        update: size of the update in the modes that learn one: `coordinate`, or `tensor` for large models.
+        update: of the modes that learn one: `coordinate`, `tensor` for large models, `adaptive` for minibatches.
         base: optimizer of mode `tele`.
         base_lr: its step size.
         seed: seeds the networks and the tasks.
