@@ -129,6 +129,11 @@ class Watch:
         with torch.no_grad(), self._as_caught(caught):
             return tensors_in(self._call(caught, parameters))
 
+    def outputs_at(self, caught: CaughtPass, parameters: Mapping[str, Tensor], read: Callable[[Any], Tensor]) -> Tensor:
+        """What `read` makes of the outputs at other parameters, in the graph, all else as in the caught pass."""
+        with self._as_caught(caught):
+            return read(self._call(caught, parameters))
+
     def pullback(
         self, caught: CaughtPass, parameters: Mapping[str, Tensor], wanted: Iterable[str]
     ) -> Callable[[str, Tensor], tuple[Tensors, Tensors]]:

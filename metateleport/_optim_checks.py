@@ -14,31 +14,49 @@ from metateleport.point import Point
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter
 
-__all__ = ["check_kinds", "check_parameters", "check_symmetries", "try_symmetries"]
+__all__ = ["check_kinds", "check_parameters", "check_symmetries", "checked_state", "try_symmetries"]
 
 
 _STATES = ("transport", "keep", "reset")
 
 
-def check_kinds(optimizer: Any, teleporter: Any, state: Any, held_out: Any, window: Any) -> None:
+def check_kinds(optimizer: Any, teleporter: Any, held_out: Any, window: Any) -> None:
     """Raises a `TypeError` or a `ValueError` if an argument is not of its kind."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"the first argument is a torch.optim optimizer, not a {type(optimizer).__name__}")
     if not isinstance(teleporter, Teleporter):
         raise TypeError(f"the teleporter is a metateleport.Teleporter, not a {type(teleporter).__name__}")
-    if teleporter.needs_loss:
-        raise ValueError(
-            f"{type(teleporter).__name__} evaluates the loss at other weights, and an optimizer knows it at the "
-            "model's own only: move the model with metateleport.teleport between two steps"
-        )
-    if state not in _STATES:
-        raise ValueError(f"state is one of {', '.join(_STATES)}, not {state!r}")
     if held_out is not None and not callable(held_out):
         raise TypeError(
             f"held_out is a function that returns the loss on held-out data, not a {type(held_out).__name__}"
         )
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window is a number of steps, an integer of at least 1, not {window!r}")
+
+
+def checked_state(state: Any, optimizer: torch.optim.Optimizer, teleporter: Teleporter) -> str:
+    """What becomes of the optimizer's state in a teleport: what was asked for, or what is usual.
+
+    Args:
+        state: one of `transport`, `keep` and `reset`, or None.
+        optimizer: the inner one.
+        teleporter: there is nothing to transport by where it moves along no symmetry.
+
+    Raises:
+        ValueError: if it is none of these, or not defined under the teleporter.
+    """
+    if state not in (None, *_STATES):
+        raise ValueError(f"state is one of {', '.join(_STATES)}, not {state!r}")
+    if state == "transport" and not teleporter.needs_symmetries:
+        raise ValueError(
+            f"state='transport' is not defined under {type(teleporter).__name__}, which moves the weights along no "
+            "symmetry: there is no group element to carry the state by; choose 'keep' or 'reset'"
+        )
+    if state is None and teleporter.needs_symmetries:
+        return "transport"
+    # What L-BFGS remembers are differences between points, of which one is no longer there.
+    usual = "reset" if isinstance(optimizer, torch.optim.LBFGS) else "keep"
+    return usual if state is None else str(state)
 
 
 def check_parameters(groups: Sequence[dict[str, Any]], model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metateleport._optim_capture import CaughtPass, Watch
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
+from metateleport.teleporters import Teleporter
 from metateleport.teleporters.once import relative_change, split_inputs
 
 __all__ = ["Consequences", "consequences_of", "pass_to_start_from", "relative_drift", "start_of"]
@@ -124,40 +125,54 @@ class Consequences:
     """What a teleport would do.
 
     Args:
-        drift: relative change of the outputs.
-        loss_change: change of the loss to first order in the drift; NaN where the gradient on the outputs is not known.
+        drift: relative change of the outputs, or of the loss where that is all that has to stay.
+        loss_change: change of the loss, to first order in the drift where it was not evaluated; NaN where the gradient
+            on the outputs is not known either.
         reason: why it may not be carried out; empty if it may.
-        finite: whether all values and gradients would be.
+        broken: the same, where it is for what would come of it: a drift beyond the bound, values that are not finite.
     """
 
     drift: float = 0.0
     loss_change: float = 0.0
     reason: str = ""
-    finite: bool = True
+    broken: str = ""
 
 
-def consequences_of(watch: Watch, caught: CaughtPass, start: Point, arrived: Point, max_drift: float) -> Consequences:
+def consequences_of(
+    watch: Watch, caught: CaughtPass, start: Point, arrived: Point, teleporter: Teleporter
+) -> Consequences:
     """Looks at a teleport's end before anything is written.
 
     Args:
         watch: of the model.
-        caught: the forward pass that the teleport started from; it is repeated at the end, a third of an evaluation.
+        caught: the forward pass that the teleport started from; it is repeated at the end, a third of an evaluation,
+            unless the loss is all that has to stay.
         start: where it starts.
         arrived: where it ends.
-        max_drift: largest relative change of the outputs.
+        teleporter: says what has to stay, and by how much it may change.
     """
+    keeps, bound = teleporter.keeps, teleporter.trust_region.max_drift
     stale = [name for name in start.gradients if name in arrived.stale]
     if stale:
         return Consequences(reason=f"the gradient of {stale[0]!r} could not be rebuilt")
     values = [*arrived.parameters.items(), *((name, arrived.gradients[name]) for name in start.gradients)]
-    broken = [name for name, value in values if not bool(value.isfinite().all())]
-    if broken:
-        reason = f"the value or the gradient of {broken[0]!r} would not be finite"
-        return Consequences(reason=reason, finite=False)
-    after = watch.replay(caught, arrived.parameters)
-    drift = relative_drift(caught.outputs, after)
-    if not drift <= max_drift:
-        return Consequences(drift, reason=f"the outputs would change by {drift:.1e}, more than {max_drift:g}")
+    lost = [name for name, value in values if not bool(value.isfinite().all())]
+    if lost:
+        reason = f"the value or the gradient of {lost[0]!r} would not be finite"
+        return Consequences(reason=reason, broken=reason)
+    if keeps == "outputs":
+        after = watch.replay(caught, arrived.parameters)
+        drift = relative_drift(caught.outputs, after)
+    else:
+        assert start.loss is not None
+        assert arrived.loss is not None
+        drift = relative_change(start.loss, arrived.loss)
+    if not drift <= bound:
+        broken = f"the {keeps} would change by {drift:.1e}, more than {bound:g}"
+        return Consequences(drift, reason=broken, broken=broken)
+    if not teleporter.needs_symmetries:
+        # It has evaluated the loss where it went.
+        return Consequences(drift, float(arrived.loss) - float(start.loss))  # type: ignore[arg-type]
     # The gradient on the outputs of the last pass says nothing of others before it.
     if watch.passes != 1 or not caught.output_cotangents:
         return Consequences(drift, float("nan"))

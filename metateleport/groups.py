@@ -8,6 +8,7 @@ dimensions in front, keep dtype and device, and are differentiable.
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 from torch import Tensor
@@ -110,6 +111,15 @@ class Group(abc.ABC):
     @abc.abstractmethod
     def condition(self, element: Tensor) -> Tensor:
         """Condition number of each element in the spectral norm, `(*batch,)`; infinite where it overflows."""
+
+    def conditioned(self, element: Tensor, bound: float) -> Tensor:
+        """Whether the condition number of each element is at most `bound`, `(*batch,)`.
+
+        Example:
+            >>> GeneralLinear(2).conditioned(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), 4.0)
+            tensor(True)
+        """
+        return self.condition(element) <= bound
 
     def norm(self, generator: Tensor) -> Tensor:
         """Frobenius norm of each generator, `(*batch,)`."""
@@ -225,11 +235,41 @@ class GeneralLinear(_MatrixGroup):
     def inverse(self, element: Tensor) -> Tensor:
         return torch.linalg.inv(element)
 
+    def conditioned(self, element: Tensor, bound: float) -> Tensor:
+        # The product of the Frobenius norms lies above the condition number and takes no singular value decomposition;
+        # as long as half of the digits are left, rounding in the inverse does not matter.
+        inverse, _ = torch.linalg.inv_ex(element)
+        well = self.norm(element) * self.norm(inverse) <= min(bound, torch.finfo(element.dtype).eps ** -0.5)
+        return well if bool(well.all()) else super().conditioned(element, bound)
+
     def retract(self, element: Tensor, step: Tensor) -> Tensor:
-        # Below norm one 1 + S is in the identity component, and a third of the price of the exponential.
-        if type(self) is GeneralLinear and bool((self.norm(step) < 0.5).all()):
+        longest = float(self.norm(step).amax()) if type(self) is GeneralLinear else math.inf
+        if longest < 0.5:
+            # Below norm one 1 + S is in the identity component, and far below the price of the exponential.
             return element + step @ element
+        if longest < 1:
+            return _short_exponential(step) @ element
         return super().retract(element, step)
+
+
+def _short_exponential(matrix: Tensor) -> Tensor:
+    """The exponential of matrices below norm one, to rounding: twenty terms in seven products.
+
+    `torch.linalg.matrix_exp` goes by the largest row sum, which for large matrices is far above the norm, and takes
+    three times as long.
+    """
+    square = matrix @ matrix
+    powers = (None, matrix, square, square @ matrix)
+    fourth, found = square @ square, torch.zeros_like(matrix)
+    for block in range(16, -1, -4):
+        found = found @ fourth if block < 16 else found
+        for place, power in enumerate(powers):
+            share = 1 / math.factorial(block + place)
+            if power is None:
+                found = found + share * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            else:
+                found = found + share * power
+    return found
 
 
 class Orthogonal(_MatrixGroup):

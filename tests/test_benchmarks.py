@@ -234,6 +234,7 @@ def test_teleporters_page_has_every_teleporter_and_ratio(tmp_path: Path, monkeyp
     rows = {row["teleporter"]: row for row in report["gains"]["leaky_mlp"]}
     assert rows.keys() == teleporters.TELEPORTERS.keys()
     assert all(name in page for name in rows)
+    assert f"{max(row['ratios']['ascent']['median'] for row in report['prices']):.2f} for the ascent" in page
     assert rows["none"]["loss_ratio"] == 1
     assert rows["none"]["evaluations"] == 0
     assert rows["gradient norm, ascent"]["gradient_norm"] > 1

@@ -129,6 +129,19 @@ def test_exponential_and_inverse_have_right_derivatives(group: mt.Group) -> None
     assert torch.autograd.gradgradcheck(group.exp, generator)
 
 
+@pytest.mark.parametrize("size", [0.3, 0.6, 0.99, 1.5])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_step_is_the_exponential_where_it_is_not_short(size: float, shape: tuple[int, ...]) -> None:
+    group = mt.GeneralLinear(6)
+    element, step = (group.random_generator(*shape, size=size, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    # In one direction alone the powers of a generator are largest.
+    straight = size * torch.diag(torch.eye(6, dtype=torch.float64)[0]).expand_as(step)
+    for each in (step, straight):
+        found, exact = group.retract(element, each), group.exp(each) @ element
+        error = float((found - exact).abs().max() / exact.abs().max())
+        assert error < 1e-15 if size > 0.5 else 1e-3 < error < size**2
+
+
 @each_group
 @each_batch
 def test_condition_numbers(group: mt.Group, batch: tuple[int, ...]) -> None:
@@ -146,6 +159,20 @@ def test_condition_is_infinite_where_an_element_is_lost_and_only_there(group: mt
     found = group.condition(torch.stack([*bad, good.clone()]))
     assert found[:3].isinf().all()
     assert found[3] == 1
+    assert group.conditioned(torch.stack([*bad, good.clone()]), 1e30).tolist() == [False, False, False, True]
+
+
+@each_group
+def test_a_bound_on_the_condition_number_decides_as_the_number_does(group: mt.Group) -> None:
+    """With bounds right below and above the number, far from it, and beyond what the dtype resolves."""
+    for size in (0.1, 2.0, 20.0):
+        element = group.random(4, size=size, seed=11, dtype=torch.float64)
+        number = group.condition(element)
+        assert group.conditioned(element, float("inf")).all()
+        for one in range(4):
+            for factor in (0.5, 1 - 1e-6, 1 + 1e-6, 2.0, 1e3, 1e9):
+                bound = float(number[one]) * factor
+                assert torch.equal(group.conditioned(element, bound), number <= bound)
 
 
 def test_equality_is_of_kind_and_size() -> None:

@@ -881,10 +881,6 @@ def test_bad_input_is_named() -> None:
         wrap(problem, symmetries=[])
     with pytest.raises(TypeError, match=r"torch.optim optimizer, not a Sequential"):
         wrap(problem, problem.model)
-    with pytest.raises(
-        ValueError, match=r"LevelSetTeleporter evaluates the loss at other weights.*metateleport\.teleport"
-    ):
-        wrap(problem, teleporter=mt.LevelSetTeleporter())
     with pytest.raises(TypeError, match=r"a metateleport.Teleporter, not a str"):
         wrap(problem, teleporter="random")
     wide = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))

@@ -256,7 +256,7 @@ def test_a_run_is_that_of_a_plain_loop() -> None:
     with torch.no_grad():
         assert course.training[-1] == float(task.loss(task.model(*inputs), *targets))
     assert course.evaluations == [0, 3, 6]
-    assert (course.moved, course.refused, course.signatures, course.growth) == (0, 0, {}, 1.0)
+    assert (course.moved, course.refused, course.failures, course.growth) == (0, 0, {}, 1.0)
     assert (course.size, course.jump) == (0.0, 1.0)
 
 
@@ -294,13 +294,13 @@ def test_a_run_that_diverges_stops_and_stands_at_the_largest_number() -> None:
     assert course.evaluations == [0, 3, 3]
 
 
-def test_refused_teleports_and_signs_of_failure_are_counted() -> None:
+def test_refused_teleports_and_failures_are_counted() -> None:
     refusing = mt.TrustRegion(max_size=0.1)
     for symmetries in (rescalings, batch_pairs):
         method = Method(lambda seed: mt.RandomTeleporter(1.0, seed, trust_region=refusing), symmetries, mt.Every(2))
         course = run(0.1, method)
         assert (course.moved, course.refused) == (0, 3)
-        assert course.signatures == {"unstable element": 3}
+        assert course.failures == {"unstable element": 3}
         method = dataclasses.replace(method, teleporter=lambda seed: mt.RandomTeleporter(0.1, seed))
         course = run(0.1, method)
         assert (course.moved, course.refused) == (3, 0)

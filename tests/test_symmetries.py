@@ -295,6 +295,38 @@ def test_without_a_backward_pass_to_rebuild_gradients_are_stale(case: Case) -> N
     assert nothing.stale == set(full.gradients)
 
 
+@every_case
+def test_an_action_at_a_point_is_the_action(case: Case) -> None:
+    """Every element of it, and its gradients where nothing else is asked for."""
+    point = case.problem().point()
+    for symmetry in case.problem().symmetries:
+        act, gradients_of = symmetry.action_at(point), symmetry.action_at(point, gradients_only=True)
+        for seed in (0, 1):
+            element = elements(symmetry, seed=seed)
+            expected, found, bare = symmetry.act(element, point), act(element), gradients_of(element)
+            assert_close(found.parameters, expected.parameters, 1e-12)
+            for mine in (found, bare):
+                assert mine.stale == expected.stale
+                assert_close(mine.gradients, expected.gradients, 1e-12)
+                assert_close(mine.cotangents, expected.cotangents, 1e-12)
+            # What is left out is not what it was before: reading it fails.
+            for name in bare.parameters:
+                assert relative(bare.parameters[name], expected.parameters[name]) < 1e-12
+
+
+@pytest.mark.parametrize("power", [0.5, 0.7, 0.74, 0.76, 0.8, 0.95])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_rank_is_full_as_long_as_a_quarter_of_the_digits_is_left(power: float, dtype: torch.dtype) -> None:
+    """In the ratio of the singular values, near the limit too, where a bound on it would not tell."""
+    rows, eps = 4, torch.finfo(dtype).eps
+    left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0] for size in (rows, 6))
+    inputs = (left * torch.logspace(0, 1, rows, base=eps**power, dtype=torch.float64)) @ right[:rows]
+    problem = case("2022 form").problem()
+    (symmetry,) = problem.symmetries
+    point = mt.Point(problem.point().parameters, activations={"0": inputs.to(dtype)})
+    assert bool(symmetry.holds(point)) is (power < 0.75)
+
+
 def test_conditions_of_the_batch_forms() -> None:
     for name, width in (("2022 form", 6), ("2024 form", 7)):
         build = case(name)

@@ -65,25 +65,29 @@ def test_no_gain_is_named() -> None:
     report = mt.teleport(problem.model, teleporter, problem.inputs, problem.loss_of, problem.symmetries)
     assert report.accepted
     assert report.gain < 0
-    assert report.failures == ("no gain",)
+    assert list(report.failures) == ["no gain"]
+    assert f"changed by {report.gain:.1e}" in report.failures["no gain"]
 
 
 def test_instability_and_drift_are_named() -> None:
     problem = case("linear pair").problem()
-    for region, name in (
-        (mt.TrustRegion(max_size=0.1), "element too large"),
-        (mt.TrustRegion(max_condition=1.001), "element ill-conditioned"),
+    for region, seen in (
+        (mt.TrustRegion(max_size=0.1), "larger than 0.1"),
+        (mt.TrustRegion(max_condition=1.001), "condition number is above 1.0e+00"),
     ):
         report = mt.teleport(
             problem.model, mt.RandomTeleporter(1.0, 0, trust_region=region), problem.inputs, None, problem.symmetries
         )
-        assert report.failures == (name,)
+        assert list(report.failures) == ["unstable element"]
+        assert seen in report.failures["unstable element"]
         assert not report.accepted
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     claimed = [mt.Rescaling(model, "0", "2")]
     report = mt.teleport(model, mt.RandomTeleporter(seed=0), torch.randn(6, 3).double(), None, claimed)
-    assert report.failures == ("drift beyond bound",)
+    assert list(report.failures) == ["unstable element"]
+    assert report.failures["unstable element"] == report.reason
+    assert "the outputs would change by" in report.reason
 
 
 def test_a_worse_held_out_loss_is_named() -> None:
@@ -96,10 +100,11 @@ def test_a_worse_held_out_loss_is_named() -> None:
     # Exact on its batch only.
     assert report.drift < 1e-9
     assert report.held_out_drift > 1e-3
-    assert ("worse held-out loss" in report.failures) == (report.held_out_after > report.held_out_before)
-    assert failures_of([], held_out=(1.0, 2.0)) == ("worse held-out loss",)
-    assert failures_of([], held_out=(1.0, math.nan)) == ("worse held-out loss",)
-    assert failures_of([], held_out=(1.0, 0.5)) == ()
+    assert ("worse held-out loss" in report.failures) == (report.held_out_after > 1.001 * report.held_out_before)
+    for after, seen in ((2.0, "2 right after it, 1 before"), (math.nan, "nan right after it, 1 before")):
+        assert failures_of([], held_out=(1.0, after)) == {"worse held-out loss": seen}
+    for before, after in ((1.0, 0.5), (1.0, 1.0005), (math.nan, 2.0)):
+        assert failures_of([], held_out=(before, after)) == {}
 
 
 @pytest.mark.parametrize(

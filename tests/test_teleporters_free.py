@@ -29,7 +29,7 @@ def test_null_space_steps_are_seen_by_no_layer_and_raise_the_gradient() -> None:
     report = mt.teleport(model, mt.NullSpaceTeleporter(steps=5), x, lambda out: (out - y).square().sum())
     assert relative(model(x).detach(), outputs) < 1e-12
     assert report.gradient_norm_after > 1.05 * report.gradient_norm_before
-    assert report.failures == ()
+    assert report.failures == {}
     h = x
     for name in ("0", "2", "4"):
         step = dict(model.named_parameters())[f"{name}.weight"].detach() - before[f"{name}.weight"]
@@ -62,7 +62,7 @@ def test_without_room_the_null_space_stays_and_says_so() -> None:
     x = torch.randn(50, 8).double()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     report = mt.teleport(model, mt.NullSpaceTeleporter(), x, lambda out: out.square().sum())
-    assert report.failures == ("no gain",)
+    assert list(report.failures) == ["no gain"]
     assert report.size == 0
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
@@ -116,14 +116,14 @@ def test_what_is_refused_stays_bit_for_bit_and_is_named() -> None:
     start = stacked.point_at(stacked.tensors(), batch)
     small = mt.NullSpaceTeleporter(trust_region=mt.TrustRegion(max_size=1e-9))
     arrived, (move,), _ = travel(small, start, ())
-    assert move.failures == ("element too large",)
+    assert move.failures == {"unstable element": "the displacement is larger than 1e-09"}
     assert bool(move.refused.all())
     assert all(torch.equal(arrived.parameters[name], value) for name, value in start.parameters.items())
     loose = mt.LevelSetTeleporter(
         steps=2, step_size=2.0, line_search=False, projections=0, trust_region=mt.TrustRegion(1e9, None, 1e-6)
     )
     arrived, (move,), _ = travel(loose, start, ())
-    assert "drift beyond bound" in move.failures
+    assert "the loss would change by" in move.failures["unstable element"]
     allowed = torch.tensor([True, False, True])
     arrived, (move,), _ = travel(mt.NullSpaceTeleporter(), start, (), allowed=allowed)
     assert move.refused.tolist() == [False, True, False]

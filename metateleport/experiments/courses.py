@@ -35,7 +35,7 @@ class Course:
         seconds: of processor time spent in steps and teleports, so that a busy machine tells the same.
         moved: number of teleports that moved the weights.
         refused: number that were refused.
-        signatures: how often each sign of failure was seen.
+        failures: how often each failure of a teleport was seen.
         growth: of the gradient norm in a teleport, on its minibatch; geometric mean.
         size: of a teleport, the mean norm of the generators; of one without generators that of the displacement.
         jump: of the held-out loss in a teleport, geometric mean of after over before.
@@ -47,7 +47,7 @@ class Course:
     seconds: list[float]
     moved: int
     refused: int
-    signatures: dict[str, int]
+    failures: dict[str, int]
     growth: float
     size: float
     jump: float
@@ -97,7 +97,7 @@ def _follow(run: _Run, training: Batch, batches: Sequence[Batch], checkpoints: S
         seconds=seen.seconds + seen.seconds[-1:] * missing,
         moved=len(moved),
         refused=sum(not report.accepted for report in run.reports),
-        signatures=dict(Counter(name for report in run.reports for name in (*report.signatures, *report.failures))),
+        failures=dict(Counter(name for report in run.reports for name in report.failures)),
         growth=_mean_ratio([(each.gradient_norm_before, each.gradient_norm_after) for each in moved]),
         size=sum(report.size for report in moved) / len(moved) if moved else 0.0,
         jump=_mean_ratio([(each.held_out_before, each.held_out_after) for each in moved]),

@@ -175,13 +175,13 @@ def _columns(courses: Sequence[Course]) -> dict[str, Any]:
     found = {
         field.name: _rounded([getattr(each, field.name) for each in courses])
         for field in dataclasses.fields(Course)
-        if field.name != "signatures"
+        if field.name != "failures"
     }
-    signs = sorted({name for each in courses for name in each.signatures})
+    failures = sorted({name for each in courses for name in each.failures})
     return {
         **found,
         "seconds": _rounded(np.median(found["seconds"], axis=0).tolist()),
-        "signatures": {name: sum(each.signatures.get(name, 0) for each in courses) for name in signs},
+        "failures": {name: sum(each.failures.get(name, 0) for each in courses) for name in failures},
     }
 
 

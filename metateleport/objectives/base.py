@@ -31,6 +31,8 @@ class Objective(abc.ABC):
 
     reads_gradients: bool = True
     """Whether it reads the point's gradients, which then are carried to every point that is tried."""
+    reads_parameters: bool = True
+    """Whether it reads anything else of the point; where it does not, weights need not be computed at every trial."""
     needs_loss: bool = False
     """Whether it evaluates the loss elsewhere: then the point has to have a `loss_at`."""
 

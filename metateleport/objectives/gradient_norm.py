@@ -26,6 +26,8 @@ class SquaredGradientNorm(Objective):
     Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), equation 5.
     """
 
+    reads_parameters = False
+
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
         # Differentiating the rebuilt part of the backward pass costs twice the part itself.
         return 3 * symmetry.rebuild_cost(point)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -57,6 +57,8 @@ class Symmetry(abc.ABC):
     buffers: tuple[str, ...] = ()
     """Buffers that it moves too (running statistics); a point holds them among its parameters."""
     modules: tuple[str, ...] = ()
+    holds_by_element: bool = True
+    """Whether its condition may depend on the group element, and not on the point alone."""
     certificate: Certificate | None = None
     """What was measured of it, where it was found and not named by hand."""
 
@@ -89,6 +91,16 @@ class Symmetry(abc.ABC):
         Raises:
             KeyError: if the point lacks a parameter or an activation that the action needs.
         """
+
+    def action_at(self, point: Point, gradients_only: bool = False) -> Callable[[Tensor], Point]:
+        """`act` at one point, for many elements: what depends on the point alone is computed once.
+
+        Args:
+            point: where to start, as in `act`.
+            gradients_only: whether only the gradients will be read; parameters that they do not depend on may then be
+                missing from the points that it gives.
+        """
+        return lambda element: self.act(element, point)
 
     def holds(self, point: Point, element: Tensor | None = None) -> Tensor:
         """Whether the symmetry's condition is met on the point's batch, boolean `(*batch,)`; exact ones always.

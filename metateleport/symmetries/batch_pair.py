@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from metateleport.groups import GeneralLinear
 from metateleport.point import Point
+from metateleport.symmetries._rows import has_full_rank, least_norm_over
 from metateleport.symmetries.activations import inverse_of, slope
 from metateleport.symmetries.base import Carried, Pair, Unsuitable
 
@@ -35,7 +35,14 @@ class _BatchPair(Pair):
         self.activation: nn.Module = copied
 
     def holds(self, point: Point, element: Tensor | None = None) -> Tensor:
-        return _has_full_rank(self._solved_for(point, element))
+        return has_full_rank(self._solved_for(point, element))
+
+    def act(self, element: Tensor, point: Point) -> Point:
+        return self.action_at(point)(element)
+
+    def _stands_alone(self, point: Point) -> bool:
+        """Whether the point knows of no other gradient and no other cotangent than those of the two layers."""
+        return point.gradients.keys() <= set(self.parameters) and point.cotangents.keys() <= {self.first, self.second}
 
     @abc.abstractmethod
     def _solved_for(self, point: Point, element: Tensor | None) -> Tensor:
@@ -60,24 +67,38 @@ class _BatchPair(Pair):
         z = point.activations[self.first] @ point.parameters[self.first_weight].mT
         return z if self.first_bias is None else z + point.parameters[self.first_bias].unsqueeze(-2)
 
-    def _rebuild(self, point: Point, parameters: dict[str, Tensor], before: Tensor, features: Tensor) -> Point:
+    def _rebuild(
+        self,
+        point: Point,
+        parameters: dict[str, Tensor],
+        before: Tensor,
+        features: Tensor,
+        on_second: Tensor | None,
+        on_features: Tensor | None,
+    ) -> Point:
         """The point at `parameters`, with the part of the backward pass below U's output made anew.
 
         The outputs of U are unchanged, so the cotangent on them is known and nothing above has to be seen again.
+
+        Args:
+            point: where the element acted.
+            parameters: those that moved.
+            before: the pre-activations of V there, `(*batch, samples, width)`.
+            features: the inputs of U there.
+            on_second: the gradient of U there; None where the cotangent on its outputs is not known.
+            on_features: the cotangent on the features there; None where the point knows none below.
         """
         activations = {self.second: features}
-        if self.second not in point.cotangents:
+        if on_second is None:
             stale = point.stale | point.gradients.keys()
             return point.update(parameters, activations=activations, stale=frozenset(stale))
-        above = point.cotangents[self.second]
-        if self.first not in point.cotangents:
+        if on_features is None:
             # The point has let go of everything below U: only U's gradient is made.
             stale = (point.stale | point.gradients.keys()) - {self.second_weight}
-            gradients = {self.second_weight: above.mT @ features}
-            return point.update(parameters, gradients, {self.second: features}, stale=frozenset(stale))
-        below = (above @ parameters[self.second_weight]) * slope(self.activation, before)
+            return point.update(parameters, {self.second_weight: on_second}, activations, stale=frozenset(stale))
+        below = on_features * slope(self.activation, before)
         gradients = {
-            self.second_weight: above.mT @ features,
+            self.second_weight: on_second,
             self.first_weight: below.mT @ point.activations[self.first],
         }
         if self.first_bias is not None:
@@ -85,6 +106,8 @@ class _BatchPair(Pair):
         cotangents = {self.first: below}
         others = point.gradients.keys() - gradients.keys()
         stale = point.stale - gradients.keys()
+        if self._stands_alone(point):
+            return point.update(parameters, gradients, activations, cotangents, stale)
         if point.pullback is not None:
             lower, lower_cotangents = point.pullback(self.first, below @ parameters[self.first_weight])
             gradients.update(lower)
@@ -152,6 +175,7 @@ class BatchPair2022(_BatchPair):
     """
 
     kind = "batch pair, 2022 form"
+    holds_by_element = False
 
     def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module) -> None:
         super().__init__(model, first, second, activation)
@@ -163,16 +187,39 @@ class BatchPair2022(_BatchPair):
     def _solved_for(self, point: Point, element: Tensor | None) -> Tensor:
         return point.activations[self.first]
 
-    def act(self, element: Tensor, point: Point) -> Point:
-        before = self._before(point)
-        features = self.activation(before) @ element.mT
-        moved = self._inverse(features)
-        shift = _least_norm(point.activations[self.first], moved - before)
-        parameters = {
-            self.first_weight: point.parameters[self.first_weight] + shift.mT,
-            self.second_weight: point.parameters[self.second_weight] @ self.group.inverse(element),
-        }
-        return self._rebuild(point, parameters, moved, features)
+    def action_at(self, point: Point, gradients_only: bool = False) -> Callable[[Tensor], Point]:
+        before, second = self._before(point), point.parameters[self.second_weight]
+        features = self.activation(before)
+        # Without layers below, the gradients do not depend on the new weights.
+        weightless = gradients_only and self._stands_alone(point)
+        if weightless:
+            others = {name: value for name, value in point.parameters.items() if name not in self.parameters}
+            start, least_norm = point.replace(parameters=others), None
+        else:
+            start, least_norm = point, least_norm_over(point.activations[self.first])
+        # U and its inputs move linearly, so what the backward pass says of them is a covector.
+        above = point.cotangents.get(self.second)
+        on_second = None if above is None else above.mT @ features
+        on_features = None if above is None or self.first not in point.cotangents else above @ second
+
+        def act(element: Tensor) -> Point:
+            inverse = self.group.inverse(element)
+            moved_features = features @ element.mT
+            moved = self._inverse(moved_features)
+            parameters = {}
+            if least_norm is not None:
+                parameters[self.first_weight] = point.parameters[self.first_weight] + least_norm(moved - before).mT
+                parameters[self.second_weight] = second @ inverse
+            return self._rebuild(
+                start,
+                parameters,
+                moved,
+                moved_features,
+                None if on_second is None else on_second @ element.mT,
+                None if on_features is None else on_features @ inverse,
+            )
+
+        return act
 
     def _carry(self, element: Tensor, inverse: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # U moves linearly; what stands for V and b has no image under a linear map and stays.
@@ -219,20 +266,33 @@ class BatchPair2024(_BatchPair):
         before = self._before(point)
         return self.activation(before if element is None else before @ element.mT)
 
-    def act(self, element: Tensor, point: Point) -> Point:
-        before = self._before(point)
-        moved = before @ element.mT
-        features, old = self.activation(moved), self.activation(before)
-        second = point.parameters[self.second_weight]
-        shift = _least_norm(features, (old - features) @ second.mT)
-        parameters = {
-            self.first_weight: element @ point.parameters[self.first_weight],
-            self.second_weight: second + shift.mT,
-        }
-        if self.first_bias is not None:
-            bias = point.parameters[self.first_bias]
-            parameters[self.first_bias] = (element @ bias.unsqueeze(-1)).squeeze(-1)
-        return self._rebuild(point, parameters, moved, features)
+    def action_at(self, point: Point, gradients_only: bool = False) -> Callable[[Tensor], Point]:
+        before, second = self._before(point), point.parameters[self.second_weight]
+        old = self.activation(before)
+        above = point.cotangents.get(self.second)
+        reaches_below = self.first in point.cotangents
+
+        def act(element: Tensor) -> Point:
+            moved = before @ element.mT
+            features = self.activation(moved)
+            shift = least_norm_over(features)((old - features) @ second.mT)
+            parameters = {
+                self.first_weight: element @ point.parameters[self.first_weight],
+                self.second_weight: second + shift.mT,
+            }
+            if self.first_bias is not None:
+                bias = point.parameters[self.first_bias]
+                parameters[self.first_bias] = (element @ bias.unsqueeze(-1)).squeeze(-1)
+            return self._rebuild(
+                point,
+                parameters,
+                moved,
+                features,
+                None if above is None else above.mT @ features,
+                above @ parameters[self.second_weight] if above is not None and reaches_below else None,
+            )
+
+        return act
 
     def _carry(self, element: Tensor, inverse: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # V and b move linearly; what stands for U has no image under a linear map and stays.
@@ -242,38 +302,3 @@ class BatchPair2024(_BatchPair):
         if self.first_bias is not None and self.first_bias in carried:
             carried[self.first_bias] = (inverse.mT @ carried[self.first_bias].unsqueeze(-1)).squeeze(-1)
         return carried
-
-
-def _has_full_rank(rows: Tensor) -> Tensor:
-    """Whether there are at most as many rows as columns and all of them independent, `(*batch,)`."""
-    if rows.shape[-2] > rows.shape[-1]:
-        return torch.zeros(rows.shape[:-2], dtype=torch.bool, device=rows.device)
-    # The singular value decomposition raises on what is not finite, and spoils the whole batch.
-    singular = torch.linalg.svdvals(torch.where(_finite(rows), rows, 0.0).detach())
-    tolerance = torch.finfo(rows.dtype).eps ** 0.75
-    return singular[..., -1] > tolerance * singular[..., 0]
-
-
-def _least_norm(rows: Tensor, target: Tensor) -> Tensor:
-    """The smallest X with `rows X = target`, for rows that are independent: `rows^+ target`.
-
-    Through a QR decomposition of the transpose: half of the digits that the normal equations would lose are kept,
-    and unlike a pseudo-inverse it costs no singular value decomposition. Where the rows are dependent, so that there
-    is no such X, the answer is zero: finite, as are its derivatives, so that one task spoils no other of its batch.
-    """
-    if rows.shape[-2] > rows.shape[-1]:
-        return torch.linalg.pinv(torch.where(_finite(rows), rows, 0.0)) @ target
-    q, r = torch.linalg.qr(rows.mT)
-    diagonal = torch.diagonal(r.detach(), dim1=-2, dim2=-1).abs()
-    usable = diagonal.amin(-1) > torch.finfo(rows.dtype).eps * diagonal.amax(-1)
-    if not bool(usable.all()):
-        usable = usable.unsqueeze(-1).unsqueeze(-1)
-        eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
-        q, r = torch.linalg.qr(torch.where(usable, rows, eye).mT)
-        target = torch.where(usable, target, 0.0)
-    return q @ torch.linalg.solve_triangular(r.mT, target, upper=False)
-
-
-def _finite(matrices: Tensor) -> Tensor:
-    """Whether all entries of each matrix are finite, `(*batch, 1, 1)`."""
-    return matrices.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)

@@ -1,6 +1,7 @@
 """Teleporters: ways to choose the group element, hand-designed ones here, the learned one in `learned`."""
 
-from metateleport.teleporters.base import FAILURES, Move, Teleporter, TrustRegion, travel
+from metateleport.teleporters.base import Move, Teleporter, TrustRegion, travel
+from metateleport.teleporters.failures import FAILURES
 from metateleport.teleporters.free import FreeTeleporter
 from metateleport.teleporters.gradient_ascent import GradientAscentTeleporter
 from metateleport.teleporters.level_set import LevelSetTeleporter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,18 +12,9 @@ from torch import Tensor, nn
 from metateleport.groups import Group
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
+from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, add_failure
 
-__all__ = ["FAILURES", "Chosen", "Move", "Teleporter", "TrustRegion", "travel"]
-
-FAILURES = (
-    "no gain",
-    "element not finite",
-    "element too large",
-    "element ill-conditioned",
-    "drift beyond bound",
-    "worse held-out loss",
-)
-"""What can go wrong with a teleport, by name: a report lists those that did."""
+__all__ = ["Chosen", "Move", "Teleporter", "TrustRegion", "travel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +59,7 @@ class Move:
         evaluations: gradient evaluations that the teleporter and the rebuilding of gradients cost.
         reason: why it was refused, where it was; empty otherwise.
         gain: relative change of what the teleporter seeks, positive where it went its way; None if it seeks nothing.
-        failures: which of `FAILURES` were seen, in any task.
+        failures: what was seen of each of `metateleport.teleporters.FAILURES`, in any task, by name.
     """
 
     symmetry: Symmetry
@@ -78,12 +69,7 @@ class Move:
     evaluations: Tensor
     reason: str = ""
     gain: Tensor | None = None
-    failures: tuple[str, ...] = ()
-
-    @property
-    def unstable(self) -> bool:
-        """Whether an element was refused for what it is: not finite, too large or ill-conditioned."""
-        return any(failure.startswith("element") for failure in self.failures)
+    failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Teleporter:
@@ -210,24 +196,21 @@ def _carry_out(
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
     element = _element_where(allowed & holds & finite & within, group, proposed)
-    conditioned = group.condition(element.detach()) <= region.condition_for(element.dtype)
-    lawful = symmetry.holds(start, element.detach()) if symmetry.exactness == "batch-exact" else holds
+    conditioned = group.conditioned(element.detach(), region.condition_for(element.dtype))
+    lawful = symmetry.holds(start, element.detach()) if symmetry.holds_by_element else holds
     accepted = allowed & holds & finite & within & conditioned & lawful
     moved = accepted & (size > 0)
     refusals = [
-        ("moving was not allowed", ~allowed, ""),
-        (f"the condition of the {symmetry.kind} does not hold on this batch", ~holds | ~lawful, ""),
-        ("the proposed generator is not finite", ~finite, "element not finite"),
-        (f"the generator is larger than {region.max_size:g}", finite & ~within, "element too large"),
-        (
-            f"the element's condition number is above {region.condition_for(element.dtype):.1e}",
-            ~conditioned,
-            "element ill-conditioned",
-        ),
+        ("moving was not allowed", ~allowed),
+        (f"the condition of the {symmetry.kind} does not hold on this batch", ~holds | ~lawful),
     ]
-    seen = [(text, failure) for text, where, failure in refusals if bool(where.any())]
-    reason = "; ".join(text for text, _ in seen)
-    failures = tuple(failure for _, failure in seen if failure)
+    unstable = [
+        ("the proposed generator is not finite", ~finite),
+        (f"the generator is larger than {region.max_size:g}", finite & ~within),
+        (f"the element's condition number is above {region.condition_for(element.dtype):.1e}", ~conditioned),
+    ]
+    reason = reasons(refusals + unstable)
+    failures = add_failure({}, UNSTABLE, reasons(unstable))
     choosing = teleporter.evaluations(symmetry, start)
     cost = moved.to(size.dtype) * symmetry.rebuild_cost(start) + choosing
     zero = torch.zeros_like(size)
@@ -240,9 +223,20 @@ def _carry_out(
     if not bool(moved.all()):
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
     gain = teleporter.gain(start, arrived)
-    if gain is not None and bool((moved & ~(gain > 0)).any()):
-        failures = (*failures, "no gain")
+    if gain is not None:
+        failures = add_failure(failures, NO_GAIN, gainless(gain, moved))
     return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, gain, failures)
+
+
+def reasons(refusals: Sequence[tuple[str, Tensor]]) -> str:
+    """The texts of those that occurred in any task; `where` is boolean `(*batch,)`."""
+    return "; ".join(text for text, where in refusals if bool(where.any()))
+
+
+def gainless(gain: Tensor, where: Tensor) -> str:
+    """That what was sought did not grow in some of the tasks named, in words; empty if it grew in all of them."""
+    lost = where & ~(gain > 0)
+    return f"what was sought changed by {float(gain[lost].min()):.1e}, relatively" if bool(lost.any()) else ""
 
 
 def _element_where(mask: Tensor, group: Group, proposed: Tensor | Chosen) -> Tensor:

@@ -15,7 +15,8 @@ from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.symmetries.base import Carried
 from metateleport.symmetries.translation import Translation
-from metateleport.teleporters.base import Move, Teleporter
+from metateleport.teleporters.base import Move, Teleporter, gainless, reasons
+from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, add_failure
 
 __all__ = ["Displaced", "Displacement", "FreeTeleporter", "gradients_at"]
 
@@ -123,13 +124,11 @@ class FreeTeleporter(Teleporter):
         allowed = torch.ones_like(finite) if allowed is None else allowed
         moved = allowed & finite & within & kept & (size > 0)
         refusals = [
-            ("moving was not allowed", ~allowed, ""),
-            ("the proposed weights or their gradient are not finite", ~finite, "element not finite"),
-            (f"the displacement is larger than {region.max_size:g}", finite & ~within, "element too large"),
-            (f"the loss would change by more than {region.max_drift:g}", finite & ~kept, "drift beyond bound"),
+            ("the proposed weights or their gradient are not finite", ~finite),
+            (f"the displacement is larger than {region.max_size:g}", finite & ~within),
+            (f"the loss would change by more than {region.max_drift:g}", finite & ~kept),
         ]
-        seen = [(text, failure) for text, where, failure in refusals if bool(where.any())]
-        failures = tuple(failure for _, failure in seen if failure)
+        failures = add_failure({}, UNSTABLE, reasons(refusals))
         element = torch.where(moved.unsqueeze(-1), step, 0.0)
         stays = allowed & finite & (size == 0)
         arrived, gain = point, torch.zeros_like(size) if bool(stays.any()) else None
@@ -141,15 +140,15 @@ class FreeTeleporter(Teleporter):
             if not bool(moved.all()):
                 arrived = arrived.choose(moved, start)
             gain = self.gain(start, arrived)
-        if gain is not None and bool(((moved | stays) & ~(gain > 0)).any()):
-            failures = (*failures, "no gain")
+        if gain is not None:
+            failures = add_failure(failures, NO_GAIN, gainless(gain, moved | stays))
         move = Move(
             symmetry=found.symmetry,
             element=element,
             size=torch.where(moved, size, 0.0),
             refused=~moved & ((size > 0) | ~finite | ~allowed),
             evaluations=found.evaluations,
-            reason="; ".join(text for text, _ in seen),
+            reason=reasons([("moving was not allowed", ~allowed), *refusals]),
             gain=gain,
             failures=failures,
         )

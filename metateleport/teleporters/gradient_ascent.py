@@ -90,5 +90,6 @@ class GradientAscentTeleporter(Teleporter):
         like = no_motion(symmetry, point)
         batch = like.shape[: like.ndim - len(symmetry.group.shape)]
         one = symmetry.group.identity(*batch, dtype=like.dtype, device=like.device)
-        evaluate = differentiated(symmetry.group, lambda element: self.objective(symmetry.act(element, fixed)))
+        act = symmetry.action_at(fixed, gradients_only=not self.objective.reads_parameters)
+        evaluate = differentiated(symmetry.group, lambda element: self.objective(act(element)))
         return Chosen(*self.ascent.run(symmetry.group, one, evaluate)), state

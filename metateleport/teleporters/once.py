@@ -31,6 +31,7 @@ __all__ = [
     "gradient_norm",
     "half_squared_norm",
     "moved_names",
+    "now",
     "relative_change",
     "split_inputs",
     "summary_of",
@@ -99,10 +100,10 @@ def teleport(
     if point.loss_at is not None:
         point = point.replace(loss_at=_drawing_the_same(model, point.loss_at))
     device = next(model.parameters()).device
-    began = _now(device)
+    began = now(device)
     with torch.no_grad():
         arrived, moves, _ = travel(teleporter, point, symmetries)
-    seconds = _now(device) - began
+    seconds = now(device) - began
     size, sizes, reason, evaluations = summary_of(moves)
     with _same_draws(model):
         after = _evaluate(model, arrived, positional, keywords)
@@ -110,8 +111,8 @@ def teleport(
     drift = relative_change(kept, changed)  # type: ignore[arg-type]
     bound = teleporter.trust_region.max_drift
     moved = drift <= bound and size > 0
-    if not drift <= bound:
-        reason = f"the {teleporter.keeps} would change by {drift:.1e}, more than {bound:g}"
+    broken = "" if drift <= bound else f"the {teleporter.keeps} would change by {drift:.1e}, more than {bound:g}"
+    reason = broken or reason
     here = arrived if moved else point
     before_after, held_out_drift = (_NAN, _NAN), _NAN
     if held_out is not None:
@@ -137,7 +138,7 @@ def teleport(
         held_out_before=before_after[0],
         held_out_after=before_after[1],
         held_out_drift=held_out_drift,
-        failures=failures_of(moves, drift, bound, (0, 0) if held_out is None else before_after),
+        failures=failures_of(moves, drift, broken, torch.finfo(outputs.dtype).eps, before_after),
     )
 
 
@@ -160,7 +161,8 @@ def _drawing_the_same(
     return evaluate
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Wall seconds, once the device is through with what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters.base import FAILURES, Move
+from metateleport.teleporters.base import Move
+from metateleport.teleporters.failures import (
+    FAILURES,
+    NO_GAIN,
+    UNSTABLE,
+    WORSE_HELD_OUT,
+    add_failure,
+    held_out_failure,
+)
 
 __all__ = [
     "TeleportReport",
@@ -37,7 +45,8 @@ class TeleportReport:
         reason: why it was refused, wholly or for some symmetries; empty otherwise.
         loss_before: loss before the teleport; NaN where no loss was seen.
         loss_after: loss after it; NaN where no loss was seen.
-        drift: relative change of the model's outputs on the inputs, in the Frobenius norm.
+        drift: relative change of what the teleporter keeps: the model's outputs on the inputs, in the Frobenius norm,
+            or the loss.
         gradient_norm_before: norm of the gradient before; NaN where there was none.
         gradient_norm_after: norm of the gradient after; NaN where there was none.
         size: Frobenius norm of the generators of all symmetries together.
@@ -47,14 +56,14 @@ class TeleportReport:
         state: how the optimizer's state came along, one of `transport`, `keep`, `reset`, `approximate`; empty
             without an optimizer.
         state_entries: what became of each entry of the optimizer's state: `exact`, `approximate`, `kept` or `reset`.
-        signatures: signs of failure that an optimizer saw, at once or in later steps, by name, each with what was seen.
         seconds: wall time of choosing and moving; NaN where it was not taken.
         gain: relative change of what the teleporter seeks, summed over its moves, positive where it went its way; NaN
             where it seeks nothing.
         held_out_before: loss on held-out data before; NaN where there was none.
         held_out_after: loss on held-out data after.
         held_out_drift: relative change of the outputs on held-out data.
-        failures: which of `metateleport.teleporters.FAILURES` were seen.
+        failures: those of `metateleport.teleporters.FAILURES` that were seen, each with what was seen: at once, or by
+            an optimizer in later steps.
     """
 
     teleporter: str
@@ -71,13 +80,12 @@ class TeleportReport:
     evaluations: float
     state: str = ""
     state_entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    signatures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = _NAN
     gain: float = _NAN
     held_out_before: float = _NAN
     held_out_after: float = _NAN
     held_out_drift: float = _NAN
-    failures: tuple[str, ...] = ()
+    failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
@@ -103,28 +111,41 @@ def gain_of(moves: Sequence[Move]) -> float:
 
 
 def failures_of(
-    moves: Sequence[Move], drift: float = 0.0, max_drift: float = float("inf"), held_out: tuple[float, float] = (0, 0)
-) -> tuple[str, ...]:
-    """Names of what went wrong with a teleport, in the order of `FAILURES`.
+    moves: Sequence[Move],
+    drift: float = 0.0,
+    broken: str = "",
+    eps: float = 0.0,
+    held_out: tuple[float, float] = (_NAN, _NAN),
+) -> dict[str, str]:
+    """What can be seen at once of a single model's failed teleport, by name, in the order of `FAILURES`.
 
     Args:
-        moves: what it did.
+        moves: what it did, or would have done.
         drift: relative change of what it has to keep, of what was proposed.
-        max_drift: the bound on it.
+        broken: why its end was refused, where it was; empty otherwise.
+        eps: spacing of numbers that the drift is seen in; zero where it is not meant to be rounding alone.
         held_out: loss on held-out data before and after.
+
+    Example:
+        >>> failures_of([], held_out=(1.0, 2.0))
+        {'worse held-out loss': '2 right after it, 1 before'}
     """
-    seen = {name for move in moves for name in move.failures} - {"no gain"}
+    seen: dict[str, str] = {}
     # One symmetry may lose what another gains twice.
     gained = gain_of(moves)
     if not (gained > 0 or math.isnan(gained)):
-        seen.add("no gain")
-    if not drift <= max_drift:
-        seen.add("drift beyond bound")
-    # Less than what rounding does to an exact teleport is no worsening.
-    before, after = held_out
-    if math.isnan(after) or after - before > 1e-6 * abs(before):
-        seen.add("worse held-out loss")
-    return tuple(name for name in FAILURES if name in seen)
+        seen = add_failure(seen, NO_GAIN, f"what was sought changed by {gained:.1e}, relatively")
+    for text in dict.fromkeys(move.failures.get(UNSTABLE, "") for move in moves):
+        seen = add_failure(seen, UNSTABLE, text)
+    meant_to_hold = eps > 0 and all(move.symmetry.exactness != "approximate" for move in moves)
+    if broken:
+        seen = add_failure(seen, UNSTABLE, broken)
+    elif meant_to_hold and drift > math.sqrt(eps):
+        seen = add_failure(
+            seen, UNSTABLE, f"the outputs change by {drift:.1e}: more than half of their digits are lost"
+        )
+    seen = add_failure(seen, WORSE_HELD_OUT, held_out_failure(*held_out, "right after it"))
+    return {name: seen[name] for name in FAILURES if name in seen}
 
 
 def half_squared_norm(tensors: Mapping[str, Tensor], names: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""The signs by which a teleport has failed, looked for while training goes on."""
+"""Failures of a teleport that show only while training goes on."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_teleport import Consequences
-from metateleport.teleporters.base import Move
-from metateleport.teleporters.once import TeleportReport
+from metateleport.teleporters.failures import NO_GAIN, WORSE_HELD_OUT, add_failure, held_out_failure
+from metateleport.teleporters.report import TeleportReport
 
-__all__ = ["HELD_OUT", "NO_GAIN", "UNSTABLE", "Judge", "held_out_loss", "signatures_of", "slope"]
-
-NO_GAIN = "no gain"
-HELD_OUT = "worse held-out loss"
-UNSTABLE = "unstable element"
+__all__ = ["Judge", "held_out_loss", "slope"]
 
 # Fewer losses than this on one side of a teleport have no slope worth comparing.
 _FEWEST = 4
-# A held-out loss that rises by less is taken for rounding and for the drift that the report tells.
-_MARGIN = 1e-3
-# Nor is a rate of descent that grows by less than this a gain.
+# A rate of descent that grows by less than this is no gain.
 _LEAST_GAIN = 1e-6
 
 
@@ -70,39 +63,15 @@ class Judge:
         if not self.waiting:
             return report
         self.waiting = False
-        found = dict(report.signatures)
+        found = dict(report.failures)
         after = [float(loss) for loss in self._losses]
         if len(after) >= _FEWEST:
             before = [float(loss) for loss in self._before] + after[:1]
-            found |= _gain(before, after)
-        now = held_out() if HELD_OUT not in found else math.nan
-        if now > report.held_out_before + _MARGIN * abs(report.held_out_before):
-            found[HELD_OUT] = f"{now:.3g} {len(after)} steps after it, {report.held_out_before:.3g} before"
-        return dataclasses.replace(report, signatures=found)
-
-
-def signatures_of(
-    report: TeleportReport, moves: Sequence[Move], found: Consequences, outputs: Sequence[Tensor]
-) -> dict[str, str]:
-    """The signs that can be seen at once.
-
-    Args:
-        report: of the teleport.
-        moves: what each symmetry did, or would have done.
-        found: the consequences, of a refused teleport too.
-        outputs: the model's, whose spacing of numbers is the scale for their drift.
-    """
-    signs = {}
-    digits = max((torch.finfo(each.dtype).eps for each in outputs), default=0.0)
-    meant_to_hold = all(move.symmetry.exactness != "approximate" for move in moves)
-    if any(move.unstable for move in moves) or not found.finite:
-        signs[UNSTABLE] = report.reason
-    elif meant_to_hold and found.drift > math.sqrt(digits):
-        signs[UNSTABLE] = f"the outputs change by {found.drift:.1e}: more than half of their digits are lost"
-    before, after = report.held_out_before, report.held_out_after
-    if after > before + _MARGIN * abs(before):
-        signs[HELD_OUT] = f"{after:.3g} right after it, {before:.3g} before"
-    return signs
+            found = add_failure(found, NO_GAIN, _no_gain(before, after))
+        if WORSE_HELD_OUT not in found:
+            worse = held_out_failure(report.held_out_before, held_out(), f"{len(after)} steps after it")
+            found = add_failure(found, WORSE_HELD_OUT, worse)
+        return dataclasses.replace(report, failures=found)
 
 
 def held_out_loss(function: Callable[[], Any] | None, model: nn.Module) -> float:
@@ -132,16 +101,17 @@ def slope(values: Sequence[float]) -> float:
     )
 
 
-def _gain(before: Sequence[float], after: Sequence[float]) -> dict[str, str]:
+def _no_gain(before: Sequence[float], after: Sequence[float]) -> str:
+    """That the loss fell no faster after a teleport than before, in words; empty if it did."""
     steps, what, least = len(after) - 1, "loss", _LEAST_GAIN * max(abs(loss) for loss in after)
     if not all(math.isfinite(loss) for loss in after):
-        return {NO_GAIN: f"the loss was not finite within {steps} steps after it"}
+        return f"the loss was not finite within {steps} steps after it"
     # Linear convergence is a straight line in logs.
     if min(*before, *after) > 0:
         what, least = "log of the loss", _LEAST_GAIN
         before, after = [math.log(loss) for loss in before], [math.log(loss) for loss in after]
     if len(before) < _FEWEST or not all(math.isfinite(loss) for loss in before):
-        return {NO_GAIN: f"the loss did not fall in the {steps} steps after it"} if slope(after) > -least else {}
+        return f"the loss did not fall in the {steps} steps after it" if slope(after) > -least else ""
     if slope(after) < slope(before) - least:
-        return {}
-    return {NO_GAIN: f"the {what} changed by {slope(after):.2g} a step after it, by {slope(before):.2g} before"}
+        return ""
+    return f"the {what} changed by {slope(after):.2g} a step after it, by {slope(before):.2g} before"

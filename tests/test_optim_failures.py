@@ -1,4 +1,4 @@
-"""The signs by which a teleport has failed show in the optimizer's reports, and only then."""
+"""Failures of a teleport show in the optimizer's reports, and only then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from symmetry_cases import Problem, case
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport._optim_signatures import HELD_OUT, NO_GAIN, UNSTABLE, Judge, slope
+from metateleport._optim_failures import Judge, slope
+from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, WORSE_HELD_OUT
 
 
 class Pushing(mt.Teleporter):
@@ -58,13 +59,13 @@ def test_a_slower_descent_shows_once_the_window_is_over_and_a_faster_one_does_no
         optimizer = wrap(problem, teleporter)
         train(problem, optimizer, 22)
         assert report_of(optimizer).accepted
-        assert report_of(optimizer).signatures == {}
+        assert report_of(optimizer).failures == {}
         # The loss of the tenth step after the teleport is that from which the eleventh starts.
         train(problem, optimizer, 1)
-        assert (NO_GAIN in report_of(optimizer).signatures) is failed
+        assert (NO_GAIN in report_of(optimizer).failures) is failed
         if failed:
             assert report_of(optimizer).gradient_norm_after < report_of(optimizer).gradient_norm_before
-            assert "log of the loss changed by" in report_of(optimizer).signatures[NO_GAIN]
+            assert "log of the loss changed by" in report_of(optimizer).failures[NO_GAIN]
 
 
 def test_a_loss_that_is_no_longer_finite_is_no_gain() -> None:
@@ -72,7 +73,7 @@ def test_a_loss_that_is_no_longer_finite_is_no_gain() -> None:
     optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), schedule=mt.AtSteps([0]), window=5)
     train(problem, optimizer, 3)
     train(problem, optimizer, 3, lambda out: out.sum() * math.nan)
-    assert "was not finite" in report_of(optimizer).signatures[NO_GAIN]
+    assert "was not finite" in report_of(optimizer).failures[NO_GAIN]
 
 
 def test_at_the_first_step_a_loss_that_does_not_fall_is_no_gain() -> None:
@@ -80,7 +81,7 @@ def test_at_the_first_step_a_loss_that_does_not_fall_is_no_gain() -> None:
         problem = case("rescaling").problem()
         optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=lr, schedule=mt.AtSteps([0]), window=5)
         train(problem, optimizer, 6)
-        assert (NO_GAIN in report_of(optimizer).signatures) is failed
+        assert (NO_GAIN in report_of(optimizer).failures) is failed
 
 
 def test_the_next_teleport_ends_the_window() -> None:
@@ -88,8 +89,8 @@ def test_the_next_teleport_ends_the_window() -> None:
     optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=0.0, schedule=mt.AtSteps([6, 12]))
     train(problem, optimizer, 13)
     first, second = optimizer.reports
-    assert NO_GAIN in first.signatures
-    assert second.signatures == {}
+    assert NO_GAIN in first.failures
+    assert second.failures == {}
 
 
 def test_without_a_loss_or_with_too_few_nothing_is_said() -> None:
@@ -99,10 +100,10 @@ def test_without_a_loss_or_with_too_few_nothing_is_said() -> None:
         optimizer.zero_grad()
         problem.loss_of(problem.model(*problem.inputs)).backward()
         optimizer.step()
-    assert report_of(optimizer).signatures == {}
+    assert report_of(optimizer).failures == {}
     optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=0.0, schedule=mt.Every(2))
     train(problem, optimizer, 9)
-    assert all(report.signatures == {} for report in optimizer.reports)
+    assert all(report.failures == {} for report in optimizer.reports)
 
 
 def test_a_loss_below_zero_is_compared_without_logs() -> None:
@@ -114,7 +115,7 @@ def test_a_loss_below_zero_is_compared_without_logs() -> None:
         for value in after:
             judge.see(torch.tensor(value))
         assert judge.ripe
-        found = judge.verdict(report, lambda: math.nan).signatures
+        found = judge.verdict(report, lambda: math.nan).failures
         assert (NO_GAIN in found) is failed
         assert not judge.waiting
 
@@ -130,7 +131,7 @@ def test_steady_linear_convergence_is_neither_gain_nor_slowing() -> None:
         for _ in range(11):
             judge.see(torch.tensor(loss, dtype=torch.float64))
             loss *= rate
-        assert (NO_GAIN in judge.verdict(nothing(), lambda: math.nan).signatures) is failed
+        assert (NO_GAIN in judge.verdict(nothing(), lambda: math.nan).failures) is failed
 
 
 def nothing() -> mt.TeleportReport:
@@ -172,7 +173,7 @@ def test_a_batch_form_that_harms_other_data_is_seen_at_once() -> None:
     assert report.held_out_before == pytest.approx(before)
     assert report.held_out_after == pytest.approx(float(held_out_free(held_out)))
     assert report.held_out_after > 1.001 * before
-    assert "right after it" in report.signatures[HELD_OUT]
+    assert "right after it" in report.failures[WORSE_HELD_OUT]
 
 
 def held_out_free(function: Callable[[], Tensor]) -> Tensor:
@@ -187,10 +188,10 @@ def test_an_exact_teleport_leaves_the_held_out_loss_and_later_steps_may_raise_it
         optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), schedule=mt.AtSteps([1]), held_out=held_out)
         train(problem, optimizer, 2)
         assert len(told) == 2
-        assert HELD_OUT not in report_of(optimizer).signatures
+        assert WORSE_HELD_OUT not in report_of(optimizer).failures
         train(problem, optimizer, 10)
         assert len(told) == 3
-        assert (HELD_OUT in report_of(optimizer).signatures) is failed
+        assert (WORSE_HELD_OUT in report_of(optimizer).failures) is failed
         train(problem, optimizer, 30)
         assert len(told) == 3
 
@@ -265,10 +266,10 @@ def test_an_element_that_is_too_much_is_named(
     optimizer = wrap(problem, teleporter, schedule=mt.AtSteps([0]))
     train(problem, optimizer, 1)
     report = report_of(optimizer)
-    assert (UNSTABLE in report.signatures) is (seen is not None)
+    assert (UNSTABLE in report.failures) is (seen is not None)
     assert report.accepted is (seen is None)
     if seen is not None:
-        assert seen in report.signatures[UNSTABLE]
+        assert seen in report.failures[UNSTABLE]
 
 
 def test_outputs_that_lose_half_of_their_digits_are_named_in_their_own_precision() -> None:
@@ -284,9 +285,9 @@ def test_outputs_that_lose_half_of_their_digits_are_named_in_their_own_precision
         optimizer = wrap(problem, teleporter, lr=0.0, schedule=mt.AtSteps([0]))
         train(problem, optimizer, 1)
         assert report_of(optimizer).accepted
-        assert (UNSTABLE in report_of(optimizer).signatures) is failed
+        assert (UNSTABLE in report_of(optimizer).failures) is failed
         if failed:
-            assert "more than half of their digits" in report_of(optimizer).signatures[UNSTABLE]
+            assert "more than half of their digits" in report_of(optimizer).failures[UNSTABLE]
 
 
 def test_a_rank_condition_that_fails_is_no_instability() -> None:
@@ -297,7 +298,7 @@ def test_a_rank_condition_that_fails_is_no_instability() -> None:
     train(problem, optimizer, 1)
     assert not report_of(optimizer).accepted
     assert "condition of the batch pair" in report_of(optimizer).reason
-    assert UNSTABLE not in report_of(optimizer).signatures
+    assert UNSTABLE not in report_of(optimizer).failures
 
 
 def test_bad_input_is_named() -> None:
