@@ -118,7 +118,8 @@ def log_ratios(
 
 def ratio_of(logs: Array) -> tuple[float, tuple[float, float]]:
     """The median ratio and its interval over tasks: what one task gives stays together."""
-    value, low, high = np.exp(np.minimum([np.median(logs), *median_interval(logs)], 690.0))
+    low, high = median_interval(logs)
+    value, low, high = (float(np.exp(min(each, 690.0))) for each in (float(np.median(logs)), low, high))
     return finite(value), (finite(low), finite(high))
 
 

@@ -41,7 +41,8 @@ _DARK = 0.9
 def draw(figure: Figure, results: Mapping[str, Any]) -> None:
     """Above, ratios to no teleport over both data sets; below, runs on MNIST's digits."""
     data = results["data"]
-    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1.0))
+    panels: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1.0))
+    above, below = panels
     _draw_maps(above, data)
     _draw_curves(below, data[_DATA], results["checkpoints"])
 

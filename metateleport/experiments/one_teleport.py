@@ -139,8 +139,8 @@ class OneTeleport(Experiment):
                 loss = np.asarray(entry["loss"])
                 first.plot(loss[0] / loss, entry["ratio"], color=colours[label], label=words)
         first.set(xscale="log", yscale="log", xlabel="first loss / loss along the gradient flow")
-        first.set(ylabel="squared gradient norm / largest on the level set")
-        first.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+        first.set(ylabel="squared gradient norm\n/ largest on the level set")
+        first.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
         kinds: tuple[type[Landscape], ...] = (Rosenbrock, valley(0.2, 0.0))
         for axes, label, kind in zip((second, third), DRAWN, kinds, strict=True):
             _draw_chart(axes, results["examples"][label][0], kind, label)
@@ -272,7 +272,7 @@ def _draw_chart(axes: Any, entry: Mapping[str, Any], kind: type[Landscape], labe
     axes.plot(*path.T, color="#D55E00", label="gradient flow from the steepest")
     axes.set(aspect="equal", xlabel="first coordinate of the chart", ylabel="second")
     axes.set_title(f"{label}, where level sets are circles", fontsize=10)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
 
 
 def _claims(examples: Mapping[str, Sequence[Mapping[str, Any]]], linear: Sequence[Mapping[str, Any]]) -> list[Claim]:
