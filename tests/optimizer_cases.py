@@ -50,8 +50,11 @@ OPTIMIZERS: dict[str, Make] = {
     "muon": _muon,
     "lion": _library("Lion", lr=3e-4),
     "shampoo": _library("Shampoo", lr=1e-2, momentum=0.5),
-    "soap": _library("SOAP", lr=1e-3),
-    "lbfgs": lambda model, scale: torch.optim.LBFGS(model.parameters(), lr=0.1 * scale, max_iter=2, history_size=3),
+    "soap": _library("SOAP", lr=3e-4),
+    # Without a line search it diverges within 200 steps on some models, teleports or none.
+    "lbfgs": lambda model, scale: torch.optim.LBFGS(
+        model.parameters(), lr=0.1 * scale, max_iter=2, history_size=3, line_search_fn="strong_wolfe"
+    ),
 }
 
 FIRST_ORDER = ("sgd", "momentum", "nesterov", "muon", "lion")
