@@ -16,6 +16,7 @@ from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_g
 from metateleport.learned.curvature import curvature_bounds, output_curvatures
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
+from metateleport.learned.step_rule import StepRule
 from metateleport.symmetries import LinearisedPair, Unsuitable
 from metateleport.teleporters import Teleporter
 
@@ -116,6 +117,17 @@ def test_an_open_gate_on_the_metric_is_the_inverse_of_the_covariance_and_of_the_
         gain = (point.gradients[name] * raised[name]).flatten(1).sum(1) / bounds[name]
         assert point.loss is not None
         assert bool((gain <= 2 * point.loss * (1 + 1e-9)).all())
+
+
+def test_each_tensor_sees_what_the_steps_of_all_promise_together() -> None:
+    model, point = problem()
+    bounds = curvature_bounds(point, model.symmetries)
+    assert point.loss is not None
+    progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=True)
+    seen = StepRule(hidden=4).observe(point, bounds, progress, [], model.symmetries)
+    shares = [point.gradients[name].flatten(1).square().sum(1) / (2 * bounds[name] * point.loss) for name in bounds]
+    assert len(shares) > 1
+    assert torch.allclose((5 * seen[..., 0]).exp(), sum(shares).expand(len(seen), -1), rtol=1e-9)
 
 
 def test_a_closed_gate_is_no_gauge() -> None:

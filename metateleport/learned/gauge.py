@@ -255,4 +255,4 @@ def _mean_part(matrix: Tensor) -> Tensor:
 
 
 def _key(place: Place) -> str:
-    return f"{place[0].kind}/{place[0].where}/{place[1]}"
+    return f"{place[0].key}/{place[1]}"

@@ -49,19 +49,21 @@ class GaugeTeleporter(Teleporter, nn.Module):
         loss = _loss(point)
         stacked = _stacked(point)
         state: dict[str, Any] = {
-            _key(symmetry): self.gauge.initial_state(stacked, _linear(symmetry)) for symmetry in symmetries
+            symmetry.key: self.gauge.initial_state(stacked, _linear(symmetry)) for symmetry in symmetries
         }
         state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
         return state
 
     def choose(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor | Chosen, dict[str, Any]]:
         """The element of the upper side's gauge; the identity where the symmetry has none."""
-        stacked, tasks = _stacked(point), _stacked_shape(point)
+        stacked = _stacked(point)
+        assert stacked.loss is not None
+        tasks = stacked.loss.shape
         # Where a teleport has moved the model, running means of what was seen before it are void.
-        moved = torch.ones(tasks, dtype=torch.bool, device=_loss(point).device)
+        moved = torch.ones_like(stacked.loss, dtype=torch.bool)
         progress = state["progress"].map(lambda value: value.reshape(tasks))
         gauges, after = self.gauge.choose(
-            stacked, _linear(symmetry), progress, state[_key(symmetry)], deterministic=False, moved=moved
+            stacked, _linear(symmetry), progress, state[symmetry.key], deterministic=False, moved=moved
         )
         upper = [gauge for gauge in gauges if gauge.side == "in"]
         batch = () if point.loss is None else point.loss.shape
@@ -69,7 +71,7 @@ class GaugeTeleporter(Teleporter, nn.Module):
             weight = point.parameters[symmetry.parameters[0]]
             return weight.new_zeros(*batch, *symmetry.group.shape), state
         element = upper[0].element.reshape(*batch, *symmetry.group.shape)
-        return Chosen(element, upper[0].size.reshape(batch)), {**state, _key(symmetry): after}
+        return Chosen(element, upper[0].size.reshape(batch)), {**state, symmetry.key: after}
 
 
 def _linear(symmetry: Symmetry) -> tuple[Symmetry, ...]:
@@ -86,15 +88,7 @@ def _loss(point: Point) -> Tensor:
     return point.loss.detach()
 
 
-def _stacked_shape(point: Point) -> tuple[int, ...]:
-    return tuple(_loss(point).shape) or (1,)
-
-
 def _stacked(point: Point) -> Point:
     """The point with a loss and with one task dimension in front, as the gauge wants it."""
     seen = point.replace(loss=_loss(point))
     return seen if point.loss is not None and point.loss.ndim else seen.map(lambda value: value.unsqueeze(0))
-
-
-def _key(symmetry: Symmetry) -> str:
-    return f"{symmetry.kind}/{symmetry.where}"

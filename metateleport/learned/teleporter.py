@@ -92,7 +92,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         batch = () if point.loss is None else point.loss.shape
         zero = like.new_zeros(*batch, self.hidden)
         loss = point.loss.detach() if point.loss is not None else like.new_ones(())
-        state: dict[str, Any] = {_key(symmetry): (zero, zero) for symmetry in symmetries}
+        state: dict[str, Any] = {symmetry.key: (zero, zero) for symmetry in symmetries}
         state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
         return state
 
@@ -108,19 +108,15 @@ class LearnedTeleporter(Teleporter, nn.Module):
         inputs = torch.cat((observation.features, state["progress"].features()), -1)
         own = next(network.parameters()).dtype
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
-        cell = tuple(part.to(own) for part in state[_key(symmetry)])
+        cell = tuple(part.to(own) for part in state[symmetry.key])
         coefficients, gate, cell = network(inputs, cell)
         weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
         shape = (*weights.shape, *(1 for _ in group.shape))
         chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
-        return self._bounded(symmetry, chosen), {**state, _key(symmetry): cell}
+        return self._bounded(symmetry, chosen), {**state, symmetry.key: cell}
 
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
         """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""
         norm = symmetry.group.norm(generator)
         scale = (0.99 * self.trust_region.max_size / norm.detach().clamp_min(1e-30)).clamp_max(1.0)
         return generator * symmetry.group.expand(scale)
-
-
-def _key(symmetry: Symmetry) -> str:
-    return f"{symmetry.kind}/{symmetry.where}"

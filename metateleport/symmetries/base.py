@@ -73,6 +73,11 @@ class Symmetry(abc.ABC):
         return ", ".join((*self.parameters, *self.buffers))
 
     @property
+    def key(self) -> str:
+        """Its kind and place, as text that what is remembered of it between steps is kept under."""
+        return f"{self.kind}/{self.where}"
+
+    @property
     def drift(self) -> float:
         """Largest relative drift of the outputs on inputs not used for finding it; NaN without a certificate."""
         return float("nan") if self.certificate is None else self.certificate.drift

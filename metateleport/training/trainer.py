@@ -161,7 +161,8 @@ class MetaTrainer:
     @property
     def _tried(self) -> bool:
         """Whether the start under way has been tried for long enough."""
-        return 1 < self.config.starts > self.progression.start and self.share >= _TRIAL
+        several, left = self.config.starts > 1, self.config.starts - self.progression.start
+        return several and left > 0 and self.share >= _TRIAL
 
     def _next_start(self) -> None:
         """Keeps the start that was tried if it is the best yet; begins the next one, or goes on with the best."""
