@@ -442,9 +442,8 @@ def _gated() -> dict[str, nn.Module]:
 
 
 def test_heads_are_told_apart_by_a_learned_teleporter() -> None:
-    from metateleport.learned.teleporter import _key
 
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     found = mt.find_symmetries(attention, (x(2, 5, 8),) * 3)
     assert Counter(each.kind for each in found)["attention QK"] == 2
-    assert len({_key(each) for each in found}) == len(found)
+    assert len({each.key for each in found}) == len(found)
