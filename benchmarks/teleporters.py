@@ -70,11 +70,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "matrix_factorisation": ("matrix_factorisation", {"batch": None}),
 }
 
+# With uniform weights every tanh would be at its end, and the features of all samples alike.
+_TANH = {"activation": "tanh", "distribution": "normal"}
 PRICED: dict[str, tuple[str, dict[str, Any], int]] = {
     "leaky_mlp, one task": ("leaky_mlp", {}, 1),
     "leaky_mlp, 16 tasks": ("leaky_mlp", {}, 16),
     "leaky_mlp, depth 3, 16 tasks": ("leaky_mlp", {"depth": 3}, 16),
     "leaky_mlp, width 100, 4 tasks": ("leaky_mlp", {"width": 100}, 4),
+    "leaky_mlp with tanh, 16 tasks": ("leaky_mlp", _TANH, 16),
+    "leaky_mlp with tanh, width 100, 4 tasks": ("leaky_mlp", {**_TANH, "width": 100}, 4),
+    "leaky_mlp with tanh, width 100, 50 samples, 4 tasks": ("leaky_mlp", {**_TANH, "width": 100, "samples": 50}, 4),
     "matrix_factorisation, one task": ("matrix_factorisation", {}, 1),
     "matrix_factorisation, 16 tasks": ("matrix_factorisation", {}, 16),
     "digits, one task": ("digits", {}, 1),
@@ -266,7 +271,8 @@ def page_of(report: dict[str, Any]) -> str:
         f"The largest median is {_largest(report, 'ascent'):.2f} for the ascent and "
         f"{_largest(report, 'teleport'):.2f} for the whole teleport; the bound is {BOUND}. Under exact symmetries a "
         "step is algebra on small matrices. A batch form rebuilds the backward pass in every step, which for two "
-        "layers is all of it, and inverts the group element besides.",
+        "layers is all of it; the 2022 form inverts the group element besides, the 2024 form the features or their Gram "
+        "matrix.",
         "",
         "## What each brings",
         "",
