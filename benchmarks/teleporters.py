@@ -116,7 +116,7 @@ def price_of(name: str, rounds: int) -> dict[str, Any]:
     stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
     batch, counted = stack.batch(0), _Counted()
     # Steps so short that the cap ends no ascent before the last of them.
-    teleporter = mt.GradientAscentTeleporter(counted, steps=STEPS, step_size=0.01, cap=10.0)
+    teleporter = mt.GradientAscentTeleporter(counted, steps=STEPS, step_size=1e-5, cap=10.0)
     steps = STEPS * len(stack.symmetries)
     point = stack.model.point_at(stack.model.tensors(), batch)
 
