@@ -283,10 +283,10 @@ def page_of(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"The largest median is {_largest(report, 'ascent'):.2f} for the ascent and "
-        f"{_largest(report, 'teleport'):.2f} for the whole teleport; the bound is {BOUND}. Under exact symmetries a "
-        "step is algebra on small matrices. A batch form rebuilds the backward pass in every step, which for two "
-        "layers is all of it; the 2022 form inverts the group element besides, the 2024 form the features or their "
-        "Gram matrix.",
+        f"{_largest(report, 'teleport'):.2f} for the whole teleport; the bound on the ascent is {BOUND}. Under exact "
+        "symmetries a step is algebra on small matrices. A batch form rebuilds the backward pass in every step, which "
+        "for two layers is all of it; the 2022 form inverts the group element besides, the 2024 form the features or "
+        "their Gram matrix.",
         "",
         "## What each brings",
         "",
