@@ -79,16 +79,18 @@ class GaugeNetwork(nn.Module):
 
 
 class LearnedGauge(nn.Module):
-    r"""Chooses $g = \exp\left(\mp\tfrac a2 \left((1 - q) \log(C + \epsilon^u 1) + q \log N\right)\right)$ for each side.
+    r"""Chooses for each side of each symmetry a group element that its tensors are stepped at.
+
+    $$g = \exp\left(\mp\tfrac a2 \left((1 - q) \log(C + \epsilon^u 1) + q \log N\right)\right)$$
 
     The metric $C$ is, on the side of a symmetry that takes in what moves, the covariance of its inputs (of V's rows
     where no inputs are known), and on the side that puts it out the curvature $S$ above it; $N$ is the covariance of
     the side's own gradients, and $\epsilon$ the smallest shift that rounding allows, both relative to the largest
     eigenvalue. The reach $u$, the share $q$ and the gate $a$, all in (0, 1), are learned. With the gate open a step in
     the gauge is preconditioned by the inverse of the chosen mean: at $q = 0$ the Levenberg-Marquardt step of a layer
-    alone, for $u = 1$ Gauss-Newton's, or ScaledGD for a factorisation; half open at $q = 1$ it is Shampoo's. Full whitening is where the gate saturates: a gauge is made anew at every
-    step, and cannot come nearer by being repeated, as a teleport that stays does. On minibatches the covariances are
-    running means.
+    alone, for $u = 1$ Gauss-Newton's, or ScaledGD for a factorisation; half open at $q = 1$ it is Shampoo's. Full
+    whitening is where the gate saturates: a gauge is made anew at every step, and cannot come nearer by being repeated,
+    as a teleport that stays does. On minibatches the covariances are running means.
 
     Basis and features are kept out of the graph; the networks are shared by all gauges of one kind of group, with a
     state for each. Nothing moves along the orbit: the gauge is undone after the step, so it costs no drift.

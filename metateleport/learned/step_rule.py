@@ -47,8 +47,9 @@ class StepRule(nn.Module, UpdateRule):
 
     $$\Big|\sum_i J_i \delta_i\Big|^2 \le \sum_i |J_i \delta_i|^2 / s_i,$$
 
-    so that $\kappa_i / s_i$ bound the curvature jointly, and a step with $m = 1$ lowers the Gauss-Newton model. Much
-    above that it pays only in what a gauge has left uneven, and keeps the gauge from learning to even it out.
+    so that where the bounds hold $\kappa_i / s_i$ bound the curvature jointly, and a step with $m = 1$ lowers the
+    Gauss-Newton model. Much above that it pays only in what a gauge has left uneven, and keeps the gauge from learning
+    to even it out.
 
     The velocity is a covector and moves with a teleport; a task that goes back to its last accepted point starts with
     $v = G$. Tensors without a bound take Polyak's step $L / \langle G, P G \rangle$, summed over all such, in the place
