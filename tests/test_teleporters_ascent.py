@@ -228,6 +228,12 @@ def test_a_gain_that_nobody_looks_at_is_not_charged() -> None:
         with torch.no_grad():
             _, (move,), _ = travel(teleporter, problem.point(), problem.symmetries)
         assert float(move.evaluations) == pytest.approx(2 * 3 + looks)
+    stacked, batch = case("linear pair").stack(2)
+    start = stacked.point_at(stacked.tensors(), batch)
+    teleporter = mt.GradientAscentTeleporter(sharpness, steps=2, step_size=0.01)
+    with torch.no_grad():
+        _, (move,), _ = travel(teleporter, start, stacked.symmetries, allowed=torch.tensor([True, False]))
+    assert move.evaluations.tolist() == pytest.approx([2 * 3 + 2, 2 * 3])
 
 
 @pytest.mark.parametrize("name", ["2024 form", "2024 form, samples at width", "chain of 2024 forms"])
