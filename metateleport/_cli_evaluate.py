@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="also run the learned one without an element of its basis, without several (A + B), or 'each' in turn",
+        help="also run the learned one without an element of its basis, or without several (A + B, all but A), or each",
     )
     parser.add_argument(
         "--target",
@@ -217,13 +217,17 @@ def _ablated(asked: Sequence[str], checkpoint: Checkpoint | None, learned: Seque
 def _seeds(checkpoint: Checkpoint | None, learned: Sequence[Method], seed: int) -> list[Seed]:
     """The same learned methods of every meta-seed of a checkpoint; none for the chosen one, which is run anyway."""
     from metateleport.checkpoint_seeds import each_meta_seed
-    from metateleport.evaluation import Seed, ablated_methods
+    from metateleport.evaluation import ABLATED, Seed, ablated_methods
     from metateleport.evaluation.learned import learned_methods
 
     if checkpoint is None or not checkpoint.meta_seeds or not learned:
         return []
     names = [method.name for method in learned]
-    parts = [method.settings["without"] for method in learned if "without" in method.settings]
+    parts = {
+        method.name.removeprefix(ABLATED): method.settings["without"]
+        for method in learned
+        if method.name.startswith(ABLATED)
+    }
 
     def methods(each: Checkpoint) -> list[Method]:
         return [*learned_methods(each, names, seed), *ablated_methods(each, parts)]

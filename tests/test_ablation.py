@@ -113,18 +113,18 @@ def test_parts() -> None:
     meta = optimizer("both")
     names = basis_of(meta)
     assert len(set(names)) == len(names)
-    assert parts_of(["each"], meta) == [(name,) for name in names]
-    assert parts_of([names[1], "each", f"{names[0]} + {names[2]}"], meta)[:: len(names)] == [
-        (names[1],),
-        (names[0], names[2]),
-    ]
-    assert parts_of([], optimizer()) == []
+    alone = {name: (name,) for name in names}
+    assert parts_of(["each"], meta) == alone
+    two = f"{names[0]} + {names[2]}"
+    assert parts_of([names[1], "each", two], meta) == {**alone, two: (names[0], names[2])}
+    assert parts_of([f"all but {two}"], meta) == {f"all but {two}": (names[1], *names[3:])}
+    assert parts_of([], optimizer()) == {}
     with pytest.raises(EvaluationError, match=rf"no 'log nothing': it has {names[0]}; .*'each'"):
         parts_of([f"{names[0]} + log nothing"], meta)
-    alone = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
-    assert basis_of(alone) == ()
+    step = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+    assert basis_of(step) == ()
     with pytest.raises(EvaluationError, match="nothing to leave out"):
-        parts_of(["each"], alone)
+        parts_of(["each"], step)
 
 
 @pytest.fixture(scope="module")

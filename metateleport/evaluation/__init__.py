@@ -1,7 +1,7 @@
 """Evaluation: methods on held-out tasks, by gradient evaluations."""
 
 from metateleport.evaluation.ablation import ablated_methods, basis_of, parts_of, without
-from metateleport.evaluation.attribution import attribution_of, words_of
+from metateleport.evaluation.attribution import ABLATED, attribution_of, words_of
 from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
 from metateleport.evaluation.card import record_result
 from metateleport.evaluation.lbfgs import LBFGS
@@ -20,6 +20,7 @@ from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
 from metateleport.evaluation.whitening import Whitening
 
 __all__ = [
+    "ABLATED",
     "BASELINES",
     "LBFGS",
     "REFERENCES",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ __all__ = ["EACH", "ablated_methods", "basis_of", "parts_of", "without"]
 EACH = "each"
 """Stands for every element of the basis, one at a time."""
 
-_AND = " + "
+_AND, _ALL_BUT = " + ", "all but "
 
 
 def basis_of(meta: MetaOptimizer) -> tuple[str, ...]:
@@ -48,35 +48,40 @@ def basis_of(meta: MetaOptimizer) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def parts_of(asked: Sequence[str], meta: MetaOptimizer) -> list[tuple[str, ...]]:
+def parts_of(asked: Sequence[str], meta: MetaOptimizer) -> dict[str, tuple[str, ...]]:
     """What to leave out together, for each run.
 
     Args:
-        asked: names of basis elements, several joined by ` + ` for one run without all of them, or `each`.
+        asked: names of basis elements, several joined by ` + ` for one run without all of them; `all but` in front of
+            such for one run with no others; or `each`.
         meta: the meta-optimizer.
+
+    Returns:
+        By what was asked for the names to leave out.
 
     Raises:
         EvaluationError: if there is no such element, or none at all.
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
-        >>> parts_of(["each", "ascent + descent"], MetaOptimizer(MetaOptimizerConfig(groups=("O",), hidden=4)))
-        [('ascent',), ('second_ascent',), ('descent',), ('ascent', 'descent')]
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(groups=("O",), hidden=4))
+        >>> parts_of(["ascent + descent", "all but ascent"], meta)
+        {'ascent + descent': ('ascent', 'descent'), 'all but ascent': ('second_ascent', 'descent')}
     """
     known = basis_of(meta)
     if asked and not known:
         raise EvaluationError("no group element is combined of a basis here: there is nothing to leave out")
-    parts: list[tuple[str, ...]] = []
-    for each in asked:
-        found = [(name,) for name in known] if each == EACH else [tuple(name.strip() for name in each.split(_AND))]
-        parts += found
-    for name in (name for part in parts for name in part):
-        if name not in known:
-            raise EvaluationError(
-                f"the basis has no {name!r}: it has {'; '.join(known)}; join several that are to be left out together "
-                f"by {_AND!r}, or give {EACH!r}"
-            )
-    return list(dict.fromkeys(parts))
+    parts: dict[str, tuple[str, ...]] = {}
+    for each in (name for whole in asked for name in (known if whole == EACH else (whole,))):
+        names = tuple(name.strip() for name in each.removeprefix(_ALL_BUT).split(_AND))
+        for name in names:
+            if name not in known:
+                raise EvaluationError(
+                    f"the basis has no {name!r}: it has {'; '.join(known)}; join several that are to be left out "
+                    f"together by {_AND!r}, put {_ALL_BUT!r} in front to leave out the others, or give {EACH!r}"
+                )
+        parts[each] = tuple(name for name in known if name not in names) if each.startswith(_ALL_BUT) else names
+    return parts
 
 
 def without(meta: MetaOptimizer, names: Sequence[str]) -> MetaOptimizer:
@@ -103,16 +108,16 @@ def without(meta: MetaOptimizer, names: Sequence[str]) -> MetaOptimizer:
     return made
 
 
-def ablated_methods(checkpoint: Checkpoint, parts: Sequence[Sequence[str]]) -> list[Learned]:
+def ablated_methods(checkpoint: Checkpoint, parts: Mapping[str, Sequence[str]]) -> list[Learned]:
     """The learned optimizer of a checkpoint without each of some parts of its basis.
 
     Args:
         checkpoint: the checkpoint.
-        parts: for each method the names to leave out, as `parts_of` gives them.
+        parts: by what the method is called the names to leave out, as `parts_of` gives them.
     """
     methods = []
-    for names in parts:
-        method = Learned(ABLATED + _AND.join(names), without(checkpoint.learned, names))
+    for part, names in parts.items():
+        method = Learned(ABLATED + part, without(checkpoint.learned, names))
         method.settings["without"] = list(names)
         methods.append(method)
     return methods
