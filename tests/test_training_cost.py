@@ -156,9 +156,9 @@ def test_a_large_price_closes_what_is_free_to_stay_open(kind: str) -> None:
 
 def test_the_score_that_networks_are_chosen_by_has_the_price_in_it() -> None:
     free, priced = trainer(config()), trainer(config(teleport_cost=7.0))
-    score, opened = free._scored()
-    assert opened > 0
-    assert priced.validation_score() == pytest.approx(score + 7.0 * opened, rel=1e-6)
+    score = free.validation_score()
+    assert free.validation_openness > 0
+    assert priced.validation_score() == pytest.approx(score + 7.0 * free.validation_openness, rel=1e-6)
 
 
 def test_it_is_in_the_card_and_in_what_a_resumption_needs(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class MetaTrainer:
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=config.lr)
         self.progression = Progression()
         self.best = copy.deepcopy(self.meta.state_dict())
+        self.validation_openness = 0.0
         self.kept: Snapshot | None = None
         self.boundary = self.snapshot()
 
@@ -265,10 +266,10 @@ class MetaTrainer:
 
     def _validate(self) -> None:
         done = self.progression
-        score, opened = self._scored()
+        score = self.validation_score()
         done.validations.append([done.meta_step, score])
         if score < done.best:
-            done.best, done.best_step, done.best_openness = score, done.meta_step, opened
+            done.best, done.best_step, done.best_openness = score, done.meta_step, self.validation_openness
             self.best = copy.deepcopy(self.meta.state_dict())
         elif score > done.best + max(1.0, _LOST * abs(done.best)):
             self._return()
@@ -282,13 +283,9 @@ class MetaTrainer:
     def validation_score(self) -> float:
         """Mean log loss along the full horizon on validation tasks, over the settings that training varies.
 
-        What teleports cost is added. The validation tasks are the same for every seed of the training, so that
-        meta-seeds can be compared by it.
+        What teleports cost is added, and how far they were open is kept as `validation_openness`. The validation tasks
+        are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
-        return self._scored()[0]
-
-    def _scored(self) -> tuple[float, float]:
-        """The validation score, and how far teleports and gauges were open."""
         scores, openness = [], []
         parts = max(1, min(_VALIDATION_STACKS, self.config.validation_tasks // 2))
         count = max(1, self.config.validation_tasks // parts)
@@ -301,7 +298,8 @@ class MetaTrainer:
             opened = _mean_openness(unroll)
             scores.append(mean if opened is None else self._priced(mean, opened))
             openness.append(torch.zeros_like(mean) if opened is None else opened)
-        return float(torch.stack(scores).mean()), float(torch.stack(openness).mean())
+        self.validation_openness = float(torch.stack(openness).mean())
+        return float(torch.stack(scores).mean())
 
 
 def _mean_openness(unroll: Unroll) -> Tensor | None:
