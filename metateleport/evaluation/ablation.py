@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from metateleport.evaluation.learned import Learned
 from metateleport.evaluation.run import EvaluationError
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.basis import BASIS, Observation
-from metateleport.learned.gauge import GAUGE_BASIS
+from metateleport.learned.gauge import GAUGE_BASIS, GaugeBasis
 from metateleport.learned.teleporter import LearnedTeleporter
 
 __all__ = ["EACH", "ablated_methods", "basis_of", "parts_of", "without"]
@@ -124,11 +125,19 @@ def ablated_methods(checkpoint: Checkpoint, parts: Mapping[str, Sequence[str]]) 
 
 
 def _gauge_without(
-    observe: Callable[..., tuple[Tensor, Tensor]], names: Sequence[str]
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    def observed(place: Any, *rest: Any) -> tuple[Tensor, Tensor]:
-        basis, features = observe(place, *rest)
-        return _emptied(basis, GAUGE_BASIS, names, place[0]), features
+    observe: Callable[..., tuple[GaugeBasis, Tensor]], names: Sequence[str]
+) -> Callable[..., tuple[GaugeBasis, Tensor]]:
+    metric, gradients = GAUGE_BASIS
+
+    def observed(*given: Any) -> tuple[GaugeBasis, Tensor]:
+        basis, features = observe(*given)
+        if metric in names:
+            # The logarithms of a spectrum of no use are zero.
+            spectrum = dataclasses.replace(basis.metric, usable=torch.zeros_like(basis.metric.usable))
+            basis = basis._replace(metric=spectrum)
+        if gradients in names:
+            basis = basis._replace(gradients=torch.zeros_like(basis.gradients))
+        return basis, features
 
     return observed
 
