@@ -31,6 +31,7 @@ examples:
   metateleport evaluate leaky_mlp leaky_mlp --steps 1000 --methods learned     does it diverge far beyond its horizon?
   metateleport evaluate none digits --tasks 16 --methods adam,lbfgs  baselines alone
   metateleport evaluate none leaky_mlp --methods whitening,gauss-newton,soap   second-order references
+  metateleport evaluate leaky_mlp_stays leaky_mlp --methods learned --without each    what parts of the basis bring
   metateleport evaluate digits digits --steps 300 --target adam@300  evaluations to the loss that tuned Adam has at 300
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
@@ -65,6 +66,13 @@ def add(commands: Any) -> None:
         choices=("all", "best"),
         default="all",
         help="of a checkpoint of several: run the learned methods of all, or of the best alone (default %(default)s)",
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also run the learned one without an element of its basis, or without several (A + B, all but A), or each",
     )
     parser.add_argument(
         "--target",
@@ -114,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = _checkpoint(arguments.checkpoint)
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' has none: name a checkpoint")
-    learned, baselines = _chosen(arguments.methods, checkpoint, arguments.seed)
+    learned, baselines = _chosen(arguments.methods, arguments.without, checkpoint, arguments.seed)
     target = _target(arguments, [*(method.name for method in learned), *baselines])
     seeds = _seeds(checkpoint, learned, arguments.seed) if arguments.meta_seeds == "all" else []
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -168,7 +176,9 @@ def _checkpoint(name: str) -> Checkpoint | None:
     return None if name == "none" else load_checkpoint(name)
 
 
-def _chosen(names: str | None, checkpoint: Checkpoint | None, seed: int) -> tuple[Sequence[Method], list[str]]:
+def _chosen(
+    names: str | None, without: Sequence[str], checkpoint: Checkpoint | None, seed: int
+) -> tuple[Sequence[Method], list[str]]:
     """The learned methods and the names of the baselines that were asked for; all of both if none were."""
     from metateleport.evaluation import BASELINES, REFERENCES
     from metateleport.evaluation.learned import learned_methods
@@ -185,22 +195,45 @@ def _chosen(names: str | None, checkpoint: Checkpoint | None, seed: int) -> tupl
         raise UsageError("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'")
     if not wanted:
         raise UsageError(f"--methods names none: there are {', '.join(known)}")
-    return [method for method in learned if method.name in wanted], [
+    chosen = [method for method in learned if method.name in wanted]
+    return [*chosen, *_ablated(without, checkpoint, chosen)], [
         name for name in (*BASELINES, *REFERENCES) if name in wanted
     ]
+
+
+def _ablated(asked: Sequence[str], checkpoint: Checkpoint | None, learned: Sequence[Method]) -> Sequence[Method]:
+    """The learned optimizer without each part of its basis that was asked for."""
+    from metateleport.evaluation import ablated_methods, parts_of
+
+    if not asked:
+        return []
+    if checkpoint is None:
+        raise UsageError("--without leaves out a part of a checkpoint's basis, and 'none' has none: name a checkpoint")
+    if "learned" not in [method.name for method in learned]:
+        raise UsageError("what --without leaves out is compared with the learned optimizer: add learned to --methods")
+    return ablated_methods(checkpoint, parts_of(asked, checkpoint.learned))
 
 
 def _seeds(checkpoint: Checkpoint | None, learned: Sequence[Method], seed: int) -> list[Seed]:
     """The same learned methods of every meta-seed of a checkpoint; none for the chosen one, which is run anyway."""
     from metateleport.checkpoint_seeds import each_meta_seed
-    from metateleport.evaluation import Seed
+    from metateleport.evaluation import ABLATED, Seed, ablated_methods
     from metateleport.evaluation.learned import learned_methods
 
     if checkpoint is None or not checkpoint.meta_seeds or not learned:
         return []
     names = [method.name for method in learned]
+    parts = {
+        method.name.removeprefix(ABLATED): method.settings["without"]
+        for method in learned
+        if method.name.startswith(ABLATED)
+    }
+
+    def methods(each: Checkpoint) -> list[Method]:
+        return [*learned_methods(each, names, seed), *ablated_methods(each, parts)]
+
     return [
-        Seed(known.seed, known.validation, () if each is checkpoint else learned_methods(each, names, seed))
+        Seed(known.seed, known.validation, () if each is checkpoint else methods(each))
         for known, each in zip(checkpoint.meta_seeds, each_meta_seed(checkpoint), strict=True)
     ]
 

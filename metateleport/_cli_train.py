@@ -27,6 +27,7 @@ examples:
   metateleport train tasks/digits.py --mode update+tele --meta-steps 200
   metateleport train leaky_mlp --set width=12 --set distribution=normal --out runs/normal
   metateleport train matrix_factorisation --gauge exact --no-stays --out runs/gauges
+  metateleport train digits --teleport-cost 0.1 --out runs/priced    a teleport that brings less than that closes
   metateleport train leaky_mlp --out runs/normal --resume            after Ctrl-C, with the same settings
   metateleport train leaky_mlp --meta-seeds 5 --out runs/five        seeds 0 to 4; the best of them on top
 
@@ -59,6 +60,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--gauge", choices=GAUGES, default="none", help="learn a gauge for each tensor, undone again")
     parser.add_argument("--update", choices=UPDATES, help="modes with 'update': its size (default coordinate)")
     parser.add_argument("--secants", type=not_negative, metavar="N", help="secant pairs around the learned step")
+    parser.add_argument(
+        "--teleport-cost",
+        type=float,
+        metavar="X",
+        help="price on teleports and gauges: one that is wide open has to lower the mean log loss by X (default 0)",
+    )
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
     parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")
     parser.add_argument("--tasks", type=positive, metavar="N", help="tasks stacked in one graph")
@@ -166,10 +173,16 @@ class _Reporter:
         status = f"meta-step {progression.meta_step}, mean log loss {loss:.2f}, {speed:.1f} meta-steps/s"
         if progression.skipped:
             status += f", {progression.skipped} skipped"
+        opened = progression.openness[-1] if progression.openness else None
+        if opened is not None and self.config.teleport_cost:
+            status += f", openness {opened:.2f}"
         self.bar.update(self.rows[name], completed=share, status=status)
         if self.tracked is None:
             return
         metrics = {f"{name}/meta_loss": loss, f"{name}/skipped": progression.skipped, f"{name}/speed": speed}
+        if opened is not None:
+            metrics[f"{name}/openness"] = opened
+            metrics[f"{name}/teleport_price"] = self.config.teleport_cost * opened
         if len(progression.validations) > self.validated.get(name, 0):
             self.validated[name] = len(progression.validations)
             metrics[f"{name}/validation"] = progression.validations[-1][1]

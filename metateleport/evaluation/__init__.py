@@ -1,6 +1,7 @@
 """Evaluation: methods on held-out tasks, by gradient evaluations."""
 
-from metateleport.evaluation.attribution import attribution_of, words_of
+from metateleport.evaluation.ablation import ablated_methods, basis_of, parts_of, without
+from metateleport.evaluation.attribution import ABLATED, attribution_of, words_of
 from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
 from metateleport.evaluation.card import record_result
 from metateleport.evaluation.lbfgs import LBFGS
@@ -19,6 +20,7 @@ from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
 from metateleport.evaluation.whitening import Whitening
 
 __all__ = [
+    "ABLATED",
     "BASELINES",
     "LBFGS",
     "REFERENCES",
@@ -42,12 +44,15 @@ __all__ = [
     "Target",
     "Trajectory",
     "Whitening",
+    "ablated_methods",
     "attribution_of",
+    "basis_of",
     "evaluate",
     "marks",
     "meta_seeds_of",
     "output_drift",
     "paired_ratio",
+    "parts_of",
     "plot",
     "ratio_over_seeds",
     "ratios_table_of",
@@ -56,6 +61,7 @@ __all__ = [
     "table_of",
     "target_of",
     "tune",
+    "without",
     "words_of",
     "write_report",
 ]

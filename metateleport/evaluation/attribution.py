@@ -9,7 +9,7 @@ from metateleport.evaluation.compared import compared, pairs_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE
 from metateleport.evaluation.run import Evaluation
 
-__all__ = ["AGAINST", "attribution_of", "words_of"]
+__all__ = ["ABLATED", "AGAINST", "attribution_of", "words_of"]
 
 AGAINST: dict[str, str] = {
     f"{REFERENCE}/teleport-off": "the same networks with the teleport off",
@@ -22,6 +22,9 @@ AGAINST: dict[str, str] = {
     "gradient-ascent": "gradient ascent",
 }
 """What a learned result is attributed by, and how a sentence calls it."""
+
+ABLATED = f"{REFERENCE}/without "
+"""How the name of a run begins that leaves parts of the basis out."""
 
 _DECIDES = (f"{REFERENCE}/teleport-off", f"{REFERENCE}/step-only", f"{REFERENCE}/random-teleport")
 _KINDS = {
@@ -42,9 +45,9 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
     Returns:
         Empty where nothing was learned. Else by the learned method's name: `gauge` (`stays`, `undone`, `both` or
         `none`); `against`, by method what `compared` gives; `baselines`, the same for the optimizers that do not
-        teleport; `meta_seeds`, their number; `brings`, the same for the teleport that stays and for
-        the gauge undone after the step, each alone, or `none` where it has no such part, or `not run`; `verdict`
-        (`helps`, `nothing`, `harms` or `unknown`); and `in_words`.
+        teleport; `without`, by part of the basis the same for the run that leaves it out; `meta_seeds`, their number;
+        `brings`, the same for the teleport that stays and for the gauge undone after the step, each alone, or `none`
+        where it has no such part, or `not run`; `verdict` (`helps`, `nothing`, `harms` or `unknown`); and `in_words`.
     """
     learned = evaluation.results.get(REFERENCE)
     if learned is None:
@@ -54,7 +57,9 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
         return compared(learned, evaluation.results[name], evaluation.steps, pairs_of(evaluation, name))
 
     against = {name: beside(name) for name in AGAINST if name in evaluation.results}
-    baselines = {name: beside(name) for name in evaluation.results if name not in AGAINST and name != REFERENCE}
+    ablated = [name for name in evaluation.results if name.startswith(ABLATED)]
+    others = [name for name in evaluation.results if name not in (*AGAINST, *ablated, REFERENCE)]
+    baselines, without = {name: beside(name) for name in others}, {name: beside(name) for name in ablated}
     verdict = _verdict(learned.gauge, against)
     seeds = max(1, len(evaluation.meta_seeds))
     words = _in_words(learned.gauge, against, verdict, evaluation.steps, seeds)
@@ -65,9 +70,10 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
             "meta_seeds": seeds,
             "against": against,
             "baselines": baselines,
+            "without": {name.removeprefix(ABLATED): each for name, each in without.items()},
             "brings": {kind: _part(kind, learned.gauge, against) for kind in ("stays", "undone")},
             "verdict": verdict,
-            "in_words": " ".join([words, *_ahead_or_behind(baselines, seeds)]),
+            "in_words": " ".join([words, *_without(without), *_ahead_or_behind(baselines, seeds)]),
         }
     }
 
@@ -126,6 +132,14 @@ def _in_words(gauge: str, against: Mapping[str, Any], verdict: str, steps: int, 
     if others:
         sentence += " Beside it, " + ", ".join(f"{AGAINST[name]}: {_interval(ends[name])}" for name in others) + "."
     return sentence
+
+
+def _without(without: Mapping[str, Any]) -> list[str]:
+    if not without:
+        return []
+    ends = {name.removeprefix(ABLATED): _best_known(each)["gradient_evaluations"][-1] for name, each in without.items()}
+    said = "; ".join(f"{name}: {_interval(end)}" for name, end in ends.items())
+    return [f"With a part of the basis left out, others' losses over the learned one's: {said}."]
 
 
 def _best_known(each: Mapping[str, Any]) -> Mapping[str, Any]:

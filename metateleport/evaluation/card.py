@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metateleport.checkpoint import CARD, update_card
+from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.marks import marks
 
 __all__ = ["record_result"]
@@ -43,6 +44,9 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
         result["target"] = report["target"]
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
     key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
+    if any(name.startswith(ABLATED) for name in methods):
+        # Beside the results of the same task, not in their place.
+        key += ", parts of the basis left out"
     update_card(path, {"results": {**results, key: _rounded(result)}})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.table import measured
 from metateleport.files import replacing
 
@@ -44,7 +45,8 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    methods: Mapping[str, Any] = report["methods"]
+    # A run for every part of the basis would hide the others; the tables have them.
+    methods = {name: entry for name, entry in report["methods"].items() if not name.startswith(ABLATED)}
     figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     by_evaluations, by_seconds = figure.subplots(1, 2, sharey=True)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metateleport.evaluation.attribution import attribution_of
+from metateleport.evaluation.attribution import ABLATED, attribution_of
 from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
 from metateleport.evaluation.run import Evaluation, Result
@@ -48,7 +48,8 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
     attribution = attribution_of(evaluation)
     beside = {}
     if REFERENCE in methods:
-        beside = {**attribution[REFERENCE]["against"], **attribution[REFERENCE]["baselines"]}
+        found = attribution[REFERENCE]
+        beside = {**found["against"], **found["baselines"], **{ABLATED + k: v for k, v in found["without"].items()}}
         for name, entry in methods.items():
             if name != REFERENCE:
                 pair = paired_ratio(entry["final"], methods[REFERENCE]["final"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,9 @@ class TrainConfig:
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
             `linearised` (also along pairs of linear layers with an activation between them).
         secants: number of secant pairs that are built around the learned step where all data are seen.
+        teleport_cost: price on teleports that stay and on gauges, so that they close where they do not pay. The
+            meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
+            between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
         update: of the modes that learn one: `coordinate`, `tensor` for large models, `adaptive` for minibatches.
         base: optimizer of mode `tele`.
         base_lr: its step size.
@@ -90,6 +94,7 @@ raise the horizon or shorten the unroll
     stays: bool = True
     gauge: GaugeKind = "none"
     secants: int = 0
+    teleport_cost: float = 0.0
     update: UpdateSize = "coordinate"
     base: str = "sgd"
     base_lr: float = 1e-3
@@ -123,12 +128,26 @@ raise the horizon or shorten the unroll
             )
         if not (self.lr > 0 and self.clip > 0 and self.base_lr > 0):
             raise TrainingError(f"lr, clip and base_lr have to be positive: {self.lr}, {self.clip}, {self.base_lr}")
+        self._check_cost()
         if self.start_from is not None and self.starts > 1:
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")
         if self.seconds is not None and not self.seconds > 0:
             raise TrainingError(f"seconds has to be positive, not {self.seconds}")
         if self.seed < 0:
             raise TrainingError(f"a seed is not negative: {self.seed}")
+
+    def _check_cost(self) -> None:
+        if not (math.isfinite(self.teleport_cost) and self.teleport_cost >= 0):
+            raise TrainingError(f"teleport_cost has to be a number of at least 0, not {self.teleport_cost!r}")
+        if self.teleport_cost and self.mode != "tele" and not self.mode.endswith("+tele"):
+            raise TrainingError(
+                f"mode {self.mode!r} learns no teleport that could cost anything: leave teleport_cost out, or train a "
+                "mode with tele"
+            )
+        if self.teleport_cost and self.network == "flat":
+            raise TrainingError(
+                "the flat networks teleport by one fixed size and have no gate to close: leave teleport_cost out"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -80,7 +80,9 @@ def _named(
 
 
 def _has_settings(path: Path, config: TrainConfig) -> None:
-    started = load_checkpoint(path).card.get("training", {}).get("config", {})
+    known = load_checkpoint(path).card.get("training", {}).get("config", {})
+    # What an earlier version did not know had the effect of its default.
+    started = {**settings_that_count(TrainConfig(config.family)), **known}
     for name, wanted in settings_that_count(config).items():
         if started.get(name) != wanted:
             raise TrainingError(

@@ -179,6 +179,8 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
     wanted, started = settings_that_count(config), state.get("config") if isinstance(state, dict) else None
     if not isinstance(started, dict):
         raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
+    # What an earlier version did not know had the effect of its default.
+    started = {**settings_that_count(TrainConfig(config.family)), **started}
     changed = [name for name, value in wanted.items() if started.get(name) != value]
     if changed:
         raise TrainingError(
@@ -204,7 +206,7 @@ def _read(folder: Path, name: str, progression: dict[str, Any]) -> Snapshot:
 def _card(
     name: str, config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
 ) -> dict[str, Any]:
-    runs = {}
+    runs: dict[str, dict[str, Any]] = {}
     for network, trainer in trainers.items():
         done = trainer.progression
         runs[network] = {
@@ -216,6 +218,8 @@ def _card(
             "skipped": done.skipped,
             "seconds": round(done.seconds, 1),
         }
+        if done.openness:
+            runs[network]["openness"] = done.best_openness
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     return {
         "name": name,

@@ -47,6 +47,8 @@ class Progression:
         returns: how often training went back to the best networks.
         start: which of the starts is under way; the number of starts once the best of them goes on.
         starts: the best validation score of each start tried.
+        openness: how far teleports and gauges were open in each meta-step, between 0 and 1; empty where there are none.
+        best_openness: the same of the chosen networks on the validation tasks.
     """
 
     meta_step: int = 0
@@ -60,6 +62,8 @@ class Progression:
     returns: int = 0
     start: int = 0
     starts: list[float] = dataclasses.field(default_factory=list)
+    openness: list[float] = dataclasses.field(default_factory=list)
+    best_openness: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,7 @@ class MetaTrainer:
         self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=config.lr)
         self.progression = Progression()
         self.best = copy.deepcopy(self.meta.state_dict())
+        self.validation_openness = 0.0
         self.kept: Snapshot | None = None
         self.boundary = self.snapshot()
 
@@ -139,7 +144,7 @@ class MetaTrainer:
         while not self.finished:
             self.boundary = self.snapshot()
             stack = self._next_stack()
-            unroll = Unroll(stack, self.meta, self.config.first_order)
+            unroll = Unroll(stack, self.meta, self.config.first_order, priced=self.config.teleport_cost > 0)
             for _ in range(self._windows()):
                 started = time.perf_counter()
                 self._meta_step(unroll)
@@ -243,8 +248,9 @@ class MetaTrainer:
         # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
         finite = losses.isfinite()
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
+        opened = _mean_openness(unroll)
         self.optimizer.zero_grad()
-        meta_loss.backward()
+        (meta_loss if opened is None else self._priced(meta_loss, opened)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.config.clip)
         done.meta_step += 1
         if bool(norm.isfinite()) and bool(finite.any()):
@@ -252,13 +258,18 @@ class MetaTrainer:
         else:
             done.skipped += 1
         done.meta_losses.append(float(meta_loss.detach()))
+        if opened is not None:
+            done.openness.append(float(opened.detach()))
+
+    def _priced(self, meta_loss: Tensor, opened: Tensor) -> Tensor:
+        return meta_loss + self.config.teleport_cost * opened if self.config.teleport_cost else meta_loss
 
     def _validate(self) -> None:
         done = self.progression
         score = self.validation_score()
         done.validations.append([done.meta_step, score])
         if score < done.best:
-            done.best, done.best_step = score, done.meta_step
+            done.best, done.best_step, done.best_openness = score, done.meta_step, self.validation_openness
             self.best = copy.deepcopy(self.meta.state_dict())
         elif score > done.best + max(1.0, _LOST * abs(done.best)):
             self._return()
@@ -272,18 +283,32 @@ class MetaTrainer:
     def validation_score(self) -> float:
         """Mean log loss along the full horizon on validation tasks, over the settings that training varies.
 
-        The validation tasks are the same for every seed of the training, so that meta-seeds can be compared by it.
+        What teleports cost is added, and how far they were open is kept as `validation_openness`. The validation tasks
+        are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
-        scores = []
+        scores, openness = [], []
         parts = max(1, min(_VALIDATION_STACKS, self.config.validation_tasks // 2))
         count = max(1, self.config.validation_tasks // parts)
         for part in range(parts):
             family = self._family(part, _VALIDATION_SEED + 1)
             indices = range(part * count, (part + 1) * count)
             stack = family.stack(indices, "validation", _VALIDATION_SEED, self.config.torch_dtype, self.device)
-            losses = Unroll(stack, self.meta).window(self.config.horizon, track=False).detach()
-            scores.append(_bounded(losses).mean())
+            unroll = Unroll(stack, self.meta)
+            mean = _bounded(unroll.window(self.config.horizon, track=False).detach()).mean()
+            opened = _mean_openness(unroll)
+            scores.append(mean if opened is None else self._priced(mean, opened))
+            openness.append(torch.zeros_like(mean) if opened is None else opened)
+        self.validation_openness = float(torch.stack(openness).mean())
         return float(torch.stack(scores).mean())
+
+
+def _mean_openness(unroll: Unroll) -> Tensor | None:
+    """Over the steps and tasks of a window where it is finite; None where no group element is learned."""
+    opened = unroll.openness
+    if opened is None:
+        return None
+    finite = opened.isfinite()
+    return torch.where(finite, opened, torch.zeros_like(opened)).sum() / finite.sum().clamp_min(1)
 
 
 def _bounded(losses: Tensor) -> Tensor:

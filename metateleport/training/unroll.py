@@ -11,6 +11,7 @@ from metateleport.families import TaskStack
 from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState
 from metateleport.learned.optimizer import StackOptimizer
+from metateleport.training.cost import openness_of
 
 __all__ = ["Unroll", "log_losses"]
 
@@ -43,14 +44,20 @@ class Unroll:
         stack: the tasks; their parameters move along.
         meta: the meta-optimizer that is trained.
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
+        priced: keep the openness of teleports in the graph.
+
+    After a window `openness` has how far each step's teleports and gauges were open, `(length, tasks)`; None where the
+    meta-optimizer chooses no group element.
     """
 
     stack: TaskStack
     meta: MetaOptimizer
     first_order: bool = False
+    priced: bool = False
     steps: int = 0
     start: Tensor | None = None
     state: MetaState | None = None
+    openness: Tensor | None = None
 
     def window(self, length: int, track: bool = True) -> Tensor:
         """Takes some inner steps and returns the log losses after each, `(length, tasks)`, in the graph.
@@ -64,6 +71,7 @@ class Unroll:
         optimizer = StackOptimizer(self.stack.model, self.meta, self.stack.deterministic)
         optimizer.meta_state = self.state
         optimizer.first_order = self.first_order
+        stays, opened = self.meta.teleporter is not None, []
         with unroll_context(self.stack.model, optimizer, track) as (model, differentiable):
             losses = [model(self.stack.batch(self.steps), probe=True)]
             if self.start is None:
@@ -71,6 +79,9 @@ class Unroll:
             for _ in range(length):
                 differentiable.step(losses[-1].sum())
                 self.steps += 1
+                assert differentiable.last_step is not None
+                with torch.set_grad_enabled(track and self.priced):
+                    opened.append(openness_of(differentiable.last_step, stays))
                 if not track:
                     losses[-1] = losses[-1].detach()
                 losses.append(model(self.stack.batch(self.steps), probe=True))
@@ -78,4 +89,6 @@ class Unroll:
             assert differentiable.meta_state is not None
             self.state = differentiable.meta_state.map(Tensor.detach)
         self.stack.model.load(moved)
+        found = [each for each in opened if each is not None]
+        self.openness = torch.stack(found) if found else None
         return log_losses(torch.stack(losses[1:]), self.start)

@@ -1,0 +1,144 @@
+"""State and seconds of the learned updates, `coordinate` and `tensor`, on a model of a million parameters, beside Adam.
+
+Minibatches of noise through a perceptron of 784, 1000, 300 and 10 units; each update takes its steps in turn with the
+others, and the CPU time of a step is counted, which a busy machine hardly spoils. The networks are as they are before
+any training: what they cost does not depend on their weights.
+
+Example:
+    python -m benchmarks.updates --json updates.json
+    python -m benchmarks.updates --widths 784 3000 1000 10 --rounds 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import metateleport as mt
+from benchmarks._timing import Summary, conditions
+from metateleport.files import write_json
+from metateleport.learned.meta_optimizer import UPDATES, MetaOptimizer, MetaOptimizerConfig
+
+__all__ = ["main"]
+
+SCHEMA = 1
+_BATCH = 100
+
+
+class _Case:
+    """One optimizer on a model of its own, always on the same few minibatches."""
+
+    def __init__(self, name: str, widths: Sequence[int]) -> None:
+        self.name = name
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.model = nn.Sequential(*layers[:-1])
+        self.parameters = sum(each.numel() for each in self.model.parameters())
+        self.inputs, self.labels = torch.randn(_BATCH, widths[0]), torch.randint(widths[-1], (_BATCH,))
+        self.optimizer: torch.optim.Optimizer
+        if name == "adam":
+            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        else:
+            # No symmetries: the update alone is looked at.
+            meta = MetaOptimizer(MetaOptimizerConfig(mode="update", update=name))  # type: ignore[arg-type]
+            self.optimizer = mt.LearnedOptimizer(self.model, meta, symmetries=(), deterministic=False)
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(self.inputs), self.labels)
+        loss.backward()
+        return loss
+
+    def step(self) -> float:
+        """CPU seconds of one step, the forward and the backward pass included."""
+        began = time.process_time()
+        self.optimizer.step(self.closure)
+        return time.process_time() - began
+
+    def state(self) -> int:
+        """Numbers that the update remembers; the last accepted point of a learned optimizer is not counted."""
+        if isinstance(self.optimizer, mt.LearnedOptimizer):
+            assert self.optimizer.meta_state is not None
+            return _numbers(self.optimizer.meta_state.rule)
+        return _numbers(dict(self.optimizer.state))
+
+
+def _numbers(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, dict):
+        return sum(_numbers(each) for each in value.values())
+    return sum(_numbers(each) for each in value) if isinstance(value, tuple | list) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; prints a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[784, 1000, 300, 10], metavar="N")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    given = parser.parse_args(arguments)
+    if len(given.widths) < 2 or min(given.widths) < 1 or given.rounds < 1:
+        parser.error("give at least two widths and one round, all of them positive")
+    torch.set_num_threads(1)
+    cases = [_Case(name, given.widths) for name in ("adam", *UPDATES)]
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for case in cases:
+        case.step()
+    order = random.Random(0)
+    for _ in range(given.rounds):
+        for case in order.sample(cases, len(cases)):
+            seconds[case.name].append(case.step())
+    report = {
+        "schema": SCHEMA,
+        "settings": {
+            "widths": given.widths,
+            "batch": _BATCH,
+            "rounds": given.rounds,
+            "parameters": cases[0].parameters,
+        },
+        "conditions": conditions(torch.device("cpu")),
+        "cases": [
+            {
+                "name": case.name,
+                "state_per_parameter": case.state() / case.parameters,
+                "seconds": Summary.of(seconds[case.name])._asdict(),
+                "over_adam": Summary.of(
+                    [own / adam for own, adam in zip(seconds[case.name], seconds["adam"], strict=True)]
+                )._asdict(),
+            }
+            for case in cases
+        ],
+    }
+    print(_table(report))
+    if given.json is not None:
+        write_json(given.json, report)
+    return 0
+
+
+def _table(report: dict[str, Any]) -> str:
+    rows = [
+        "| update | state, numbers a parameter | CPU seconds a step | over Adam's (range) |",
+        "|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        over = case["over_adam"]
+        rows.append(
+            f"| {case['name']} | {case['state_per_parameter']:.1f} | {case['seconds']['median']:.3f} | "
+            f"{over['median']:.1f} ({over['min']:.1f} to {over['max']:.1f}) |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
