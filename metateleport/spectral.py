@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
 import torch
 from torch import Tensor
 
-__all__ = ["diagonal_logs", "relative_shift", "symmetric_log", "symmetric_logs"]
+__all__ = ["Spectrum", "diagonal_spectrum", "relative_shift", "symmetric_log", "symmetric_spectrum"]
 
 _RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
 
@@ -22,17 +22,98 @@ def relative_shift(dtype: torch.dtype) -> float:
     return _RELATIVE_SHIFT.get(dtype, 1e-9)
 
 
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """A positive semidefinite matrix taken apart, in units of its largest eigenvalue.
+
+    Args:
+        values: the eigenvalues in ascending order over the largest, `(*batch, k)`.
+        vectors: the eigenvectors, `(*batch, k, k)`, or None for a diagonal that is not in order.
+        largest: logarithm of the largest eigenvalue, `(*batch,)`.
+        usable: whether the matrix is of any use, `(*batch,)`; where it is not, all its logarithms are zero.
+        dtype: of the matrix; everything here is in float64.
+    """
+
+    values: Tensor
+    vectors: Tensor | None
+    largest: Tensor
+    usable: Tensor
+    dtype: torch.dtype
+
+    def logs(self, shift: float | Tensor) -> Tensor:
+        """Logarithms of the shifted eigenvalues, `(*batch, k)`; the shift is relative, a number or `(*batch,)`."""
+        return self._logs(shift).to(self.dtype)
+
+    def log(self, shift: float | Tensor) -> Tensor:
+        r"""The logarithm $\log(A + \epsilon\,\lambda_{\max} 1)$, `(*batch, k, k)`, or `(*batch, k)` of a diagonal."""
+        logs = self._logs(shift)
+        whole = logs if self.vectors is None else (self.vectors * logs.unsqueeze(-2)) @ self.vectors.mT
+        return whole.to(self.dtype)
+
+    def _logs(self, shift: float | Tensor) -> Tensor:
+        added = shift.double().unsqueeze(-1) if isinstance(shift, Tensor) else shift
+        logs = (self.values + added).log() + self.largest.unsqueeze(-1)
+        return torch.where(self.usable.unsqueeze(-1), logs, 0.0)
+
+
+def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
+    """Takes positive semidefinite matrices apart, in float64.
+
+    Where `eigh` does not converge (seen on ill-conditioned stacks) a shifted matrix is tried, and where that fails, or
+    the matrix is not finite, the logarithms are zero: the generator is then left out.
+
+    Args:
+        matrix: `(*batch, k, k)`, symmetric up to rounding.
+        rank: directions whose eigenvalue is below this, relative to the largest, get the largest: no power of the
+            matrix then stretches what is not there.
+
+    Returns:
+        The spectrum.
+
+    Example:
+        >>> symmetric_spectrum(torch.diag(torch.tensor([2.0, 4.0]))).values
+        tensor([0.5000, 1.0000], dtype=torch.float64)
+    """
+    symmetric = (matrix + matrix.mT).double() / 2
+    tiny = torch.finfo(torch.float64).tiny
+    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
+    scaled = symmetric / scale[..., None, None]
+    usable = scaled.isfinite().all(-1).all(-1) & (scale < float("inf"))
+    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    scaled = torch.where(usable[..., None, None], scaled, unit)
+    values, vectors, converged = _eigh(scaled)
+    usable = usable & converged
+    largest = values[..., -1].clamp_min(tiny)
+    values = values / largest.unsqueeze(-1)
+    # What is below rounding is nothing: its logarithm would be that of noise.
+    noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    values = torch.where(values < noise, 0.0, values)
+    values = torch.where(values < rank, 1.0, values)
+    return Spectrum(values, vectors, largest.log() + scale.log(), usable, matrix.dtype)
+
+
+def diagonal_spectrum(values: Tensor) -> Spectrum:
+    """The spectrum of a covariance's diagonal, for groups that see no more of it.
+
+    Args:
+        values: the diagonal, `(*batch, k)`; what rounding has made negative counts as zero.
+
+    Example:
+        >>> diagonal_spectrum(torch.tensor([1.0, 4.0])).log(0.0)
+        tensor([0.0000, 1.3863])
+    """
+    known = values.double().clamp_min(0)
+    largest = known.amax(-1).clamp_min(torch.finfo(values.dtype).tiny)
+    return Spectrum(known / largest.unsqueeze(-1), None, largest.log(), largest.isfinite(), values.dtype)
+
+
 def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0) -> tuple[Tensor, Tensor]:
     r"""Logarithm of positive semidefinite matrices, $\log(A + \epsilon\,\lambda_{\max} 1)$, in float64.
-
-    Where `eigh` does not converge (seen on ill-conditioned stacks) a larger shift is tried, and where that fails the
-    logarithm is zero: the generator is then left out.
 
     Args:
         matrix: `(*batch, k, k)`, symmetric up to rounding.
         shift: $\epsilon$, relative to the largest eigenvalue; `relative_shift` of the dtype if not given.
-        rank: directions whose eigenvalue is below this, relative to the largest, get the largest one's logarithm: no
-            power of the matrix then stretches what is not there.
+        rank: as in `symmetric_spectrum`.
 
     Returns:
         The logarithms, `(*batch, k, k)`, and the logarithms of the eigenvalues in ascending order, `(*batch, k)`,
@@ -43,65 +124,9 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
         >>> bool(torch.allclose(log, torch.diag(torch.tensor([0.0, 1.3863])), atol=1e-4))
         True
     """
-    logs, values = symmetric_logs(matrix, (relative_shift(matrix.dtype) if shift is None else shift,), rank)
-    return logs[..., 0, :, :], values[..., 0, :]
-
-
-def symmetric_logs(matrix: Tensor, shifts: Sequence[float], rank: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Logarithms of positive semidefinite matrices with several shifts, for one decomposition; see `symmetric_log`.
-
-    Args:
-        matrix: `(*batch, k, k)`, symmetric up to rounding.
-        shifts: each relative to the largest eigenvalue.
-        rank: as in `symmetric_log`.
-
-    Returns:
-        The logarithms, `(*batch, shifts, k, k)`, and those of the eigenvalues in ascending order,
-        `(*batch, shifts, k)`, both in the dtype of the input.
-
-    Example:
-        >>> logs, values = symmetric_logs(torch.eye(2), (0.0, 1.0))
-        >>> values
-        tensor([[0.0000, 0.0000],
-                [0.6931, 0.6931]])
-    """
-    symmetric = (matrix + matrix.mT).double() / 2
-    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    scaled = symmetric / scale[..., None, None]
-    usable = scaled.isfinite().all(-1).all(-1) & (scale < float("inf"))
-    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    scaled = torch.where(usable[..., None, None], scaled, unit)
-    values, vectors, converged = _eigh(scaled)
-    usable = (usable & converged)[..., None, None]
-    largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
-    # What is below rounding is nothing: its logarithm would be that of noise.
-    noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    values = torch.where(values < noise * largest, 0.0, values)
-    values = torch.where(values < rank * largest, largest, values)
-    added = torch.tensor(shifts, dtype=torch.float64, device=matrix.device).unsqueeze(-1) * largest.unsqueeze(-2)
-    logs = (values.unsqueeze(-2) + added).log() + scale.log()[..., None, None]
-    logs = torch.where(usable, logs, torch.zeros_like(logs))
-    whole = (vectors.unsqueeze(-3) * logs.unsqueeze(-2)) @ vectors.mT.unsqueeze(-3)
-    return whole.to(matrix.dtype), logs.to(matrix.dtype)
-
-
-def diagonal_logs(values: Tensor, shifts: Sequence[float]) -> Tensor:
-    """Logarithms of a covariance's diagonal with several shifts, for groups that see no more of it.
-
-    Args:
-        values: the diagonal, `(*batch, k)`; what rounding has made negative counts as zero.
-        shifts: each relative to the largest value.
-
-    Returns:
-        `(*batch, shifts, k)`.
-
-    Example:
-        >>> diagonal_logs(torch.tensor([1.0, 0.0]), (1.0,))
-        tensor([[0.6931, 0.0000]])
-    """
-    values = values.clamp_min(0)
-    largest = values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.stack([(values + shift * largest).log() for shift in shifts], -2)
+    spectrum = symmetric_spectrum(matrix, rank)
+    added = relative_shift(matrix.dtype) if shift is None else shift
+    return spectrum.log(added), spectrum.logs(added)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

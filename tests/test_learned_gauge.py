@@ -14,7 +14,7 @@ import metateleport as mt
 from metateleport.evaluation.learned import Learned
 from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_gauges
 from metateleport.learned.curvature import curvature_bounds, output_curvatures
-from metateleport.learned.gauge import LearnedGauge
+from metateleport.learned.gauge import GaugeChoice, LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.step_rule import StepRule
 from metateleport.symmetries import LinearisedPair, Unsuitable
@@ -48,13 +48,13 @@ def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0)
 
 
 def gauge_of(point: mt.Point, symmetries: tuple[mt.Symmetry, ...], **changes: float) -> list[Gauge]:
-    """Gauges of a network whose head is a constant: the weights' biases by the basis's index, and the gate's."""
+    """Gauges of a network whose head is a constant: logits of the parts of a choice."""
     learned = LearnedGauge(("GL", "diagonal"), hidden=4).double()
     with torch.no_grad():
         for network in learned.networks.values():
             network.head.weight.zero_()
-            for index, value in changes.items():
-                network.head.bias[int(index.removeprefix("b"))] = value
+            for part, value in changes.items():
+                network.head.bias[GaugeChoice._fields.index(part)] = value
     state = learned.initial_state(point, symmetries)
     assert point.loss is not None
     progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=True)
@@ -98,7 +98,7 @@ def test_a_preconditioned_step_is_a_step_in_a_gauge_that_is_undone(linearised: b
 def test_an_open_gate_on_the_metric_is_the_inverse_of_the_covariance_and_of_the_curvature() -> None:
     model, point = problem()
     symmetries = gauge_symmetries(model.symmetries, linearised=True)
-    gauges = gauge_of(point, symmetries, b0=200.0, b4=40.0)
+    gauges = gauge_of(point, symmetries, reach=40.0, share=-40.0, gate=40.0)
     raised = precondition(gauges, point.gradients, point)
     features, above = point.activations["2"], output_curvatures(point, symmetries)["0"]
     expected = {
@@ -130,9 +130,57 @@ def test_each_tensor_sees_what_the_steps_of_all_promise_together() -> None:
     assert torch.allclose((5 * seen[..., 0]).exp(), sum(shares).expand(len(seen), -1), rtol=1e-9)
 
 
+@pytest.mark.parametrize("reach", [-3.0, 0.0, 3.0])
+def test_the_reach_is_how_far_down_the_spectrum_the_metric_is_inverted(reach: float) -> None:
+    model, point = problem()
+    gauges = gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), reach=reach, share=-40.0, gate=40.0)
+    raised = precondition(gauges, point.gradients, point)["2.weight"].flatten(1)
+    features = point.activations["2"]
+    metric = features.mT @ features
+    shift = 1e-13 ** (1 / (1 + math.exp(-reach))) * torch.linalg.eigvalsh(metric)[:, -1]
+    damped = metric + shift[:, None, None] * torch.eye(metric.shape[-1], dtype=torch.float64)
+    wanted = (point.gradients["2.weight"] @ torch.linalg.inv(damped)).flatten(1)
+    assert torch.allclose(
+        raised / raised.norm(dim=1, keepdim=True), wanted / wanted.norm(dim=1, keepdim=True), atol=1e-6
+    )
+
+
+def test_layers_share_a_step_that_is_bounded_jointly() -> None:
+    """In the Gauss-Newton model it brings at least half of its slope; of a linear network the bounds are exact."""
+    source = torch.Generator().manual_seed(0)
+    models = [nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).double() for _ in range(TASKS)]
+    pairs = [mt.LinearPair(models[0], "0", "1"), mt.LinearPair(models[0], "1", "2")]
+    model = mt.StackedModel(models, half_squared_error, pairs)
+    inputs, targets = torch.randn(2, TASKS, 12, 4, generator=source, dtype=torch.float64)
+    point = model.point_at(model.tensors(), ((inputs,), (targets,)))
+    assert point.loss is not None
+    progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=True)
+    bounds = curvature_bounds(point, model.symmetries)
+    assert set(bounds) == set(point.gradients)
+
+    def outputs(weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return inputs @ weights["0.weight"].mT @ weights["1.weight"].mT @ weights["2.weight"].mT
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        rule = StepRule(hidden=4).double()
+        with torch.no_grad():
+            rule.head.weight.mul_(400)
+            rule.head.weight[0].zero_()
+        scales = rule._velocities(point, model.symmetries, progress, rule.initial_state(point), ())[0]
+        shares = torch.stack([scales[name] * bounds[name] for name in bounds]).detach()
+        assert torch.allclose(shares.sum(0), torch.ones(TASKS, dtype=torch.float64))
+        assert float(shares.max() - shares.min()) > 0.1
+        weights = {name: value.detach() for name, value in point.parameters.items()}
+        steps = {name: -scales[name][:, None, None].detach() * point.gradients[name] for name in weights}
+        _, change = torch.func.jvp(lambda at: outputs(at, inputs), (weights,), (steps,))
+        slope = sum((point.gradients[name] * steps[name]).sum((1, 2)) for name in weights)
+        assert bool((change.square().sum((1, 2)) <= -slope * (1 + 1e-9)).all())
+
+
 def test_a_closed_gate_is_no_gauge() -> None:
     model, point = problem()
-    gauges = gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), b4=-60.0)
+    gauges = gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), gate=-60.0)
     raised = precondition(gauges, point.gradients, point)
     for name, value in point.gradients.items():
         assert torch.allclose(raised[name], value, rtol=1e-9)
@@ -179,7 +227,9 @@ def test_permuting_hidden_units_permutes_the_gauge() -> None:
     batch = (torch.randn(TASKS, 9, 4, generator=source, dtype=torch.float64),), (torch.zeros(TASKS, 9, 3).double(),)
     symmetries = gauge_symmetries(model.symmetries, linearised=True)
     here, there = model.point_at(point.parameters, batch), model.point_at(moved, batch)
-    for mine, other in zip(gauge_of(here, symmetries, b1=1.0), gauge_of(there, symmetries, b1=1.0), strict=True):
+    for mine, other in zip(
+        gauge_of(here, symmetries, reach=-1.0), gauge_of(there, symmetries, reach=-1.0), strict=True
+    ):
         assert torch.allclose(other.element, mine.element[:, order][:, :, order], atol=1e-8)
 
 
@@ -215,7 +265,9 @@ def test_a_gauge_leaves_the_model_in_its_place_and_serves_every_width() -> None:
 
 def test_the_condition_of_a_gauge_is_bounded() -> None:
     model, point = problem(width=6, samples=3)
-    for gauge in gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), b0=200.0, b4=40.0):
+    for gauge in gauge_of(
+        point, gauge_symmetries(model.symmetries, linearised=True), reach=40.0, share=-40.0, gate=40.0
+    ):
         assert bool((gauge.size <= -math.log(torch.finfo(torch.float64).eps) / 2 + 1e-9).all())
         assert bool(gauge.element.isfinite().all())
 

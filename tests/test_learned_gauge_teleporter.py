@@ -11,7 +11,7 @@ from torch import nn
 import metateleport as mt
 from metateleport.checkpoint import save_checkpoint
 from metateleport.gauges import gauge_symmetries
-from metateleport.learned.gauge import LearnedGauge
+from metateleport.learned.gauge import GaugeChoice, LearnedGauge
 from metateleport.teleporters import travel
 
 
@@ -21,7 +21,7 @@ def opened(group: str) -> LearnedGauge:
     with torch.no_grad():
         for network in gauge.networks.values():
             network.head.weight.zero_()
-            network.head.bias.copy_(torch.tensor([200.0, 0.0, 0.0, 0.0, 40.0]))
+            network.head.bias.copy_(torch.tensor(GaugeChoice(reach=40.0, share=-40.0, gate=40.0)))
     return gauge
 
 

@@ -73,6 +73,9 @@ def meta_optimizer(mode: str, base: str = "momentum") -> mt.MetaOptimizer:
                 # Open enough that the teleport matters, and small enough that no step makes a task worse.
                 network.head.bias[-1] = -0.5
                 network.head.weight.copy_((torch.rand(network.head.weight.shape) - 0.5) / 2)
+    if isinstance(meta.rule, StepRule):
+        with torch.no_grad():
+            meta.rule.head.bias[0] = -0.4
     return meta
 
 
@@ -176,7 +179,7 @@ def gauged(secants: int) -> mt.MetaOptimizer:
         assert isinstance(meta.rule, StepRule)
         # Short steps, so that none is taken back, and enough trust in the secants that they matter.
         meta.rule.head.bias[0] = -2.5
-        meta.rule.head.bias[2:] = -1.0
+        meta.rule.head.bias[-1] = -1.0
     return meta
 
 

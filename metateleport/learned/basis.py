@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metateleport.groups import Group
 from metateleport.point import Point
-from metateleport.spectral import diagonal_logs, relative_shift, symmetric_log
+from metateleport.spectral import diagonal_spectrum, relative_shift, symmetric_log
 from metateleport.symmetries import Symmetry
 
 __all__ = ["BASIS", "FEATURES", "Observation", "observe", "symmetric_log"]
@@ -84,7 +84,7 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
             continue
         if group.name == "diagonal":
             diagonal = torch.diagonal(matrices[name], dim1=-2, dim2=-1)
-            logs = diagonal_logs(diagonal, (relative_shift(known.dtype),))[..., 0, :]
+            logs = diagonal_spectrum(diagonal).log(relative_shift(known.dtype))
             generators.append(logs)
         else:
             generator, logs = symmetric_log(matrices[name])

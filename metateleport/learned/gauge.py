@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +14,51 @@ from metateleport.learned.curvature import output_curvatures
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
-from metateleport.spectral import diagonal_logs, relative_shift, symmetric_logs
+from metateleport.spectral import Spectrum, diagonal_spectrum, relative_shift, symmetric_spectrum
 from metateleport.symmetries import Symmetry
 
 __all__ = ["GAUGE_BASIS", "GaugeNetwork", "LearnedGauge"]
 
-GAUGE_BASIS = ("log metric", "log metric, damped", "log metric, much damped", "log gradient covariance")
-"""Names of the generators that a gauge is a combination of, in the order of the coefficients."""
+GAUGE_BASIS = ("log metric", "log gradient covariance")
+"""Names of the generators that a gauge is a combination of."""
 
-_SHIFTS = (1e-3, 3e-2)
 _GRADIENT_SHIFT = 1e-3
 _FEATURES = 8
 _SIDE = 3.0
 """How loud the side of a symmetry is among the features, so that the networks soon tell them apart."""
-_START = (0.0, -0.75, -0.75, 1.5)
-"""Where the logits of the basis start. Far from a minimum the metric's full inverse steps too far in every layer at
-once, and is refused: the gradients' covariance comes first. The damped metrics start low: they pay early, and where the
-softmax has closed around one of them, together with a large step, training does not find the way to the metric itself.
-"""
+_START = (2.0, 0.85, 0.0)
+"""Where the logits of `GaugeChoice` start: the gradients' covariance has the larger share and the gate is half open, as
+far from a minimum the metric's full inverse steps too far."""
 _MEMORY = 0.95
 
 Cell = tuple[Tensor, Tensor]
 Place = tuple[Symmetry, Side, Names]
 
 
+class GaugeChoice(NamedTuple):
+    """What a gauge is made with, all in (0, 1), `(tasks,)`.
+
+    Args:
+        reach: how far down the metric's spectrum it is inverted: the relative shift is the smallest that there is to
+            this power, so that the metric is flat at zero and whole at one.
+        share: of the gradients' covariance, the rest being the metric's.
+        gate: how far the gauge is opened.
+    """
+
+    reach: Tensor
+    share: Tensor
+    gate: Tensor
+
+
+class GaugeBasis(NamedTuple):
+    """What a gauge is made of: the metric's spectrum, `(tasks, k)`, and the log gradient covariance."""
+
+    metric: Spectrum
+    gradients: Tensor
+
+
 class GaugeNetwork(nn.Module):
-    """Maps invariant features to weights over `GAUGE_BASIS` and a gate; one for each kind of group.
+    """Maps invariant features to a `GaugeChoice`; one for each kind of group.
 
     Args:
         hidden: units of the LSTM.
@@ -48,29 +67,30 @@ class GaugeNetwork(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, len(GAUGE_BASIS) + 1)
+        self.head = nn.Linear(hidden, len(_START))
         with torch.no_grad():
             self.head.weight.mul_(0.5)
-            # The gate half open.
-            self.head.bias.copy_(torch.tensor([*_START, 0.0]))
+            self.head.bias.copy_(torch.tensor(_START))
 
     def forward(self, features: Tensor, state: Cell) -> tuple[Tensor, Cell]:
-        """Coefficients that sum up to a number in (-1/2, 0), `(rows, basis)`, and the new state."""
+        """The parts of a choice in the last dimension, `(rows, 3)`, and the new state."""
         hidden, memory = self.cell(features, state)
-        out = finite_gradient(self.head(hidden))
-        return -out[..., :-1].softmax(-1) * out[..., -1:].sigmoid() / 2, (hidden, memory)
+        return finite_gradient(self.head(hidden)).sigmoid(), (hidden, memory)
 
 
 class LearnedGauge(nn.Module):
-    r"""Chooses $g = \exp\left(\mp\tfrac12\,\sigma(a) \sum_i \mathrm{softmax}(c)_i \log C_i\right)$ for each side.
+    r"""Chooses for each side of each symmetry a group element that its tensors are stepped at.
 
-    The side of a symmetry that takes in what moves is shown the covariance of its inputs (of V's rows where no inputs
-    are known), the side that puts it out the curvature $S$ above it, both with several dampings; and each the
-    covariance of its own gradients. With the gate $\sigma(a)$ open, a step in the gauge is preconditioned by the
-    inverse of the chosen mean: the Gauss-Newton step of a layer alone, or ScaledGD for a factorisation; half open and
-    on the gradients it is that of Shampoo. Full whitening is where the gate saturates: a gauge is made anew at every
-    step, and cannot come nearer by being repeated, as a teleport that stays does. On minibatches the covariances are
-    running means.
+    $$g = \exp\left(\mp\tfrac a2 \left((1 - q) \log(C + \epsilon^u 1) + q \log N\right)\right)$$
+
+    The metric $C$ is, on the side of a symmetry that takes in what moves, the covariance of its inputs (of V's rows
+    where no inputs are known), and on the side that puts it out the curvature $S$ above it; $N$ is the covariance of
+    the side's own gradients, and $\epsilon$ the smallest shift that rounding allows, both relative to the largest
+    eigenvalue. The reach $u$, the share $q$ and the gate $a$, all in (0, 1), are learned. With the gate open a step in
+    the gauge is preconditioned by the inverse of the chosen mean: at $q = 0$ the Levenberg-Marquardt step of a layer
+    alone, for $u = 1$ Gauss-Newton's, or ScaledGD for a factorisation; half open at $q = 1$ it is Shampoo's. Full
+    whitening is where the gate saturates: a gauge is made anew at every step, and cannot come nearer by being repeated,
+    as a teleport that stays does. On minibatches the covariances are running means.
 
     Basis and features are kept out of the graph; the networks are shared by all gauges of one kind of group, with a
     state for each. Nothing moves along the orbit: the gauge is undone after the step, so it costs no drift.
@@ -87,7 +107,7 @@ class LearnedGauge(nn.Module):
     def __init__(self, groups: Sequence[str] = ("GL", "diagonal"), hidden: int = 32) -> None:
         super().__init__()
         self.hidden = hidden
-        self.observe: Callable[..., tuple[Tensor, Tensor]] = _observe
+        self.observe: Callable[..., tuple[GaugeBasis, Tensor]] = _observe
         self.networks = nn.ModuleDict({group: GaugeNetwork(hidden) for group in groups if group != "O"})
 
     def places(self, point: Point, symmetries: Sequence[Symmetry]) -> list[Place]:
@@ -147,12 +167,12 @@ class LearnedGauge(nn.Module):
             rows = [torch.cat((observed[index][1], shared), -1) for index in own]
             inputs = torch.nan_to_num(torch.stack(rows), 0.0, 10.0, -10.0).clamp(-10, 10).to(dtype)
             before = tuple(torch.stack([cells[_key(places[index])][part] for index in own]) for part in (0, 1))
-            weights, after = network(inputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in before))
-            weights = weights.reshape(*inputs.shape[:2], -1)
+            chosen, after = network(inputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in before))
+            chosen = chosen.reshape(*inputs.shape[:2], -1)
             hidden, memory = (part.reshape(*inputs.shape[:2], -1) for part in after)
             for row, index in enumerate(own):
                 cells[_key(places[index])] = (hidden[row], memory[row])
-                gauges[index] = _gauge(places[index], weights[row], observed[index][0])
+                gauges[index] = _gauge(places[index], GaugeChoice(*chosen[row].unbind(-1)), observed[index][0])
         after_state = {"cells": cells, "covariances": covariances, "seen": state["seen"] + 1}
         return [gauges[index] for index in sorted(gauges)], after_state
 
@@ -194,21 +214,15 @@ class LearnedGauge(nn.Module):
         return seen, remembered
 
 
-def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """The basis, `(tasks, basis, *group.shape)`, and the features, `(tasks, features)`."""
+def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tuple[GaugeBasis, Tensor]:
+    """The basis, and the features, `(tasks, features)`."""
     symmetry, side, _ = place
-    group = symmetry.group
     smallest = relative_shift(metric.dtype)
-    if len(group.shape) == 1:
-        diagonals = [torch.diagonal(each, dim1=-2, dim2=-1) for each in (metric, gradient)]
-        logs = diagonal_logs(diagonals[0], (smallest, *_SHIFTS))
-        gradient_logs = diagonal_logs(diagonals[1], (_GRADIENT_SHIFT,))
-        basis = torch.cat((logs, gradient_logs), -2)
+    if len(symmetry.group.shape) == 1:
+        own, other = (diagonal_spectrum(torch.diagonal(each, dim1=-2, dim2=-1)) for each in (metric, gradient))
     else:
-        matrices, logs = symmetric_logs(metric, (smallest, *_SHIFTS), rank=smallest)
-        gradients, gradient_logs = symmetric_logs(gradient, (_GRADIENT_SHIFT,))
-        basis = torch.cat((matrices, gradients), -3)
-    main, slow = logs[..., 0, :], gradient_logs[..., 0, :]
+        own, other = symmetric_spectrum(metric, rank=smallest), symmetric_spectrum(gradient)
+    main, slow = own.logs(smallest), other.logs(_GRADIENT_SHIFT)
     width = main.shape[-1]
     rows = point.activations[symmetry.modules[-1]].shape[-2] if _sees_rows(symmetry, point) else width
     flat = torch.ones_like(main[..., 0])
@@ -222,31 +236,33 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
         flat * (_SIDE if side == "in" else -_SIDE),
         flat * float(_sees_rows(symmetry, point)),
     )
-    return basis, torch.stack(features, -1)
+    return GaugeBasis(own, other.log(_GRADIENT_SHIFT)), torch.stack(features, -1)
 
 
 def _sees_rows(symmetry: Symmetry, point: Point) -> bool:
     return bool(symmetry.modules) and symmetry.modules[-1] in point.activations
 
 
-def _gauge(place: Place, weights: Tensor, basis: Tensor) -> Gauge:
+def _gauge(place: Place, choice: GaugeChoice, basis: GaugeBasis) -> Gauge:
     symmetry, side, names = place
-    group = symmetry.group
-    weights = weights.to(basis.dtype)
-    generator = (weights.reshape(*weights.shape, *(1 for _ in group.shape)) * basis).sum(1)
+    group, dtype = symmetry.group, basis.gradients.dtype
+    shift = (choice.reach.double() * math.log(relative_shift(dtype))).exp()
+    share, gate = choice.share.to(dtype), choice.gate.to(dtype)
+    mean = group.expand(1 - share) * basis.metric.log(shift) + group.expand(share) * basis.gradients
+    generator = -group.expand(gate) / 2 * mean
     # The metric above moves by the inverse of what the features move by.
     generator = generator if side == "in" else -generator
     # The overall scale cancels against the curvature bound; left in, it only costs digits.
-    mean = generator.mean(-1, keepdim=True) if len(group.shape) == 1 else _mean_part(generator)
-    generator = generator - mean.detach()
+    scale = generator.mean(-1, keepdim=True) if len(group.shape) == 1 else _mean_part(generator)
+    generator = generator - scale.detach()
     finite = generator.detach().isfinite().flatten(1).all(-1)
     generator = torch.where(group.expand(finite), generator, torch.zeros_like(generator))
     norm = group.norm(generator)
     # A condition number of at most half of the digits, as the trust region asks of a teleport.
-    bound = -math.log(torch.finfo(basis.dtype).eps) / 2
-    scale = (bound / norm.detach().clamp_min(1e-30)).clamp_max(1.0)
-    generator = generator * group.expand(scale)
-    return Gauge(symmetry, side, names, group.exp(generator), (norm * scale).detach())
+    bound = -math.log(torch.finfo(dtype).eps) / 2
+    shortened = (bound / norm.detach().clamp_min(1e-30)).clamp_max(1.0)
+    generator = generator * group.expand(shortened)
+    return Gauge(symmetry, side, names, group.exp(generator), (norm * shortened).detach())
 
 
 def _mean_part(matrix: Tensor) -> Tensor:

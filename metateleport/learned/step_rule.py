@@ -24,6 +24,8 @@ __all__ = ["StepRule"]
 
 Cell = tuple[Tensor, Tensor]
 _TENSOR_FEATURES = 7
+_LONGEST = 1.5
+"""The longest step in units of the joint bound; from two on it overshoots where the bound is met."""
 _PLACE = 3.0
 """How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
 
@@ -34,15 +36,24 @@ _AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
 class StepRule(nn.Module, UpdateRule):
     r"""Gradient descent with momentum, step and momentum of each tensor learned.
 
-    $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,d\,P v / \kappa$$
+    $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,s\,d\,P v / \kappa, \qquad \sum s = 1$$
 
     $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
     curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
-    shared, state its own) puts out $m \in (e^{-4}, e^4)$, which at the start is one half, and $\beta \in (0, 1)$, at
-    the start a twentieth. The bound lies far above the curvature where several layers follow, so $m$ may learn to be
-    large; what it then spoils, the acceptance test takes back. The velocity is a covector and moves with a teleport;
-    a task that goes back to its last accepted point starts with $v = G$. Tensors without a bound take Polyak's step
-    $L / \langle G, P G \rangle$, summed over all such, in the place of $1 / \kappa$.
+    shared, state its own) puts out its share $s$ of the step, at the start the same for all, $m \in (0, 3/2)$, at the
+    start one, and $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that
+    each take what they could alone overshoot together; with shares they do not. For residuals with the Jacobian
+    $(J_1, \dots, J_n)$, by Cauchy and Schwarz,
+
+    $$\Big|\sum_i J_i \delta_i\Big|^2 \le \sum_i |J_i \delta_i|^2 / s_i,$$
+
+    so that where the bounds hold $\kappa_i / s_i$ bound the curvature jointly, and a step with $m = 1$ lowers the
+    Gauss-Newton model. Much above that it pays only in what a gauge has left uneven, and keeps the gauge from learning
+    to even it out.
+
+    The velocity is a covector and moves with a teleport; a task that goes back to its last accepted point starts with
+    $v = G$. Tensors without a bound take Polyak's step $L / \langle G, P G \rangle$, summed over all such, in the place
+    of $s / \kappa$.
 
     The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
     `detach` to False, or put another function in the place of `observe`.
@@ -58,7 +69,7 @@ class StepRule(nn.Module, UpdateRule):
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
-        722
+        731
     """
 
     def __init__(self, hidden: int = 32, secants: int = 0) -> None:
@@ -68,11 +79,12 @@ class StepRule(nn.Module, UpdateRule):
         self.observe: Callable[..., Tensor] = _observe
         self.secant: Callable[..., Secant] = secant_between
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 3 if secants else 2)
+        self.head = nn.Linear(hidden, 4 if secants else 3)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
-            self.head.bias.copy_(torch.tensor([-0.7, -3.0, -3.0])[: len(self.head.bias)])
+            start = [-math.log(_LONGEST - 1), -3.0, 0.0, -3.0]
+            self.head.bias.copy_(torch.tensor(start)[: len(self.head.bias)])
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
@@ -154,7 +166,9 @@ class StepRule(nn.Module, UpdateRule):
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
         outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
-        multipliers, memories = (4 * (outputs[..., 0] / 4).tanh()).exp(), outputs[..., 1].sigmoid()
+        memories = outputs[..., 1].sigmoid()
+        shares = _shares(outputs[..., 2], [name in bounds for name in names])
+        multipliers = _LONGEST * outputs[..., 0].sigmoid() * shares
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
         trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
         scales, velocity, after = {}, {}, {}
@@ -169,6 +183,14 @@ class StepRule(nn.Module, UpdateRule):
             velocity[name] = share * kept + (1 - share) * gradient
             after[name] = (hidden[index], memory[index])
         return scales, velocity, trusts, after
+
+
+def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
+    """What part of a step each tensor with a bound takes, adding up to one, `(tensors, tasks)`; one for the others."""
+    if not any(bounded):
+        return torch.ones_like(logits)
+    inside = torch.tensor(bounded, device=logits.device).unsqueeze(-1)
+    return torch.where(inside, logits.masked_fill(~inside, -torch.inf).softmax(0), 1.0)
 
 
 def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
