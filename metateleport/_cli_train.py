@@ -66,6 +66,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--horizon", type=positive, metavar="N", help="inner steps at the end of the curriculum")
     parser.add_argument("--validation-every", type=positive, metavar="N", help="meta-steps between validations")
     parser.add_argument("--starts", type=positive, metavar="N", help="initialisations tried; the best goes on")
+    parser.add_argument("--start-from", metavar="CHECKPOINT", help="start from its networks, of the same meta-seed")
     parser.add_argument("--lr", type=float, metavar="X", help="step size of the meta-training")
     parser.add_argument("--hidden", type=positive, metavar="N", help="units of the LSTMs")
     parser.add_argument("--base", metavar="NAME", help="mode tele: the optimizer that takes the steps")

@@ -223,13 +223,14 @@ def test_a_meta_gradient_that_is_not_finite_is_an_error() -> None:
 def test_teleporters_page_has_every_teleporter_and_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import teleporters
 
-    monkeypatch.setattr(teleporters, "STEPS", 1)
+    monkeypatch.setattr(teleporters, "STEPS", 2)
     size = ["--tasks", "2", "--rounds", "1", "--budget", "9"]
-    cases = ["--families", "leaky_mlp", "--priced", "leaky_mlp, one task", "digits, one task"]
+    cases = ["--families", "leaky_mlp", "--priced", "leaky_mlp with tanh, 16 tasks", "digits, one task"]
     files = ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "page.md")]
     assert teleporters.main([*size, *cases, *files]) == 0
     report, page = json.loads((tmp_path / "out.json").read_text()), (tmp_path / "page.md").read_text()
-    assert [row["task"] for row in report["prices"]] == ["leaky_mlp, one task", "digits, one task"]
+    assert [row["task"] for row in report["prices"]] == ["leaky_mlp with tanh, 16 tasks", "digits, one task"]
+    assert [row["symmetries"][0][:21] for row in report["prices"]] == ["batch pair, 2024 form", "rescaling, PositiveDi"]
     assert all(row["ratios"][kind]["median"] > 0 for row in report["prices"] for kind in ("ascent", "teleport"))
     rows = {row["teleporter"]: row for row in report["gains"]["leaky_mlp"]}
     assert rows.keys() == teleporters.TELEPORTERS.keys()

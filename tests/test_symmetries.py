@@ -529,16 +529,27 @@ def test_an_unfrozen_second_bias_may_be_anything() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "activation",
-    [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.1), nn.LeakyReLU(0.3), nn.Tanh(), nn.GELU(), nn.ELU(), nn.Softplus()],
+    [
+        nn.Identity(),
+        nn.ReLU(),
+        nn.LeakyReLU(0.1),
+        nn.LeakyReLU(0.3),
+        nn.Tanh(),
+        nn.Sigmoid(),
+        nn.GELU(),
+        nn.ELU(),
+        nn.Softplus(),
+    ],
     ids=repr,
 )
 def test_slopes_are_those_of_autograd(activation: nn.Module, dtype: torch.dtype) -> None:
     z = torch.randn(50, dtype=dtype, requires_grad=True)
     z.data[0] = 0.0
     (expected,) = torch.autograd.grad(activation(z).sum(), z)
-    found = slope(activation, z.detach())
-    assert found.dtype == dtype
-    assert torch.allclose(found, expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    for value in (None, activation(z).detach()):
+        found = slope(activation, z.detach(), value)
+        assert found.dtype == dtype
+        assert torch.allclose(found, expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.LeakyReLU(0.1), nn.LeakyReLU(3.0)], ids=repr)

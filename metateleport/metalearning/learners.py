@@ -375,4 +375,4 @@ class _Detached(Teleporter):
             chosen, state = self.teleporter.choose(symmetry, point, state)
         if isinstance(chosen, Tensor):
             return chosen.detach(), state
-        return type(chosen)(*(part.detach() if isinstance(part, Tensor) else part for part in chosen)), state
+        return chosen._replace(element=chosen.element.detach(), size=chosen.size.detach()), state

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["has_full_rank", "least_norm_over"]
+__all__ = ["fitted_to", "has_full_rank", "least_norm_over"]
 
 
 def has_full_rank(rows: Tensor) -> Tensor:
@@ -49,6 +49,57 @@ def least_norm_over(rows: Tensor) -> Callable[[Tensor], Tensor]:
     eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
     q, r = torch.linalg.qr(torch.where(usable, rows, eye).mT)
     return lambda target: q @ torch.linalg.solve_triangular(r.mT, torch.where(usable, target, 0.0), upper=False)
+
+
+def fitted_to(old: Tensor, covectors: Tensor) -> Callable[[Tensor], Tensor]:
+    r"""Maps new rows $H'$ to the covectors $D + D (H - H')^\top H'^{+\top}$, so that $D H^\top$ stays as it is.
+
+    What `least_norm_over` would give, for trials that are differentiated: it decomposes nothing that stands in the
+    graph, so its derivative is that of an inverse, two products. Square rows are inverted; of others their Gram
+    matrix is, where half of the digits are left by it. Where they are not, the rows are made orthonormal before, by a
+    triangle that counts as constant: any basis of the samples gives the same.
+
+    Args:
+        old: $H$, `(*batch, samples, width)`, with at most as many samples as the width.
+        covectors: $D$, `(*batch, n, width)`.
+
+    Returns:
+        The map, from and to `(*batch, samples, width)` and `(*batch, n, width)`. Where the new rows are dependent,
+        the covectors stay as they are.
+    """
+    products = covectors @ old.mT
+    square = old.shape[-2] == old.shape[-1]
+    eps = torch.finfo(old.dtype).eps
+
+    def inverted(rows: Tensor) -> Tensor:
+        inverse, _ = torch.linalg.inv_ex(rows)
+        with torch.no_grad():
+            usable = torch.linalg.matrix_norm(rows) * torch.linalg.matrix_norm(inverse) < 1 / eps
+        if bool(usable.all()):
+            return products @ inverse.mT
+        usable = usable.unsqueeze(-1).unsqueeze(-1)
+        eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        inverse = torch.linalg.inv(torch.where(usable, rows, eye))
+        return torch.where(usable, products @ inverse.mT, covectors)
+
+    def projected(rows: Tensor) -> Tensor:
+        missing = products - covectors @ rows.mT
+        gram = rows @ rows.mT
+        inverse, _ = torch.linalg.inv_ex(gram)
+        with torch.no_grad():
+            well = torch.linalg.matrix_norm(gram) * torch.linalg.matrix_norm(inverse) < eps**-0.5
+        if bool(well.all()):
+            return covectors + missing @ inverse @ rows
+        triangle = torch.linalg.qr(rows.detach().mT, mode="r")[1]
+        diagonal = torch.diagonal(triangle, dim1=-2, dim2=-1).abs()
+        usable = (diagonal.amin(-1) > eps * diagonal.amax(-1)).unsqueeze(-1).unsqueeze(-1)
+        eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
+        triangle, rows = torch.where(usable, triangle, eye[:, : rows.shape[-2]]), torch.where(usable, rows, eye)
+        upright = torch.linalg.solve_triangular(triangle.mT, rows, upper=False)
+        missing = torch.linalg.solve_triangular(triangle, missing, upper=True, left=False)
+        return covectors + torch.where(usable, missing @ torch.linalg.inv(upright @ upright.mT) @ upright, 0.0)
+
+    return inverted if square else projected
 
 
 def _finite(matrices: Tensor) -> Tensor:

@@ -14,8 +14,13 @@ __all__ = ["HOMOGENEOUS", "activation_of", "inverse_of", "slope"]
 HOMOGENEOUS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)
 
 
-def slope(activation: nn.Module, z: Tensor) -> Tensor:
+def slope(activation: nn.Module, z: Tensor, value: Tensor | None = None) -> Tensor:
     """The derivative of an elementwise activation at each entry of `z`, same shape.
+
+    Args:
+        activation: the activation.
+        z: where.
+        value: the activation there, where it is known already: tanh and the sigmoid have their slope from it.
 
     Example:
         >>> slope(nn.LeakyReLU(0.1), torch.tensor([-2.0, 2.0]))
@@ -27,6 +32,12 @@ def slope(activation: nn.Module, z: Tensor) -> Tensor:
         return torch.where(z > 0, torch.ones_like(z), activation.negative_slope)
     if isinstance(activation, nn.ReLU):
         return (z > 0).to(z.dtype)
+    if isinstance(activation, nn.Tanh):
+        value = activation(z) if value is None else value
+        return 1 - value.square()
+    if isinstance(activation, nn.Sigmoid):
+        value = activation(z) if value is None else value
+        return value * (1 - value)
     return torch.func.jvp(activation, (z,), (torch.ones_like(z),))[1]
 
 

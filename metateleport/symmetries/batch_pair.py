@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.groups import GeneralLinear
 from metateleport.point import Point
-from metateleport.symmetries._rows import has_full_rank, least_norm_over
+from metateleport.symmetries._rows import fitted_to, has_full_rank, least_norm_over
 from metateleport.symmetries.activations import inverse_of, slope
 from metateleport.symmetries.base import Carried, Pair, Unsuitable
 
@@ -96,7 +96,7 @@ class _BatchPair(Pair):
             # The point has let go of everything below U: only U's gradient is made.
             stale = (point.stale | point.gradients.keys()) - {self.second_weight}
             return point.update(parameters, {self.second_weight: on_second}, activations, stale=frozenset(stale))
-        below = on_features * slope(self.activation, before)
+        below = on_features * slope(self.activation, before, features)
         gradients = {
             self.second_weight: on_second,
             self.first_weight: below.mT @ point.activations[self.first],
@@ -267,8 +267,10 @@ class BatchPair2024(_BatchPair):
         return self.activation(before if element is None else before @ element.mT)
 
     def action_at(self, point: Point, gradients_only: bool = False) -> Callable[[Tensor], Point]:
-        before, second = self._before(point), point.parameters[self.second_weight]
-        old = self.activation(before)
+        before = self._before(point)
+        if gradients_only and before.shape[-2] <= self.width:
+            return self._gradients_at(point, before)
+        second, old = point.parameters[self.second_weight], self.activation(before)
         above = point.cotangents.get(self.second)
         reaches_below = self.first in point.cotangents
 
@@ -276,13 +278,7 @@ class BatchPair2024(_BatchPair):
             moved = before @ element.mT
             features = self.activation(moved)
             shift = least_norm_over(features)((old - features) @ second.mT)
-            parameters = {
-                self.first_weight: element @ point.parameters[self.first_weight],
-                self.second_weight: second + shift.mT,
-            }
-            if self.first_bias is not None:
-                bias = point.parameters[self.first_bias]
-                parameters[self.first_bias] = (element @ bias.unsqueeze(-1)).squeeze(-1)
+            parameters = {**self._moved_first(element, point), self.second_weight: second + shift.mT}
             return self._rebuild(
                 point,
                 parameters,
@@ -293,6 +289,37 @@ class BatchPair2024(_BatchPair):
             )
 
         return act
+
+    def _gradients_at(self, point: Point, before: Tensor) -> Callable[[Tensor], Point]:
+        """`action_at` without U, of which the backward pass needs only the product with the cotangent above."""
+        above = point.cotangents.get(self.second)
+        pulled = None
+        if above is not None and self.first in point.cotangents:
+            pulled = fitted_to(self.activation(before), above @ point.parameters[self.second_weight])
+        # V is asked for by the layers below it.
+        moves_first = not self._stands_alone(point)
+        others = {name: value for name, value in point.parameters.items() if name not in self.parameters}
+        start = point.replace(parameters=others)
+
+        def act(element: Tensor) -> Point:
+            moved = before @ element.mT
+            features = self.activation(moved)
+            return self._rebuild(
+                start,
+                self._moved_first(element, point) if moves_first else {},
+                moved,
+                features,
+                None if above is None else above.mT @ features,
+                None if pulled is None else pulled(features),
+            )
+
+        return act
+
+    def _moved_first(self, element: Tensor, point: Point) -> dict[str, Tensor]:
+        found = {self.first_weight: element @ point.parameters[self.first_weight]}
+        if self.first_bias is not None:
+            found[self.first_bias] = (element @ point.parameters[self.first_bias].unsqueeze(-1)).squeeze(-1)
+        return found
 
     def _carry(self, element: Tensor, inverse: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # V and b move linearly; what stands for U has no image under a linear map and stays.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metateleport.groups import Group
 
-__all__ = ["Ascent", "Direction", "differentiated"]
+__all__ = ["Arrived", "Ascent", "Direction", "differentiated"]
 
 Direction = Literal["ascent", "descent"]
 
@@ -72,7 +72,7 @@ class Ascent:
         >>> from metateleport.symmetries.translation import Translation
         >>> line = Translation(1)
         >>> bowl = differentiated(line, lambda x: -((x[0] - 1) ** 2))
-        >>> Ascent(20, 0.1, 5.0, line_search=True).run(line, torch.zeros(1), bowl)[0]
+        >>> Ascent(20, 0.1, 5.0, line_search=True).run(line, torch.zeros(1), bowl).element
         tensor([1.])
     """
 
@@ -99,15 +99,18 @@ class Ascent:
         return 1 if self.direction == "ascent" else -1
 
     def cost(self, slope: float) -> float:
-        """Gradient evaluations of a run, where a value with its gradient costs `slope` and a value alone a third."""
+        """Gradient evaluations of a run whose steps are all made; a value with its gradient costs `slope`."""
         return self.steps * slope * (1 + len(_FACTORS) * self.line_search / 3)
 
     def relative_gain(self, before: Tensor, after: Tensor) -> Tensor:
         """How much of its size a value went the right way."""
         return self.sign * (after - before) / before.abs().clamp_min(torch.finfo(before.dtype).tiny)
 
-    def run(self, group: Group, start: Tensor, evaluate: Evaluate) -> tuple[Tensor, Tensor]:
-        """The end of the ascent and the length of the way there, `(*batch,)`; both detached.
+    def run(self, group: Group, start: Tensor, evaluate: Evaluate) -> Arrived:
+        """The end of the ascent, detached; it is over once every task has stopped.
+
+        A task stops where it is at the cap or above `value_cap`, where it has no slope, or where it is not finite. What
+        the others of its batch still need is not charged to it.
 
         Args:
             group: where it goes.
@@ -117,7 +120,13 @@ class Ascent:
         here = _Place(start, torch.zeros_like(group.norm(start)))
         size = torch.full_like(here.length, self.sign * self.step_size)
         first: Tensor | None = None
+        stopped, spent = torch.zeros_like(here.length, dtype=torch.bool), torch.zeros_like(here.length)
         for _ in range(self.steps):
+            # Written so that a length that is not a number stops too.
+            stopped = stopped | ~(here.length < self.cap)
+            if bool(stopped.all()):
+                break
+            spent = spent + (~stopped).to(spent.dtype)
             values, slope = evaluate(here.element, True)
             assert slope is not None
             if first is None:
@@ -128,16 +137,24 @@ class Ascent:
             direction = slope / group.expand(first)
             if self.value_cap is not None:
                 direction = torch.where(group.expand(values > self.value_cap), 0.0, direction)
+            length = group.norm(direction)
+            stopped = stopped | (length == 0) | ~length.isfinite()
             if self.line_search:
+                if bool(stopped.all()):
+                    break
+                # A value alone costs a third.
+                spent = spent + (~stopped).to(spent.dtype) * (len(_FACTORS) / 3)
                 here, size = self._searched(group, here, direction, size, values, evaluate)
             else:
                 here = self._stepped(group, here, group.expand(size) * direction)
-        return here.element, here.length
+        return Arrived(here.element, here.length, spent)
 
     def _stepped(self, group: Group, here: _Place, step: Tensor) -> _Place:
         norm = group.norm(step)
-        share = ((self.cap - here.length) / norm.clamp_min(torch.finfo(step.dtype).tiny)).clamp_max(1.0)
-        return _Place(group.retract(here.element, step * group.expand(share)), here.length + norm * share)
+        left = self.cap - here.length
+        share = (left / norm.clamp_min(torch.finfo(step.dtype).tiny)).clamp_max(1.0)
+        length = torch.where(norm >= left, self.cap, here.length + norm)
+        return _Place(group.retract(here.element, step * group.expand(share)), length)
 
     def _searched(
         self, group: Group, here: _Place, direction: Tensor, size: Tensor, values: Tensor, evaluate: Evaluate
@@ -156,6 +173,14 @@ class Ascent:
             best_size = torch.where(better, factor * size, best_size)
             best_value = torch.where(better, value, best_value)
         return best, best_size
+
+
+class Arrived(NamedTuple):
+    """Where an ascent ended, the length of the way there, and its cost in values with their gradient, `(*batch,)`."""
+
+    element: Tensor
+    length: Tensor
+    spent: Tensor
 
 
 class _Place(NamedTuple):

@@ -41,10 +41,18 @@ class TrustRegion:
 
 
 class Chosen(NamedTuple):
-    """A group element, `(*batch, *group.shape)`, chosen without a generator, and its size, `(*batch,)`."""
+    """A group element chosen without a generator.
+
+    Args:
+        element: `(*batch, *group.shape)`.
+        size: `(*batch,)`.
+        evaluations: gradient evaluations that choosing it cost, `(*batch,)`; those that the teleporter names
+            beforehand if not given.
+    """
 
     element: Tensor
     size: Tensor
+    evaluations: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +111,10 @@ class Teleporter:
 
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
         """Gradient evaluations that choosing one generator costs; algebra on what is known already is free."""
+        return 0.0
+
+    def gain_evaluations(self, symmetry: Symmetry, point: Point) -> float:
+        """Gradient evaluations that one `gain` costs."""
         return 0.0
 
     def watches(self, model: nn.Module) -> tuple[str, ...]:
@@ -211,12 +223,14 @@ def _carry_out(
     ]
     reason = reasons(refusals + unstable)
     failures = add_failure({}, UNSTABLE, reasons(unstable))
-    choosing = teleporter.evaluations(symmetry, start)
-    cost = moved.to(size.dtype) * symmetry.rebuild_cost(start) + choosing
     zero = torch.zeros_like(size)
+    known = proposed.evaluations if isinstance(proposed, Chosen) else None
+    choosing = zero + teleporter.evaluations(symmetry, start) if known is None else known
+    arriving = symmetry.rebuild_cost(start) + teleporter.gain_evaluations(symmetry, start)
+    cost = moved.to(size.dtype) * arriving + choosing
     if not bool(moved.any()):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
-        return start, Move(symmetry, identity, zero, ~accepted, zero + choosing, reason, failures=failures)
+        return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures)
     if not bool(accepted.all()):
         element = _element_where(accepted, group, proposed)
     arrived = symmetry.act(element, start)

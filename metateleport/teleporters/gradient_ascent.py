@@ -72,9 +72,12 @@ class GradientAscentTeleporter(Teleporter):
         self.name = f"gradient-{direction}"
 
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
-        slope = self.objective.evaluations(symmetry, point)
+        """What all steps cost; an ascent that is over before them is charged what it made."""
+        return self.ascent.cost(self.objective.evaluations(symmetry, point))
+
+    def gain_evaluations(self, symmetry: Symmetry, point: Point) -> float:
         # Where the gradient has arrived the objective is known; any other is looked at once more at both ends.
-        return self.ascent.cost(slope) + (0 if self.objective.reads_gradients else 2 * slope / 3)
+        return 0.0 if self.objective.reads_gradients else 2 * self.objective.evaluations(symmetry, point) / 3
 
     def gain(self, start: Point, arrived: Point) -> Tensor:
         with torch.no_grad():
@@ -92,4 +95,5 @@ class GradientAscentTeleporter(Teleporter):
         one = symmetry.group.identity(*batch, dtype=like.dtype, device=like.device)
         act = symmetry.action_at(fixed, gradients_only=not self.objective.reads_parameters)
         evaluate = differentiated(symmetry.group, lambda element: self.objective(act(element)))
-        return Chosen(*self.ascent.run(symmetry.group, one, evaluate)), state
+        element, size, spent = self.ascent.run(symmetry.group, one, evaluate)
+        return Chosen(element, size, spent * self.objective.evaluations(symmetry, point)), state

@@ -99,13 +99,13 @@ class NullSpaceTeleporter(FreeTeleporter):
 
         slope = 2.0 if self.objective.reads_gradients else self.objective.evaluations(moving, point)
         start = scale.new_zeros(*zero.shape, moving.group.size)
-        relative, _ = self.ascent.run(moving.group, start, differentiated(moving.group, objective))
-        step = moving.flatten(unseen(relative), batch)
+        arrived_at = self.ascent.run(moving.group, start, differentiated(moving.group, objective))
+        step = moving.flatten(unseen(arrived_at.element), batch)
         arrived = {name: point.parameters[name] + part for name, part in moving.split(step).items()}
         loss, gradients = gradients_at(point, arrived)
         # One gradient evaluation at the new place; an objective of another kind is looked at once more at both ends.
         looked = 1.0 if self.objective.reads_gradients else 1.0 + 2 * slope / 3
-        return Displaced(moving, step, loss, gradients, zero + self.ascent.cost(slope) + looked)
+        return Displaced(moving, step, loss, gradients, slope * arrived_at.spent + looked)
 
     def gain(self, start: Point, arrived: Point) -> Tensor:
         with torch.no_grad():

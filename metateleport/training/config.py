@@ -46,6 +46,8 @@ class TrainConfig:
         validation_tasks: tasks that the checkpoint is chosen on.
         validation_every: meta-steps between validations.
         starts: initialisations that are tried for a third of the meta-steps; the best on validation goes on.
+        start_from: a checkpoint whose networks the training starts from, those of the same meta-seed where it has them;
+            None for random ones.
         hidden: units of the LSTMs.
         stays: learn a teleport that stays, in a mode with `tele`.
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
@@ -83,6 +85,7 @@ raise the horizon or shorten the unroll
     validation_tasks: int = 32
     validation_every: int = 20
     starts: int = 1
+    start_from: str | None = None
     hidden: int = 32
     stays: bool = True
     gauge: GaugeKind = "none"
@@ -120,6 +123,8 @@ raise the horizon or shorten the unroll
             )
         if not (self.lr > 0 and self.clip > 0 and self.base_lr > 0):
             raise TrainingError(f"lr, clip and base_lr have to be positive: {self.lr}, {self.clip}, {self.base_lr}")
+        if self.start_from is not None and self.starts > 1:
+            raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")
         if self.seconds is not None and not self.seconds > 0:
             raise TrainingError(f"seconds has to be positive, not {self.seconds}")
         if self.seed < 0:

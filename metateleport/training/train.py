@@ -19,6 +19,7 @@ from metateleport.files import replacing_folder, write_json
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training.config import TrainConfig, TrainingError, device_for
 from metateleport.training.trainer import MetaTrainer, Progression, Snapshot
+from metateleport.training.warm_start import warm_start, warm_start_checkpoint
 
 __all__ = ["Interrupted", "resume_folder", "train"]
 
@@ -110,10 +111,13 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         wanted[_STEP_ONLY] = shape.without_teleport()
     seconds = None if config.seconds is None else config.seconds / len(wanted)
     trainers = {}
+    source = None if config.start_from is None else warm_start_checkpoint(config.start_from, config.seed)
     for name, each in wanted.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             meta = MetaOptimizer(each)
+        if source is not None:
+            warm_start(meta, source, step_only=name == _STEP_ONLY)
         trainers[name] = MetaTrainer(config, family, meta, config.meta_steps, seconds)
     return trainers
 

@@ -1,0 +1,70 @@
+"""Meta-training that starts from the networks of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from metateleport.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
+from metateleport.training.config import TrainingError
+
+__all__ = ["warm_start", "warm_start_checkpoint"]
+
+_MAY_DIFFER = ("secants", "groups", "max_size")
+_HEAD = "rule.head."
+
+
+def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
+    """The training to start from: the checkpoint's own of that meta-seed where it has one, else the one on top.
+
+    Args:
+        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        seed: of the training that is to start.
+
+    Raises:
+        TrainingError: if it cannot be loaded.
+    """
+    try:
+        checkpoint = load_checkpoint(name_or_path)
+        paths = {each.seed: each.path for each in checkpoint.meta_seeds}
+        return load_checkpoint(paths[seed]) if paths.get(seed, checkpoint.path) != checkpoint.path else checkpoint
+    except CheckpointError as error:
+        raise TrainingError(f"the training cannot start from {name_or_path}: {error}") from error
+
+
+def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = False) -> None:
+    """Gives networks the weights of a checkpoint's.
+
+    The two have to be of one shape, but for the groups, and for secants: what a rule with secants has beyond one
+    without, its trust in them, stays as it was.
+
+    Args:
+        meta: the networks; changed in place.
+        checkpoint: where the weights are from.
+        step_only: take those of the recipe without teleports.
+
+    Raises:
+        TrainingError: if the checkpoint has no such networks, or they are of another shape.
+    """
+    source = checkpoint.step_only if step_only else checkpoint.learned
+    if source is None:
+        raise TrainingError(f"{checkpoint.path} has no networks without teleports to start from: start without it")
+    for field in dataclasses.fields(MetaOptimizerConfig):
+        wanted, there = getattr(meta.config, field.name), getattr(source.config, field.name)
+        if field.name not in _MAY_DIFFER and wanted != there:
+            raise TrainingError(
+                f"the networks of {checkpoint.path} have {field.name}={there!r}, and these {wanted!r}: train with the "
+                "settings of the checkpoint, or start without it"
+            )
+    weights, own = source.state_dict(), meta.state_dict()
+    for name, value in weights.items():
+        if name not in own:
+            continue
+        if value.shape != own[name].shape and not name.startswith(_HEAD):
+            raise TrainingError(f"{name} of {checkpoint.path} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
+        rows = min(len(value), len(own[name]))
+        with torch.no_grad():
+            own[name][:rows] = value[:rows]
+    meta.load_state_dict(own)
