@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,19 +13,25 @@ from test_meta_gradients import Batch, analytic, attached, compare, error, plain
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.gauges import Gauge
 from metateleport.learned.adaptive_rule import AdaptiveRule
 from metateleport.learned.progress import Progress, Tolerance
 
 TOLERANCE = 1e-6
 
 
-def rule_of(size: float = 0.0, memory: float = 0.9, share: float = 40.0, head: float = 0.0) -> AdaptiveRule:
+ADAM, POLAR, GAUGE = ((*(80.0 * float(place == each) for each in range(3)),) for place in range(3))
+
+
+def rule_of(
+    size: float = 0.0, memory: float = 0.9, calm: float = 40.0, mixture: Sequence[float] = ADAM, head: float = 0.0
+) -> AdaptiveRule:
     """A rule in float64 that always says the same, unless `head` lets it see something."""
     torch.manual_seed(0)
     rule = AdaptiveRule(hidden=5).double()
     with torch.no_grad():
         rule.head.weight.copy_(head * (torch.rand(rule.head.weight.shape) - 0.5))
-        rule.head.bias.copy_(torch.tensor([size, math.log(memory / (1 - memory)), share], dtype=torch.float64))
+        rule.head.bias.copy_(torch.tensor([size, math.log(memory / (1 - memory)), calm, *mixture], dtype=torch.float64))
     return rule
 
 
@@ -36,7 +43,7 @@ def meta_optimizer(mode: str = "update", **config: object) -> mt.MetaOptimizer:
         assert isinstance(meta.rule, AdaptiveRule)
         meta.rule.head.weight.mul_(10)
         # Short steps, so that none is taken back.
-        meta.rule.head.bias.copy_(torch.tensor([-1.5, 1.0, 0.3]))
+        meta.rule.head.bias.copy_(torch.tensor([-6.0, 1.0, 0.5, 0.3, 0.5, 0.0]))
     return meta
 
 
@@ -55,42 +62,81 @@ def walk(rule: AdaptiveRule, model: mt.StackedModel, batch: Batch, steps: int) -
     return along
 
 
-def layer_scales(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def first_length(parameters: dict[str, Tensor]) -> Tensor:
+    """1.25 times the geometric mean of the layers' sizes, over their number, `(tasks,)`."""
     layers: dict[str, list[Tensor]] = {}
     for name, value in parameters.items():
         layers.setdefault(name.rpartition(".")[0], []).append(value.flatten(1))
-    sizes = {name: torch.cat(parts, 1).square().mean(1).sqrt() for name, parts in layers.items()}
-    return {name: sizes[name.rpartition(".")[0]] for name in parameters}
+    sizes = torch.stack([torch.cat(parts, 1).square().mean(1).sqrt() for parts in layers.values()])
+    return 1.25 * sizes.log().mean(0).exp() / len(sizes)
 
 
-def test_unmixed_it_is_adam_with_a_step_relative_to_the_weights() -> None:
+def size_of(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1).square().mean(1).sqrt()
+
+
+@pytest.mark.parametrize("calm", [40.0, -40.0, 0.0])
+def test_unmixed_it_is_adam_with_a_step_relative_to_the_weights(calm: float) -> None:
     model, batch = stack("rescaling")
-    along = walk(rule_of(), model, batch, 6)
+    along = walk(rule_of(calm=calm), model, batch, 6)
+    first = first_length(along[0])
     moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in along[0].items()}
+    recent = dict.fromkeys(along[0], 0.0)
     for step, (before, after) in enumerate(itertools.pairwise(along), start=1):
         gradients = model.point_at(before, batch).gradients
-        sizes = layer_scales(before)
         for name, gradient in gradients.items():
             mean, square = moments[name]
-            moments[name] = mean, square = 0.9 * mean + 0.1 * gradient, 0.99 * square + 0.01 * gradient.square()
+            moments[name] = mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient.square()
             shape = (-1, *(1,) * (gradient.ndim - 1))
-            normal = square / (1 - 0.99**step)
+            normal = square / (1 - 0.999**step)
             smallest = 1e-8 * normal.flatten(1).mean(1).reshape(shape)
             direction = mean / (1 - 0.9**step) / (normal + smallest).sqrt()
-            size = sizes[name].reshape(shape)
-            expected = before[name] - 0.1 * size * direction
+            recent[name] = 0.95 * recent[name] + 0.05 * size_of(gradient) ** 2
+            steady = size_of(mean / (1 - 0.9**step)) / (recent[name] / (1 - 0.95**step)) ** 0.5
+            exponent = 1 / (1 + math.exp(-calm))
+            length = first * size_of(direction) ** (exponent - 1) * steady ** (1 - exponent)
+            expected = before[name] - length.reshape(shape) * direction
             torch.testing.assert_close(after[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_without_a_gauge_the_other_direction_is_the_velocity() -> None:
+def test_the_polar_factor_s_direction_has_the_length_of_adam_s() -> None:
     model, batch = stack("rescaling")
-    before, after = walk(rule_of(share=-40.0), model, batch, 1)
-    sizes = layer_scales(before)
+    before, after = walk(rule_of(mixture=POLAR), model, batch, 1)
+    adam = walk(rule_of(), model, batch, 1)[-1]
     for name, gradient in model.point_at(before, batch).gradients.items():
-        shape = (-1, *(1,) * (gradient.ndim - 1))
-        level = gradient.square().flatten(1).mean(1).sqrt().reshape(shape)
-        expected = before[name] - 0.1 * sizes[name].reshape(shape) * gradient / level
-        torch.testing.assert_close(after[name], expected, rtol=1e-9, atol=1e-12)
+        step, other = before[name] - after[name], before[name] - adam[name]
+        torch.testing.assert_close(size_of(step), size_of(other))
+        if gradient.ndim == 2:  # A bias has no polar factor.
+            torch.testing.assert_close(step, other)
+            continue
+        left, _, right = torch.linalg.svd(gradient.detach(), full_matrices=False)
+        polar = left @ right
+        assert float((step * polar).sum().detach() / (step.norm() * polar.norm())) > 0.95
+        assert not torch.allclose(step, other, rtol=0.1)
+
+
+def test_tensors_without_a_gauge_share_out_what_it_would_have() -> None:
+    model, batch = stack("rescaling")
+    without = walk(rule_of(mixture=(1.0, 1.0, 5.0)), model, batch, 2)[-1]
+    for name, value in walk(rule_of(mixture=(1.0, 1.0, -40.0)), model, batch, 2)[-1].items():
+        torch.testing.assert_close(without[name], value)
+
+
+def test_in_a_gauge_it_steps_along_the_raised_velocity() -> None:
+    model, batch = stack("linear pair")
+    pair = model.symmetries[0]
+    element = pair.group.exp(pair.group.random_generator(2, seed=0, dtype=torch.float64))
+    gauge = Gauge(pair, "in", ("1.weight",), element, torch.ones(2))
+    point = model.point_at(model.tensors(), batch)
+    assert point.loss is not None
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=False)[0]
+    rule = rule_of(mixture=GAUGE)
+    with torch.no_grad():
+        moved, _ = rule.step(point, model.symmetries, progress, rule.initial_state(point), [gauge])
+    step = point.parameters["1.weight"] - moved["1.weight"]
+    raised = point.gradients["1.weight"] @ element.mT @ element
+    shape = (-1, 1, 1)
+    torch.testing.assert_close(step / size_of(step).reshape(shape), raised / size_of(raised).reshape(shape))
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e5])
@@ -99,14 +145,16 @@ def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
     scaled = mt.StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
     alone = mt.StackedModel([model.template], model.loss, model.symmetries)
     first = tuple(tuple(value[:1] for value in part) for part in batch)
-    ours, theirs = (walk(rule_of(share=0.0, head=1.0), each, first, 4)[-1] for each in (scaled, alone))
+    ours, theirs = (
+        walk(rule_of(mixture=(0.0, 0.0, 0.0), calm=0.0, head=1.0), each, first, 4)[-1] for each in (scaled, alone)
+    )
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-8)
 
 
 def test_a_step_that_is_taken_back_is_taken_again_damped() -> None:
     model, batch = stack("rescaling")
-    rule = rule_of(share=0.0)
+    rule = rule_of(mixture=(0.0, 0.0, 0.0))
     point = model.point_at(model.tensors(), batch)
     assert point.loss is not None
     progress = Progress.begin(point.loss).judge(point.loss, deterministic=False)[0]
@@ -152,6 +200,16 @@ def test_on_minibatches_it_allows_what_a_narrower_test_takes_back() -> None:
     assert bool(progress.judge(worse, False, AdaptiveRule.tolerance)[1])
     assert not bool(progress.judge(worse, True, AdaptiveRule.tolerance)[1])
     assert not bool(progress.judge(2.1 * calm, False, Tolerance(5.0, 1.0, 0.9))[1])
+
+
+def test_far_below_the_first_loss_no_step_is_taken_back() -> None:
+    first = torch.ones(1)
+    progress = Progress.begin(first).judge(first, deterministic=False)[0]
+    for _ in range(100):
+        progress, _ = progress.judge(0.01 * first, False, AdaptiveRule.tolerance)
+    assert bool(progress.judge(0.4 * first, False, AdaptiveRule.tolerance)[1])
+    assert not bool(progress.judge(0.6 * first, False, AdaptiveRule.tolerance)[1])
+    assert not bool(progress.judge(0.4 * first, True, AdaptiveRule.tolerance)[1])
 
 
 @pytest.mark.parametrize("mode", ["update", "update+tele"])

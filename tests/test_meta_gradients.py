@@ -190,6 +190,8 @@ def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
         meta.teleporter.observe = tape(meta.teleporter.observe)
     if isinstance(meta.rule, StepRule | AdaptiveRule):
         meta.rule.observe = tape(meta.rule.observe)
+    if isinstance(meta.rule, AdaptiveRule):
+        meta.rule.polar = tape(meta.rule.polar)
     if isinstance(meta.rule, StepRule):
         meta.rule.secant = tape(meta.rule.secant)
     if meta.gauge is not None:

@@ -1,4 +1,4 @@
-"""The learned update for minibatches: Adam's direction and a gauge's, with size, memory and mixture learned."""
+"""The learned update for minibatches: the directions of Adam, of the polar factor and of a gauge, mixed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.finite import finite_gradient
+from metateleport.learned.polar import polar_factor
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules import UpdateRule, carried_moments, fit, rms
 from metateleport.point import Point, Tensors
@@ -19,31 +20,48 @@ from metateleport.teleporters import Move
 
 __all__ = ["AdaptiveRule"]
 
-_FEATURES = 6
-_SQUARES_MEMORY = 0.99
-_START = 0.1
-"""Length of the first step over the root mean square of the layer's weights."""
+_FEATURES = 7
+_SQUARES_MEMORY = 0.999
+"""As long as a run of some hundred steps: where the gradients vanish, the steps have to become shorter with them."""
+
+_RECENT_MEMORY = 0.95
+
+_START = 1.25
+"""Length of the first steps, of all layers together, over the weights' size."""
 
 _SMALLEST_SCALE = 1e-2
 """Stands for the root mean square of a layer whose weights are smaller: one that starts at zero has to move."""
 
+_CALM = 2.0
+"""Where the logit of the exponent starts that says how much shorter steps become with the gradients."""
+
+_MIXTURE = (0.0, 1.5, -1.5)
+"""Where the logits of Adam's direction, the polar factor's and the gauge's start."""
+
 
 class AdaptiveRule(nn.Module, UpdateRule):
-    r"""Steps relative to the weights, along Adam's direction and along that of a gauge, mixed tensor by tensor.
+    r"""Steps of a length relative to the weights, along a mixture of three directions, tensor by tensor.
 
-    $$v \mapsto \beta v + (1 - \beta) G, \quad q \mapsto 0.99\,q + 0.01\,G^2, \qquad
-      W \mapsto W - \tfrac{m}{10}\, d\, \mathrm{rms}(W_{\text{layer}})
-      \left(c\, \frac{\hat v}{\sqrt{\hat q}} + (1 - c)\, \frac{\mathrm{rms}(\hat v)}{\sqrt{\overline{\hat q}}}
-      \frac{P \hat v}{\mathrm{rms}(P \hat v)}\right)$$
+    $$v \mapsto \beta v + (1 - \beta) G, \quad q \mapsto 0.999\,q + 0.001\,G^2, \quad
+      r \mapsto 0.95\,r + 0.05\,\overline{G^2}, \qquad
+      W \mapsto W - m\, d\, \frac{\rho}{\ell}\, \lambda \sum_i c_i \frac{D_i}{\mathrm{rms}(D_i)},$$
 
-    $\hat v, \hat q$ are corrected for their start at zero, $P$ is the gauge of the tensor (one where there is none),
-    $d \le 1$ the task's damping. An LSTM for each tensor (weights shared, state its own) puts out
-    $m \in (e^{-4}, e^4)$, $\beta$ and $c$ in (0, 1), which at the start are 1, 0.9 and 0.73: close to Adam.
+    $$D_1 = \frac{\hat v}{\sqrt{\hat q}}, \quad D_2 = \mathrm{polar}(\hat v), \quad D_3 = P \hat v, \qquad
+      \lambda = \mathrm{rms}(D_1)^\kappa \left(\frac{\mathrm{rms}(\hat v)}{\sqrt{\hat r}}\right)^{1 - \kappa}.$$
+
+    Hats correct for a start at zero, $P$ is the gauge of the tensor, $d \le 1$ the task's damping, $\rho$ the geometric
+    mean over the $\ell$ layers of their weights' root mean square at the start. A vector has no polar factor of its
+    own, and some tensors no gauge: those directions then have no share. An LSTM for each tensor (weights shared, state
+    its own) puts out $m$, $\beta$, $\kappa$ and the shares $c$, which sum up to one.
 
     `StepRule` divides by a curvature bound of the batch at hand. On a fixed set of data that is what makes it fast; on
     minibatches the bound goes with the batch's loss, which differs by factors where few samples are still wrong, and
     the steps would be longest where a batch has the least to say. Here nothing is divided by what one batch tells, and
     no bound is asked for, so that tensors of an attention are stepped like others.
+
+    All directions have one length. With a long memory, $\kappa = 1$, it goes down with the gradients, and no schedule
+    is needed to come to rest; with a short one only with their noise. The length is that of all layers, not relative to
+    each layer's own weights: layers that take in few features have large ones, and are the first to become unstable.
 
     Velocity and second moment move with a teleport. A task that takes its last step back takes it once more, damped.
 
@@ -52,26 +70,27 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     Example:
         >>> sum(p.numel() for p in AdaptiveRule(hidden=8).parameters())
-        699
+        758
 
-    Source: Kingma and Ba, ICLR 2015 (arXiv 1412.6980) for the direction; You et al., ICLR 2020 (arXiv 1904.00962) for
-    steps relative to the weights.
+    Source: Kingma and Ba, ICLR 2015 (arXiv 1412.6980) for Adam's direction; Jordan et al., "Muon: An optimizer for
+    hidden layers in neural networks", 2024, for the polar factor's.
     """
 
-    # Where few samples are still wrong, the loss of a batch is spread by its own size: a narrower test takes back one
-    # good step in ten.
-    tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9)
+    # Where few samples are still wrong, the loss of a batch is spread by more than its own size, and what is taken back
+    # are good steps: only what leads back up to where the task began is a failure.
+    tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9, start=0.5)
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.hidden = hidden
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
+        self.polar: Callable[[Tensor], Tensor] = polar_factor
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 3)
+        self.head = nn.Linear(hidden, 3 + len(_MIXTURE))
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.copy_(torch.tensor([0.0, math.log(9.0), 1.0]))
+            self.head.bias.copy_(torch.tensor([0.0, math.log(9.0), _CALM, *_MIXTURE]))
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
@@ -79,12 +98,15 @@ class AdaptiveRule(nn.Module, UpdateRule):
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
         moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
         none = torch.zeros_like(point.loss)
+        layers = torch.stack(list(_layer_scales(point).values()))
         return {
             "cells": dict.fromkeys(point.gradients, (zero, zero)),
             "momentum": moments,
             "squares": moments,
             "weights": dict.fromkeys(point.gradients, none),
+            "recent": dict.fromkeys(point.gradients, none),
             "seen": none,
+            "scale": layers.log().mean(0).exp() / len(layers),
         }
 
     def step(
@@ -96,8 +118,6 @@ class AdaptiveRule(nn.Module, UpdateRule):
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
-        names = list(point.gradients)
-        scales = _scales(point)
         seen = torch.where(progress.accepted, state["seen"] + 1, state["seen"])
         squares = {
             name: _mean(state["squares"][name], gradient.square(), _SQUARES_MEMORY, progress.accepted)
@@ -105,9 +125,14 @@ class AdaptiveRule(nn.Module, UpdateRule):
         }
         whole = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
         normal = {name: value / fit(whole, value) for name, value in squares.items()}
-        outputs, cells = self._outputs(point, progress, state, scales, normal)
-        sizes = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping
-        memories, shares = outputs[..., 1].sigmoid(), outputs[..., 2].sigmoid()
+        recent = {
+            name: _mean(state["recent"][name], gradient.square().flatten(1).mean(1), _RECENT_MEMORY, progress.accepted)
+            for name, gradient in point.gradients.items()
+        }
+        young = 1 - _RECENT_MEMORY ** seen.clamp_min(1.0)
+        outputs, cells = self._outputs(point, progress, state, normal)
+        sizes = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+        memories, calms = outputs[..., 1].sigmoid(), outputs[..., 2].sigmoid()
         momentum, weights, means = {}, {}, {}
         for index, (name, gradient) in enumerate(point.gradients.items()):
             momentum[name] = _mean(state["momentum"][name], gradient, memories[index], progress.accepted)
@@ -115,31 +140,43 @@ class AdaptiveRule(nn.Module, UpdateRule):
             weights[name] = _mean(known, torch.ones_like(known), memories[index], progress.accepted)
             means[name] = momentum[name] / fit(weights[name].clamp_min(1e-6), gradient)
         raised = precondition(gauges, means, point)
+        gauged = {name for gauge in gauges for name in gauge.names}
         moved = dict(point.parameters)
-        for index, name in enumerate(names):
+        for index, (name, mean) in enumerate(means.items()):
             level = normal[name].flatten(1).mean(1) + torch.finfo(point.loss.dtype).tiny
             # Units that were never on have no second moment; they have no velocity either.
-            adaptive = means[name] / (normal[name] + fit(1e-8 * level, means[name])).sqrt()
-            shared = raised[name] * fit(_rms(means[name]) / (_rms(raised[name]) * level.sqrt()), raised[name])
-            share = fit(shares[index], adaptive)
-            step = share * adaptive + (1 - share) * shared
-            moved[name] = point.parameters[name] - fit(sizes[index] * scales[name], step) * step
-        after = {"momentum": momentum, "squares": squares, "weights": weights, "seen": seen}
-        return moved, {"cells": cells, **after}
+            adaptive = mean / (normal[name] + fit(1e-8 * level, mean)).sqrt()
+            size = _rms(adaptive)
+            steady = _rms(mean) / (recent[name] / young + torch.finfo(point.loss.dtype).tiny).sqrt()
+            length = size ** calms[index] * steady ** (1 - calms[index])
+            directions = {0: adaptive * fit(length / size, adaptive)}
+            if mean.ndim > 2:
+                polar = self.polar(mean.detach() if self.detach else mean)
+                directions[1] = polar * fit(length / _rms(polar), polar)
+            if name in gauged:
+                directions[2] = raised[name] * fit(length / _rms(raised[name]), raised[name])
+            shares = outputs[index][..., [3 + each for each in directions]].softmax(-1)
+            step = sum(
+                fit(share, mean) * each for share, each in zip(shares.unbind(-1), directions.values(), strict=True)
+            )
+            moved[name] = point.parameters[name] - fit(sizes[index], mean) * step
+        after = {"momentum": momentum, "squares": squares, "recent": recent, "weights": weights, "seen": seen}
+        return moved, {**state, "cells": cells, **after}
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
         return {**state, **carried_moments(state, moves, point, detach=False)}
 
     def _outputs(
-        self, point: Point, progress: Progress, state: dict[str, Any], scales: Tensors, normal: Tensors
+        self, point: Point, progress: Progress, state: dict[str, Any], normal: Tensors
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """What the network says of every tensor, `(tensors, tasks, 3)`, and its new states."""
+        """What the network says of every tensor, `(tensors, tasks, outputs)`, and its new states."""
         assert point.loss is not None
         names = list(point.gradients)
-        moments: list[Tensors] = [state["momentum"], scales, normal]
+        moments: list[Tensors] = [state["momentum"], normal]
         if self.detach:
             moments = [{name: value.detach() for name, value in each.items()} for each in moments]
-        inputs = self.observe(point.detach() if self.detach else point, *moments, progress)
+        scale = state["scale"].detach() if self.detach else state["scale"]
+        inputs = self.observe(point.detach() if self.detach else point, *moments, scale, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
@@ -161,32 +198,37 @@ def _rms(tensor: Tensor) -> Tensor:
     return (tensor.flatten(1).square().mean(1) + torch.finfo(tensor.dtype).tiny).sqrt()
 
 
-def _scales(point: Point) -> Tensors:
-    """Root mean square of all parameters of a tensor's layer together, `(tasks,)`."""
+def _layer_scales(point: Point) -> Tensors:
+    """Root mean square of all parameters of each layer together, `(tasks,)`, by its name."""
     layers: dict[str, list[Tensor]] = {}
     for name in point.gradients:
-        layers.setdefault(name.rpartition(".")[0] or name, []).append(point.parameters[name].flatten(1))
-    found = {layer: _rms(torch.cat(parts, 1)).clamp_min(_SMALLEST_SCALE) for layer, parts in layers.items()}
-    return {name: found[name.rpartition(".")[0] or name] for name in point.gradients}
+        layers.setdefault(_layer(name), []).append(point.parameters[name].flatten(1))
+    return {layer: _rms(torch.cat(parts, 1)).clamp_min(_SMALLEST_SCALE) for layer, parts in layers.items()}
 
 
-def _observe(point: Point, momentum: Tensors, scales: Tensors, normal: Tensors, progress: Progress) -> Tensor:
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _observe(point: Point, momentum: Tensors, normal: Tensors, scale: Tensor, progress: Progress) -> Tensor:
     """What the network sees of every tensor, `(tensors, tasks, features)`."""
     assert point.loss is not None
     loss = point.loss
     tiny = torch.finfo(loss.dtype).tiny
     shared = progress.features()
     late = torch.full_like(loss, math.log(progress.time + 1) / 5)
+    layers = _layer_scales(point)
     rows = []
     for name, gradient in point.gradients.items():
         level = normal[name].flatten(1).mean(1).clamp_min(tiny).sqrt()
         velocity = rms(momentum[name])
         agreement = (gradient * momentum[name]).flatten(1).mean(1) / (rms(gradient) * velocity)
         # How much of the loss one step of the first length would take, were the loss linear.
-        steep = (level * scales[name] * gradient.flatten(1).shape[1] / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
+        steep = (level * scale * gradient.flatten(1).shape[1] / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
         steady = (velocity / level).clamp_min(1e-4).log()
         surprise = (rms(gradient) / level).clamp_min(1e-4).log()
         bias = torch.full_like(loss, float(name.rpartition(".")[2] == "bias"))
-        own = torch.stack((steady / 3, agreement, surprise, steep / 5, bias, late), -1)
+        heavy = (layers[_layer(name)] / scale).log()
+        own = torch.stack((steady / 3, agreement, surprise, steep / 5, bias, late, heavy / 3), -1)
         rows.append(torch.cat((own, shared), -1))
     return torch.stack(rows)

@@ -22,11 +22,13 @@ class Tolerance:
         spreads: running deviations about the mean.
         share: further, of the mean itself.
         memory: of the running mean.
+        start: share of the first loss below which nothing is taken back.
     """
 
     spreads: float = 3.0
     share: float = 0.1
     memory: float = 0.8
+    start: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Progress:
         allowed = tolerance or Tolerance()
         above = allowed.spreads * self.spread + allowed.share * self.last.abs()
         bound = self.last if deterministic else self.last + above
+        if allowed.start and not deterministic:
+            bound = bound.maximum(allowed.start * self.start)
         accepted = loss.isfinite() & (first | (loss <= bound))
         # A first loss that is not finite is none: the next one is the first.
         start = torch.where(first & accepted, loss, self.start)
