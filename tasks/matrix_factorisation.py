@@ -91,14 +91,12 @@ class MatrixFactorisation(TaskFamily):
             raise FamilyError(f"matrix_factorisation: noise is a relative standard deviation, not {self.noise}")
 
     def augmented(self, index: int, seed: int) -> MatrixFactorisation:
-        """Widths from 0.6 to 1.2 times the setting, ranks up to 1.4 times, conditions up to 300; noise in a third."""
+        """Widths from 0.6 to 1.2 times the setting, ranks up to 1.4 times, and conditions from 1 to 300."""
         source = np.random.default_rng([seed, index])
         width = max(int(source.integers(round(0.6 * self.width), round(1.2 * self.width) + 1)), 1)
         rank = int(source.integers(max(round(0.4 * self.rank), 1), round(1.4 * self.rank) + 1))
-        condition = float(300 ** source.uniform())
-        noise = float(10 ** source.uniform(-2, -0.5)) if source.random() < 1 / 3 else self.noise
         drawn = dataclasses.replace(
-            self, width=width, rank=min(rank, width), condition=condition, noise=noise, batch=None
+            self, width=width, rank=min(rank, width), condition=float(300 ** source.uniform()), batch=None
         )
         return dataclasses.replace(drawn, batch=self.batch and min(self.batch, drawn.measurements))
 

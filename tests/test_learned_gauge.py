@@ -178,6 +178,23 @@ def test_layers_share_a_step_that_is_bounded_jointly() -> None:
         assert bool((change.square().sum((1, 2)) <= -slope * (1 + 1e-9)).all())
 
 
+@pytest.mark.parametrize("longest", [1.5, 20.0])
+def test_a_step_starts_at_the_joint_bound_and_grows_to_the_longest(longest: float) -> None:
+    model, point = problem(bias=False)
+    assert point.loss is not None
+    progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=True)
+    bounds = curvature_bounds(point, model.symmetries)
+    rule = StepRule(hidden=4, longest=longest).double()
+    for bias, wanted in ((None, 1.0), (60.0, longest), (-60.0, 0.0)):
+        with torch.no_grad():
+            rule.head.weight.zero_()
+            if bias is not None:
+                rule.head.bias[0] = bias
+        scales = rule._velocities(point, model.symmetries, progress, rule.initial_state(point), ())[0]
+        total = torch.stack([scales[name] * bounds[name] for name in bounds]).sum(0)
+        assert torch.allclose(total, torch.full_like(total, wanted), atol=1e-6)
+
+
 def test_a_closed_gate_is_no_gauge() -> None:
     model, point = problem()
     gauges = gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), gate=-60.0)
@@ -321,5 +338,7 @@ def test_configurations_that_cannot_work_say_so() -> None:
         mt.MetaOptimizerConfig(gauge="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give it a gauge"):
         mt.MetaOptimizerConfig(stays=False)
+    with pytest.raises(ValueError, match="longest is a number above one"):
+        mt.MetaOptimizerConfig(longest=1.0)
     with pytest.raises(ValueError, match="goes with a learned step"):
         mt.MetaOptimizerConfig(mode="tele", gauge="exact")

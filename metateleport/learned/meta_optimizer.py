@@ -56,6 +56,7 @@ class MetaOptimizerConfig:
             symmetries, `linearised` along pairs of linear layers too with what stands between taken as linear, or
             `none`.
         secants: number of secant pairs that are built around the learned step where all data are seen.
+        longest: the longest step in units of the joint curvature bound (`StepRule`), above one.
         update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
             for every tensor that steers a small network, for large models; `adaptive` has an LSTM for every tensor that
             steers Adam's direction and the gauge's, for minibatches. It builds no secants.
@@ -77,6 +78,7 @@ class MetaOptimizerConfig:
     stays: bool = True
     gauge: GaugeKind = "none"
     secants: int = 0
+    longest: float = 1.5
     update: UpdateSize = "coordinate"
 
     def __post_init__(self) -> None:
@@ -86,6 +88,8 @@ class MetaOptimizerConfig:
             raise ValueError(f"a network is equivariant or flat, not {self.network!r}")
         if self.network == "flat" and not self.shapes:
             raise ValueError("the flat networks are made for one shape: give the shapes of the parameters")
+        if not 1 < self.longest < float("inf"):
+            raise ValueError(f"longest is a number above one, the step that training starts at; not {self.longest!r}")
         if self.update not in UPDATES:
             raise ValueError(f"an update is one of {', '.join(UPDATES)}; not {self.update!r}")
         if self.gauge not in GAUGES:
@@ -228,11 +232,11 @@ class MetaOptimizer(nn.Module):
         elif config.mode.startswith("update") and config.update == "adaptive":
             self.rule = AdaptiveRule(config.hidden)
         elif config.mode.startswith("update") and config.update == "tensor":
-            self.rule = TensorRule(config.hidden, secants=config.secants)
+            self.rule = TensorRule(config.hidden, secants=config.secants, longest=config.longest)
         elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants)
+            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants, config.longest)
         else:
-            self.rule = StepRule(config.hidden, config.secants)
+            self.rule = StepRule(config.hidden, config.secants, config.longest)
 
     def initial_state(
         self,

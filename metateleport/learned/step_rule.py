@@ -24,8 +24,6 @@ __all__ = ["StepRule"]
 
 Cell = tuple[Tensor, Tensor]
 _TENSOR_FEATURES = 7
-_LONGEST = 1.5
-"""The longest step in units of the joint bound; from two on it overshoots where the bound is met."""
 _PLACE = 3.0
 """How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
 
@@ -39,9 +37,8 @@ class StepRule(nn.Module, UpdateRule):
     $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,s\,d\,P v / \kappa, \qquad \sum s = 1$$
 
     $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
-    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights
-    shared, state its own) puts out its share $s$ of the step, at the start the same for all, $m \in (0, 3/2)$, at the
-    start one, and $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that
+    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights shared, state its
+    own) puts out its share $s$ of the step, at the start the same for all, $m \in (0, m_{\max})$, at the start one, and $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that
     each take what they could alone overshoot together; with shares they do not. For residuals with the Jacobian
     $(J_1, \dots, J_n)$, by Cauchy and Schwarz,
 
@@ -66,15 +63,16 @@ class StepRule(nn.Module, UpdateRule):
     Args:
         hidden: units of the LSTM.
         secants: number of secant pairs.
+        longest: $m_{\max}$, above one. From two on a step overshoots where the bound is met.
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
         731
     """
 
-    def __init__(self, hidden: int = 32, secants: int = 0) -> None:
+    def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5) -> None:
         super().__init__()
-        self.hidden, self.secants = hidden, secants
+        self.hidden, self.secants, self.longest = hidden, secants, longest
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
         self.secant: Callable[..., Secant] = secant_between
@@ -83,7 +81,7 @@ class StepRule(nn.Module, UpdateRule):
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
-            start = [-math.log(_LONGEST - 1), -3.0, 0.0, -3.0]
+            start = [-math.log(longest - 1), -3.0, 0.0, -3.0]
             self.head.bias.copy_(torch.tensor(start)[: len(self.head.bias)])
 
     def initial_state(self, point: Point) -> dict[str, Any]:
@@ -168,7 +166,7 @@ class StepRule(nn.Module, UpdateRule):
         outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
         memories = outputs[..., 1].sigmoid()
         shares = _shares(outputs[..., 2], [name in bounds for name in names])
-        multipliers = _LONGEST * outputs[..., 0].sigmoid() * shares
+        multipliers = self.longest * outputs[..., 0].sigmoid() * shares
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
         trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
         scales, velocity, after = {}, {}, {}

@@ -54,6 +54,8 @@ class TrainConfig:
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
             `linearised` (also along pairs of linear layers with an activation between them).
         secants: number of secant pairs that are built around the learned step where all data are seen.
+        longest: the longest step in units of the joint curvature bound, above one: short where a gauge makes the bound
+            tight, so that training does not answer to what a gauge leaves uneven by longer steps.
         teleport_cost: price on teleports that stay and on gauges, so that they close where they do not pay. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
@@ -94,6 +96,7 @@ raise the horizon or shorten the unroll
     stays: bool = True
     gauge: GaugeKind = "none"
     secants: int = 0
+    longest: float = 1.5
     teleport_cost: float = 0.0
     update: UpdateSize = "coordinate"
     base: str = "sgd"
@@ -128,6 +131,10 @@ raise the horizon or shorten the unroll
             )
         if not (self.lr > 0 and self.clip > 0 and self.base_lr > 0):
             raise TrainingError(f"lr, clip and base_lr have to be positive: {self.lr}, {self.clip}, {self.base_lr}")
+        if not 1 < self.longest < math.inf:
+            raise TrainingError(
+                f"longest is a number above one, the step that training starts at; not {self.longest!r}"
+            )
         self._check_cost()
         if self.start_from is not None and self.starts > 1:
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")

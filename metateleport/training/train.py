@@ -102,6 +102,7 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         stays=config.stays,
         gauge=config.gauge,
         secants=config.secants,
+        longest=config.longest,
         update=config.update,
     )
     if shape.teleports and not groups:
