@@ -39,9 +39,9 @@ class StepRule(nn.Module, UpdateRule):
     $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
     curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights shared, state its
     own) puts out its share $s$ of the step, at the start the same for all, $m \in (0, m_{\max})$, at the start one, and
-    $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that each take what they
-    could alone overshoot together; with shares they do not. For residuals with the Jacobian $(J_1, \dots, J_n)$, by
-    Cauchy and Schwarz,
+    $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that each take what
+    they could alone overshoot together; with shares they do not. For residuals with the Jacobian
+    $(J_1, \dots, J_n)$, by Cauchy and Schwarz,
 
     $$\Big|\sum_i J_i \delta_i\Big|^2 \le \sum_i |J_i \delta_i|^2 / s_i,$$
 
