@@ -62,7 +62,7 @@ class _Case:
     def step(self) -> float:
         """CPU seconds of one step, the forward and the backward pass included."""
         began = time.process_time()
-        self.optimizer.step(self.closure)
+        self.optimizer.step(self.closure)  # type: ignore[arg-type]
         return time.process_time() - began
 
     def state(self) -> int:
