@@ -39,7 +39,8 @@ class LeakyMLP(TaskFamily):
         batch: samples a minibatch; `all` for the whole set.
         labels: `random`, or those of a `teacher` network of the same shape.
         noise: standard deviation of noise added to the labels.
-        mixture: let meta-training vary the distribution, the number of samples and the depth too, not the width alone.
+        mixture: let meta-training vary the distribution, the number of samples, the depth and the labels too, not
+            the width alone.
     """
 
     name: ClassVar[str] = "leaky_mlp"
@@ -71,9 +72,9 @@ class LeakyMLP(TaskFamily):
     def augmented(self, index: int, seed: int) -> LeakyMLP:
         """Widths from 0.6 to 1.2 times the setting; all else stays, or is drawn where `mixture` is set.
 
-        A mixture has uniform and normal weights, a quarter more to twice as many samples as units, and one depth more
-        in a sixth of the stacks: the last layer alone cannot fit any of it. Where it can, or on minibatches with noise,
-        other things pay, and a meta-optimizer that sees them too learns less of what pays here.
+        A mixture has uniform and normal weights, a quarter more to twice as many samples as units, one depth more in a
+        sixth of the stacks, and in a quarter of them a noisy teacher's labels in minibatches: the last layer alone
+        cannot fit any of it. With fewer samples it can, and a meta-optimizer that has seen both learns only that.
         """
         source = np.random.default_rng([seed, index])
         width = max(int(source.integers(round(0.6 * self.width), round(1.2 * self.width) + 1)), 1)
@@ -81,7 +82,12 @@ class LeakyMLP(TaskFamily):
             return dataclasses.replace(self, width=width)
         drawn = dataclasses.replace(self, width=width, depth=self.depth + int(source.random() < 1 / 6), mixture=False)
         distribution: Literal["uniform", "normal"] = "normal" if source.integers(2) else "uniform"
+        noise = float(source.uniform(0, 2))
         ratio = float(source.choice([1.25, 1.5, 2.0]))
+        if source.random() < 1 / 4:
+            return dataclasses.replace(
+                drawn, distribution="normal", samples=50 * width, batch=5 * width // 2, labels="teacher", noise=noise
+            )
         return dataclasses.replace(drawn, distribution=distribution, samples=round(ratio * width))
 
     @property
