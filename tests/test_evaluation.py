@@ -172,11 +172,11 @@ class TestBaselines:
 
     def test_gradient_ascent_pays_for_its_teleport(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
-        loss = GradientAscent(1e-3, ascent_steps=3).run(stack, 8).loss
-        # Two layers: a gradient is rebuilt for a third, its derivative costs a whole one, three times; so 4 1/3 with
+        loss = GradientAscent(1e-3, ascent_steps=1).run(stack, 8).loss
+        # Two layers: a gradient is rebuilt for a third, its derivative costs a whole one, once here; so 2 1/3 with
         # the evaluation itself.
-        assert (loss[:, 1:5] == loss[:, :1]).all()
-        assert (loss[:, 5] < loss[:, 0]).all()
+        assert (loss[:, 1:3] == loss[:, :1]).all()
+        assert (loss[:, 3] < loss[:, 0]).all()
 
     def test_gradient_ascent_drifts_little_and_raises_the_gradient(self, family: TaskFamily) -> None:
         trajectory = GradientAscent(1e-3, ascent_steps=3).run(family.stack(range(4), "held-out"), 8)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.learned import MODES, StackOptimizer
 from metateleport.learned.differentiable import DifferentiableLearnedOptimizer, unroll_context
+from metateleport.learned.step_rule import StepRule
 
 CHAINS = ["chain of linear pairs", "chain of rescalings", "chain of 2022 forms", "chain of 2024 forms", "quadratic"]
 # As many samples as units in every layer: no covariance is singular, whose logarithm would be that of its rounding.
@@ -58,6 +59,10 @@ def meta_optimizer(mode: str, like: mt.StackedModel | None = None, base: str = "
             for each in meta.teleporter.networks.values():
                 each.head.bias[-1] = 0.0
                 each.head.weight.copy_((torch.rand(each.head.weight.shape) - 0.5) / 4)
+    if isinstance(meta.rule, StepRule):
+        with torch.no_grad():
+            # Short steps: logs of singular covariances carry rounding noise, which long ones raise to 1e-7.
+            meta.rule.head.bias[0] = -3.0
     return meta.double()
 
 
