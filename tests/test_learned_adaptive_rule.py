@@ -254,3 +254,12 @@ def test_a_run_that_goes_on_from_its_state_takes_the_same_steps() -> None:
     other.load_state_dict(weights)
     again.load_state_dict(saved)
     assert run(other, again, 5) == end < start
+
+
+def test_a_loss_that_creeps_up_is_taken_back_above_twice_the_first() -> None:
+    first = torch.ones(1)
+    progress, _ = Progress.begin(first).judge(first, deterministic=False, tolerance=AdaptiveRule.tolerance)
+    for loss in 1.3 ** torch.arange(1.0, 30.0):
+        progress, accepted = progress.judge(loss[None], deterministic=False, tolerance=AdaptiveRule.tolerance)
+        assert bool(accepted) == bool(loss <= 2)
+    assert float(progress.last) <= 2

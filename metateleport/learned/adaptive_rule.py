@@ -77,8 +77,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     """
 
     # Where few samples are still wrong, the loss of a batch is spread by more than its own size, and what is taken back
-    # are good steps: only what leads back up to where the task began is a failure.
-    tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9, start=0.5)
+    # are good steps: only what leads back up to where the task began is a failure, and far above it always.
+    tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9, start=0.5, ceiling=2.0)
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()

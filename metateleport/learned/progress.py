@@ -23,12 +23,14 @@ class Tolerance:
         share: further, of the mean itself.
         memory: of the running mean.
         start: share of the first loss below which nothing is taken back.
+        ceiling: multiple of the first loss above which everything is: a running mean follows a loss that creeps up.
     """
 
     spreads: float = 3.0
     share: float = 0.1
     memory: float = 0.8
     start: float = 0.0
+    ceiling: float = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Progress:
         bound = self.last if deterministic else self.last + above
         if allowed.start and not deterministic:
             bound = bound.maximum(allowed.start * self.start)
+        if not deterministic and allowed.ceiling < float("inf"):
+            bound = bound.minimum(allowed.ceiling * self.start.abs())
         accepted = loss.isfinite() & (first | (loss <= bound))
         # A first loss that is not finite is none: the next one is the first.
         start = torch.where(first & accepted, loss, self.start)
