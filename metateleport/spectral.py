@@ -32,6 +32,10 @@ class Spectrum:
         largest: logarithm of the largest eigenvalue, `(*batch,)`.
         usable: whether the matrix is of any use, `(*batch,)`; where it is not, all its logarithms are zero.
         dtype: of the matrix; everything here is in float64.
+
+    Example:
+        >>> symmetric_spectrum(torch.diag(torch.tensor([1.0, 4.0]))).logs(0.0)
+        tensor([0.0000, 1.3863])
     """
 
     values: Tensor

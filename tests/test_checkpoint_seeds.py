@@ -9,31 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from training_cases import tiny as config
 
 import metateleport as mt
 from metateleport import cli
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds, each_meta_seed
 from metateleport.evaluation import EvaluationError, FirstOrder, Seed, evaluate
-from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, train
+from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, train
 from metateleport.training.meta_seeds import seeds_folder, train_meta_seeds
-
-SMALL: dict[str, Any] = {
-    "family": "leaky_mlp",
-    "settings": {"width": 3, "activation": "identity"},
-    "meta_steps": 2,
-    "tasks": 2,
-    "unroll": 2,
-    "horizon": 2,
-    "validation_tasks": 2,
-    "validation_every": 1,
-    "hidden": 3,
-    "device": "cpu",
-}
-
-
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{**SMALL, **changes})
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -164,7 +148,7 @@ def test_nothing_to_train_or_to_resume(tmp_path: Path) -> None:
 
 
 def test_all_seeds_are_scored_on_the_same_tasks() -> None:
-    family = mt.load_family("leaky_mlp", SMALL["settings"])
+    family = mt.load_family("leaky_mlp", config().settings)
     scores = set()
     for seed in (0, 1, 7):
         torch.manual_seed(3)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from training_cases import small as config
 
 import metateleport as mt
 from metateleport.families import split_of
@@ -27,23 +28,6 @@ from metateleport.training import (
     log_losses,
     train,
 )
-
-SMALL: dict[str, Any] = {
-    "family": "leaky_mlp",
-    "settings": {"width": 4, "activation": "identity"},
-    "meta_steps": 6,
-    "tasks": 3,
-    "unroll": 3,
-    "horizon": 6,
-    "validation_tasks": 4,
-    "validation_every": 2,
-    "hidden": 4,
-    "device": "cpu",
-}
-
-
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{**SMALL, **changes})
 
 
 def trainer(settings: TrainConfig, meta_steps: int | None = None) -> MetaTrainer:

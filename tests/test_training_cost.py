@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_cases import small as config
 
 import metateleport as mt
 from metateleport import cli
@@ -19,28 +20,12 @@ from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.training import Interrupted, MetaTrainer, TrainConfig, TrainingError, Unroll, train
 from metateleport.training.cost import openness
 
-SMALL: dict[str, Any] = {
-    "family": "leaky_mlp",
-    "settings": {"width": 4, "activation": "identity"},
-    "meta_steps": 6,
-    "tasks": 3,
-    "unroll": 3,
-    "horizon": 6,
-    "validation_tasks": 4,
-    "validation_every": 2,
-    "hidden": 4,
-    "device": "cpu",
-}
 GROUPS = [GeneralLinear(5), PositiveDiagonal(5), Orthogonal(5)]
 KINDS: dict[str, dict[str, Any]] = {
     "stays": {},
     "gauge": {"stays": False, "gauge": "exact"},
     "both": {"gauge": "exact"},
 }
-
-
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{**SMALL, **changes})
 
 
 def trainer(settings: TrainConfig) -> MetaTrainer:
@@ -95,7 +80,7 @@ def test_the_gradient_at_the_identity_is_zero_and_elsewhere_that_of_the_formula(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_price_s_gradient_reaches_the_gate(kind: str) -> None:
     learning = trainer(config(**KINDS[kind]))
-    stack = mt.load_family("leaky_mlp", SMALL["settings"]).stack(range(3))
+    stack = mt.load_family("leaky_mlp", config().settings).stack(range(3))
 
     def opened(priced: bool) -> torch.Tensor:
         unroll = Unroll(stack, learning.meta, priced=priced)
@@ -121,7 +106,7 @@ def test_without_group_elements_there_is_no_openness() -> None:
     learning = trainer(config(mode="lr"))
     learning.run()
     assert learning.progression.openness == []
-    unroll = Unroll(mt.load_family("leaky_mlp", SMALL["settings"]).stack(range(2)), learning.meta)
+    unroll = Unroll(mt.load_family("leaky_mlp", config().settings).stack(range(2)), learning.meta)
     unroll.window(2, track=False)
     assert unroll.openness is None
 

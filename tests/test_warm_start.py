@@ -7,29 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from training_cases import tiny as config
 
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds, each_meta_seed
 from metateleport.training import Interrupted, Progression, TrainConfig, TrainingError, train
 from metateleport.training.train import _trainers
-
-SMALL: dict[str, Any] = {
-    "family": "leaky_mlp",
-    "settings": {"width": 3, "activation": "identity"},
-    "meta_steps": 2,
-    "tasks": 2,
-    "unroll": 2,
-    "horizon": 2,
-    "validation_tasks": 2,
-    "validation_every": 1,
-    "hidden": 3,
-    "device": "cpu",
-}
-
-
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,12 @@ def without(meta: MetaOptimizer, names: Sequence[str]) -> MetaOptimizer:
     Args:
         meta: the meta-optimizer; it is left as it is.
         names: of the elements, as `basis_of` gives them.
+
+    Example:
+        >>> from metateleport.checkpoint import load_checkpoint
+        >>> learned = load_checkpoint("leaky_mlp").learned
+        >>> without(learned, ("log metric",)) is learned
+        False
     """
     made = copy.deepcopy(meta)
     if isinstance(made.teleporter, LearnedTeleporter):
@@ -115,6 +121,12 @@ def ablated_methods(checkpoint: Checkpoint, parts: Mapping[str, Sequence[str]]) 
     Args:
         checkpoint: the checkpoint.
         parts: by what the method is called the names to leave out, as `parts_of` gives them.
+
+    Example:
+        >>> from metateleport.checkpoint import load_checkpoint
+        >>> checkpoint = load_checkpoint("leaky_mlp")
+        >>> [method.name for method in ablated_methods(checkpoint, parts_of(["each"], checkpoint.learned))]
+        ['learned/without log metric', 'learned/without log gradient covariance']
     """
     methods = []
     for part, names in parts.items():

@@ -17,7 +17,7 @@ from metateleport.point import Point, Tensors
 from metateleport.spectral import Spectrum, diagonal_spectrum, relative_shift, symmetric_spectrum
 from metateleport.symmetries import Symmetry
 
-__all__ = ["GAUGE_BASIS", "GaugeNetwork", "LearnedGauge"]
+__all__ = ["GAUGE_BASIS", "GaugeBasis", "GaugeChoice", "GaugeNetwork", "LearnedGauge"]
 
 GAUGE_BASIS = ("log metric", "log gradient covariance")
 """Names of the generators that a gauge is a combination of."""
@@ -43,6 +43,10 @@ class GaugeChoice(NamedTuple):
             this power, so that the metric is flat at zero and whole at one.
         share: of the gradients' covariance, the rest being the metric's.
         gate: how far the gauge is opened.
+
+    Example:
+        >>> GaugeChoice._fields
+        ('reach', 'share', 'gate')
     """
 
     reach: Tensor

@@ -10,7 +10,7 @@ from pathlib import Path
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds
 from metateleport.training.config import TrainConfig, TrainingError
-from metateleport.training.train import resume_folder, settings_that_count, train
+from metateleport.training.train import resume_folder, settings_known, settings_that_count, train
 from metateleport.training.trainer import Progression
 
 __all__ = ["seeds_folder", "train_meta_seeds"]
@@ -80,9 +80,7 @@ def _named(
 
 
 def _has_settings(path: Path, config: TrainConfig) -> None:
-    known = load_checkpoint(path).card.get("training", {}).get("config", {})
-    # What an earlier version did not know had the effect of its default.
-    started = {**settings_that_count(TrainConfig(config.family)), **known}
+    started = settings_known(load_checkpoint(path).card.get("training", {}).get("config", {}), config)
     for name, wanted in settings_that_count(config).items():
         if started.get(name) != wanted:
             raise TrainingError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,11 @@ def settings_that_count(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("device",)}
 
 
+def settings_known(started: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The settings that a training was started with; what an earlier version did not know had its default's effect."""
+    return {**settings_that_count(TrainConfig(config.family)), **started}
+
+
 def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -> None:
     with replacing_folder(folder) as temporary:
         states = {}
@@ -180,8 +185,7 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
     wanted, started = settings_that_count(config), state.get("config") if isinstance(state, dict) else None
     if not isinstance(started, dict):
         raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
-    # What an earlier version did not know had the effect of its default.
-    started = {**settings_that_count(TrainConfig(config.family)), **started}
+    started = settings_known(started, config)
     changed = [name for name, value in wanted.items() if started.get(name) != value]
     if changed:
         raise TrainingError(

@@ -23,8 +23,15 @@ def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
         name_or_path: a folder, or the bare name of a shipped checkpoint.
         seed: of the training that is to start.
 
+    Returns:
+        The checkpoint.
+
     Raises:
         TrainingError: if it cannot be loaded.
+
+    Example:
+        >>> warm_start_checkpoint("leaky_mlp", seed=3).card["training"]["config"]["seed"]
+        3
     """
     try:
         checkpoint = load_checkpoint(name_or_path)
@@ -47,6 +54,13 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
 
     Raises:
         TrainingError: if the checkpoint has no such networks, or they are of another shape.
+
+    Example:
+        >>> checkpoint = warm_start_checkpoint("leaky_mlp", seed=0)
+        >>> meta = MetaOptimizer(checkpoint.learned.config)
+        >>> warm_start(meta, checkpoint)
+        >>> bool((meta.rule.head.bias == checkpoint.learned.rule.head.bias).all())
+        True
     """
     source = checkpoint.step_only if step_only else checkpoint.learned
     if source is None:
