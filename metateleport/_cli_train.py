@@ -66,6 +66,12 @@ def add(commands: Any) -> None:
         metavar="X",
         help="price on teleports and gauges: one that is wide open has to lower the mean log loss by X (default 0)",
     )
+    parser.add_argument(
+        "--cooling",
+        type=float,
+        metavar="A",
+        help="shorten steps at the noise floor by 1 / (1 + A r), r the evaluations there; A is learned on (default 0)",
+    )
     parser.add_argument("--longest", type=float, metavar="X", help="longest step over the joint bound (default 1.5)")
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
     parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")

@@ -91,13 +91,18 @@ class MatrixFactorisation(TaskFamily):
             raise FamilyError(f"matrix_factorisation: noise is a relative standard deviation, not {self.noise}")
 
     def augmented(self, index: int, seed: int) -> MatrixFactorisation:
-        """Widths from 0.6 to 1.2 times the setting, ranks up to 1.4 times, and conditions from 1 to 300."""
+        """Widths from 0.6 to 1.2 times the setting, ranks up to 1.4 times, conditions from 1 to 300.
+
+        Half of the stacks keep the noise of the setting; the others have some between 0.01 and 0.3.
+        """
         source = np.random.default_rng([seed, index])
         width = max(int(source.integers(round(0.6 * self.width), round(1.2 * self.width) + 1)), 1)
         rank = int(source.integers(max(round(0.4 * self.rank), 1), round(1.4 * self.rank) + 1))
         drawn = dataclasses.replace(
             self, width=width, rank=min(rank, width), condition=float(300 ** source.uniform()), batch=None
         )
+        if source.random() < 1 / 2:
+            drawn = dataclasses.replace(drawn, noise=float(0.01 * 30 ** source.uniform()))
         return dataclasses.replace(drawn, batch=self.batch and min(self.batch, drawn.measurements))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -195,6 +196,43 @@ def test_a_step_starts_at_the_joint_bound_and_grows_to_the_longest(longest: floa
         assert torch.allclose(total, torch.full_like(total, wanted), atol=1e-6)
 
 
+@pytest.mark.parametrize("secants", [0, 2])
+def test_steps_cool_down_with_the_rest_and_only_with_a_cooling_rate(secants: int) -> None:
+    model, point = problem(bias=False)
+    assert point.loss is not None
+    progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=False)
+    rested = dataclasses.replace(progress, rest=torch.tensor([9.0, 11.0, 40.0], dtype=torch.float64))
+    bounds = curvature_bounds(point, model.symmetries)
+    for cooling, output, wanted in ((0.0, 0.0, (1, 1, 1)), (0.1, 0.0, (1, 1.1, 4)), (0.1, 60.0, (1, 1.739, 23.167))):
+        rule = StepRule(hidden=4, secants=secants, cooling=cooling).double()
+        with torch.no_grad():
+            rule.head.weight.zero_()
+            if output:
+                rule.head.bias[3] = output
+        scales = rule._velocities(point, model.symmetries, rested, rule.initial_state(point), ())[0]
+        total = torch.stack([scales[name] * bounds[name] for name in bounds]).sum(0)
+        assert torch.allclose(1 / total, torch.tensor(wanted, dtype=torch.float64), rtol=1e-4)
+
+
+def test_a_loss_is_at_rest_while_it_is_only_spread_and_no_longer_than_that() -> None:
+    torch.manual_seed(0)
+    falling = 0.8 ** torch.arange(30.0)
+    spread = 1 + 0.1 * torch.randn(30, dtype=torch.float64)
+    level = torch.stack((falling.double(), spread))
+    rests = {}
+    for deterministic in (True, False):
+        progress = Progress.begin(level[:, 0])
+        for loss in level.T:
+            progress, _ = progress.judge(loss, deterministic)
+        rests[deterministic] = progress.rest
+    assert rests[True].tolist() == [0, 0]
+    assert float(rests[False][0]) < 3
+    assert 20 < float(rests[False][1]) <= 30
+    for loss in 0.5 ** torch.arange(1.0, 16.0, dtype=torch.float64):
+        progress, _ = progress.judge(level[:, -1] * loss, deterministic=False)
+    assert bool((progress.rest < 5).all())
+
+
 def test_a_closed_gate_is_no_gauge() -> None:
     model, point = problem()
     gauges = gauge_of(point, gauge_symmetries(model.symmetries, linearised=True), gate=-60.0)
@@ -340,5 +378,7 @@ def test_configurations_that_cannot_work_say_so() -> None:
         mt.MetaOptimizerConfig(stays=False)
     with pytest.raises(ValueError, match="longest is a number above one"):
         mt.MetaOptimizerConfig(longest=1.0)
+    with pytest.raises(ValueError, match="cooling is a rate"):
+        mt.MetaOptimizerConfig(cooling=-0.1)
     with pytest.raises(ValueError, match="goes with a learned step"):
         mt.MetaOptimizerConfig(mode="tele", gauge="exact")

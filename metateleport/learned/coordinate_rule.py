@@ -33,15 +33,22 @@ class CoordinateRule(StepRule):
         hidden: units of the per-tensor LSTM.
         coordinate_hidden: units of each layer of the coordinate-wise LSTM.
         secants: number of secant pairs.
-        longest: as of `StepRule`.
+        longest, cooling: as of `StepRule`.
 
     Source: Andrychowicz et al., NeurIPS 2016 (arXiv 1606.04474), section 2.1.
     """
 
     _FEATURES = 4
 
-    def __init__(self, hidden: int = 32, coordinate_hidden: int = 20, secants: int = 0, longest: float = 1.5) -> None:
-        super().__init__(hidden, secants, longest)
+    def __init__(
+        self,
+        hidden: int = 32,
+        coordinate_hidden: int = 20,
+        secants: int = 0,
+        longest: float = 1.5,
+        cooling: float = 0.0,
+    ) -> None:
+        super().__init__(hidden, secants, longest, cooling)
         self.coordinate_hidden = coordinate_hidden
         self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _coordinate_features
         self.first = nn.LSTMCell(self._FEATURES, coordinate_hidden)

@@ -57,6 +57,8 @@ class MetaOptimizerConfig:
             `none`.
         secants: number of secant pairs that are built around the learned step where all data are seen.
         longest: the longest step in units of the joint curvature bound (`StepRule`), above one.
+        cooling: how fast steps on minibatches get shorter once the loss is down to its noise (`StepRule`); zero for
+            not at all.
         update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
             for every tensor that steers a small network, for large models; `adaptive` has an LSTM for every tensor that
             steers Adam's direction and the gauge's, for minibatches. It builds no secants.
@@ -79,6 +81,7 @@ class MetaOptimizerConfig:
     gauge: GaugeKind = "none"
     secants: int = 0
     longest: float = 1.5
+    cooling: float = 0.0
     update: UpdateSize = "coordinate"
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class MetaOptimizerConfig:
             raise ValueError("the flat networks are made for one shape: give the shapes of the parameters")
         if not 1 < self.longest < float("inf"):
             raise ValueError(f"longest is a number above one, the step that training starts at; not {self.longest!r}")
+        if not 0 <= self.cooling < float("inf"):
+            raise ValueError(f"cooling is a rate, zero for none; not {self.cooling!r}")
         if self.update not in UPDATES:
             raise ValueError(f"an update is one of {', '.join(UPDATES)}; not {self.update!r}")
         if self.gauge not in GAUGES:
@@ -225,6 +230,7 @@ class MetaOptimizer(nn.Module):
                 if config.network == "flat"
                 else LearnedTeleporter(config.groups, config.hidden, trust_region=region)
             )
+        lengths = {"longest": config.longest, "cooling": config.cooling}
         if not config.steps:
             self.rule = BaseRule(config.base, config.base_lr)
         elif config.network == "flat":
@@ -232,11 +238,11 @@ class MetaOptimizer(nn.Module):
         elif config.mode.startswith("update") and config.update == "adaptive":
             self.rule = AdaptiveRule(config.hidden)
         elif config.mode.startswith("update") and config.update == "tensor":
-            self.rule = TensorRule(config.hidden, secants=config.secants, longest=config.longest)
+            self.rule = TensorRule(config.hidden, secants=config.secants, **lengths)
         elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants, config.longest)
+            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants, **lengths)
         else:
-            self.rule = StepRule(config.hidden, config.secants, config.longest)
+            self.rule = StepRule(config.hidden, config.secants, **lengths)
 
     def initial_state(
         self,

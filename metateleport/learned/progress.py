@@ -13,6 +13,9 @@ __all__ = ["PROGRESS_FEATURES", "Progress", "Tolerance"]
 
 PROGRESS_FEATURES = 5
 
+_RESTLESS = 0.1
+"""Power of the calm that rest is forgotten by: a loss that falls by a few parts in a hundred ends it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
@@ -48,6 +51,8 @@ class Progress:
         damping: factor on the step, at most one; falls when a step is taken back.
         rejected: number of steps taken back.
         accepted: whether the last evaluation was accepted.
+        rest: how many evaluations long the loss has been at rest, on minibatches: no longer falling, only spread. It
+            starts again where the loss falls, and is zero where every evaluation sees all data.
         deterministic: whether every evaluation sees all data.
 
     Example:
@@ -66,13 +71,14 @@ class Progress:
     damping: Tensor
     rejected: Tensor
     accepted: Tensor
+    rest: Tensor
     deterministic: bool = True
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:
         """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
-        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool())
+        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool(), zero)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Progress:
         """Applies `function` to every tensor."""
@@ -119,12 +125,19 @@ class Progress:
         gain = torch.where(last.isfinite(), gain, 0.0)
         damping = torch.where(accepted, (self.damping * 3).clamp_max(1.0), self.damping * 0.3)
         rejected = self.rejected + (~accepted).to(loss.dtype)
-        return Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted, deterministic), accepted
+        rest = self.rest if deterministic else (self.rest + 1) * _calm(spread, last) ** _RESTLESS
+        after = Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted, rest, deterministic)
+        return after, accepted
 
     def features(self) -> Tensor:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""
         tiny = torch.finfo(self.last.dtype).tiny
         total = ((self.last.abs() + tiny).log() - (self.start.abs() + tiny).log()).clamp(-60, 60)
         time = torch.full_like(self.last, self.time / (self.time + 10))
-        calm = torch.exp(-self.spread / self.last.abs().clamp_min(tiny))
+        calm = _calm(self.spread, self.last)
         return torch.stack((time, self.gain / 5, total / 20, self.damping.log() / 5, calm), -1)
+
+
+def _calm(spread: Tensor, level: Tensor) -> Tensor:
+    """One where a loss stays as it is, zero where it falls or is spread by more than its own size, `(tasks,)`."""
+    return torch.exp(-spread / level.abs().clamp_min(torch.finfo(level.dtype).tiny))

@@ -27,6 +27,8 @@ _TENSOR_FEATURES = 7
 _PLACE = 3.0
 """How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
 
+_PATIENCE = 10.0
+"""Evaluations at rest before steps cool down: without noise too a loss may lie still for a while."""
 
 _AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
 
@@ -61,29 +63,37 @@ class StepRule(nn.Module, UpdateRule):
     that step with the one above, tensor by tensor. Only where all data are seen at every evaluation: the gradients of
     two minibatches have no secant.
 
+    With a `cooling` rate $a$ steps on minibatches get shorter where the loss is down to its noise, by
+    $1 / (1 + a\,e^{o} (r - 10)_+)$ with $r$ the rest (`Progress`) and $o \in (-2, 2)$ put out for each tensor: Robbins
+    and Monro's sequence, which averages noise away, begun where nothing else is left to do. Without it a step that is
+    long enough for data without noise keeps up the error that it makes from noise.
+
     Args:
         hidden: units of the LSTM.
         secants: number of secant pairs.
         longest: $m_{\max}$, above one. From two on a step overshoots where the bound is met.
+        cooling: $a$, the rate at the start of training; zero for steps that never get shorter by themselves.
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
         731
+
+    Source: Robbins and Monro, "A stochastic approximation method", Ann. Math. Stat. 1951, for the cooling.
     """
 
-    def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5) -> None:
+    def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5, cooling: float = 0.0) -> None:
         super().__init__()
-        self.hidden, self.secants, self.longest = hidden, secants, longest
+        self.hidden, self.secants, self.longest, self.cooling = hidden, secants, longest, cooling
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
         self.secant: Callable[..., Secant] = secant_between
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 4 if secants else 3)
+        # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
+        start = [-math.log(longest - 1), -3.0, 0.0, *([0.0] if cooling else []), *([-3.0] if secants else [])]
+        self.head = nn.Linear(hidden, len(start))
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
-            start = [-math.log(longest - 1), -3.0, 0.0, -3.0]
-            self.head.bias.copy_(torch.tensor(start)[: len(self.head.bias)])
+            self.head.bias.copy_(torch.tensor(start))
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
@@ -168,6 +178,9 @@ class StepRule(nn.Module, UpdateRule):
         memories = outputs[..., 1].sigmoid()
         shares = _shares(outputs[..., 2], [name in bounds for name in names])
         multipliers = self.longest * outputs[..., 0].sigmoid() * shares
+        if self.cooling:
+            rest = (progress.rest - _PATIENCE).clamp_min(0)
+            multipliers = multipliers / (1 + self.cooling * (2 * outputs[..., 3].tanh()).exp() * rest)
         hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
         trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
         scales, velocity, after = {}, {}, {}

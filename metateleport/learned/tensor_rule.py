@@ -45,7 +45,7 @@ class TensorRule(StepRule):
         hidden: units of the LSTM of each tensor.
         units: of the network that every coordinate goes through.
         secants: number of secant pairs, which remember two more numbers a parameter each.
-        longest: as of `StepRule`.
+        longest, cooling: as of `StepRule`.
 
     Example:
         >>> rule = TensorRule(hidden=8, units=4)
@@ -58,8 +58,10 @@ class TensorRule(StepRule):
     2022 (arXiv 2203.11860), section 3: a tensor's LSTM over small networks of its coordinates.
     """
 
-    def __init__(self, hidden: int = 32, units: int = 8, secants: int = 0, longest: float = 1.5) -> None:
-        super().__init__(hidden, secants, longest)
+    def __init__(
+        self, hidden: int = 32, units: int = 8, secants: int = 0, longest: float = 1.5, cooling: float = 0.0
+    ) -> None:
+        super().__init__(hidden, secants, longest, cooling)
         self.units = units
         self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _coordinate_features
         self.steering = nn.Linear(hidden, 2 * units + _FEATURES + 1)

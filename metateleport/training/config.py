@@ -56,6 +56,8 @@ class TrainConfig:
         secants: number of secant pairs that are built around the learned step where all data are seen.
         longest: the longest step in units of the joint curvature bound, above one: short where a gauge makes the bound
             tight, so that training does not answer to what a gauge leaves uneven by longer steps.
+        cooling: how fast steps on minibatches get shorter once the loss is down to its noise, at the start of training;
+            zero for not at all.
         teleport_cost: price on teleports that stay and on gauges, so that they close where they do not pay. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
@@ -97,6 +99,7 @@ raise the horizon or shorten the unroll
     gauge: GaugeKind = "none"
     secants: int = 0
     longest: float = 1.5
+    cooling: float = 0.0
     teleport_cost: float = 0.0
     update: UpdateSize = "coordinate"
     base: str = "sgd"
@@ -135,6 +138,8 @@ raise the horizon or shorten the unroll
             raise TrainingError(
                 f"longest is a number above one, the step that training starts at; not {self.longest!r}"
             )
+        if not 0 <= self.cooling < math.inf:
+            raise TrainingError(f"cooling is a rate, zero for none; not {self.cooling!r}")
         self._check_cost()
         if self.start_from is not None and self.starts > 1:
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")

@@ -103,6 +103,7 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         gauge=config.gauge,
         secants=config.secants,
         longest=config.longest,
+        cooling=config.cooling,
         update=config.update,
     )
     if shape.teleports and not groups:
