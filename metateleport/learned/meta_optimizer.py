@@ -230,7 +230,7 @@ class MetaOptimizer(nn.Module):
                 if config.network == "flat"
                 else LearnedTeleporter(config.groups, config.hidden, trust_region=region)
             )
-        lengths = {"longest": config.longest, "cooling": config.cooling}
+        bounds = config.secants, config.longest, config.cooling
         if not config.steps:
             self.rule = BaseRule(config.base, config.base_lr)
         elif config.network == "flat":
@@ -238,11 +238,13 @@ class MetaOptimizer(nn.Module):
         elif config.mode.startswith("update") and config.update == "adaptive":
             self.rule = AdaptiveRule(config.hidden)
         elif config.mode.startswith("update") and config.update == "tensor":
-            self.rule = TensorRule(config.hidden, secants=config.secants, **lengths)
+            self.rule = TensorRule(
+                config.hidden, secants=config.secants, longest=config.longest, cooling=config.cooling
+            )
         elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, config.secants, **lengths)
+            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, *bounds)
         else:
-            self.rule = StepRule(config.hidden, config.secants, **lengths)
+            self.rule = StepRule(config.hidden, *bounds)
 
     def initial_state(
         self,
