@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import sys
 from collections.abc import Mapping
@@ -721,6 +722,8 @@ def test_matrix_factorisation_varies_in_training() -> None:
     assert {each.rank for each in drawn} == set(range(2, 8))
     assert {12, 24} <= {each.width for each in drawn} <= set(range(12, 25))
     assert max(each.condition for each in drawn) > 100
+    assert 20 < sum(each.noise == 0 for each in drawn) < 40
+    fills([math.log(each.noise) for each in drawn if each.noise], math.log(0.01), math.log(0.3))
     assert all(each.batch == 100 for each in drawn)
     assert family.augmented(3, 1) == family.augmented(3, 1)
     small = load("matrix_factorisation", {"width": 3, "rank": 2, "batch": 48})

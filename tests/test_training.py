@@ -511,6 +511,8 @@ def test_progress_is_reported(tmp_path: Path) -> None:
         ({"lr": math.nan}, "positive"),
         ({"seconds": 0}, "seconds has to be positive"),
         ({"seed": -1}, "not negative"),
+        ({"longest": 1.0}, "longest is a number above one"),
+        ({"cooling": -0.1}, "cooling is a rate"),
         ({"network": "round"}, "network is one of equivariant, flat"),
         ({"device": "tpu"}, "device is one of auto, cpu, cuda"),
         ({"dtype": "float16"}, "dtype is one of float32, float64"),
