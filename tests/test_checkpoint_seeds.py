@@ -170,6 +170,9 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "both of seed 0" in capsys.readouterr().err
     assert cli.main(["combine", "five", "--out", "all/card.json"]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert cli.main(["train", "leaky_mlp", *small.split(), "--longest", "7", "--cooling", "0.3", "--out", "cool"]) == 0
+    made = load_checkpoint("cool").learned.config
+    assert (made.longest, made.cooling) == (7.0, 0.3)
 
 
 def test_evaluate_runs_the_learned_methods_of_every_seed_and_the_baselines_once(

@@ -214,20 +214,33 @@ def test_steps_cool_down_with_the_rest_and_only_with_a_cooling_rate(secants: int
         assert torch.allclose(1 / total, torch.tensor(wanted, dtype=torch.float64), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("mode", "update"), [("lr", "coordinate"), ("update", "coordinate"), ("update", "tensor")], ids=str
+)
+def test_every_rule_that_takes_bounded_steps_takes_their_settings(mode: Any, update: Any) -> None:
+    settings = mt.MetaOptimizerConfig(mode=mode, update=update, hidden=4, secants=2, longest=7.0, cooling=0.3)
+    rule = mt.MetaOptimizer(settings).rule
+    assert isinstance(rule, StepRule)
+    assert (rule.secants, rule.longest, rule.cooling) == (2, 7.0, 0.3)
+    assert rule.head.out_features == 5
+
+
 def test_a_loss_is_at_rest_while_it_is_only_spread_and_no_longer_than_that() -> None:
     torch.manual_seed(0)
     falling = 0.8 ** torch.arange(30.0)
     spread = 1 + 0.1 * torch.randn(30, dtype=torch.float64)
     level = torch.stack((falling.double(), spread))
-    rests = {}
+    rests, longest = {}, torch.zeros(2, dtype=torch.float64)
     for deterministic in (True, False):
         progress = Progress.begin(level[:, 0])
         for loss in level.T:
             progress, _ = progress.judge(loss, deterministic)
+            longest = longest.maximum(progress.rest)
         rests[deterministic] = progress.rest
     assert rests[True].tolist() == [0, 0]
     assert float(rests[False][0]) < 3
     assert 20 < float(rests[False][1]) <= 30
+    assert float(longest[0]) < 10
     for loss in 0.5 ** torch.arange(1.0, 16.0, dtype=torch.float64):
         progress, _ = progress.judge(level[:, -1] * loss, deterministic=False)
     assert bool((progress.rest < 5).all())

@@ -230,7 +230,6 @@ class MetaOptimizer(nn.Module):
                 if config.network == "flat"
                 else LearnedTeleporter(config.groups, config.hidden, trust_region=region)
             )
-        bounds = config.secants, config.longest, config.cooling
         if not config.steps:
             self.rule = BaseRule(config.base, config.base_lr)
         elif config.network == "flat":
@@ -242,9 +241,11 @@ class MetaOptimizer(nn.Module):
                 config.hidden, secants=config.secants, longest=config.longest, cooling=config.cooling
             )
         elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(config.hidden, config.coordinate_hidden, *bounds)
+            self.rule = CoordinateRule(
+                config.hidden, config.coordinate_hidden, config.secants, config.longest, config.cooling
+            )
         else:
-            self.rule = StepRule(config.hidden, *bounds)
+            self.rule = StepRule(config.hidden, config.secants, config.longest, config.cooling)
 
     def initial_state(
         self,

@@ -14,7 +14,11 @@ __all__ = ["PROGRESS_FEATURES", "Progress", "Tolerance"]
 PROGRESS_FEATURES = 5
 
 _RESTLESS = 0.1
-"""Power of the calm that rest is forgotten by: a loss that falls by a few parts in a hundred ends it."""
+"""Power of the calm that rest is forgotten by.
+
+Where the loss falls by a fifth at every evaluation the rest never gets to ten; at a tenth it gets to twelve and goes
+back to five, at a twentieth it grows to nearly thirty.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Progress:
         damping: factor on the step, at most one; falls when a step is taken back.
         rejected: number of steps taken back.
         accepted: whether the last evaluation was accepted.
-        rest: how many evaluations long the loss has been at rest, on minibatches: no longer falling, only spread. It
-            starts again where the loss falls, and is zero where every evaluation sees all data.
+        rest: how many evaluations long the loss has been at rest, on minibatches: hardly falling, only spread. It is
+            forgotten where the loss falls, and zero where every evaluation sees all data.
         deterministic: whether every evaluation sees all data.
 
     Example:

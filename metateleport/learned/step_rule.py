@@ -28,7 +28,7 @@ _PLACE = 3.0
 """How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
 
 _PATIENCE = 10.0
-"""Evaluations at rest before steps cool down: without noise too a loss may lie still for a while."""
+"""Rest at which steps begin to cool down: without noise too a loss may lie still for a while."""
 
 _AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
 
@@ -65,8 +65,8 @@ class StepRule(nn.Module, UpdateRule):
 
     With a `cooling` rate $a$ steps on minibatches get shorter where the loss is down to its noise, by
     $1 / (1 + a\,e^{o} (r - 10)_+)$ with $r$ the rest (`Progress`) and $o \in (-2, 2)$ put out for each tensor: Robbins
-    and Monro's sequence, which averages noise away, begun where nothing else is left to do. Without it a step that is
-    long enough for data without noise keeps up the error that it makes from noise.
+    and Monro's sequence, which averages noise away, begun where the loss has all but stopped to fall. Without it a step
+    that is long enough for data without noise keeps up the error that it makes from noise.
 
     Args:
         hidden: units of the LSTM.
