@@ -79,6 +79,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--unroll", type=positive, metavar="N", help="inner steps that one meta-step goes through")
     parser.add_argument("--horizon", type=positive, metavar="N", help="inner steps at the end of the curriculum")
     parser.add_argument("--validation-every", type=positive, metavar="N", help="meta-steps between validations")
+    parser.add_argument(
+        "--search", type=not_negative, metavar="N", help="first N rounds of evolution on the networks' constants"
+    )
     parser.add_argument("--starts", type=positive, metavar="N", help="initialisations tried; the best goes on")
     parser.add_argument("--start-from", metavar="CHECKPOINT", help="start from its networks, of the same meta-seed")
     parser.add_argument("--lr", type=float, metavar="X", help="step size of the meta-training")
@@ -178,6 +181,9 @@ class _Reporter:
         loss = progression.meta_losses[-1] if progression.meta_losses else float("nan")
         speed = progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0
         status = f"meta-step {progression.meta_step}, mean log loss {loss:.2f}, {speed:.1f} meta-steps/s"
+        if not progression.meta_losses and progression.searched:
+            status = f"search, round {len(progression.searched)} of {self.config.search}"
+            status += f", mean log loss {progression.searched[-1]:.2f}"
         if progression.skipped:
             status += f", {progression.skipped} skipped"
         opened = progression.openness[-1] if progression.openness else None
@@ -185,6 +191,9 @@ class _Reporter:
             status += f", openness {opened:.2f}"
         self.bar.update(self.rows[name], completed=share, status=status)
         if self.tracked is None:
+            return
+        if not progression.meta_losses and progression.searched:
+            self.tracked.log({f"{name}/search": progression.searched[-1]}, step=len(progression.searched))
             return
         metrics = {f"{name}/meta_loss": loss, f"{name}/skipped": progression.skipped, f"{name}/speed": speed}
         if opened is not None:

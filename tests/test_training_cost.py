@@ -118,7 +118,7 @@ def test_no_price_takes_the_same_meta_steps_as_a_meta_loss_without_openness(
     learned = trainer(config(**KINDS[kind]))
     learned.run()
     assert len(learned.progression.openness) == 6
-    monkeypatch.setattr("metateleport.training.trainer._mean_openness", lambda _: None)
+    monkeypatch.setattr("metateleport.training.trainer.mean_openness", lambda _: None)
     before = trainer(config(**KINDS[kind]))
     before.run()
     assert before.progression.openness == []

@@ -2,8 +2,9 @@
 
 from metateleport.training.config import TrainConfig, TrainingError, device_for
 from metateleport.training.meta_seeds import train_meta_seeds
+from metateleport.training.progression import Progression
 from metateleport.training.train import Interrupted, train
-from metateleport.training.trainer import MetaTrainer, Progression
+from metateleport.training.trainer import MetaTrainer
 from metateleport.training.unroll import Unroll, log_losses
 
 __all__ = [

@@ -46,6 +46,8 @@ class TrainConfig:
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         validation_tasks: tasks that the checkpoint is chosen on.
         validation_every: meta-steps between validations.
+        search: rounds of an evolution strategy, before the meta-steps, on the constants that the networks put out at
+            the start; zero to start from constants that serve most families.
         starts: initialisations that are tried for a third of the meta-steps; the best on validation goes on.
         start_from: a checkpoint whose networks the training starts from, those of the same meta-seed where it has them;
             None for random ones.
@@ -92,6 +94,7 @@ raise the horizon or shorten the unroll
     first_order: bool = False
     validation_tasks: int = 32
     validation_every: int = 20
+    search: int = 0
     starts: int = 1
     start_from: str | None = None
     hidden: int = 32
@@ -141,6 +144,7 @@ raise the horizon or shorten the unroll
         if not 0 <= self.cooling < math.inf:
             raise TrainingError(f"cooling is a rate, zero for none; not {self.cooling!r}")
         self._check_cost()
+        self._check_search()
         if self.start_from is not None and self.starts > 1:
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")
         if self.seconds is not None and not self.seconds > 0:
@@ -159,6 +163,15 @@ raise the horizon or shorten the unroll
         if self.teleport_cost and self.network == "flat":
             raise TrainingError(
                 "the flat networks teleport by one fixed size and have no gate to close: leave teleport_cost out"
+            )
+
+    def _check_search(self) -> None:
+        if self.search < 0:
+            raise TrainingError(f"search is a number of rounds, zero for none; not {self.search}")
+        if self.search and self.network == "flat":
+            raise TrainingError(
+                "the flat networks put out a number for every coordinate, which are no constants to search: leave "
+                "search out"
             )
 
     @property

@@ -10,8 +10,8 @@ from pathlib import Path
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds
 from metateleport.training.config import TrainConfig, TrainingError
+from metateleport.training.progression import Progression
 from metateleport.training.train import resume_folder, settings_known, settings_that_count, train
-from metateleport.training.trainer import Progression
 
 __all__ = ["seeds_folder", "train_meta_seeds"]
 

@@ -18,7 +18,8 @@ from metateleport.families import TaskFamily, load_family
 from metateleport.files import replacing_folder, write_json
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training.config import TrainConfig, TrainingError, device_for
-from metateleport.training.trainer import MetaTrainer, Progression, Snapshot
+from metateleport.training.progression import Progression, Snapshot
+from metateleport.training.trainer import MetaTrainer
 from metateleport.training.warm_start import warm_start, warm_start_checkpoint
 
 __all__ = ["Interrupted", "resume_folder", "train"]
@@ -221,6 +222,7 @@ def _card(
             "validation": done.best,
             "validations": done.validations,
             "starts": done.starts,
+            "search": done.searched,
             "skipped": done.skipped,
             "seconds": round(done.seconds, 1),
         }

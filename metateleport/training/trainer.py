@@ -6,19 +6,22 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metateleport.families import TaskFamily
+from metateleport.families import TaskFamily, TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.config import TrainConfig, device_for
+from metateleport.training.progression import Progression, Snapshot
+from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, score
+from metateleport.training.search import search_round
 from metateleport.training.unroll import Unroll
 
-__all__ = ["MetaTrainer", "Progression", "Snapshot"]
+__all__ = ["MetaTrainer"]
 
 _VALIDATION_SEED = 0
 _LOST = 0.1
@@ -31,48 +34,8 @@ _VALIDATION_STACKS = 8
 """Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
 
 
-@dataclasses.dataclass
-class Progression:
-    """How far a meta-training has come; plain numbers, so that it can be written as JSON.
-
-    Args:
-        meta_step: meta-steps taken.
-        stack: number of the next training stack.
-        skipped: meta-steps left out because something was not finite.
-        seconds: seconds of training so far.
-        best: validation score of the chosen networks.
-        best_step: the meta-step they are from.
-        meta_losses: the meta-loss of each meta-step.
-        validations: `[meta-step, score]` pairs.
-        returns: how often training went back to the best networks.
-        start: which of the starts is under way; the number of starts once the best of them goes on.
-        starts: the best validation score of each start tried.
-        openness: how far teleports and gauges were open in each meta-step, between 0 and 1; empty where there are none.
-        best_openness: the same of the chosen networks on the validation tasks.
-    """
-
-    meta_step: int = 0
-    stack: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    best: float = math.inf
-    best_step: int = 0
-    meta_losses: list[float] = dataclasses.field(default_factory=list)
-    validations: list[list[float]] = dataclasses.field(default_factory=list)
-    returns: int = 0
-    start: int = 0
-    starts: list[float] = dataclasses.field(default_factory=list)
-    openness: list[float] = dataclasses.field(default_factory=list)
-    best_openness: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A meta-training between two stacks: tensors by name, the progression as plain values, and the best start yet."""
-
-    tensors: dict[str, Tensor]
-    progression: dict[str, Any]
-    kept: Snapshot | None = None
+_SEARCH_STACKS = 4
+"""Stacks that the tasks of a round of the search are dealt out to."""
 
 
 class MetaTrainer:
@@ -83,6 +46,9 @@ class MetaTrainer:
     `horizon / unroll` over the first half of the run. Every few meta-steps the networks are scored on validation
     tasks, and the best are kept: meta-training wanders, and the last networks are not the best. Where it has wandered
     too far off it goes back to them, with a smaller step.
+
+    With a `search` a phase without gradients comes first: the constants that the networks put out are searched on
+    training tasks followed along the whole horizon (`metateleport.training.search.search_round`).
 
     Some initialisations lead into a poor optimum and never out of it, and a third of the run shows which. With several
     `starts` each is followed for so long, on the same tasks, and the best of them goes on.
@@ -143,6 +109,11 @@ class MetaTrainer:
         done = self.progression
         while not self.finished:
             self.boundary = self.snapshot()
+            if len(done.searched) < self.config.search:
+                self._search_round()
+                if report is not None:
+                    report(done)
+                continue
             stack = self._next_stack()
             unroll = Unroll(stack, self.meta, self.config.first_order, priced=self.config.teleport_cost > 0)
             for _ in range(self._windows()):
@@ -162,6 +133,25 @@ class MetaTrainer:
         if not done.validations or done.validations[-1][0] != done.meta_step:
             self._validate()
         self.boundary = self.snapshot()
+
+    def _search_round(self) -> None:
+        """Searches once for better constants; after the last round they are validated."""
+        done, config, started = self.progression, self.config, time.perf_counter()
+        number, first, tasks = len(done.searched), done.stack, config.tasks
+        parts = max(1, min(_SEARCH_STACKS, tasks))
+        seeds = (config.seed, config.seed)
+        candidates = int(np.random.SeedSequence([config.seed, done.start, number]).generate_state(1)[0])
+        found = search_round(
+            self.meta,
+            lambda: self._score(dealt(self.family, config, tasks, parts, first, "train", seeds)).value,
+            number,
+            candidates,
+        )
+        done.searched.append(found)
+        done.stack += parts
+        if len(done.searched) == config.search:
+            self._validate()
+        done.seconds += time.perf_counter() - started
 
     @property
     def _tried(self) -> bool:
@@ -228,13 +218,9 @@ class MetaTrainer:
 
     def _next_stack(self) -> Any:
         number, config = self.progression.stack, self.config
-        family = self._family(number, config.seed)
+        family = family_of_stack(self.family, config, number, config.seed)
         indices = range(number * config.tasks, (number + 1) * config.tasks)
         return family.stack(indices, "train", config.seed, config.torch_dtype, self.device)
-
-    def _family(self, number: int, seed: int) -> TaskFamily:
-        """The settings of one stack; the flat networks serve one shape, so theirs do not vary."""
-        return self.family if self.config.network == "flat" else self.family.augmented(number, seed)
 
     def _windows(self) -> int:
         full = self.config.horizon / self.config.unroll
@@ -248,7 +234,7 @@ class MetaTrainer:
         # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
         finite = losses.isfinite()
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
-        opened = _mean_openness(unroll)
+        opened = mean_openness(unroll)
         self.optimizer.zero_grad()
         (meta_loss if opened is None else self._priced(meta_loss, opened)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.config.clip)
@@ -286,31 +272,12 @@ class MetaTrainer:
         What teleports cost is added, and how far they were open is kept as `validation_openness`. The validation tasks
         are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
-        scores, openness = [], []
-        parts = max(1, min(_VALIDATION_STACKS, self.config.validation_tasks // 2))
-        count = max(1, self.config.validation_tasks // parts)
-        for part in range(parts):
-            family = self._family(part, _VALIDATION_SEED + 1)
-            indices = range(part * count, (part + 1) * count)
-            stack = family.stack(indices, "validation", _VALIDATION_SEED, self.config.torch_dtype, self.device)
-            unroll = Unroll(stack, self.meta)
-            mean = _bounded(unroll.window(self.config.horizon, track=False).detach()).mean()
-            opened = _mean_openness(unroll)
-            scores.append(mean if opened is None else self._priced(mean, opened))
-            openness.append(torch.zeros_like(mean) if opened is None else opened)
-        self.validation_openness = float(torch.stack(openness).mean())
-        return float(torch.stack(scores).mean())
+        tasks = self.config.validation_tasks
+        parts = max(1, min(_VALIDATION_STACKS, tasks // 2))
+        seeds = (_VALIDATION_SEED + 1, _VALIDATION_SEED)
+        found = self._score(dealt(self.family, self.config, tasks, parts, 0, "validation", seeds))
+        self.validation_openness = found.openness
+        return found.value
 
-
-def _mean_openness(unroll: Unroll) -> Tensor | None:
-    """Over the steps and tasks of a window where it is finite; None where no group element is learned."""
-    opened = unroll.openness
-    if opened is None:
-        return None
-    finite = opened.isfinite()
-    return torch.where(finite, opened, torch.zeros_like(opened)).sum() / finite.sum().clamp_min(1)
-
-
-def _bounded(losses: Tensor) -> Tensor:
-    """Log losses with what is not finite put far up, so that a diverged task spoils the score but leaves a number."""
-    return torch.nan_to_num(losses, 100.0, 100.0, -100.0).clamp_max(100.0)
+    def _score(self, stacks: Iterable[TaskStack]) -> Score:
+        return score(self.meta, stacks, self.config.horizon, self.config.teleport_cost)

@@ -1,0 +1,90 @@
+"""What a meta-optimizer is scored by: the mean log loss along a whole horizon, over stacks of several settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metateleport.families import TaskFamily, TaskStack
+from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.task import Split
+from metateleport.training.config import TrainConfig, device_for
+from metateleport.training.unroll import Unroll
+
+__all__ = ["Score", "dealt", "family_of_stack", "mean_openness", "score"]
+
+
+class Score(NamedTuple):
+    """A score, the price of teleports in it; and how far teleports and gauges were open, zero where there are none."""
+
+    value: float
+    openness: float
+
+
+def family_of_stack(family: TaskFamily, config: TrainConfig, number: int, seed: int) -> TaskFamily:
+    """The settings of one stack; the flat networks serve one shape, so theirs do not vary."""
+    return family if config.network == "flat" else family.augmented(number, seed)
+
+
+def dealt(
+    family: TaskFamily, config: TrainConfig, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]
+) -> Iterator[TaskStack]:
+    """Tasks dealt out to stacks, each with settings of its own.
+
+    Args:
+        family: where tasks come from.
+        config: the settings of the training.
+        tasks: their number; what does not go into equal parts is left out.
+        parts: number of stacks.
+        first: number of the first stack.
+        split: `train` or `validation`.
+        seeds: of the settings that are varied, and of the tasks.
+
+    Yields:
+        The stacks.
+    """
+    count = max(1, tasks // parts)
+    for part in range(first, first + parts):
+        indices = range(part * count, (part + 1) * count)
+        own = family_of_stack(family, config, part, seeds[0])
+        yield own.stack(indices, split, seeds[1], config.torch_dtype, device_for(config.device))
+
+
+def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: float) -> Score:
+    """Mean log loss along the horizon, with what teleports cost added; without a graph.
+
+    Args:
+        meta: the meta-optimizer.
+        stacks: at the start of their tasks; they are moved along.
+        horizon: inner steps.
+        cost: the price of a teleport that is wide open.
+
+    Returns:
+        The score.
+    """
+    scores, openness = [], []
+    for stack in stacks:
+        unroll = Unroll(stack, meta)
+        mean = _bounded(unroll.window(horizon, track=False).detach()).mean()
+        opened = mean_openness(unroll)
+        opened = torch.zeros_like(mean) if opened is None else opened
+        scores.append(mean + cost * opened if cost else mean)
+        openness.append(opened)
+    return Score(float(torch.stack(scores).mean()), float(torch.stack(openness).mean()))
+
+
+def mean_openness(unroll: Unroll) -> Tensor | None:
+    """Over the steps and tasks of a window where it is finite; None where no group element is learned."""
+    opened = unroll.openness
+    if opened is None:
+        return None
+    finite = opened.isfinite()
+    return torch.where(finite, opened, torch.zeros_like(opened)).sum() / finite.sum().clamp_min(1)
+
+
+def _bounded(losses: Tensor) -> Tensor:
+    """Log losses with what is not finite put far up, so that a diverged task spoils the score but leaves a number."""
+    return torch.nan_to_num(losses, 100.0, 100.0, -100.0).clamp_max(100.0)

@@ -1,0 +1,98 @@
+"""The first phase of a training: the constants that the networks start from, by an evolution strategy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.learned.meta_optimizer import MetaOptimizer
+
+__all__ = ["constants", "search_round"]
+
+_SPREAD = 1.0
+"""Standard deviation of the first round, in logits."""
+
+_DECAY = 0.9
+"""Of the spread, from round to round: the stacks of a round are few, and late rounds shall average over them."""
+
+
+def constants(meta: MetaOptimizer) -> list[nn.Parameter]:
+    """What the networks put out before they have seen anything: the biases of their last layers.
+
+    Args:
+        meta: the meta-optimizer.
+
+    Returns:
+        The biases, a step's logits and each group's coefficients and gate; empty for a rule that learns nothing.
+
+    Example:
+        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> [tuple(each.shape) for each in constants(MetaOptimizer(MetaOptimizerConfig(mode="lr")))]
+        [(3,)]
+    """
+    return [value for name, value in meta.named_parameters() if name.endswith("head.bias")]
+
+
+def search_round(meta: MetaOptimizer, score: Callable[[], float], number: int, seed: int) -> float:
+    r"""One round of an evolution strategy on the constants; they are changed in place.
+
+    Of $\lambda$ candidates $\theta + \sigma \epsilon_i$, in mirrored pairs and scored on the same tasks, the better
+    half is averaged by rank,
+
+    $$\theta \mapsto \theta + \sigma \sum_{i \le \lambda / 2} w_i \epsilon_{(i)}, \qquad
+      w_i \propto \log(\tfrac{\lambda + 1}{2}) - \log i, \qquad \lambda \approx 4 + 3 \log d,$$
+
+    with $\sigma$ falling from round to round. A truncated window does not see what a constant does over the whole
+    horizon, and its gradient through an unstable inner loop says little; the score sees all of it, and needs no graph.
+
+    Args:
+        meta: the meta-optimizer.
+        score: of the meta-optimizer as it is, on tasks that stay the same through a round; less is better.
+        number: of the round, from zero.
+        seed: of its candidates.
+
+    Returns:
+        The mean score of the candidates that were kept.
+
+    Raises:
+        ValueError: if there are no constants.
+
+    Example:
+        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+        >>> bias = constants(meta)[0].detach()
+        >>> for number in range(30):
+        ...     _ = search_round(meta, lambda: float((bias - 1).square().sum()), number, seed=number)
+        >>> bool(((bias - 1).abs() < 0.1).all())
+        True
+
+    Source: mirrored sampling and the ranks' weights as in Hansen, "The CMA evolution strategy: a tutorial", 2016
+    (arXiv 1604.00772), without its covariance.
+    """
+    biases = constants(meta)
+    if not biases:
+        raise ValueError("this meta-optimizer has no networks whose constants could be searched")
+    start = nn.utils.parameters_to_vector(biases).detach().clone()
+    pairs = max(2, round((4 + 3 * math.log(len(start))) / 2))
+    source = torch.Generator().manual_seed(seed)
+    draws = torch.randn(pairs, len(start), generator=source, dtype=start.dtype).to(start.device)
+    draws = _SPREAD * _DECAY**number * torch.cat((draws, -draws))
+    scores = []
+    for draw in draws:
+        _put(start + draw, biases)
+        scores.append(score())
+    ranks = torch.tensor(scores).argsort()[:pairs]
+    weights = math.log(pairs + 0.5) - torch.arange(1, pairs + 1, dtype=start.dtype, device=start.device).log()
+    move = (weights / weights.sum()) @ draws[ranks.to(start.device)]
+    _put(start + move, biases)
+    return float(torch.tensor(scores)[ranks].mean())
+
+
+def _put(vector: Tensor, biases: Sequence[nn.Parameter]) -> None:
+    """Copies: `vector_to_parameters` would leave the parameters as views of one vector."""
+    with torch.no_grad():
+        for bias, values in zip(biases, vector.split([bias.numel() for bias in biases]), strict=True):
+            bias.copy_(values.view_as(bias))
