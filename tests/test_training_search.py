@@ -15,10 +15,10 @@ from metateleport.training import Interrupted, MetaTrainer, Progression, TrainCo
 from metateleport.training.search import constants, search_round
 
 
-def trainer(settings: TrainConfig, **changes: Any) -> MetaTrainer:
+def trainer(settings: TrainConfig, meta_steps: int = 1) -> MetaTrainer:
     torch.manual_seed(0)
-    shape = mt.MetaOptimizerConfig(**{"mode": settings.mode, "hidden": settings.hidden, "groups": ("GL",), **changes})
-    return MetaTrainer(settings, mt.load_family(settings.family, settings.settings), mt.MetaOptimizer(shape), 1, None)
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
+    return MetaTrainer(settings, mt.load_family(settings.family, settings.settings), meta, meta_steps, None)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,6 +70,9 @@ def test_constants_of_every_kind_of_network() -> None:
 def test_a_search_comes_first_and_changes_constants_alone() -> None:
     settings = config(search=4)
     learning = trainer(settings)
+    with torch.no_grad():
+        # A step so short that anything found is better.
+        learning.meta.rule.head.bias[0] = -6.0
     before = {name: value.clone() for name, value in learning.meta.state_dict().items()}
     start = learning.validation_score()
     rounds: list[int] = []
@@ -131,19 +134,18 @@ def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, tmp_path: Pat
     assert {len(run["search"]) for run in runs.values()} == {3}
 
 
-def test_every_start_is_searched_with_candidates_of_its_own() -> None:
-    settings = config(search=2, starts=2, meta_steps=3)
-    learning = MetaTrainer(
-        settings,
-        mt.load_family(settings.family, settings.settings),
-        mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4, groups=("GL",))),
-        3,
-        None,
-    )
-    seen: dict[int, list[float]] = {}
-    learning.run(lambda done: seen.__setitem__(done.start, list(done.searched)))
-    assert len(seen[0]) == len(seen[1]) == 2
-    assert seen[0] != seen[1]
+def test_every_start_is_searched_with_candidates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def searched(_: mt.MetaOptimizer, __: Any, number: int, seed: int) -> float:
+        calls.append((number, seed))
+        return 0.0
+
+    monkeypatch.setattr("metateleport.training.trainer.search_round", searched)
+    learning = trainer(config(search=2, starts=2), 3)
+    learning.run()
+    assert [number for number, _ in calls] == [0, 1, 0, 1]
+    assert len({seed for _, seed in calls}) == 4
     assert len(learning.progression.starts) == 2
 
 
