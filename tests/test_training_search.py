@@ -122,10 +122,15 @@ def interrupting(at: int) -> Any:
     return report
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a training with a search that nobody interrupted."""
+    return train(config(search=3), tmp_path_factory.mktemp("whole") / "whole")
+
+
 @pytest.mark.parametrize("at", [1, 2, 4, 11])
-def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, tmp_path: Path) -> None:
+def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, whole: Path, tmp_path: Path) -> None:
     settings = config(search=3)
-    whole = train(settings, tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "part", report=interrupting(at))
     path = train(settings, tmp_path / "part", resume=True)

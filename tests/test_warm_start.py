@@ -60,6 +60,16 @@ def test_secants_are_trusted_as_at_the_start_and_the_rest_is_the_checkpoint_s(so
     assert not torch.equal(head.weight[:-1], fresh.weight[:-1])
 
 
+def test_the_rate_of_cooling_may_be_another(tmp_path: Path) -> None:
+    source = train(config(cooling=0.1), tmp_path / "source")
+    metas = started(config(start_from=str(source), cooling=0.7))
+    known = load_checkpoint(source).learned
+    assert metas["learned"].rule.cooling == 0.7  # type: ignore[union-attr]
+    assert all(torch.equal(metas["learned"].state_dict()[name], value) for name, value in known.state_dict().items())
+    with pytest.raises(TrainingError, match=r"have cooling=0\.1, and these 0\.0"):
+        train(config(start_from=str(source)), tmp_path / "none")
+
+
 def test_it_is_trained_on_and_its_card_says_where_from(source: Path, tmp_path: Path) -> None:
     settings = config(start_from=str(source), seed=1, settings={"width": 4, "activation": "identity"})
     path = train(settings, tmp_path / "on")

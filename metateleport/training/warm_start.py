@@ -45,7 +45,7 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
     """Gives networks the weights of a checkpoint's.
 
     The two have to be of one shape, but for the groups, and for secants: what a rule with secants has beyond one
-    without, its trust in them, stays as it was.
+    without, its trust in them, stays as it was. Where both cool down, they may do so at different rates.
 
     Args:
         meta: the networks; changed in place.
@@ -67,7 +67,8 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
         raise TrainingError(f"{checkpoint.path} has no networks without teleports to start from: start without it")
     for field in dataclasses.fields(MetaOptimizerConfig):
         wanted, there = getattr(meta.config, field.name), getattr(source.config, field.name)
-        if field.name not in _MAY_DIFFER and wanted != there:
+        another_rate = field.name == "cooling" and wanted > 0 and there > 0
+        if field.name not in _MAY_DIFFER and wanted != there and not another_rate:
             raise TrainingError(
                 f"the networks of {checkpoint.path} have {field.name}={there!r}, and these {wanted!r}: train with the "
                 "settings of the checkpoint, or start without it"
