@@ -85,6 +85,16 @@ def test_it_is_trained_on_and_its_card_says_where_from(source: Path, tmp_path: P
     assert (resumed / "weights.safetensors").read_bytes() == (path / "weights.safetensors").read_bytes()
 
 
+def test_it_never_ends_worse_than_it_started(source: Path, tmp_path: Path) -> None:
+    """Steps of this size lead nowhere: what is kept is what it started from."""
+    path = train(config(start_from=str(source), seed=1, lr=1e3, validation_every=1), tmp_path / "on")
+    run = load_checkpoint(path).card["training"]["runs"]["learned"]
+    assert [step for step, _ in run["validations"]] == [0, 1, 2]
+    assert run["chosen_at"] == 0
+    found, expected = load_checkpoint(path).learned, started(config(start_from=str(source), seed=1))["learned"]
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

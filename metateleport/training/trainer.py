@@ -107,6 +107,9 @@ class MetaTrainer:
             report: called after every meta-step.
         """
         done = self.progression
+        if self.config.start_from is not None and not done.validations:
+            # The networks that training starts from are kept where it finds none that are better.
+            self._validate()
         while not self.finished:
             self.boundary = self.snapshot()
             if len(done.searched) < self.config.search:
