@@ -69,8 +69,9 @@ def search_round(meta: MetaOptimizer, score: Callable[[], float], number: int, s
         >>> bool(((bias - 1).abs() < 0.1).all())
         True
 
-    Source: mirrored sampling and the ranks' weights as in Hansen, "The CMA evolution strategy: a tutorial", 2016
-    (arXiv 1604.00772), without its covariance.
+    Source: the ranks' weights and the number of candidates of Hansen, "The CMA evolution strategy: a tutorial", 2016
+    (arXiv 1604.00772), without its covariance; mirrored pairs of Brockhoff et al., "Mirrored sampling and sequential
+    selection for evolution strategies", PPSN 2010.
     """
     biases = constants(meta)
     if not biases:
