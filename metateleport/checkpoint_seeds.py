@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ __all__ = ["combine_meta_seeds", "each_meta_seed"]
 _MAY_DIFFER = ("seed", "device")
 
 
-def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
+def combine_meta_seeds(
+    paths: Sequence[str | Path], into: str | Path, defaults: Mapping[str, Any] | None = None
+) -> Path:
     """Makes one checkpoint of several that were trained by the same recipe from different seeds.
 
     The one with the best validation score lies on top, where `load` finds it; the others lie in `meta_seeds/SEED`, each
@@ -26,6 +28,8 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
     Args:
         paths: folders or bare names of checkpoints; those of several meta-seeds bring all of them.
         into: the folder to write, whole or not at all; one that exists is replaced. It may be one of `paths`.
+        defaults: what settings count as where a card does not have them: the version that wrote it did not know them,
+            and trained as their defaults do.
 
     Returns:
         The folder.
@@ -39,10 +43,10 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
         raise CheckpointError("there are no checkpoints to combine: give the folders of at least one")
     by_seed: dict[int, Checkpoint] = {}
     for each in found:
-        seed, recipe = _seed(each), _recipe(each)
+        seed, recipe = _seed(each), {**(defaults or {}), **_recipe(each)}
         if seed in by_seed:
             raise CheckpointError(f"{by_seed[seed].path} and {each.path} are both of seed {seed}: give one of them")
-        first = _recipe(found[0])
+        first = {**(defaults or {}), **_recipe(found[0])}
         for name in first.keys() | recipe.keys():
             if first.get(name) != recipe.get(name):
                 raise CheckpointError(

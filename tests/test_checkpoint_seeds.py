@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from metateleport import cli
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds, each_meta_seed
 from metateleport.evaluation import EvaluationError, FirstOrder, Seed, evaluate
-from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, train
+from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, default_settings, train
 from metateleport.training.meta_seeds import seeds_folder, train_meta_seeds
 
 
@@ -72,6 +73,23 @@ def test_combined_is_what_one_run_would_have_made(singles: list[Path], together:
     pair = combine_meta_seeds(singles[:2], tmp_path / "pair")
     assert files(combine_meta_seeds([pair, singles[2]], pair)).keys() == files(combined).keys()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "pair"]
+
+
+def test_a_setting_that_a_card_does_not_have_counts_as_its_default(singles: list[Path], tmp_path: Path) -> None:
+    """Seeds that were trained before and after a setting was added are of one recipe, unless it was used."""
+    older = tmp_path / "older"
+    shutil.copytree(singles[0], older)
+    card = json.loads((older / "card.json").read_text())
+    del card["training"]["config"]["search"]
+    (older / "card.json").write_text(json.dumps(card))
+    with pytest.raises(mt.CheckpointError, match="not of one recipe: search is None in one and 0"):
+        combine_meta_seeds([older, singles[1]], tmp_path / "c")
+    command = ["combine", str(older), str(singles[1]), "--out", str(tmp_path / "c")]
+    assert cli.main(command) == 0
+    assert len(load_checkpoint(tmp_path / "c").meta_seeds) == 2
+    searched = train(config(seed=9, search=1), tmp_path / "searched")
+    with pytest.raises(mt.CheckpointError, match="not of one recipe: search is 0 in one and 1"):
+        combine_meta_seeds([older, searched], tmp_path / "d", default_settings())
 
 
 def test_what_cannot_be_combined(singles: list[Path], tmp_path: Path) -> None:

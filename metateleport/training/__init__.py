@@ -1,6 +1,6 @@
 """Meta-training through truncated, differentiable unrolls."""
 
-from metateleport.training.config import TrainConfig, TrainingError, device_for
+from metateleport.training.config import TrainConfig, TrainingError, default_settings, device_for
 from metateleport.training.meta_seeds import train_meta_seeds
 from metateleport.training.progression import Progression
 from metateleport.training.train import Interrupted, train
@@ -14,6 +14,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "Unroll",
+    "default_settings",
     "device_for",
     "log_losses",
     "train",

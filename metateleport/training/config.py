@@ -11,7 +11,7 @@ import torch
 from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES, GaugeKind, Mode, UpdateSize
 from metateleport.learned.rules import BASES
 
-__all__ = ["TrainConfig", "TrainingError", "device_for"]
+__all__ = ["TrainConfig", "TrainingError", "default_settings", "device_for"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "network": ("equivariant", "flat"),
@@ -178,6 +178,26 @@ raise the horizon or shorten the unroll
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype of the tasks; None for the family's own."""
         return None if self.dtype is None else {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+
+
+def default_settings() -> dict[str, Any]:
+    """The settings that have a default, by name, as a card has them.
+
+    A card that does not have one was written by a version that did not know it, and trained as the default does.
+
+    Returns:
+        The defaults, but for seed and device, which are no part of a recipe.
+
+    Example:
+        >>> default_settings()["search"]
+        0
+    """
+    known = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    return {
+        name: value
+        for name, value in known.items()
+        if value is not dataclasses.MISSING and name not in ("seed", "device")
+    }
 
 
 def device_for(name: str) -> torch.device:

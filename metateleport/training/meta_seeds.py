@@ -9,7 +9,7 @@ from pathlib import Path
 
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint_seeds import combine_meta_seeds
-from metateleport.training.config import TrainConfig, TrainingError
+from metateleport.training.config import TrainConfig, TrainingError, default_settings
 from metateleport.training.progression import Progression
 from metateleport.training.train import resume_folder, settings_known, settings_that_count, train
 
@@ -66,7 +66,7 @@ def train_meta_seeds(
         else:
             train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command)
         paths.append(path)
-    combined = combine_meta_seeds(paths, out)
+    combined = combine_meta_seeds(paths, out, default_settings())
     shutil.rmtree(done, ignore_errors=True)
     return combined
 
