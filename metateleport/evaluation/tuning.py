@@ -98,7 +98,7 @@ def score(losses: Sequence[float] | np.ndarray) -> float:
     """Mean log of the final losses, what tuning makes small; a loss that is not finite counts as 1e300.
 
     Example:
-        >>> score([1.0, math.e**2])
+        >>> round(score([1.0, math.e**2]), 9)
         1.0
     """
     values = np.nan_to_num(np.asarray(losses, dtype=np.float64), nan=LARGEST, posinf=LARGEST, neginf=_SMALLEST)
