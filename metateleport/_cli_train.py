@@ -192,6 +192,9 @@ class _Reporter:
         self.bar.update(self.rows[name], completed=share, status=status)
         if self.tracked is None:
             return
+        for step, score in progression.validations[self.validated.get(name, 0) :]:
+            self.tracked.log({f"{name}/validation": score}, step=int(step))
+        self.validated[name] = len(progression.validations)
         if not progression.meta_losses and progression.searched:
             self.tracked.log({f"{name}/search": progression.searched[-1]}, step=len(progression.searched))
             return
@@ -199,7 +202,4 @@ class _Reporter:
         if opened is not None:
             metrics[f"{name}/openness"] = opened
             metrics[f"{name}/teleport_price"] = self.config.teleport_cost * opened
-        if len(progression.validations) > self.validated.get(name, 0):
-            self.validated[name] = len(progression.validations)
-            metrics[f"{name}/validation"] = progression.validations[-1][1]
         self.tracked.log(metrics, step=progression.meta_step)

@@ -11,6 +11,7 @@ import torch
 from training_cases import small as config
 
 import metateleport as mt
+from metateleport._cli_train import _bar, _Reporter
 from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, train
 from metateleport.training.search import constants, search_round
 
@@ -152,6 +153,28 @@ def test_every_start_is_searched_with_candidates_of_its_own(monkeypatch: pytest.
     assert [number for number, _ in calls] == [0, 1, 0, 1]
     assert len({seed for _, seed in calls}) == 4
     assert len(learning.progression.starts) == 2
+
+
+def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
+    class Tracked:
+        def __init__(self) -> None:
+            self.logged: dict[str, list[tuple[int, float]]] = {}
+
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            for name, value in metrics.items():
+                self.logged.setdefault(name, []).append((step, value))
+
+    settings, tracked = config(search=2, validation_every=1), Tracked()
+    learning = trainer(settings, 3)
+    with _bar() as bar:
+        reporter = _Reporter(bar, tracked, settings)  # type: ignore[arg-type]
+        learning.run(lambda done: reporter("learned", done, 0.5))
+        assert "search" not in bar.tasks[0].fields["status"]
+    done = learning.progression
+    assert tracked.logged["learned/search"] == list(enumerate(done.searched, 1))
+    assert tracked.logged["learned/validation"] == [(int(step), score) for step, score in done.validations]
+    assert [step for step, _ in tracked.logged["learned/validation"]] == [0, 1, 2, 3]
+    assert [step for step, _ in tracked.logged["learned/meta_loss"]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
