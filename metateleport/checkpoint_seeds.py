@@ -42,11 +42,11 @@ def combine_meta_seeds(
     if not found:
         raise CheckpointError("there are no checkpoints to combine: give the folders of at least one")
     by_seed: dict[int, Checkpoint] = {}
+    first = _recipe(found[0], defaults)
     for each in found:
-        seed, recipe = _seed(each), {**(defaults or {}), **_recipe(each)}
+        seed, recipe = _seed(each), _recipe(each, defaults)
         if seed in by_seed:
             raise CheckpointError(f"{by_seed[seed].path} and {each.path} are both of seed {seed}: give one of them")
-        first = {**(defaults or {}), **_recipe(found[0])}
         for name in first.keys() | recipe.keys():
             if first.get(name) != recipe.get(name):
                 raise CheckpointError(
@@ -97,5 +97,6 @@ def _validation(checkpoint: Checkpoint) -> float:
     return float(_training(checkpoint)["runs"]["learned"]["validation"])
 
 
-def _recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {name: value for name, value in _training(checkpoint)["config"].items() if name not in _MAY_DIFFER}
+def _recipe(checkpoint: Checkpoint, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = {**(defaults or {}), **_training(checkpoint)["config"]}
+    return {name: value for name, value in known.items() if name not in _MAY_DIFFER}

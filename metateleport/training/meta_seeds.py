@@ -80,7 +80,7 @@ def _named(
 
 
 def _has_settings(path: Path, config: TrainConfig) -> None:
-    started = settings_known(load_checkpoint(path).card.get("training", {}).get("config", {}), config)
+    started = settings_known(load_checkpoint(path).card.get("training", {}).get("config", {}))
     for name, wanted in settings_that_count(config).items():
         if started.get(name) != wanted:
             raise TrainingError(

@@ -14,7 +14,7 @@ from metateleport.task import Split
 from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.unroll import Unroll
 
-__all__ = ["Score", "dealt", "family_of_stack", "mean_openness", "score"]
+__all__ = ["Score", "dealt", "family_of_stack", "mean_openness", "priced", "score"]
 
 
 class Score(NamedTuple):
@@ -64,16 +64,32 @@ def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: 
 
     Returns:
         The score.
+
+    Example:
+        >>> from metateleport import load_family
+        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> stack = load_family("leaky_mlp", {"width": 3}).stack(range(2))
+        >>> score(MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)), [stack], horizon=2, cost=0.0).openness
+        0.0
     """
     scores, openness = [], []
     for stack in stacks:
         unroll = Unroll(stack, meta)
         mean = _bounded(unroll.window(horizon, track=False).detach()).mean()
         opened = mean_openness(unroll)
-        opened = torch.zeros_like(mean) if opened is None else opened
-        scores.append(mean + cost * opened if cost else mean)
-        openness.append(opened)
+        scores.append(priced(mean, opened, cost))
+        openness.append(torch.zeros_like(mean) if opened is None else opened)
     return Score(float(torch.stack(scores).mean()), float(torch.stack(openness).mean()))
+
+
+def priced(loss: Tensor, opened: Tensor | None, cost: float) -> Tensor:
+    """The loss with what teleports cost added; itself, bit for bit, where they cost nothing.
+
+    Example:
+        >>> priced(torch.tensor(-2.0), torch.tensor(0.5), cost=3.0)
+        tensor(-0.5000)
+    """
+    return loss + cost * opened if cost and opened is not None else loss
 
 
 def mean_openness(unroll: Unroll) -> Tensor | None:

@@ -17,7 +17,7 @@ from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskFamily, load_family
 from metateleport.files import replacing_folder, write_json
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
-from metateleport.training.config import TrainConfig, TrainingError, device_for
+from metateleport.training.config import TrainConfig, TrainingError, default_settings, device_for
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.trainer import MetaTrainer
 from metateleport.training.warm_start import warm_start, warm_start_checkpoint
@@ -157,9 +157,9 @@ def settings_that_count(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("device",)}
 
 
-def settings_known(started: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+def settings_known(started: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a training was started with; what an earlier version did not know had its default's effect."""
-    return {**settings_that_count(TrainConfig(config.family)), **started}
+    return {**default_settings(), **started}
 
 
 def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -> None:
@@ -187,7 +187,7 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
     wanted, started = settings_that_count(config), state.get("config") if isinstance(state, dict) else None
     if not isinstance(started, dict):
         raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
-    started = settings_known(started, config)
+    started = settings_known(started)
     changed = [name for name, value in wanted.items() if started.get(name) != value]
     if changed:
         raise TrainingError(

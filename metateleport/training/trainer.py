@@ -17,7 +17,7 @@ from metateleport.families import TaskFamily, TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.progression import Progression, Snapshot
-from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, score
+from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, priced, score
 from metateleport.training.search import search_round
 from metateleport.training.unroll import Unroll
 
@@ -239,7 +239,7 @@ class MetaTrainer:
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
         opened = mean_openness(unroll)
         self.optimizer.zero_grad()
-        (meta_loss if opened is None else self._priced(meta_loss, opened)).backward()
+        priced(meta_loss, opened, self.config.teleport_cost).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.config.clip)
         done.meta_step += 1
         if bool(norm.isfinite()) and bool(finite.any()):
@@ -249,9 +249,6 @@ class MetaTrainer:
         done.meta_losses.append(float(meta_loss.detach()))
         if opened is not None:
             done.openness.append(float(opened.detach()))
-
-    def _priced(self, meta_loss: Tensor, opened: Tensor) -> Tensor:
-        return meta_loss + self.config.teleport_cost * opened if self.config.teleport_cost else meta_loss
 
     def _validate(self) -> None:
         done = self.progression
