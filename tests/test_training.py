@@ -184,6 +184,16 @@ def unfinished(tmp_path: Path) -> Path:
     return tmp_path / "a.unfinished"
 
 
+def test_a_setting_that_an_earlier_version_did_not_know_had_its_defaults_effect(whole: Path, tmp_path: Path) -> None:
+    state = unfinished(tmp_path) / "state.json"
+    known = json.loads(state.read_text())
+    del known["config"]["search"]
+    state.write_text(json.dumps(known))
+    with pytest.raises(TrainingError, match="was started with search=0, not 1"):
+        train(config(search=1), tmp_path / "a", resume=True)
+    assert weights(train(config(), tmp_path / "a", resume=True)) == weights(whole)
+
+
 def test_an_unfinished_training_is_not_overwritten(tmp_path: Path) -> None:
     folder = unfinished(tmp_path)
     with pytest.raises(TrainingError, match=r"a\.unfinished holds an unfinished training: add --resume"):

@@ -12,7 +12,7 @@ from training_cases import small as config
 
 import metateleport as mt
 from metateleport._cli_train import _bar, _Reporter
-from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, train
+from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, Unroll, train
 from metateleport.training.search import constants, search_round
 
 
@@ -103,8 +103,20 @@ def test_a_search_sees_training_tasks_over_the_whole_horizon(monkeypatch: pytest
         seen.append((split, seed, tuple(indices)))
         return own(self, indices, split, seed, *rest)
 
+    lengths: list[int] = []
+    window = Unroll.window
+
+    def measured(self: Unroll, length: int, track: bool = True) -> torch.Tensor:
+        assert not track
+        lengths.append(length)
+        return window(self, length, track)
+
     monkeypatch.setattr(mt.TaskFamily, "stack", stack)
+    monkeypatch.setattr(Unroll, "window", measured)
     learning._search_round()
+    assert len(lengths) == len(seen)
+    assert set(lengths) == {learning.config.horizon}
+    assert learning.config.horizon > learning.config.unroll
     training = [each for each in seen if each[0] == "train"]
     assert len(set(training)) == 4
     assert len(training) % 4 == 0
@@ -170,6 +182,9 @@ def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
         reporter = _Reporter(bar, tracked, settings)  # type: ignore[arg-type]
         learning.run(lambda done: reporter("learned", done, 0.5))
         assert "search" not in bar.tasks[0].fields["status"]
+        # A training from a checkpoint has validated what it starts from by the time of its first report.
+        reporter("warm", Progression(meta_step=1, meta_losses=[0.0], validations=[[0, -1.0], [1, -2.0]]), 0.5)
+    assert tracked.logged["warm/validation"] == [(0, -1.0), (1, -2.0)]
     done = learning.progression
     assert tracked.logged["learned/search"] == list(enumerate(done.searched, 1))
     assert tracked.logged["learned/validation"] == [(int(step), score) for step, score in done.validations]
@@ -188,9 +203,6 @@ def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], words: str)
 
 def test_a_rule_that_learns_nothing_has_no_constants() -> None:
     meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
-    for name, value in list(meta.rule.named_parameters()):
-        if name.endswith("head.bias"):
-            value.requires_grad_(False)
-            meta.rule.head.bias = None
+    meta.rule.head.bias = None  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="no networks whose constants"):
         search_round(meta, lambda: 0.0, 0, 0)
