@@ -58,6 +58,12 @@ def add(commands: Any) -> None:
         help="learn a teleport that stays: the model moves along its orbit (default: yes)",
     )
     parser.add_argument("--gauge", choices=GAUGES, default="none", help="learn a gauge for each tensor, undone again")
+    parser.add_argument(
+        "--metric-memory",
+        type=float,
+        metavar="X",
+        help="share of a gauge's metric that is kept from one minibatch to the next (default 0.95)",
+    )
     parser.add_argument("--update", choices=UPDATES, help="modes with 'update': its size (default coordinate)")
     parser.add_argument("--secants", type=not_negative, metavar="N", help="secant pairs around the learned step")
     parser.add_argument(
@@ -65,6 +71,12 @@ def add(commands: Any) -> None:
         type=float,
         metavar="X",
         help="price on teleports and gauges: one that is wide open has to lower the mean log loss by X (default 0)",
+    )
+    parser.add_argument(
+        "--max-stretch",
+        type=float,
+        metavar="X",
+        help="all teleports that stay may together stretch or shrink anything by this factor (default: no bound)",
     )
     parser.add_argument(
         "--cooling",

@@ -29,7 +29,7 @@ _SIDE = 3.0
 _START = (2.0, 0.85, 0.0)
 """Where the logits of `GaugeChoice` start: the gradients' covariance has the larger share and the gate is half open, as
 far from a minimum the metric's full inverse steps too far."""
-_MEMORY = 0.95
+_GRADIENT_MEMORY = 0.95
 
 Cell = tuple[Tensor, Tensor]
 Place = tuple[Symmetry, Side, Names]
@@ -94,7 +94,9 @@ class LearnedGauge(nn.Module):
     the gauge is preconditioned by the inverse of the chosen mean: at $q = 0$ the Levenberg-Marquardt step of a layer
     alone, for $u = 1$ Gauss-Newton's, or ScaledGD for a factorisation; half open at $q = 1$ it is Shampoo's. Full
     whitening is where the gate saturates: a gauge is made anew at every step, and cannot come nearer by being repeated,
-    as a teleport that stays does. On minibatches the covariances are running means.
+    as a teleport that stays does. The gradients' covariance is a running mean, and on minibatches so is the metric:
+    with a long memory it has less of their noise, with a short one it keeps up with weights that move, as those of an
+    ill-conditioned factorisation do.
 
     Basis and features are kept out of the graph; the networks are shared by all gauges of one kind of group, with a
     state for each. Nothing moves along the orbit: the gauge is undone after the step, so it costs no drift.
@@ -102,15 +104,18 @@ class LearnedGauge(nn.Module):
     Args:
         groups: names of the groups to have a network for; symmetries of other groups have no gauge.
         hidden: units of each LSTM.
+        metric_memory: of the metric's running mean on minibatches, in [0, 1): the share that is kept at each step.
 
     Example:
         >>> sorted(LearnedGauge(("GL",), hidden=4).networks)
         ['GL']
     """
 
-    def __init__(self, groups: Sequence[str] = ("GL", "diagonal"), hidden: int = 32) -> None:
+    def __init__(
+        self, groups: Sequence[str] = ("GL", "diagonal"), hidden: int = 32, metric_memory: float = 0.95
+    ) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.metric_memory = hidden, metric_memory
         self.observe: Callable[..., tuple[GaugeBasis, Tensor]] = _observe
         self.networks = nn.ModuleDict({group: GaugeNetwork(hidden) for group in groups if group != "O"})
 
@@ -185,12 +190,12 @@ class LearnedGauge(nn.Module):
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
         """The metric and the gradient covariance of each place, smoothed; and what is remembered of them."""
         bends = output_curvatures(point, [place[0] for place in places])
-        share = min(_MEMORY, state["seen"] / (state["seen"] + 1))
+        young = state["seen"] / (state["seen"] + 1)
         matrices: dict[int, Tensors] = {}
         seen, remembered = {}, {}
 
-        def smoothed(key: str, now: Tensor) -> Tensor:
-            before = state["covariances"].get(key)
+        def smoothed(key: str, now: Tensor, memory: float) -> Tensor:
+            before, share = state["covariances"].get(key), min(memory, young)
             if before is not None:
                 mean = share * before + (1 - share) * now
                 now = mean if moved is None else torch.where(moved[:, None, None], now, mean)
@@ -213,8 +218,8 @@ class LearnedGauge(nn.Module):
             assert gradient is not None
             key = _key(place)
             if not deterministic:
-                metric = smoothed(f"{key}/metric", metric)
-            seen[key] = (metric, smoothed(f"{key}/gradient", gradient))
+                metric = smoothed(f"{key}/metric", metric, self.metric_memory)
+            seen[key] = (metric, smoothed(f"{key}/gradient", gradient, _GRADIENT_MEMORY))
         return seen, remembered
 
 

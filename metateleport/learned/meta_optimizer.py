@@ -51,10 +51,13 @@ class MetaOptimizerConfig:
         base_lr: its step size.
         shapes: shapes of the parameters and sizes of the symmetries, for `flat` only.
         max_size: trust region, Frobenius norm of a generator.
+        max_stretch: trust region over the orbit, the largest factor by which all teleports that stay may stretch or
+            shrink anything together; None for no bound.
         stays: in a mode with `tele`, learn a teleport that stays: the model moves along its orbit.
         gauge: in a mode with `tele`, learn a gauge for each tensor, undone after the step: `exact` along exact
             symmetries, `linearised` along pairs of linear layers too with what stands between taken as linear, or
             `none`.
+        metric_memory: of the running mean that a gauge's metric is on minibatches (`LearnedGauge`), in [0, 1).
         secants: number of secant pairs that are built around the learned step where all data are seen.
         longest: the longest step in units of the joint curvature bound (`StepRule`), above one.
         cooling: how fast steps on minibatches get shorter once the loss is down to its noise (`StepRule`); zero for
@@ -77,8 +80,10 @@ class MetaOptimizerConfig:
     base_lr: float = 1e-3
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     max_size: float = 100.0
+    max_stretch: float | None = None
     stays: bool = True
     gauge: GaugeKind = "none"
+    metric_memory: float = 0.95
     secants: int = 0
     longest: float = 1.5
     cooling: float = 0.0
@@ -95,6 +100,10 @@ class MetaOptimizerConfig:
             raise ValueError(f"longest is a number above one, the step that training starts at; not {self.longest!r}")
         if not 0 <= self.cooling < float("inf"):
             raise ValueError(f"cooling is a rate, zero for none; not {self.cooling!r}")
+        if not 0 <= self.metric_memory < 1:
+            raise ValueError(f"metric_memory lies between 0 and 1, one left out; not {self.metric_memory!r}")
+        if self.max_stretch is not None and self.network == "flat":
+            raise ValueError("the flat networks do not know where on the orbit they are: leave max_stretch out")
         if self.update not in UPDATES:
             raise ValueError(f"an update is one of {', '.join(UPDATES)}; not {self.update!r}")
         if self.gauge not in GAUGES:
@@ -223,12 +232,14 @@ class MetaOptimizer(nn.Module):
         self.rule: UpdateRule
         self.gauge: LearnedGauge | None = None
         if config.teleports and config.gauge != "none":
-            self.gauge = LearnedGauge(config.gauge_groups, config.hidden)
+            self.gauge = LearnedGauge(config.gauge_groups, config.hidden, config.metric_memory)
         if config.teleports and config.stays:
             self.teleporter = (
                 FlatTeleporter(config.shapes, config.hidden, region)
                 if config.network == "flat"
-                else LearnedTeleporter(config.groups, config.hidden, trust_region=region)
+                else LearnedTeleporter(
+                    config.groups, config.hidden, trust_region=region, max_stretch=config.max_stretch
+                )
             )
         if not config.steps:
             self.rule = BaseRule(config.base, config.base_lr)
@@ -306,8 +317,8 @@ class MetaOptimizer(nn.Module):
         if state.accepted is not None and not bool(accepted.all()):
             base = point.choose(accepted, state.accepted)
         teleporter_state = state.teleporter
-        if isinstance(teleporter_state, dict) and "progress" in teleporter_state:
-            teleporter_state = {**teleporter_state, "progress": progress}
+        if isinstance(chosen, LearnedTeleporter):
+            teleporter_state = chosen.judged(teleporter_state, progress, accepted)
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         moved, moves, teleporter_state = travel(chosen, start, symmetries, teleporter_state, allowed=accepted & usable)

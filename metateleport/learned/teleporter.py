@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from metateleport.learned.basis import BASIS, FEATURES, Observation, observe
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.learned.reach import within_reach
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters import Teleporter, TrustRegion
+from metateleport.teleporters import Move, Teleporter, TrustRegion
 
 __all__ = ["LearnedTeleporter", "TeleportNetwork"]
 
@@ -58,6 +60,11 @@ class LearnedTeleporter(Teleporter, nn.Module):
         hidden: units of each LSTM.
         detach: keep basis and features out of the graph; only tests of the gradient switch this off.
         trust_region: bounds on what is carried out.
+        max_stretch: the largest factor by which all teleports together may stretch or shrink anything, above one: a
+            bound on each does not bound where on the orbit they lead. None for no bound.
+
+    Raises:
+        ValueError: if a group is unknown or `max_stretch` is not above one.
 
     Example:
         >>> teleporter = LearnedTeleporter(groups=("GL",), hidden=8)
@@ -76,25 +83,63 @@ class LearnedTeleporter(Teleporter, nn.Module):
         hidden: int = 32,
         detach: bool = True,
         trust_region: TrustRegion | None = None,
+        max_stretch: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
         Teleporter.__init__(self, trust_region)
+        if max_stretch is not None and not 1 < max_stretch < math.inf:
+            raise ValueError(f"max_stretch is a factor above one, or None for no bound; not {max_stretch!r}")
         unknown = [group for group in groups if group not in BASIS]
         if unknown:
             raise ValueError(f"there is no basis for the group {unknown[0]!r}; there is one for {', '.join(BASIS)}")
-        self.hidden, self.detach = hidden, detach
+        self.hidden, self.detach, self.max_stretch = hidden, detach, max_stretch
         self.networks = nn.ModuleDict({group: TeleportNetwork(group, hidden) for group in groups})
         self.observe: Callable[[Symmetry, Point, bool], Observation] = observe
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
-        """Zero LSTM states by symmetry, and the progress."""
+        """Zero LSTM states by symmetry, the progress, and the identity as where on the orbit each symmetry stands."""
         like = next(iter(point.parameters.values()))
         batch = () if point.loss is None else point.loss.shape
         zero = like.new_zeros(*batch, self.hidden)
         loss = point.loss.detach() if point.loss is not None else like.new_ones(())
         state: dict[str, Any] = {symmetry.key: (zero, zero) for symmetry in symmetries}
         state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
+        if self.max_stretch is not None:
+            places = {
+                each.key: each.group.identity(*batch, dtype=like.dtype, device=like.device) for each in symmetries
+            }
+            state["departed"] = state["reached"] = places
         return state
+
+    def judged(self, state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
+        """The state once the last step is judged.
+
+        Args:
+            state: after the last teleport.
+            progress: how each task is getting on.
+            accepted: where the task goes on; elsewhere it is back where it was before the last teleport, `(tasks,)`.
+        """
+        state = {**state, "progress": progress}
+        if "reached" in state:
+            state["reached"] = {
+                key: torch.where(accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim)), place, before)
+                for (key, place), before in zip(state["reached"].items(), state["departed"].values(), strict=True)
+            }
+        return state
+
+    def travel(
+        self, point: Point, symmetries: Sequence[Symmetry], state: dict[str, Any], allowed: Tensor | None
+    ) -> tuple[Point, list[Move], dict[str, Any]]:
+        """Moves a point and remembers where on the orbit it has got to; see `Teleporter.travel`."""
+        point, moves, state = super().travel(point, symmetries, state, allowed)
+        if "reached" in state:
+            before = state["reached"]
+            places = {
+                each.symmetry.key: each.symmetry.group.compose(each.element.detach(), before[each.symmetry.key])
+                for each in moves
+            }
+            state = {**state, "departed": before, "reached": {**before, **places}}
+        return point, moves, state
 
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The generator in the dtype of the weights; see `Teleporter.generator`."""
@@ -113,7 +158,10 @@ class LearnedTeleporter(Teleporter, nn.Module):
         weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
         shape = (*weights.shape, *(1 for _ in group.shape))
         chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
-        return self._bounded(symmetry, chosen), {**state, symmetry.key: cell}
+        chosen = self._bounded(symmetry, chosen)
+        if self.max_stretch is not None:
+            chosen = within_reach(group, chosen, state["reached"][symmetry.key], math.log(self.max_stretch))
+        return chosen, {**state, symmetry.key: cell}
 
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
         """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""

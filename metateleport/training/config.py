@@ -55,6 +55,8 @@ class TrainConfig:
         stays: learn a teleport that stays, in a mode with `tele`.
         gauge: learn a gauge for each tensor, undone after the step: `none`, `exact` (along exact symmetries) or
             `linearised` (also along pairs of linear layers with an activation between them).
+        metric_memory: of the running mean that a gauge's metric is on minibatches, in [0, 1): long against their noise,
+            short where the metric moves with the weights, as along the factors of a product.
         secants: number of secant pairs that are built around the learned step where all data are seen.
         longest: the longest step in units of the joint curvature bound, above one: short where a gauge makes the bound
             tight, so that training does not answer to what a gauge leaves uneven by longer steps.
@@ -63,6 +65,8 @@ class TrainConfig:
         teleport_cost: price on teleports that stay and on gauges, so that they close where they do not pay. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
+        max_stretch: the largest factor by which all teleports that stay may together stretch or shrink anything, above
+            one, so that they do not lead ever further along the orbit; None for no bound.
         update: of the modes that learn one: `coordinate`, `tensor` for large models, `adaptive` for minibatches.
         base: optimizer of mode `tele`.
         base_lr: its step size.
@@ -100,10 +104,12 @@ raise the horizon or shorten the unroll
     hidden: int = 32
     stays: bool = True
     gauge: GaugeKind = "none"
+    metric_memory: float = 0.95
     secants: int = 0
     longest: float = 1.5
     cooling: float = 0.0
     teleport_cost: float = 0.0
+    max_stretch: float | None = None
     update: UpdateSize = "coordinate"
     base: str = "sgd"
     base_lr: float = 1e-3
@@ -137,13 +143,9 @@ raise the horizon or shorten the unroll
             )
         if not (self.lr > 0 and self.clip > 0 and self.base_lr > 0):
             raise TrainingError(f"lr, clip and base_lr have to be positive: {self.lr}, {self.clip}, {self.base_lr}")
-        if not 1 < self.longest < math.inf:
-            raise TrainingError(
-                f"longest is a number above one, the step that training starts at; not {self.longest!r}"
-            )
-        if not 0 <= self.cooling < math.inf:
-            raise TrainingError(f"cooling is a rate, zero for none; not {self.cooling!r}")
+        self._check_steps()
         self._check_cost()
+        self._check_stretch()
         self._check_search()
         if self.start_from is not None and self.starts > 1:
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")
@@ -151,6 +153,16 @@ raise the horizon or shorten the unroll
             raise TrainingError(f"seconds has to be positive, not {self.seconds}")
         if self.seed < 0:
             raise TrainingError(f"a seed is not negative: {self.seed}")
+
+    def _check_steps(self) -> None:
+        if not 1 < self.longest < math.inf:
+            raise TrainingError(
+                f"longest is a number above one, the step that training starts at; not {self.longest!r}"
+            )
+        if not 0 <= self.cooling < math.inf:
+            raise TrainingError(f"cooling is a rate, zero for none; not {self.cooling!r}")
+        if not 0 <= self.metric_memory < 1:
+            raise TrainingError(f"metric_memory lies between 0 and 1, one left out; not {self.metric_memory!r}")
 
     def _check_cost(self) -> None:
         if not (math.isfinite(self.teleport_cost) and self.teleport_cost >= 0):
@@ -164,6 +176,16 @@ raise the horizon or shorten the unroll
             raise TrainingError(
                 "the flat networks teleport by one fixed size and have no gate to close: leave teleport_cost out"
             )
+
+    def _check_stretch(self) -> None:
+        if self.max_stretch is None:
+            return
+        if not 1 < self.max_stretch < math.inf:
+            raise TrainingError(f"max_stretch is a factor above one; not {self.max_stretch!r}")
+        if not (self.stays and (self.mode == "tele" or self.mode.endswith("+tele"))):
+            raise TrainingError("max_stretch bounds teleports that stay, and none is learned here: leave it out")
+        if self.network == "flat":
+            raise TrainingError("the flat networks do not know where on the orbit they are: leave max_stretch out")
 
     def _check_search(self) -> None:
         if self.search < 0:

@@ -102,9 +102,11 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
         base_lr=config.base_lr,
         stays=config.stays,
         gauge=config.gauge,
+        metric_memory=config.metric_memory,
         secants=config.secants,
         longest=config.longest,
         cooling=config.cooling,
+        max_stretch=config.max_stretch,
         update=config.update,
     )
     if shape.teleports and not groups:

@@ -12,7 +12,7 @@ from metateleport.training.config import TrainingError
 
 __all__ = ["warm_start", "warm_start_checkpoint"]
 
-_MAY_DIFFER = ("secants", "groups", "max_size")
+_MAY_DIFFER = ("secants", "groups", "max_size", "max_stretch", "metric_memory")
 _HEAD = "rule.head."
 
 
@@ -44,8 +44,9 @@ def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
 def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = False) -> None:
     """Gives networks the weights of a checkpoint's.
 
-    The two have to be of one shape, but for the groups, and for secants: what a rule with secants has beyond one
-    without, its trust in them, stays as it was. Where both cool down, they may do so at different rates.
+    The two have to be of one shape, but for the groups, the bounds on teleports, the metric's memory, and for secants:
+    what a rule with secants has beyond one without, its trust in them, stays as it was. Where both cool down, they may
+    do so at different rates.
 
     Args:
         meta: the networks; changed in place.

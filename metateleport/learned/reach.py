@@ -1,0 +1,71 @@
+"""A trust region over the orbit: how far all teleports together may lead from where a model began."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from metateleport.groups import Group, PositiveDiagonal
+
+__all__ = ["stretch", "within_reach"]
+
+
+def stretch(group: Group, element: Tensor) -> Tensor:
+    r"""$\max(\log \|g\|_2, \log \|g^{-1}\|_2)$: log of the largest factor by which $g$ stretches or shrinks anything.
+
+    It is a norm of where $g$ is in the group: zero at the rotations alone, the same for $g$ and $g^{-1}$, and at most
+    the sum of its parts for a product. The condition number is none, as it does not see that one layer grows and the
+    next one shrinks as a whole.
+
+    Args:
+        group: the group.
+        element: $g$, `(*batch, *group.shape)`.
+
+    Returns:
+        `(*batch,)`; infinite where it is not finite or singular.
+
+    Example:
+        >>> stretch(PositiveDiagonal(2), torch.tensor([0.5, 1.0])).exp()
+        tensor(2.)
+    """
+    if isinstance(group, PositiveDiagonal):
+        largest = element.log().abs().amax(-1)
+    else:
+        finite = group.expand(element.isfinite().flatten(-2).all(-1))
+        singular = torch.linalg.svdvals(torch.where(finite, element, torch.zeros_like(element)))
+        largest = singular.log().abs().amax(-1)
+    return torch.nan_to_num(largest, math.inf, math.inf, math.inf)
+
+
+def within_reach(group: Group, generator: Tensor, reached: Tensor, bound: float) -> Tensor:
+    r"""The part of a generator $T$ that leads no further than a bound, $\exp(T') g$ with a stretch of at most $b$.
+
+    Of a diagonal each entry goes as far as it may. Of other groups the whole generator is shortened, as far as
+    $\|T'\|_2 \le b - \mathrm{stretch}(g)$, unless it ends within the bound as it is; what leads back is never held up.
+    Where $g$ is beyond the bound already, it is what $T'$ may not go beyond.
+
+    Args:
+        group: the group.
+        generator: $T$, `(*batch, *group.shape)`.
+        reached: $g$, the product of all elements until now, of the same shape.
+        bound: $b$, a logarithm.
+
+    Returns:
+        $T'$, of the same shape; the derivative in $T$ is kept.
+
+    Example:
+        >>> here = torch.tensor([0.9, -0.5]).exp()
+        >>> within_reach(PositiveDiagonal(2), torch.tensor([0.3, 0.3]), here, 1.0)
+        tensor([0.1000, 0.3000])
+    """
+    if isinstance(group, PositiveDiagonal):
+        place = reached.log()
+        allowed = place.abs().clamp_min(bound)
+        return (place + generator).clamp(-allowed, allowed) - place
+    fixed, before = generator.detach(), stretch(group, reached)
+    inside = stretch(group, group.compose(group.exp(fixed), reached)) <= before.clamp_min(bound)
+    length = torch.linalg.matrix_norm(fixed, 2).clamp_min(torch.finfo(fixed.dtype).tiny)
+    share = ((bound - before) / length).clamp(0.0, 1.0)
+    return generator * group.expand(torch.where(inside, torch.ones_like(share), share))

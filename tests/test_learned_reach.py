@@ -1,0 +1,211 @@
+"""The trust region over the orbit: all teleports together lead no further than the bound, and back is always open."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from symmetry_cases import LEARNED, Case, case
+from torch import Tensor, nn
+from training_cases import tiny
+
+import metateleport as mt
+from metateleport.checkpoint import load_checkpoint
+from metateleport.learned.reach import stretch, within_reach
+from metateleport.teleporters import travel
+from metateleport.training import TrainingError, train
+
+GROUPS = [mt.GeneralLinear(4), mt.PositiveDiagonal(4), mt.Orthogonal(4)]
+BOUND = 0.7
+
+
+def generators(group: mt.Group, seed: int, size: float) -> Tensor:
+    return group.random_generator(3, size=size, seed=seed, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=repr)
+def test_a_stretch_is_a_norm_on_the_group(group: mt.Group) -> None:
+    one, other = (group.exp(generators(group, seed, 2.0)) for seed in (0, 1))
+    here, there = stretch(group, one), stretch(group, other)
+    assert torch.allclose(stretch(group, group.inverse(one)), here)
+    assert bool((stretch(group, group.compose(one, other)) <= here + there + 1e-12).all())
+    assert torch.allclose(stretch(group, group.identity(3, dtype=torch.float64)), torch.zeros(3, dtype=torch.float64))
+    assert bool((here > 0.1).all()) == (group.name != "O")
+
+
+def test_a_scaling_as_a_whole_is_a_stretch_though_its_condition_is_one() -> None:
+    for group in GROUPS[:2]:
+        element = 5 * group.identity(dtype=torch.float64)
+        assert float(group.condition(element)) == pytest.approx(1.0)
+        assert float(stretch(group, element)) == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("group", GROUPS[:2], ids=repr)
+def test_what_is_not_finite_or_singular_is_infinitely_far(group: mt.Group) -> None:
+    element = group.identity(2, dtype=torch.float64).clone()
+    element[0] = math.nan
+    element[1] = 0.0
+    assert stretch(group, element).tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=repr)
+@given(seed=st.integers(0, 10**6), size=st.floats(0.0, 5.0), before=st.floats(0.0, 3.0))
+def test_no_generator_leads_beyond_the_bound(group: mt.Group, seed: int, size: float, before: float) -> None:
+    """Nor further out, from where a model is beyond it already."""
+    reached = group.exp(generators(group, seed, before))
+    kept = within_reach(group, generators(group, seed + 1, size), reached, BOUND)
+    arrived = stretch(group, group.compose(group.exp(kept), reached))
+    assert bool((arrived <= stretch(group, reached).clamp_min(BOUND) + 1e-9).all())
+
+
+@pytest.mark.parametrize("group", GROUPS[:2], ids=repr)
+def test_within_the_bound_and_on_the_way_back_nothing_is_changed(group: mt.Group) -> None:
+    out = generators(group, 0, 1.0)
+    far = BOUND / torch.linalg.matrix_norm(torch.diag_embed(out) if group.name == "diagonal" else out, 2)
+    out = out * group.expand(far)
+    short = 0.5 * out
+    identity = group.identity(3, dtype=torch.float64)
+    assert torch.equal(within_reach(group, short, identity, BOUND), short)
+    edge = group.exp(2 * out)
+    assert torch.allclose(within_reach(group, -short, edge, BOUND), -short)
+    assert float(within_reach(group, short, edge, BOUND).abs().max()) < float(short.abs().max())
+
+
+def test_of_a_diagonal_each_unit_has_its_own_bound_and_its_own_derivative() -> None:
+    group = mt.PositiveDiagonal(3)
+    generator = torch.tensor([0.5, 0.5, -0.2], dtype=torch.float64, requires_grad=True)
+    kept = within_reach(group, generator, torch.tensor([0.6, 0.0, -0.6], dtype=torch.float64).exp(), BOUND)
+    assert torch.allclose(kept, torch.tensor([0.1, 0.5, -0.1], dtype=torch.float64))
+    (slope,) = torch.autograd.grad(kept.sum(), generator)
+    assert slope.tolist() == [0.0, 1.0, 0.0]
+
+
+def restless(max_stretch: float | None, hidden: int = 6) -> mt.LearnedTeleporter:
+    """A teleporter that goes on and on in one direction."""
+    torch.manual_seed(2)
+    made = mt.LearnedTeleporter(hidden=hidden, max_stretch=max_stretch).double()
+    with torch.no_grad():
+        for network in made.networks.values():
+            network.head.weight.mul_(0.1)
+            network.head.bias.copy_(torch.linspace(0.02, 0.1, len(network.head.bias)))
+    return made
+
+
+@pytest.mark.parametrize("each", [each for each in LEARNED if each.name != "quadratic"], ids=str)
+def test_the_way_of_many_teleports_ends_within_the_bound(each: Case) -> None:
+    """The element remembered is the one that leads from where the model began to where it is."""
+    problem = each.problem()
+    ends = {}
+    for bound in (None, 1.5):
+        chosen, point, state = restless(bound), problem.point(), None
+        places = {each.key: each.group.identity(dtype=torch.float64) for each in problem.symmetries}
+        with torch.no_grad():
+            for _ in range(8):
+                point, moves, state = travel(chosen, point, problem.symmetries, state)
+                for move in moves:
+                    key, group = move.symmetry.key, move.symmetry.group
+                    places[key] = group.compose(move.element, places[key])
+        groups = {each.key: each.group for each in problem.symmetries}
+        ends[bound] = max(float(stretch(groups[key], place)) for key, place in places.items())
+        assert ("reached" in state) == (bound is not None)
+        for key, place in places.items() if bound else ():
+            assert torch.allclose(state["reached"][key], place)
+    assert ends[None] > math.log(1.5)
+    assert 0.5 * math.log(1.5) < ends[1.5] <= math.log(1.5) + 1e-9
+
+
+def test_a_step_taken_back_takes_its_teleport_back() -> None:
+    problem = case("rescaling").problem()
+    stacked = problem.point().map(lambda value: torch.stack((value, value)))
+    chosen = restless(3.0)
+    (symmetry,) = problem.symmetries
+    with torch.no_grad():
+        state = chosen.initial_state(stacked, problem.symmetries)
+        progress = state["progress"]
+        first, _, state = travel(chosen, stacked, problem.symmetries, state)
+        after_one = state["reached"][symmetry.key]
+        accepted = torch.tensor([True, True])
+        _, _, state = travel(chosen, first, problem.symmetries, chosen.judged(state, progress, accepted))
+        after_two = state["reached"][symmetry.key]
+        judged = chosen.judged(state, progress, torch.tensor([True, False]))
+    assert not torch.allclose(after_one, after_two)
+    assert torch.equal(judged["reached"][symmetry.key][0], after_two[0])
+    assert torch.equal(judged["reached"][symmetry.key][1], after_one[1])
+
+
+def model_and_data() -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.1), nn.Linear(5, 3)).double()
+    return model, torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+
+
+def steps(model: nn.Module, optimizer: mt.LearnedOptimizer, x: Tensor, y: Tensor, count: int) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(count):
+        optimizer.step(closure)
+
+
+def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> None:
+    """With a step of no length the weights move along the orbit alone, and tell where on it they are."""
+    model, x, y = model_and_data()
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=1.5))
+    meta.teleporter = restless(1.5)
+    optimizer = mt.LearnedOptimizer(model, meta)
+    steps(model, optimizer, x, y, 4)
+    again = copy.deepcopy(model)
+    resumed = mt.LearnedOptimizer(again, meta)
+    resumed.load_state_dict(optimizer.state_dict())
+    steps(model, optimizer, x, y, 6)
+    steps(again, resumed, x, y, 6)
+    for name, value in model.named_parameters():
+        assert torch.allclose(value, dict(again.named_parameters())[name])
+    factors = (dict(model.named_parameters())["0.weight"] / start["0.weight"]).detach()
+    assert float(factors.log().abs().max()) <= math.log(1.5) + 1e-9
+    assert float(factors.log().abs().max()) > 0.9 * math.log(1.5)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5, math.inf, math.nan])
+def test_a_bound_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="a factor above one"):
+        mt.LearnedTeleporter(max_stretch=value)
+    with pytest.raises(TrainingError, match="a factor above one"):
+        tiny(max_stretch=value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mode": "lr"}, "none is learned here"),
+        ({"stays": False, "gauge": "exact"}, "none is learned here"),
+        ({"network": "flat"}, "do not know where on the orbit"),
+    ],
+)
+def test_where_there_is_nothing_to_bound(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrainingError, match=words):
+        tiny(max_stretch=2.0, **changes)
+
+
+def test_the_flat_networks_have_no_bound() -> None:
+    with pytest.raises(ValueError, match="do not know where on the orbit"):
+        mt.MetaOptimizerConfig(network="flat", shapes=(("0.weight", (2, 2)),), max_stretch=2.0)
+
+
+def test_a_checkpoint_keeps_its_bound(tmp_path: Any) -> None:
+    made = load_checkpoint(train(tiny(max_stretch=2.0), tmp_path / "a"))
+    assert made.learned.config.max_stretch == 2.0
+    assert made.learned.teleporter.max_stretch == 2.0  # type: ignore[union-attr]
+    assert mt.load(tmp_path / "a").max_stretch == 2.0  # type: ignore[attr-defined]
+    # Another bound is no other network.
+    further = load_checkpoint(train(tiny(max_stretch=3.0, start_from=str(tmp_path / "a")), tmp_path / "b"))
+    assert further.learned.config.max_stretch == 3.0
