@@ -191,6 +191,12 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "leaky_mlp", *small.split(), "--longest", "7", "--cooling", "0.3", "--out", "cool"]) == 0
     made = load_checkpoint("cool").learned.config
     assert (made.longest, made.cooling) == (7.0, 0.3)
+    own = "--max-stretch 2.5 --gauge exact --metric-memory 0.4"
+    assert cli.main(["train", "leaky_mlp", *small.split(), *own.split(), "--out", "bound"]) == 0
+    learned = load_checkpoint("bound").learned
+    assert (learned.config.max_stretch, learned.config.metric_memory) == (2.5, 0.4)
+    assert learned.gauge is not None
+    assert learned.gauge.metric_memory == 0.4
 
 
 def test_evaluate_runs_the_learned_methods_of_every_seed_and_the_baselines_once(

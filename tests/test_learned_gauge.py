@@ -318,6 +318,26 @@ def test_on_minibatches_the_covariances_are_running_means_and_a_teleport_voids_t
     assert torch.allclose(state["covariances"][key][1:], (first + second)[1:] / 2)
 
 
+@pytest.mark.parametrize("memory", [0.0, 0.3])
+def test_the_metric_keeps_up_as_its_memory_says_and_the_gradients_do_not(memory: float) -> None:
+    model, _ = problem()
+    points = [problem(seed=seed)[1] for seed in range(4)]
+    symmetries = gauge_symmetries(model.symmetries, linearised=True)
+    learned = LearnedGauge(("GL",), hidden=4, metric_memory=memory).double()
+    state = learned.initial_state(points[0], symmetries)
+    metric: Tensor | float = 0.0
+    for seen, at in enumerate(points):
+        assert at.loss is not None
+        progress, _ = Progress.begin(at.loss).judge(at.loss, deterministic=False)
+        _, state = learned.choose(at, symmetries, progress, state, deterministic=False)
+        kept = min(memory, seen / (seen + 1))
+        metric = kept * metric + (1 - kept) * at.activations["2"].mT @ at.activations["2"]
+    (key,) = [name for name in state["covariances"] if name.endswith("in/metric")]
+    assert torch.allclose(state["covariances"][key], metric)  # type: ignore[arg-type]
+    gradients = torch.stack([each.gradients["2.weight"].mT @ each.gradients["2.weight"] for each in points]).mean(0)
+    assert torch.allclose(state["covariances"][key.replace("metric", "gradient")], gradients)
+
+
 def test_a_gauge_leaves_the_model_in_its_place_and_serves_every_width() -> None:
     torch.manual_seed(0)
     meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
@@ -393,5 +413,8 @@ def test_configurations_that_cannot_work_say_so() -> None:
         mt.MetaOptimizerConfig(longest=1.0)
     with pytest.raises(ValueError, match="cooling is a rate"):
         mt.MetaOptimizerConfig(cooling=-0.1)
+    for memory in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="metric_memory lies between"):
+            mt.MetaOptimizerConfig(metric_memory=memory)
     with pytest.raises(ValueError, match="goes with a learned step"):
         mt.MetaOptimizerConfig(mode="tele", gauge="exact")

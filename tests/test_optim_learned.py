@@ -12,6 +12,7 @@ from torch import Tensor
 
 import metateleport as mt
 from metateleport.learned import MODES, StackOptimizer
+from metateleport.learned.gauge import LearnedGauge
 
 
 def meta_of(mode: str, network: str = "equivariant", problem: Problem | None = None) -> mt.MetaOptimizer:
@@ -73,6 +74,42 @@ def test_it_goes_on_with_the_same_steps(mode: str, network: str, name: str) -> N
     resumed.model.load_state_dict(saved["model"])
     other.load_state_dict({key: value for key, value in saved["optimizer"].items() if key != "learned"})
     assert not torch.equal(train(resumed, other, 5)[-1], expected[-1])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", ["linear pair", "rescaling"])
+def test_its_gauges_go_on_too(name: str, deterministic: bool) -> None:
+    problem, resumed = case(name).problem(), case(name).problem()
+    torch.manual_seed(1)
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="exact", hidden=6)).double()
+    optimizer = mt.LearnedOptimizer(problem.model, meta, problem.symmetries, deterministic)
+    train(problem, optimizer, 5)
+    saved = through_a_file({"model": problem.model.state_dict(), "optimizer": optimizer.state_dict()})
+    expected = train(problem, optimizer, 5)
+    other = mt.LearnedOptimizer(resumed.model, meta, resumed.symmetries, deterministic)
+    for forgetful in (False, True):
+        resumed.model.load_state_dict(saved["model"])
+        kept = {key: value for key, value in saved["optimizer"]["learned"].items() if key != "gauge" or not forgetful}
+        other.load_state_dict({**saved["optimizer"], "learned": kept})
+        assert torch.equal(train(resumed, other, 5)[-1], expected[-1]) == (not forgetful)
+
+
+def test_a_gauge_that_moves_the_model_goes_on_too() -> None:
+    problem, resumed = case("linear pair").problem(), case("linear pair").problem()
+    torch.manual_seed(1)
+    teleporter = mt.GaugeTeleporter(LearnedGauge(("GL",), hidden=6)).double()
+
+    def optimizer_of(each: Problem) -> mt.TeleportingOptimizer:
+        inner = torch.optim.SGD(each.model.parameters(), lr=1e-3)
+        return mt.TeleportingOptimizer(inner, each.model, teleporter, each.symmetries, every=1)
+
+    optimizer, other = optimizer_of(problem), optimizer_of(resumed)
+    train(problem, optimizer, 3)  # type: ignore[arg-type]
+    saved = through_a_file({"model": problem.model.state_dict(), "optimizer": optimizer.state_dict()})
+    expected = train(problem, optimizer, 3)  # type: ignore[arg-type]
+    resumed.model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    assert torch.equal(train(resumed, other, 3)[-1], expected[-1])  # type: ignore[arg-type]
 
 
 def test_a_step_is_taken_back_to_the_point_that_was_saved() -> None:

@@ -523,6 +523,7 @@ def test_progress_is_reported(tmp_path: Path) -> None:
         ({"seed": -1}, "not negative"),
         ({"longest": 1.0}, "longest is a number above one"),
         ({"cooling": -0.1}, "cooling is a rate"),
+        ({"metric_memory": 1.0}, "metric_memory lies between"),
         ({"network": "round"}, "network is one of equivariant, flat"),
         ({"device": "tpu"}, "device is one of auto, cpu, cuda"),
         ({"dtype": "float16"}, "dtype is one of float32, float64"),

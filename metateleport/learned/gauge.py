@@ -132,12 +132,18 @@ class LearnedGauge(nn.Module):
         return found
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
-        """Zero LSTM states, and no covariance seen yet."""
+        """Zero LSTM states, and covariances that count for nothing yet."""
         like = next(self.parameters())
         assert point.loss is not None
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=like.dtype, device=point.loss.device)
-        cells = {_key(place): (zero, zero) for place in self.places(point, symmetries)}
-        return {"cells": cells, "covariances": {}, "seen": 0}
+        places = self.places(point, symmetries)
+        # There from the start, so that a saved state fits a fresh one.
+        covariances = {
+            f"{_key(place)}/{what}": point.loss.new_zeros(*point.loss.shape, place[0].group.size, place[0].group.size)
+            for place in places
+            for what in ("metric", "gradient")
+        }
+        return {"cells": {_key(place): (zero, zero) for place in places}, "covariances": covariances, "seen": 0}
 
     def choose(
         self,
@@ -192,15 +198,13 @@ class LearnedGauge(nn.Module):
         bends = output_curvatures(point, [place[0] for place in places])
         young = state["seen"] / (state["seen"] + 1)
         matrices: dict[int, Tensors] = {}
-        seen, remembered = {}, {}
+        seen, remembered = {}, dict(state["covariances"])
 
         def smoothed(key: str, now: Tensor, memory: float) -> Tensor:
-            before, share = state["covariances"].get(key), min(memory, young)
-            if before is not None:
-                mean = share * before + (1 - share) * now
-                now = mean if moved is None else torch.where(moved[:, None, None], now, mean)
-            remembered[key] = now
-            return now
+            share = min(memory, young)
+            mean = share * state["covariances"][key] + (1 - share) * now
+            remembered[key] = mean if moved is None else torch.where(moved[:, None, None], now, mean)
+            return remembered[key]
 
         for place in places:
             symmetry, side, _ = place

@@ -28,6 +28,10 @@ _OWN = "learned"
 _KEPT = ("parameters", "gradients", "activations", "cotangents", "loss")
 
 
+def _parts(state: MetaState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("progress", "teleporter", "rule", "gauge")}
+
+
 class _MetaSteps(torch.optim.Optimizer, abc.ABC):
     """A `torch.optim.Optimizer` whose step is the meta-optimizer's."""
 
@@ -72,11 +76,12 @@ class _MetaSteps(torch.optim.Optimizer, abc.ABC):
         if state is None:
             return self._loaded
         accepted = None if state.accepted is None else {name: plain(getattr(state.accepted, name)) for name in _KEPT}
-        parts = {"progress": state.progress, "teleporter": state.teleporter, "rule": state.rule}
-        return {"accepted": accepted, **plain(parts)}
+        return {"accepted": accepted, **plain(_parts(state))}
 
     def _restored(self, fresh: MetaState, saved: Any) -> MetaState:
-        parts = {"progress": fresh.progress, "teleporter": fresh.teleporter, "rule": fresh.rule}
+        parts = _parts(fresh)
+        # A state saved before gauges were part of it has none: its gauges begin anew.
+        saved = {"gauge": plain(fresh.gauge), **saved}
         found = restored(parts, {name: saved[name] for name in parts}, _OWN)
         accepted = None
         if saved["accepted"] is not None:
