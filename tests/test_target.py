@@ -82,6 +82,34 @@ class TestTarget:
         entry = target_of(evaluation(**results), Target("adam", 20))["ratios_to_learned"]["adam"]
         assert entry["held_out_accuracy"]["difference"] == pytest.approx(-0.01)
 
+    def test_the_loss_with_the_accuracy_is_reached_when_both_are(self) -> None:
+        """It grows by a thousandth an evaluation, and the learned one is a hundredth short at half of them."""
+        results = {
+            "learned": falling(0.25, right=0.495),
+            "adam": falling(0.5, right=0.5),
+            "gd": falling(0.9, right=0.4),
+        }
+        found = target_of(evaluation(**results), Target("adam", 20))
+        assert found["methods"]["learned"]["evaluations"] == 10
+        both = found["and_accuracy"]
+        assert {name: each["evaluations"] for name, each in both["methods"].items()} == {
+            "learned": 25,
+            "adam": 20,
+            "gd": STEPS,
+        }
+        assert both["methods"]["gd"]["censored"] == TASKS
+        assert both["ratios_to_learned"]["adam"]["evaluations"]["ratio"] == pytest.approx(0.8)
+        assert "and the held-out accuracy that adam has at 20: 25; others' over its own: adam 0.8" in found["in_words"]
+
+    def test_the_loss_counts_where_the_accuracy_is_there_before_it(self) -> None:
+        results = {"learned": falling(0.25, right=0.9), "adam": falling(0.5, right=0.5)}
+        found = target_of(evaluation(**results), Target("adam", 20))
+        assert found["and_accuracy"]["methods"] == found["methods"]
+
+    def test_tasks_without_a_score_have_no_accuracy_to_reach(self) -> None:
+        found = target_of(evaluation(learned=falling(0.25), adam=falling(0.5)), Target("adam", 20))
+        assert "and_accuracy" not in found
+
     def test_over_meta_seeds_the_worst_is_named(self) -> None:
         seeds = ({"learned": falling(0.25)}, {"learned": falling(0.5)})
         listed = tuple(SeedResults(10 + place, 0.0, place == 0, each) for place, each in enumerate(seeds))

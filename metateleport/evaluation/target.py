@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,21 @@ def evaluations_to(loss: npt.ArrayLike, goal: npt.ArrayLike) -> Array:
     return np.where(there.any(1), there.argmax(1), np.inf)
 
 
+class _Goal(NamedTuple):
+    """What a run has to reach, task by task: a loss and, where one is asked for, an accuracy at the same time."""
+
+    loss: Array
+    accuracy: Array | None = None
+
+    def needed(self, result: Result) -> Array:
+        """The first evaluation at which each task of a run is there; infinite where it never is."""
+        run = result.trajectory
+        if self.accuracy is None or run.held_out_accuracy is None:
+            return evaluations_to(run.loss, self.loss)
+        right = run.held_out_accuracy >= self.accuracy[:, None]
+        return evaluations_to(np.where(right, run.loss, np.inf), self.loss)
+
+
 def target_of(evaluation: Evaluation, target: Target) -> dict[str, Any]:
     """How many gradient evaluations and seconds each method needs to the target, and how they compare.
 
@@ -101,15 +116,28 @@ def target_of(evaluation: Evaluation, target: Target) -> dict[str, Any]:
         (mean over tasks, at the end of the budget where censored; where the tasks have a score). Where there is a
         learned method also `ratios_to_learned`: by name `evaluations` and `seconds`, each with `ratio`, `low`, `high`;
         `held_out_accuracy`, the learned one's there less the other's, with `difference`, `low`, `high`; and with
-        several meta-seeds `meta_seeds` with the same over all of them, and the `worst` seed's; and `in_words`.
+        several meta-seeds `meta_seeds` with the same over all of them, and the `worst` seed's; and `in_words`. Where
+        the tasks have a score also `and_accuracy`, with `methods` and `ratios_to_learned` as above: to the first
+        evaluation at which a task has both the loss and the held-out accuracy that the target's method has at its k-th.
     """
-    goal = _level(evaluation.results[target.method], target.at)
-    methods = {name: _summary(result, goal) for name, result in evaluation.results.items()}
-    found: dict[str, Any] = {"target": str(target), "goal": float(np.median(goal)), "methods": methods}
+    reference = evaluation.results[target.method]
+    loss = _level(reference, target.at)
+    found: dict[str, Any] = {"target": str(target), "goal": float(np.median(loss)), **_to(evaluation, _Goal(loss))}
+    accuracy = reference.trajectory.held_out_accuracy
+    if accuracy is not None:
+        found["and_accuracy"] = _to(evaluation, _Goal(loss, np.asarray(accuracy[:, target.at], dtype=np.float64)))
+    if REFERENCE in evaluation.results:
+        found["confidence"] = CONFIDENCE
+        found["in_words"] = _in_words(found, target)
+    return found
+
+
+def _to(evaluation: Evaluation, goal: _Goal) -> dict[str, Any]:
+    """What each method needs to a goal, and what the others need over the learned one where there is one."""
+    found: dict[str, Any] = {"methods": {name: _summary(run, goal) for name, run in evaluation.results.items()}}
     if REFERENCE not in evaluation.results:
         return found
-    found["confidence"] = CONFIDENCE
-    found["ratios_to_learned"] = {}
+    ratios: dict[str, Any] = {}
     for name, result in evaluation.results.items():
         if name == REFERENCE:
             continue
@@ -117,9 +145,8 @@ def target_of(evaluation: Evaluation, target: Target) -> dict[str, Any]:
         pairs = pairs_of(evaluation, name)
         if len(pairs) > 1:
             entry["meta_seeds"] = _over(pairs, goal)
-        found["ratios_to_learned"][name] = entry
-    found["in_words"] = _in_words(found, target)
-    return found
+        ratios[name] = entry
+    return {**found, "ratios_to_learned": ratios}
 
 
 def _level(result: Result, place: int) -> Array:
@@ -127,8 +154,8 @@ def _level(result: Result, place: int) -> Array:
     return np.asarray(np.nan_to_num(result.trajectory.loss[:, place], nan=np.inf, posinf=np.inf))
 
 
-def _summary(result: Result, goal: Array) -> dict[str, Any]:
-    needed = evaluations_to(result.trajectory.loss, goal)
+def _summary(result: Result, goal: _Goal) -> dict[str, Any]:
+    needed = goal.needed(result)
     budget = result.trajectory.loss.shape[1] - 1
     middle = float(np.median(np.minimum(needed, budget)))
     entry: dict[str, Any] = {
@@ -155,10 +182,9 @@ def _accuracy(result: Result, needed: Array) -> Array | None:
     return None if accuracy is None else accuracy[np.arange(len(needed)), _places(result, needed)]
 
 
-def _numbers(pair: Pair, goal: Array) -> dict[str, tuple[Array, Array]]:
+def _numbers(pair: Pair, goal: _Goal) -> dict[str, tuple[Array, Array]]:
     """The other method's numbers and the learned one's, censored ones as they are to be counted."""
-    mine = evaluations_to(pair.learned.trajectory.loss, goal)
-    theirs = evaluations_to(pair.other.trajectory.loss, goal)
+    mine, theirs = goal.needed(pair.learned), goal.needed(pair.other)
     both, lost = np.isinf(mine) & np.isinf(theirs), np.isinf(mine)
     found = {}
     for what, other, counted in (
@@ -171,7 +197,7 @@ def _numbers(pair: Pair, goal: Array) -> dict[str, tuple[Array, Array]]:
     return found
 
 
-def _beside(pair: Pair, goal: Array) -> dict[str, Any]:
+def _beside(pair: Pair, goal: _Goal) -> dict[str, Any]:
     entry: dict[str, Any] = {what: paired_ratio(*numbers)._asdict() for what, numbers in _numbers(pair, goal).items()}
     gain = _gain(pair, goal)
     if gain is not None:
@@ -180,14 +206,14 @@ def _beside(pair: Pair, goal: Array) -> dict[str, Any]:
     return entry
 
 
-def _gain(pair: Pair, goal: Array) -> Array | None:
+def _gain(pair: Pair, goal: _Goal) -> Array | None:
     """How much more of the held-out data the learned method gets right when it is there, `(tasks,)`."""
-    mine = _accuracy(pair.learned, evaluations_to(pair.learned.trajectory.loss, goal))
-    theirs = _accuracy(pair.other, evaluations_to(pair.other.trajectory.loss, goal))
+    mine = _accuracy(pair.learned, goal.needed(pair.learned))
+    theirs = _accuracy(pair.other, goal.needed(pair.other))
     return None if mine is None or theirs is None else mine - theirs
 
 
-def _over(pairs: Sequence[Pair], goal: Array) -> dict[str, Any]:
+def _over(pairs: Sequence[Pair], goal: _Goal) -> dict[str, Any]:
     alone = [{"seed": pair.seed, **_beside(pair, goal)} for pair in pairs]
     numbers = [_numbers(pair, goal) for pair in pairs]
     found: dict[str, Any] = {}
@@ -219,18 +245,30 @@ def _in_words(found: Mapping[str, Any], target: Target) -> str:
     words = f"{REFERENCE}: {own['evaluations']:.0f} gradient evaluations and {own['seconds']:.3g} s to the loss that "
     words += f"{target.method} has at {target.at}"
     words += f", {own['censored']} tasks not there. " if own["censored"] else ". "
-    told = []
-    for name, entry in found["ratios_to_learned"].items():
-        best = entry.get("meta_seeds", entry)
-        told.append(f"{name} {_told(best['evaluations'])} and in seconds {_told(best['seconds'])}")
-    words += "Others' over its own: " + "; ".join(told) + "."
+    words += f"Others' over its own: {_told_of(found)}."
     against = found["ratios_to_learned"].get(target.method, {})
     accuracy = against.get("meta_seeds", against).get("held_out_accuracy")
     if accuracy is not None:
         words += " Held-out accuracy there less that of {}: {:+.2%} [{:+.2%}, {:+.2%}].".format(
             target.method, *(accuracy[key] for key in ("difference", "low", "high"))
         )
+    both = found.get("and_accuracy")
+    if both is not None:
+        own = both["methods"][REFERENCE]
+        words += f" To that loss and the held-out accuracy that {target.method} has at {target.at}: "
+        words += f"{own['evaluations']:.0f}"
+        words += f", {own['censored']} tasks not there" if own["censored"] else ""
+        words += f"; others' over its own: {_told_of(both)}."
     return words
+
+
+def _told_of(found: Mapping[str, Any]) -> str:
+    """The ratios of evaluations and of seconds, over meta-seeds where there are several."""
+    told = []
+    for name, entry in found["ratios_to_learned"].items():
+        best = entry.get("meta_seeds", entry)
+        told.append(f"{name} {_told(best['evaluations'])} and in seconds {_told(best['seconds'])}")
+    return "; ".join(told)
 
 
 def _told(ratio: Mapping[str, float]) -> str:
