@@ -175,6 +175,26 @@ def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> No
     assert float(factors.log().abs().max()) > 0.9 * math.log(1.5)
 
 
+def test_an_optimizer_that_takes_a_step_back_is_where_it_was_on_the_orbit() -> None:
+    model, x, y = model_and_data()
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=10.0, max_stretch=3.0))
+    meta.teleporter = restless(3.0)
+    optimizer = mt.LearnedOptimizer(model, meta)
+    (symmetry,) = optimizer.symmetries
+    departed = reached = symmetry.group.identity(1, dtype=torch.float64)
+    verdicts = []
+    for _ in range(8):
+        steps(model, optimizer, x, y, 1)
+        assert optimizer.last_step is not None
+        assert optimizer.meta_state is not None
+        verdicts.append(bool(optimizer.last_step.accepted))
+        departed = reached if verdicts[-1] else departed
+        (move,) = optimizer.last_step.moves
+        reached = symmetry.group.compose(move.element, departed)
+        assert torch.allclose(optimizer.meta_state.teleporter["reached"][symmetry.key], reached)
+    assert set(verdicts) == {True, False}
+
+
 @pytest.mark.parametrize("value", [1.0, 0.5, math.inf, math.nan])
 def test_a_bound_that_is_none_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="a factor above one"):
