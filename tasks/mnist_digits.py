@@ -11,6 +11,9 @@ from metateleport import FamilyError
 from metateleport.classification import PerceptronFamily
 from metateleport.labelled import LabelledData, read_once, share_out, standardised
 
+Side = Literal[28, 14, 7]
+SIDES: tuple[Side, ...] = (28, 14, 7)
+
 
 @read_once
 def images(path: str, side: int) -> LabelledData:
@@ -50,12 +53,20 @@ class MNISTDigits(PerceptronFamily):
     training_each: ClassVar[int] = 400
 
     samples: int = 1600
-    side: Literal[28, 14, 7] = 28
+    side: Side = 28
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.side not in (28, 14, 7):
+        if self.side not in SIDES:
             raise FamilyError(f"mnist_digits: side is 28, 14 or 7, not {self.side}")
+
+    def augmented(self, index: int, seed: int) -> MNISTDigits:
+        """As of every perceptron, and with images of the side set or smaller ones, as often of each size."""
+        drawn = super().augmented(index, seed)
+        assert isinstance(drawn, MNISTDigits)
+        source = np.random.default_rng([seed, index, 1])
+        sides = [side for side in SIDES if side <= self.side]
+        return dataclasses.replace(drawn, side=sides[int(source.integers(len(sides)))])
 
     def data(self) -> LabelledData:
         try:

@@ -445,6 +445,16 @@ def test_data_are_read_once_however_often_the_family_is_loaded(name: str) -> Non
     assert one.inputs[0] is other.inputs[0]
 
 
+def test_mnist_varies_in_size_too_up_to_the_side_set() -> None:
+    family = load("mnist_digits")
+    drawn = [family.augmented(index, 0) for index in range(60)]
+    counts = [sum(each.side == side for each in drawn) for side in (28, 14, 7)]
+    assert sum(counts) == 60
+    assert min(counts) > 10
+    assert len({each.hidden for each in drawn}) > 10
+    assert {load("mnist_digits", {"side": 14}).augmented(index, 0).side for index in range(20)} == {14, 7}
+
+
 def test_mnist_pixels_of_a_coarser_side_are_means_of_squares() -> None:
     fine, coarse = (load("mnist_digits", {"side": side}).task(0).training[0][0] for side in (28, 14))
     means = fine.reshape(-1, 14, 2, 14, 2).mean((2, 4)).flatten(1)
