@@ -82,7 +82,8 @@ def add(commands: Any) -> None:
         "--cooling",
         type=float,
         metavar="A",
-        help="shorten steps at the noise floor by 1 / (1 + A r), r the evaluations there; A is learned on (default 0)",
+        help="shorten steps at the noise floor by 1 / (1 + A r), r the evaluations there, A learned on; with --update "
+        "adaptive by 1 / sqrt(1 + A t), t all evaluations (default 0)",
     )
     parser.add_argument("--longest", type=float, metavar="X", help="longest step over the joint bound (default 1.5)")
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")

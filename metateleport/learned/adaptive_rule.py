@@ -63,26 +63,33 @@ class AdaptiveRule(nn.Module, UpdateRule):
     is needed to come to rest; with a short one only with their noise. The length is that of all layers, not relative to
     each layer's own weights: layers that take in few features have large ones, and are the first to become unstable.
 
+    With a `cooling` rate $a$ all steps are shortened by $1 / \sqrt{1 + a t}$, $t$ the evaluations seen. Where the loss
+    of a batch is spread by more than its own size, nothing tells that it is at rest, and steps that are too long by a
+    little, on inputs larger than any trained on, come back up after the horizon that training has seen. The rate is a
+    constant: what it is for lies beyond that horizon.
+
     Velocity and second moment move with a teleport. A task that takes its last step back takes it once more, damped.
 
     Args:
         hidden: units of the LSTM.
+        cooling: $a$, zero for steps that are not shortened with time.
 
     Example:
         >>> sum(p.numel() for p in AdaptiveRule(hidden=8).parameters())
         758
 
     Source: Kingma and Ba, ICLR 2015 (arXiv 1412.6980) for Adam's direction; Jordan et al., "Muon: An optimizer for
-    hidden layers in neural networks", 2024, for the polar factor's.
+    hidden layers in neural networks", 2024, for the polar factor's; Zinkevich, "Online convex programming and
+    generalized infinitesimal gradient ascent", ICML 2003, for steps that fall with the root of time.
     """
 
     # Where few samples are still wrong, the loss of a batch is spread by more than its own size, and what is taken back
     # are good steps: only what leads back up to where the task began is a failure, and far above it always.
     tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9, start=0.5, ceiling=2.0)
 
-    def __init__(self, hidden: int = 32) -> None:
+    def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.cooling = hidden, cooling
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
         self.polar: Callable[[Tensor], Tensor] = polar_factor
@@ -132,6 +139,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         young = 1 - _RECENT_MEMORY ** seen.clamp_min(1.0)
         outputs, cells = self._outputs(point, progress, state, normal)
         sizes = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+        if self.cooling:
+            sizes = sizes / math.sqrt(1 + self.cooling * progress.time)
         memories, calms = outputs[..., 1].sigmoid(), outputs[..., 2].sigmoid()
         momentum, weights, means = {}, {}, {}
         for index, (name, gradient) in enumerate(point.gradients.items()):

@@ -60,8 +60,8 @@ class MetaOptimizerConfig:
         metric_memory: of the running mean that a gauge's metric is on minibatches (`LearnedGauge`), in [0, 1).
         secants: number of secant pairs that are built around the learned step where all data are seen.
         longest: the longest step in units of the joint curvature bound (`StepRule`), above one.
-        cooling: how fast steps on minibatches get shorter once the loss is down to its noise (`StepRule`); zero for
-            not at all.
+        cooling: how fast steps on minibatches get shorter once the loss is down to its noise (`StepRule`), or with time
+            (`AdaptiveRule`); zero for not at all.
         update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
             for every tensor that steers a small network, for large models; `adaptive` has an LSTM for every tensor that
             steers Adam's direction and the gauge's, for minibatches. It builds no secants.
@@ -246,7 +246,7 @@ class MetaOptimizer(nn.Module):
         elif config.network == "flat":
             self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
         elif config.mode.startswith("update") and config.update == "adaptive":
-            self.rule = AdaptiveRule(config.hidden)
+            self.rule = AdaptiveRule(config.hidden, config.cooling)
         elif config.mode.startswith("update") and config.update == "tensor":
             self.rule = TensorRule(
                 config.hidden, secants=config.secants, longest=config.longest, cooling=config.cooling

@@ -60,8 +60,8 @@ class TrainConfig:
         secants: number of secant pairs that are built around the learned step where all data are seen.
         longest: the longest step in units of the joint curvature bound, above one: short where a gauge makes the bound
             tight, so that training does not answer to what a gauge leaves uneven by longer steps.
-        cooling: how fast steps on minibatches get shorter once the loss is down to its noise, at the start of training;
-            zero for not at all.
+        cooling: how fast steps on minibatches get shorter once the loss is down to its noise, at the start of training,
+            or, of the update `adaptive`, how fast they get shorter with time; zero for not at all.
         teleport_cost: price on teleports that stay and on gauges, so that they close where they do not pay. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
