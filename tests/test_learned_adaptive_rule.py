@@ -263,3 +263,29 @@ def test_a_loss_that_creeps_up_is_taken_back_above_twice_the_first() -> None:
         progress, accepted = progress.judge(loss[None], deterministic=False, tolerance=AdaptiveRule.tolerance)
         assert bool(accepted) == bool(loss <= 2)
     assert float(progress.last) <= 2
+
+
+@pytest.mark.parametrize("time", [1, 50, 300])
+def test_steps_cool_down_with_the_root_of_time(time: int) -> None:
+    model, batch = stack("linear pair")
+    point = model.point_at(model.tensors(), batch)
+    assert point.loss is not None
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=False)[0]
+    progress = dataclasses.replace(progress, time=time)
+    moved = {}
+    for cooling in (0.0, 0.04):
+        rule = rule_of()
+        rule.cooling = cooling
+        with torch.no_grad():
+            moved[cooling], _ = rule.step(point, model.symmetries, progress, rule.initial_state(point))
+    for name, value in point.parameters.items():
+        expected = (moved[0.0][name] - value) / math.sqrt(1 + 0.04 * time)
+        assert torch.allclose(moved[0.04][name] - value, expected)
+        assert float(expected.abs().max()) > 0
+
+
+def test_the_rate_of_a_configuration_reaches_the_rule_and_may_differ_from_its_start() -> None:
+    meta = meta_optimizer(cooling=0.04)
+    assert isinstance(meta.rule, AdaptiveRule)
+    assert meta.rule.cooling == 0.04
+    meta.load_state_dict(meta_optimizer().state_dict())

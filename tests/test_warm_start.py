@@ -70,6 +70,15 @@ def test_the_rate_of_cooling_may_be_another(tmp_path: Path) -> None:
         train(config(start_from=str(source)), tmp_path / "none")
 
 
+def test_the_adaptive_update_may_begin_to_cool_down(tmp_path: Path) -> None:
+    shape = {"mode": "update", "update": "adaptive"}
+    source = train(config(**shape), tmp_path / "source")
+    rule = started(config(**shape, start_from=str(source), cooling=0.7))["learned"].rule
+    assert rule.cooling == 0.7  # type: ignore[union-attr]
+    known = load_checkpoint(source).learned.rule
+    assert torch.equal(rule.head.bias, known.head.bias)  # type: ignore[union-attr]
+
+
 def test_it_is_trained_on_and_its_card_says_where_from(source: Path, tmp_path: Path) -> None:
     settings = config(start_from=str(source), seed=1, settings={"width": 4, "activation": "identity"})
     path = train(settings, tmp_path / "on")

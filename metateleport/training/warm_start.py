@@ -46,7 +46,7 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
 
     The two have to be of one shape, but for the groups, the bounds on teleports, the metric's memory, and for secants:
     what a rule with secants has beyond one without, its trust in them, stays as it was. Where both cool down, they may
-    do so at different rates.
+    do so at different rates, and the `adaptive` update at any.
 
     Args:
         meta: the networks; changed in place.
@@ -68,7 +68,9 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
         raise TrainingError(f"{checkpoint.path} has no networks without teleports to start from: start without it")
     for field in dataclasses.fields(MetaOptimizerConfig):
         wanted, there = getattr(meta.config, field.name), getattr(source.config, field.name)
-        another_rate = field.name == "cooling" and wanted > 0 and there > 0
+        # Where the rate is learned on, networks without one have no output for it.
+        constant = meta.config.update == "adaptive"
+        another_rate = field.name == "cooling" and (constant or (wanted > 0 and there > 0))
         if field.name not in _MAY_DIFFER and wanted != there and not another_rate:
             raise TrainingError(
                 f"the networks of {checkpoint.path} have {field.name}={there!r}, and these {wanted!r}: train with the "
