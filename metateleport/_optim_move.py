@@ -63,6 +63,8 @@ class Moving(Saving):
         if moved:
             found = consequences_of(watch, caught, start, arrived, self.teleporter)
             moved, reason = not found.reason, found.reason or reason
+            if not moved:
+                self._teleporter_state = self.teleporter.refused(self._teleporter_state)
         if free:
             fresh = {name: known.factor * value for name, value in arrived.gradients.items()}
             arrived = arrived.replace(gradients=fresh)

@@ -17,6 +17,7 @@ from training_cases import tiny
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
 from metateleport.learned.reach import stretch, within_reach
+from metateleport.learned.teleporter import judged
 from metateleport.teleporters import travel
 from metateleport.training import TrainingError, train
 
@@ -130,12 +131,12 @@ def test_a_step_taken_back_takes_its_teleport_back() -> None:
         first, _, state = travel(chosen, stacked, problem.symmetries, state)
         after_one = state["reached"][symmetry.key]
         accepted = torch.tensor([True, True])
-        _, _, state = travel(chosen, first, problem.symmetries, chosen.judged(state, progress, accepted))
+        _, _, state = travel(chosen, first, problem.symmetries, judged(state, progress, accepted))
         after_two = state["reached"][symmetry.key]
-        judged = chosen.judged(state, progress, torch.tensor([True, False]))
+        after = judged(state, progress, torch.tensor([True, False]))
     assert not torch.allclose(after_one, after_two)
-    assert torch.equal(judged["reached"][symmetry.key][0], after_two[0])
-    assert torch.equal(judged["reached"][symmetry.key][1], after_one[1])
+    assert torch.equal(after["reached"][symmetry.key][0], after_two[0])
+    assert torch.equal(after["reached"][symmetry.key][1], after_one[1])
 
 
 def model_and_data() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -193,6 +194,43 @@ def test_an_optimizer_that_takes_a_step_back_is_where_it_was_on_the_orbit() -> N
         reached = symmetry.group.compose(move.element, departed)
         assert torch.allclose(optimizer.meta_state.teleporter["reached"][symmetry.key], reached)
     assert set(verdicts) == {True, False}
+
+
+@pytest.mark.parametrize("region", [mt.TrustRegion(), mt.TrustRegion(max_drift=0.0)])
+def test_a_teleport_that_is_refused_leaves_the_model_where_it_was_on_its_orbit(region: mt.TrustRegion) -> None:
+    model, x, y = model_and_data()
+    teleporter = restless(3.0)
+    teleporter.trust_region = region
+    optimizer = mt.TeleportingOptimizer(torch.optim.SGD(model.parameters(), lr=1e-300), model, teleporter, every=1)
+    start = model[0].weight.detach().clone()  # type: ignore[operator,union-attr]
+    steps(model, optimizer, x, y, 4)  # type: ignore[arg-type]
+    assert optimizer.last_report is not None
+    assert optimizer.last_report.accepted == (region.max_drift > 0)
+    (place,) = optimizer.state_dict()["teleporting"]["state"]["reached"].values()
+    assert torch.allclose(place[:, None] * start, model[0].weight.detach())  # type: ignore[operator,union-attr]
+    assert bool((place != 1).any()) == (region.max_drift > 0)
+
+
+def test_a_step_without_a_teleport_between_two_with_one_is_taken_back_rightly() -> None:
+    """As where the gradients are not the last pass's: the optimizer then goes a step without the teleport."""
+    problem = case("rescaling").problem()
+    stacked = problem.point().map(lambda value: torch.stack((value, value)))
+    (symmetry,) = problem.symmetries
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=3.0))
+    meta.teleporter = restless(3.0)
+    assert stacked.loss is not None
+    worse = stacked.replace(loss=stacked.loss * torch.tensor([1.0, 9.0], dtype=torch.float64))
+    places = []
+    state = meta.initial_state(stacked, problem.symmetries)
+    with torch.no_grad():
+        for point, teleporter in ((stacked, None), (worse, mt.NoTeleport()), (worse, mt.NoTeleport())):
+            state = meta.step(point, problem.symmetries, state, teleporter).state
+            places.append(state.teleporter["reached"][symmetry.key])
+    first, second, third = places
+    assert not torch.allclose(first[0], torch.ones_like(first[0]))
+    assert torch.equal(second[0], first[0])
+    assert torch.equal(second[1], torch.ones_like(second[1]))
+    assert torch.equal(third, second)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.5, math.inf, math.nan])

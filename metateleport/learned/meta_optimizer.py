@@ -17,7 +17,7 @@ from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import BaseRule, UpdateRule
 from metateleport.learned.step_rule import StepRule
-from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.learned.teleporter import LearnedTeleporter, judged
 from metateleport.learned.tensor_rule import TensorRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
@@ -317,8 +317,8 @@ class MetaOptimizer(nn.Module):
         if state.accepted is not None and not bool(accepted.all()):
             base = point.choose(accepted, state.accepted)
         teleporter_state = state.teleporter
-        if isinstance(chosen, LearnedTeleporter):
-            teleporter_state = chosen.judged(teleporter_state, progress, accepted)
+        if isinstance(teleporter_state, dict) and "progress" in teleporter_state:
+            teleporter_state = judged(teleporter_state, progress, accepted)
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         moved, moves, teleporter_state = travel(chosen, start, symmetries, teleporter_state, allowed=accepted & usable)

@@ -17,7 +17,7 @@ from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
 
-__all__ = ["LearnedTeleporter", "TeleportNetwork"]
+__all__ = ["LearnedTeleporter", "TeleportNetwork", "judged"]
 
 Cell = tuple[Tensor, Tensor]
 
@@ -45,6 +45,24 @@ class TeleportNetwork(nn.Module):
         hidden, memory = self.cell(features, state)
         out = finite_gradient(self.head(hidden))
         return out[..., :-1].tanh(), out[..., -1].sigmoid(), (hidden, memory)
+
+
+def judged(state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
+    """A learned teleporter's state once the last step is judged.
+
+    Args:
+        state: after the last teleport.
+        progress: how each task is getting on.
+        accepted: where the task goes on; elsewhere it is back where it was before the last teleport, `(tasks,)`.
+    """
+    state = {**state, "progress": progress}
+    if "reached" in state:
+        places = {}
+        for key, place in state["reached"].items():
+            mask = accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim))
+            places[key] = torch.where(mask, place, state["departed"][key])
+        state["departed"] = state["reached"] = places
+    return state
 
 
 class LearnedTeleporter(Teleporter, nn.Module):
@@ -111,21 +129,9 @@ class LearnedTeleporter(Teleporter, nn.Module):
             state["departed"] = state["reached"] = places
         return state
 
-    def judged(self, state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
-        """The state once the last step is judged.
-
-        Args:
-            state: after the last teleport.
-            progress: how each task is getting on.
-            accepted: where the task goes on; elsewhere it is back where it was before the last teleport, `(tasks,)`.
-        """
-        state = {**state, "progress": progress}
-        if "reached" in state:
-            state["reached"] = {
-                key: torch.where(accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim)), place, before)
-                for (key, place), before in zip(state["reached"].items(), state["departed"].values(), strict=True)
-            }
-        return state
+    def refused(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with the model where it was on its orbit; see `Teleporter.refused`."""
+        return {**state, "reached": state["departed"]} if "reached" in state else state
 
     def travel(
         self, point: Point, symmetries: Sequence[Symmetry], state: dict[str, Any], allowed: Tensor | None

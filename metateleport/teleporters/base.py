@@ -125,6 +125,10 @@ class Teleporter:
         """Relative change of what it seeks between two points, positive where it went its way, `(*batch,)`."""
         return None
 
+    def refused(self, state: Any) -> Any:
+        """The state after a teleport that was refused as a whole, as one that drifted; `state` is that after it."""
+        return state
+
     def travel(
         self, point: Point, symmetries: Sequence[Symmetry], state: Any, allowed: Tensor | None
     ) -> tuple[Point, list[Move], Any]:
