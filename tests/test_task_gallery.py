@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import math
 import random
@@ -105,6 +106,8 @@ def test_equal_seeds_give_equal_tasks(name: str, settings: dict[str, Any]) -> No
 
 @gallery
 def test_sampling_leaves_global_random_numbers_alone(name: str, settings: dict[str, Any]) -> None:
+    # Whoever imports scikit-learn first draws from Python's numbers, and it may be this test.
+    importlib.import_module("sklearn.datasets")
     before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()
     load(name, settings).sample(task_seed(0, "train", 0))
     assert torch.equal(torch.get_rng_state(), before[0])
