@@ -79,6 +79,25 @@ def test_the_adaptive_update_may_begin_to_cool_down(tmp_path: Path) -> None:
     assert torch.equal(rule.head.bias, known.head.bias)  # type: ignore[union-attr]
 
 
+def test_where_the_rate_is_learned_the_name_of_the_update_does_not_let_it_begin(tmp_path: Path) -> None:
+    """Mode `lr` has no update: the setting of its size says nothing of the rule."""
+    shape = {"mode": "lr", "update": "adaptive"}
+    source = train(config(**shape), tmp_path / "source")
+    with pytest.raises(TrainingError, match=r"have cooling=0\.0, and these 0\.7"):
+        train(config(**shape, start_from=str(source), cooling=0.7), tmp_path / "none")
+
+
+def test_the_metric_s_memory_may_be_another(tmp_path: Path) -> None:
+    shape = {"stays": False, "gauge": "exact"}
+    source = train(config(**shape), tmp_path / "source")
+    gauge = started(config(**shape, start_from=str(source), metric_memory=0.3))["learned"].gauge
+    known = load_checkpoint(source).learned.gauge
+    assert gauge is not None
+    assert known is not None
+    assert (known.metric_memory, gauge.metric_memory) == (0.95, 0.3)
+    assert all(torch.equal(gauge.state_dict()[name], value) for name, value in known.state_dict().items())
+
+
 def test_it_is_trained_on_and_its_card_says_where_from(source: Path, tmp_path: Path) -> None:
     settings = config(start_from=str(source), seed=1, settings={"width": 4, "activation": "identity"})
     path = train(settings, tmp_path / "on")

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from metateleport.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from metateleport.learned.adaptive_rule import AdaptiveRule
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training.config import TrainingError
 
@@ -69,7 +70,7 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
     for field in dataclasses.fields(MetaOptimizerConfig):
         wanted, there = getattr(meta.config, field.name), getattr(source.config, field.name)
         # Where the rate is learned on, networks without one have no output for it.
-        constant = meta.config.update == "adaptive"
+        constant = isinstance(meta.rule, AdaptiveRule)
         another_rate = field.name == "cooling" and (constant or (wanted > 0 and there > 0))
         if field.name not in _MAY_DIFFER and wanted != there and not another_rate:
             raise TrainingError(
