@@ -15,6 +15,7 @@ from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.flat import FlatRule, FlatTeleporter
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
+from metateleport.learned.reach import check_max_stretch
 from metateleport.learned.rules import BaseRule, UpdateRule
 from metateleport.learned.step_rule import StepRule
 from metateleport.learned.teleporter import LearnedTeleporter, judged
@@ -102,6 +103,7 @@ class MetaOptimizerConfig:
             raise ValueError(f"cooling is a rate, zero for none; not {self.cooling!r}")
         if not 0 <= self.metric_memory < 1:
             raise ValueError(f"metric_memory lies between 0 and 1, one left out; not {self.metric_memory!r}")
+        check_max_stretch(self.max_stretch)
         if self.max_stretch is not None and self.network == "flat":
             raise ValueError("the flat networks do not know where on the orbit they are: leave max_stretch out")
         if self.update not in UPDATES:

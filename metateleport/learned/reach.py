@@ -9,7 +9,25 @@ from torch import Tensor
 
 from metateleport.groups import Group, PositiveDiagonal
 
-__all__ = ["stretch", "within_reach"]
+__all__ = ["check_max_stretch", "stretch", "within_reach"]
+
+
+def check_max_stretch(max_stretch: float | None) -> None:
+    """Whether a bound is one.
+
+    Args:
+        max_stretch: a factor; None for no bound.
+
+    Raises:
+        ValueError: if it is not above one.
+
+    Example:
+        >>> check_max_stretch(0.5)
+        Traceback (most recent call last):
+        ValueError: max_stretch is a factor above one, or None for no bound; not 0.5
+    """
+    if max_stretch is not None and not 1 < max_stretch < math.inf:
+        raise ValueError(f"max_stretch is a factor above one, or None for no bound; not {max_stretch!r}")
 
 
 def stretch(group: Group, element: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metateleport.learned.basis import BASIS, FEATURES, Observation, observe
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.learned.reach import within_reach
+from metateleport.learned.reach import check_max_stretch, within_reach
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
@@ -54,6 +54,15 @@ def judged(state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[
         state: after the last teleport.
         progress: how each task is getting on.
         accepted: where the task goes on; elsewhere it is back where it was before the last teleport, `(tasks,)`.
+
+    Returns:
+        The state; a new dict.
+
+    Example:
+        >>> progress = Progress.begin(torch.ones(2))
+        >>> places = {"reached": {"0 2": torch.tensor([[2.0], [3.0]])}, "departed": {"0 2": torch.ones(2, 1)}}
+        >>> judged(places, progress, torch.tensor([True, False]))["reached"]["0 2"].tolist()
+        [[2.0], [1.0]]
     """
     state = {**state, "progress": progress}
     if "reached" in state:
@@ -105,8 +114,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         Teleporter.__init__(self, trust_region)
-        if max_stretch is not None and not 1 < max_stretch < math.inf:
-            raise ValueError(f"max_stretch is a factor above one, or None for no bound; not {max_stretch!r}")
+        check_max_stretch(max_stretch)
         unknown = [group for group in groups if group not in BASIS]
         if unknown:
             raise ValueError(f"there is no basis for the group {unknown[0]!r}; there is one for {', '.join(BASIS)}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES, GaugeKind, Mode, UpdateSize
+from metateleport.learned.meta_optimizer import GAUGES, UPDATES, GaugeKind, MetaOptimizerConfig, Mode, UpdateSize
 from metateleport.learned.rules import BASES
 
 __all__ = ["TrainConfig", "TrainingError", "default_settings", "device_for"]
@@ -118,12 +118,15 @@ raise the horizon or shorten the unroll
     dtype: Literal["float32", "float64"] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise TrainingError(f"a mode is one of {', '.join(MODES)}; not {self.mode!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 allowed = ", ".join(str(each) for each in known if each is not None)
                 raise TrainingError(f"{name} is one of {allowed}; not {getattr(self, name)!r}")
+        try:
+            # Which symmetries and shapes there are is known once tasks are drawn; all else is checked here.
+            shape = self.meta_optimizer_config(shapes=(("", ()),))
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
         for name in (
             "meta_steps",
             "tasks",
@@ -143,9 +146,8 @@ raise the horizon or shorten the unroll
             )
         if not (self.lr > 0 and self.clip > 0 and self.base_lr > 0):
             raise TrainingError(f"lr, clip and base_lr have to be positive: {self.lr}, {self.clip}, {self.base_lr}")
-        self._check_steps()
-        self._check_cost()
-        self._check_stretch()
+        self._check_cost(shape)
+        self._check_stretch(shape)
         self._check_search()
         if self.start_from is not None and self.starts > 1:
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")
@@ -154,20 +156,10 @@ raise the horizon or shorten the unroll
         if self.seed < 0:
             raise TrainingError(f"a seed is not negative: {self.seed}")
 
-    def _check_steps(self) -> None:
-        if not 1 < self.longest < math.inf:
-            raise TrainingError(
-                f"longest is a number above one, the step that training starts at; not {self.longest!r}"
-            )
-        if not 0 <= self.cooling < math.inf:
-            raise TrainingError(f"cooling is a rate, zero for none; not {self.cooling!r}")
-        if not 0 <= self.metric_memory < 1:
-            raise TrainingError(f"metric_memory lies between 0 and 1, one left out; not {self.metric_memory!r}")
-
-    def _check_cost(self) -> None:
+    def _check_cost(self, shape: MetaOptimizerConfig) -> None:
         if not (math.isfinite(self.teleport_cost) and self.teleport_cost >= 0):
             raise TrainingError(f"teleport_cost has to be a number of at least 0, not {self.teleport_cost!r}")
-        if self.teleport_cost and self.mode != "tele" and not self.mode.endswith("+tele"):
+        if self.teleport_cost and not shape.teleports:
             raise TrainingError(
                 f"mode {self.mode!r} learns no teleport that could cost anything: leave teleport_cost out, or train a "
                 "mode with tele"
@@ -177,15 +169,9 @@ raise the horizon or shorten the unroll
                 "the flat networks teleport by one fixed size and have no gate to close: leave teleport_cost out"
             )
 
-    def _check_stretch(self) -> None:
-        if self.max_stretch is None:
-            return
-        if not 1 < self.max_stretch < math.inf:
-            raise TrainingError(f"max_stretch is a factor above one; not {self.max_stretch!r}")
-        if not (self.stays and (self.mode == "tele" or self.mode.endswith("+tele"))):
+    def _check_stretch(self, shape: MetaOptimizerConfig) -> None:
+        if self.max_stretch is not None and not (self.stays and shape.teleports):
             raise TrainingError("max_stretch bounds teleports that stay, and none is learned here: leave it out")
-        if self.network == "flat":
-            raise TrainingError("the flat networks do not know where on the orbit they are: leave max_stretch out")
 
     def _check_search(self) -> None:
         if self.search < 0:
@@ -195,6 +181,45 @@ raise the horizon or shorten the unroll
                 "the flat networks put out a number for every coordinate, which are no constants to search: leave "
                 "search out"
             )
+
+    def meta_optimizer_config(
+        self,
+        groups: tuple[str, ...] = MetaOptimizerConfig.groups,
+        shapes: tuple[tuple[str, tuple[int, ...]], ...] = (),
+    ) -> MetaOptimizerConfig:
+        """The shape of the networks to train.
+
+        Args:
+            groups: of the symmetries that the tasks have.
+            shapes: of their parameters, for the flat networks.
+
+        Returns:
+            The shape; of the recipe without teleports it is its `without_teleport()`.
+
+        Raises:
+            ValueError: if the settings do not go together.
+
+        Example:
+            >>> TrainConfig("leaky_mlp", mode="lr").meta_optimizer_config().teleports
+            False
+        """
+        return MetaOptimizerConfig(
+            mode=self.mode,
+            network=self.network,
+            hidden=self.hidden,
+            groups=groups,
+            shapes=shapes,
+            base=self.base,
+            base_lr=self.base_lr,
+            max_stretch=self.max_stretch,
+            stays=self.stays,
+            gauge=self.gauge,
+            metric_memory=self.metric_memory,
+            secants=self.secants,
+            longest=self.longest,
+            cooling=self.cooling,
+            update=self.update,
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskFamily, load_family
 from metateleport.files import replacing_folder, write_json
-from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.config import TrainConfig, TrainingError, default_settings, device_for
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.trainer import MetaTrainer
@@ -92,23 +92,7 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if config.network == "flat":
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items())
-    shape = MetaOptimizerConfig(
-        mode=config.mode,
-        network=config.network,
-        hidden=config.hidden,
-        groups=groups,
-        shapes=shapes,
-        base=config.base,
-        base_lr=config.base_lr,
-        stays=config.stays,
-        gauge=config.gauge,
-        metric_memory=config.metric_memory,
-        secants=config.secants,
-        longest=config.longest,
-        cooling=config.cooling,
-        max_stretch=config.max_stretch,
-        update=config.update,
-    )
+    shape = config.meta_optimizer_config(groups, shapes)
     if shape.teleports and not groups:
         raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
     wanted = {_LEARNED: shape}
