@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metateleport.detection.given import check_model
 from metateleport.detection.stage import OWN, Stage, Trial
-from metateleport.symmetries import Symmetry
+from metateleport.symmetries import Symmetry, Unsuitable
 
 __all__ = ["Certificate", "certify"]
 
@@ -99,6 +100,9 @@ def certify(
     Returns:
         A certificate for each.
 
+    Raises:
+        Unsuitable: if the model has to be made ready first, or runs in no precision that symmetries are certified in.
+
     Example:
         >>> from metateleport.symmetries import LinearPair
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
@@ -107,6 +111,7 @@ def certify(
     """
     if not symmetries:
         return []
+    check_model(model)
     stage = _staged(model, inputs, keywords or {}, loss)
     records = [_Record() for _ in symmetries]
     for trial in TRIALS:
@@ -126,15 +131,19 @@ def certify(
 def _staged(
     model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], loss: Callable[[Any], Tensor] | None
 ) -> Stage:
-    try:
-        stage = Stage(model, inputs, keywords, loss, torch.float64)
+    # Some models run in the precision that they were made for only, and some on few inputs besides those given.
+    for dtype in (torch.float64, torch.float32):
+        stage = Stage(model, inputs, keywords, loss, dtype)
         stage.prepare(TRIALS[0])
-        stage.expected("fresh")
-    except (RuntimeError, TypeError, ValueError):
-        # Some models run in the precision that they were made for only.
-        stage = Stage(model, inputs, keywords, loss, torch.float32)
-        stage.prepare(TRIALS[0])
-    return stage
+        for stage.daring in (2, 1, 0, -1):
+            if stage.runs():
+                return stage
+        del stage
+    own = {value.dtype for value in model.parameters()}
+    raise Unsuitable(
+        f"{type(model).__name__} runs neither in float64 nor in float32, in which symmetries are certified; its own "
+        f"parameters are of {', '.join(sorted(map(str, own)))}"
+    )
 
 
 def _conditioned(stage: Stage, symmetries: Sequence[Symmetry], chosen: list[int], records: list[_Record]) -> list[int]:

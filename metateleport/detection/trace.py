@@ -6,12 +6,17 @@ import contextlib
 import dataclasses
 import io
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from metateleport.detection.draws import seeded
+from metateleport.detection.given import copied
 
 __all__ = ["Graph", "Observed", "observables", "split", "trace"]
 
@@ -107,9 +112,21 @@ def trace(
         The graphs, and the modules that could not be followed, each with the reason.
     """
     try:
-        return [_export(Observed(model, loss), inputs, keywords, "")], []
+        # What is imported on the way may draw once.
+        for _ in range(2):
+            before = _drawn()
+            graph = _export(Observed(model, loss), inputs, keywords, "")
+            if _drawn() == before:
+                return [graph], []
+        raise RuntimeError("it draws Python's or numpy's random numbers, and may take another way in another pass")
     except Exception as error:
         return _children(model, inputs, keywords, _first_line(error))
+
+
+def _drawn() -> tuple[Any, ...]:
+    """The state of the random numbers that a trace cannot follow."""
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), name, bytes(np.asarray(numbers)), *rest
 
 
 def _children(
@@ -125,10 +142,11 @@ def _children(
 
     modules = {name: module for name, module in model.named_modules() if name}
     handles = [module.register_forward_pre_hook(catch(name), with_kwargs=True) for name, module in modules.items()]
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    # A model may write its own parameters as it runs (a bound on their norms), and what it is given.
+    own = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
     try:
-        with torch.no_grad(), _restored(model):
-            torch.func.functional_call(model, buffers, inputs, keywords)
+        with torch.no_grad(), _restored(model), seeded(model):
+            torch.func.functional_call(model, own, *copied((inputs, keywords)))
     finally:
         for handle in handles:
             handle.remove()
@@ -152,6 +170,7 @@ def _children(
 
 
 def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any], prefix: str) -> Graph:
+    inputs, keywords = copied((inputs, keywords))
     with warnings.catch_warnings(), torch.enable_grad(), _quiet(), _restored(observed):
         warnings.simplefilter("ignore")
         program = torch.export.export(observed, inputs, keywords, strict=False)

@@ -244,6 +244,11 @@ class Pair(Symmetry):
         self._repeats = incoming // self.width
 
     @property
+    def repeats(self) -> int:
+        """How many inputs of the second layer each unit of the first stands in: several behind a flattening."""
+        return self._repeats
+
+    @property
     def is_dense(self) -> bool:
         """Whether both layers are linear ones, not convolutions."""
         return (self._first_ndim, self._second_ndim) == (2, 2)
