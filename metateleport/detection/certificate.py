@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.detection.given import check_model
-from metateleport.detection.stage import OWN, Stage, Trial
+from metateleport.detection.stage import OWN, WIDE, Stage, Trial
 from metateleport.symmetries import Symmetry, Unsuitable
 
 __all__ = ["Certificate", "certify"]
@@ -56,6 +56,7 @@ class Certificate:
 
 
 _BATCH = {"batch-exact": ("given",)}
+_WIDE = tuple(f"{WIDE} {number}" for number in range(3))
 TRIALS = (
     Trial(
         OWN,
@@ -79,6 +80,7 @@ def certify(
     inputs: tuple[Any, ...],
     keywords: dict[str, Any] | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    wary: bool = False,
 ) -> list[Certificate]:
     """Measures how far each of some symmetries moves the outputs.
 
@@ -96,6 +98,7 @@ def certify(
         inputs: positional inputs.
         keywords: keyword inputs.
         loss: maps the outputs to what has to stay; the outputs themselves if not given.
+        wary: whether the model may take another way on other inputs: then more and wider ones are tried.
 
     Returns:
         A certificate for each.
@@ -118,7 +121,8 @@ def certify(
         if trial is not stage.trial:
             stage.prepare(trial)
         for exactness, names in trial.inputs.items():
-            for name in names:
+            others = _WIDE if wary and exactness == "exact" else ()
+            for name in (*names, *(other for other in others if stage.runs(other))):
                 chosen = [
                     i for i, each in enumerate(symmetries) if each.exactness == exactness and not records[i].reason
                 ]
@@ -134,8 +138,8 @@ def _staged(
     # Some models run in the precision that they were made for only, and some on few inputs besides those given.
     for dtype in (torch.float64, torch.float32):
         stage = Stage(model, inputs, keywords, loss, dtype)
-        stage.prepare(TRIALS[0])
         for stage.daring in (2, 1, 0, -1):
+            stage.prepare(TRIALS[0])
             if stage.runs():
                 return stage
         del stage

@@ -89,7 +89,7 @@ def randomise(model: nn.Module, scale: float, seed: int) -> None:
                 buffer.uniform_(0.5, 1.5, generator=source(buffer))
 
 
-def fresh_inputs(given: Any, seed: int, daring: int = 2) -> Any:
+def fresh_inputs(given: Any, seed: int, daring: int = 2, spread: float = 1.0) -> Any:
     """Inputs of the same shapes and types that were never seen.
 
     Real numbers are drawn with the mean and spread of those given; whole ones (tokens, labels, lengths) are given
@@ -100,6 +100,7 @@ def fresh_inputs(given: Any, seed: int, daring: int = 2) -> Any:
         given: a tensor, or containers of tensors.
         seed: of the draw.
         daring: 2 for all that; 1 for given numbers in another order, real ones too; 0 with whole numbers as given.
+        spread: of real numbers that are drawn, relative to those given.
 
     Example:
         >>> fresh_inputs({"tokens": torch.tensor([3, 9, 4, 4])}, seed=0)["tokens"].sort().values
@@ -126,7 +127,7 @@ def fresh_inputs(given: Any, seed: int, daring: int = 2) -> Any:
             if daring < 2 or not bool(value.isfinite().all()):
                 return reordered(value)
             drawn = torch.randn(value.shape, generator=source, dtype=torch.float64).to(value)
-            return value.mean() + value.std() * drawn
+            return value.mean() + spread * value.std() * drawn
         return value if daring < 1 or _is_ordered(value) else reordered(value)
 
     return mapped(given, fresh)

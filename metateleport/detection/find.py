@@ -89,7 +89,8 @@ def _found(
         more, reasons = _walked(graph, model, batch_forms, frozen)
         found += more
         refused += reasons
-    held = _certified(model, found, inputs, keywords, loss, refused)
+    wary = any(graph.prefix for graph in graphs)
+    held = _certified(model, found, inputs, keywords, loss, refused, wary)
     return Symmetries(held, refused)
 
 
@@ -101,12 +102,16 @@ def _walked(graph: Graph, model: nn.Module, batch_forms: bool, frozen: bool) -> 
     movable = set(named).difference(pinned)
     statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
     walked = walk(graph, movable, statistics)
+    if graph.calls > 1:
+        # What passes such a module is several batches, of which a point holds one.
+        walked.ledger.inputs.clear()
+        walked.ledger.outputs.clear()
     reasons: dict[str, list[str]] = {}
     for name in named:
         if name in pinned and name in used:
             reasons.setdefault(pinned[name], []).append(name)
     refused = [Refused(reason, tuple(names)) for reason, names in reasons.items()]
-    batch = batch_candidates(graph, model, movable, frozen) if batch_forms else []
+    batch = batch_candidates(graph, model, movable, frozen) if batch_forms and graph.calls == 1 else []
     return [*candidates(walked, model, frozen), *batch], [*refused, *_reasons(walked, named, shared)]
 
 
@@ -173,13 +178,14 @@ def _certified(
     keywords: dict[str, Any],
     loss: Callable[[Any], Tensor] | None,
     refused: list[Refused],
+    wary: bool,
 ) -> list[Symmetry]:
     held: list[tuple[tuple[int, int], Symmetry]] = []
     # Of batch forms one line for each reason: a batch that is too large is too large for most of them.
     on_batch: dict[str, dict[str, None]] = {}
     waiting = found
     while waiting:
-        certificates = certify(model, [candidate.symmetry for candidate in waiting], inputs, keywords, loss)
+        certificates = certify(model, [candidate.symmetry for candidate in waiting], inputs, keywords, loss, wary)
         instead: list[Candidate] = []
         for candidate, certificate in zip(waiting, certificates, strict=True):
             symmetry = candidate.symmetry

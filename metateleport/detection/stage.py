@@ -19,9 +19,11 @@ from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.symmetries.axes import AxisSymmetry
 
-__all__ = ["OWN", "Stage", "Trial"]
+__all__ = ["OWN", "WIDE", "Stage", "Trial"]
 
 OWN = 0.0
+WIDE = "wide"
+_SPREAD = 10.0
 _LIMITS = {
     "exact": {torch.float64: 1e-10, torch.float32: 1e-4},
     "approximate": {torch.float64: 1e-2, torch.float32: 1e-2},
@@ -100,11 +102,10 @@ class Stage:
             self._expected[name] = self._outputs(name)
         return self._expected[name]
 
-    def runs(self) -> bool:
-        """Whether the model runs on fresh inputs, and puts out nothing worse there than on those given."""
+    def runs(self, name: str = "fresh") -> bool:
+        """Whether the model runs on some inputs, and puts out nothing worse there than on those given."""
         try:
-            self.prepare(self.trial)
-            fresh = _not_finite(self.expected("fresh"))
+            fresh = _not_finite(self.expected(name))
         except (RuntimeError, TypeError, ValueError, LookupError):
             return False
         return not fresh or fresh <= _not_finite(self.expected("given"))
@@ -114,7 +115,7 @@ class Stage:
 
         Args:
             symmetries: all of one exactness; of batch forms, those whose `conditions` are met.
-            name: of the inputs, `"given"` or `"fresh"`.
+            name: of the inputs, `"given"`, `"fresh"`, or what begins with `"wide"`: fresh ones of a wider spread.
 
         Returns:
             The relative drift of the outputs, and why the symmetries do not hold; empty where they do.
@@ -147,7 +148,8 @@ class Stage:
         point = self._point(symmetries)
         # The one without an element first: most that fail do so by their number of samples, which costs nothing.
         return [
-            bool(symmetry.holds(point)) and bool(symmetry.holds(point, self._element(symmetry)))
+            set(symmetry.modules).issubset(self._activations)
+            and bool(symmetry.holds(point)) and bool(symmetry.holds(point, self._element(symmetry)))
             for symmetry in symmetries
         ]
 
@@ -189,7 +191,11 @@ class Stage:
         """The outputs on some inputs; with other parameters in the place of some."""
         if name not in self._inputs:
             given = name == "given" or self.daring < 0
-            example = self.given if given else fresh_inputs(self.given, self.trial.seed, self.daring)
+            if name.startswith(WIDE):
+                # Of one way among several that a model may take, the others are to be seen too.
+                example = fresh_inputs(self.given, zlib.crc32(name.encode()) + self.trial.seed, 2, _SPREAD)
+            else:
+                example = self.given if given else fresh_inputs(self.given, self.trial.seed, self.daring)
             self._inputs[name] = _cast(example, self.dtype)
         # A model may overwrite what it is given.
         inputs, keywords = copied(self._inputs[name])

@@ -209,10 +209,17 @@ def aliased(model: nn.Module, graph: Graph) -> dict[str, str]:
     was traced; where only a part was traced it may be read elsewhere.
     """
     named = dict(model.named_parameters())
-    others: list[Tensor] = [*model.buffers(), *graph.constants]
+    tensors = {**named, **dict(model.named_buffers())}
+    others: list[Tensor] = list(graph.constants)
     if graph.prefix:
+        others += tensors.values()
         kept = (value for module in model.modules() for value in vars(module).values())
         others += [each for value in kept for each in _flat(value) if not isinstance(each, nn.Parameter)]
+    else:
+        read = {node.name for node in graph.nodes if node.op == "placeholder" and node.users}
+        names = {name for key, name in (*graph.parameters.items(), *graph.tensors.items()) if key in read}
+        named = {name: value for name, value in named.items() if name in names}
+        others += [value for name, value in tensors.items() if name in names]
     return dict.fromkeys(overlaps(named, others), "another tensor of the model shares its memory")
 
 
