@@ -112,7 +112,7 @@ class _Last:
     linear: bool
 
 
-def _chain(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module | str]]:
+def _chain(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module | str]]:
     """The modules of a chain in the order of the data flow, one that stands in it twice too; or why there is a gap."""
     for key, child in module._modules.items():
         name = f"{prefix}{key}"
@@ -121,7 +121,7 @@ def _chain(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module 
             continue
         if _has_hook(child._forward_pre_hooks):
             yield name, "a forward pre-hook may change what it takes in"
-        yield from _chain(child, f"{name}.")  # type: ignore[arg-type]
+        yield from _chain(child, f"{name}.")
         if _has_hook(child._forward_hooks):
             yield name, "a forward hook may change what it puts out"
 
@@ -142,17 +142,18 @@ def _not_understood(module: nn.Module | str) -> str:
     name = kind.__name__
     if kind not in _FEATURES and kind not in _POOLS and kind not in _PASSED:
         return f"a {name} is not looked into"
-    if "forward" in vars(module):
-        return f"this {name} has a forward of its own"
-    if _has_hook({**module._forward_pre_hooks, **module._forward_hooks}):
-        return f"this {name} has a forward hook"
-    if kind is nn.Flatten and (module.start_dim, module.end_dim) != (1, -1):
-        return f"this {name} does not flatten all but the samples"
-    if getattr(module, "return_indices", False):
-        return f"this {name} puts out indices too"
-    if kind in _FEATURES and any(type(module._parameters.get(each, 0)) not in _PLAIN for each in ("weight", "bias")):
-        return f"this {name} has a weight that is no plain parameter (parametrised, pruned or computed)"
-    return ""
+    weights = [type(module._parameters.get(each, 0)) for each in ("weight", "bias")] if kind in _FEATURES else []
+    reasons = {
+        "has a forward of its own": "forward" in vars(module),
+        "has a forward hook": _has_hook({**module._forward_pre_hooks, **module._forward_hooks}),
+        "does not flatten all but the samples": isinstance(module, nn.Flatten)
+        and (module.start_dim, module.end_dim) != (1, -1),
+        "puts out indices too": bool(getattr(module, "return_indices", False)),
+        "has a weight that is no plain parameter (parametrised, pruned or computed)": any(
+            each not in _PLAIN for each in weights
+        ),
+    }
+    return next((f"this {name} {reason}" for reason, holds in reasons.items() if holds), "")
 
 
 def _has_hook(hooks: Mapping[int, Any]) -> bool:

@@ -251,7 +251,7 @@ def _as_pair(
     outputs, inputs = {leg.name for leg in symmetry.outputs}, {leg.name for leg in symmetry.inputs}
     if len(outputs) == 1 and len(inputs) == 1:
         with contextlib.suppress(Unsuitable):
-            pair = kind(model, *outputs, *inputs, frozen=frozen)
+            pair = kind(model, outputs.pop(), inputs.pop(), frozen=frozen)
             if pair.group == symmetry.group and _acts_as(symmetry, pair):
                 return pair
     return symmetry

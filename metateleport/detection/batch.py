@@ -18,9 +18,7 @@ from metateleport.symmetries.activations import activation_of
 __all__ = ["batch_candidates"]
 
 
-def batch_candidates(
-    graph: Graph, model: nn.Module, movable: Collection[str], frozen: bool = False
-) -> list[Candidate]:
+def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str], frozen: bool = False) -> list[Candidate]:
     """Linear layers, called once each as modules, with one elementwise activation and nothing else between them.
 
     Through a bijective activation the 2022 form comes first, since it has the group law; the 2024 form where its rank

@@ -135,9 +135,10 @@ def certify(
 def _staged(
     model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], loss: Callable[[Any], Tensor] | None
 ) -> Stage:
-    # Some models run in the precision that they were made for only, and some on few inputs besides those given.
-    for dtype in (torch.float64, torch.float32):
-        stage = Stage(model, inputs, keywords, loss, dtype)
+    # Some models run in the precision that they were made for only, some mix several, and some run on few inputs
+    # besides those given.
+    for dtype, everywhere in ((torch.float64, False), (torch.float32, False), (torch.float64, True)):
+        stage = Stage(model, inputs, keywords, loss, dtype, everywhere)
         for stage.daring in (2, 1, 0, -1):
             stage.prepare(TRIALS[0])
             if stage.runs():

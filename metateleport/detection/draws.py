@@ -147,13 +147,13 @@ def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
         seed: of the draws.
     """
     devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
-    python, others = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(others)  # noqa: NPY002
+            np.random.set_state(others)

@@ -63,7 +63,11 @@ def check_model(model: nn.Module) -> None:
 def _held(model: nn.Module) -> str | None:
     for kind in type(model).__mro__:
         held = _WRAPPERS.get(kind.__name__)
-        if held is not None and kind.__module__.startswith("torch.") and isinstance(getattr(model, held, None), nn.Module):
+        if (
+            held is not None
+            and kind.__module__.startswith("torch.")
+            and isinstance(getattr(model, held, None), nn.Module)
+        ):
             return held
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import zlib
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metateleport.capture import modules_of, record
 from metateleport.detection.draws import fresh_inputs, random_element, randomise, seeded
@@ -58,6 +60,7 @@ class Stage:
         keywords: keyword inputs.
         loss: maps the outputs to what has to stay; the outputs themselves if not given.
         dtype: of the copy.
+        everywhere: whether what the model makes of other precision, as it runs, is of this one too.
     """
 
     trial: Trial
@@ -71,8 +74,9 @@ class Stage:
         keywords: dict[str, Any],
         loss: Callable[[Any], Tensor] | None,
         dtype: torch.dtype,
+        everywhere: bool = False,
     ) -> None:
-        self.loss, self.dtype, self.daring = loss, dtype, 2
+        self.loss, self.dtype, self.daring, self.everywhere = loss, dtype, 2, everywhere
         self.given = (inputs, keywords)
         self.model = copy.deepcopy(model, _copies(model, dtype))
         self.named = dict(self.model.named_parameters())
@@ -149,7 +153,8 @@ class Stage:
         # The one without an element first: most that fail do so by their number of samples, which costs nothing.
         return [
             set(symmetry.modules).issubset(self._activations)
-            and bool(symmetry.holds(point)) and bool(symmetry.holds(point, self._element(symmetry)))
+            and bool(symmetry.holds(point))
+            and bool(symmetry.holds(point, self._element(symmetry)))
             for symmetry in symmetries
         ]
 
@@ -166,9 +171,7 @@ class Stage:
 
     def _element(self, symmetry: Symmetry) -> Tensor:
         """The symmetry's element of this trial: the same whenever it is asked for, others for other symmetries."""
-        source = torch.Generator().manual_seed(
-            zlib.crc32(symmetry.key.encode()) + self.trial.seed
-        )
+        source = torch.Generator().manual_seed(zlib.crc32(symmetry.key.encode()) + self.trial.seed)
         device = self.tensors[symmetry.parameters[0]].device
         return random_element(symmetry.group, self.trial.size, source, self.dtype, device)
 
@@ -201,9 +204,24 @@ class Stage:
         inputs, keywords = copied(self._inputs[name])
         # Buffers that the model writes, and random numbers that it draws, are the same in every pass.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-        with torch.no_grad(), seeded(self.model, self.trial.seed):
+        precision = _InOnePrecision(self.dtype) if self.everywhere else contextlib.nullcontext()
+        with torch.no_grad(), seeded(self.model, self.trial.seed), precision:
             outputs = torch.func.functional_call(self.model, {**buffers, **(instead or {})}, inputs, keywords)
             return observables(outputs if self.loss is None else self.loss(outputs))
+
+
+class _InOnePrecision(TorchDispatchMode):
+    """Casts to another floating-point precision go to one precision, so that the parts of a model fit together."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(kwargs.get("dtype"), "is_floating_point", False):
+            kwargs["dtype"] = self.dtype
+        return func(*args, **kwargs)
 
 
 def _not_finite(outputs: tuple[Tensor, ...]) -> int:

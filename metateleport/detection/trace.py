@@ -146,7 +146,7 @@ def trace(
 
 def _drawn() -> tuple[Any, ...]:
     """The state of the random numbers that a trace cannot follow."""
-    name, numbers, *rest = np.random.get_state()  # noqa: NPY002
+    name, numbers, *rest = np.random.get_state()
     return random.getstate(), name, bytes(np.asarray(numbers)), *rest
 
 
@@ -194,7 +194,12 @@ def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any
     leaves = torch.utils._pytree.tree_leaves((inputs, keywords))
     if any(dataclasses.is_dataclass(leaf) for leaf in leaves):
         tensors: list[Tensor] = []
-        mapped((inputs, keywords), lambda value: tensors.append(value) or value)
+
+        def seen(value: Tensor) -> Tensor:
+            tensors.append(value)
+            return value
+
+        mapped((inputs, keywords), seen)
         observed = Observed(observed.observed, observed.loss, (inputs, keywords))
         inputs, keywords = tuple(tensors), {}
     with warnings.catch_warnings(), torch.enable_grad(), _quiet(), _restored(observed):

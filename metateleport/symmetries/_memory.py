@@ -47,6 +47,6 @@ def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:
     except (NotImplementedError, RuntimeError):
         return None
     size = tensor.element_size()
-    start = tensor.storage_offset() * size
-    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * size
+    reach = sum(int(length - 1) * int(stride) for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return storage, start, start + (reach + 1) * size

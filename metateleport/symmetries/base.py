@@ -75,7 +75,7 @@ class Symmetry(abc.ABC):
 
     @property
     def key(self) -> str:
-        """Its kind and place, as text that no other symmetry of a model has: what is remembered of it is kept under it."""
+        """Its kind and place, as text that no other symmetry of a model has and what is remembered of it goes by."""
         return f"{self.kind}/{self.where}"
 
     @property

@@ -21,9 +21,7 @@ __all__ = ["BatchPair2022", "BatchPair2024"]
 class _BatchPair(Pair):
     exactness = "batch-exact"
 
-    def __init__(
-        self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False) -> None:
         super().__init__(model, first, second, frozen)
         self.group: GeneralLinear = GeneralLinear(self.width)
         if not isinstance(activation, nn.Module):
@@ -180,9 +178,7 @@ class BatchPair2022(_BatchPair):
     kind = "batch pair, 2022 form"
     holds_by_element = False
 
-    def __init__(
-        self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False) -> None:
         super().__init__(model, first, second, activation, frozen)
         inverse = inverse_of(activation)
         if inverse is None:

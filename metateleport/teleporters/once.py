@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def teleport(
         raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
     _check_names(model, symmetries)
     positional, keywords = copied(split_inputs(inputs))
-    with seeded(model):
+    with seeded(model), _dense_gradients(model):
         point, outputs = point_of(model, symmetries, positional, keywords, loss, teleporter.watches(model))
     passes = _Passes(model, inputs, {name: value.dtype for name, value in point.parameters.items()})
     start = passes.widened(point, loss)
@@ -120,6 +121,7 @@ def teleport(
     after = passes.outputs(arrived.parameters)
     drift = _change(outputs, after) if teleporter.keeps == "outputs" else _change(point.loss, loss(after))  # type: ignore[misc]
     seen = [value.dtype for value in observables(outputs) if value.is_floating_point()]
+    eps = max((torch.finfo(each).eps for each in seen), default=0.0)
     bound = max(teleporter.trust_region.max_drift, _ROUNDINGS * _half_eps([*seen, *passes.dtypes.values()]))
     moved = drift <= bound and size > 0
     broken = "" if drift <= bound else f"the {teleporter.keeps} would change by {drift:.1e}, more than {bound:g}"
@@ -149,7 +151,9 @@ def teleport(
         held_out_before=before_after[0],
         held_out_after=before_after[1],
         held_out_drift=held_out_drift,
-        failures=failures_of(moves, drift, broken, max((torch.finfo(each).eps for each in seen), default=0.0), before_after),
+        failures=failures_of(
+            moves, drift, broken, max((torch.finfo(each).eps for each in seen), default=0.0), before_after
+        ),
     )
 
 
@@ -173,7 +177,7 @@ class _Passes:
         positional, keywords = copied(split_inputs(self.inputs if inputs is None else inputs))
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         narrow = {name: value.to(self.dtypes[name]) for name, value in parameters.items()}
-        with torch.set_grad_enabled(graph), seeded(self.model):
+        with torch.set_grad_enabled(graph), seeded(self.model), _dense_gradients(self.model):
             return torch.func.functional_call(self.model, {**buffers, **narrow}, positional, keywords)
 
     def widened(self, point: Point, loss: Callable[[Any], Tensor] | None) -> Point:
@@ -191,6 +195,19 @@ class _Passes:
                 return _wide(loss(self.outputs(values, graph=torch.is_grad_enabled())))
 
         return dataclasses.replace(wide, pullback=pullback, loss_at=loss_at)
+
+
+@contextlib.contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings with sparse gradients give dense ones meanwhile: sparse ones cannot be differentiated again."""
+    sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
+    for module in sparse:
+        setattr(module, "sparse", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        for module in sparse:
+            setattr(module, "sparse", True)  # noqa: B010
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -214,16 +231,18 @@ def _half_eps(dtypes: Iterable[torch.dtype]) -> float:
 
 
 def _change(before: Any, after: Any) -> float:
-    """The largest relative change of a tensor among some outputs; whole numbers have no size to change by.
+    """The largest relative change of a tensor among some outputs; of whole numbers the share that changed, if all are.
 
     What is infinite before (scores that a mask took out) has to be so afterwards.
     """
+    pairs = list(zip(observables(before), observables(after), strict=True))
+    complexes = [each for each in pairs if each[0].is_complex()]
+    floating = [each for each in pairs if each[0].is_floating_point()]
+    floating += [(torch.view_as_real(old), torch.view_as_real(new)) for old, new in complexes]
+    if not floating:
+        return max(float((old != new).double().mean()) if old.numel() else 0.0 for old, new in pairs)
     worst = 0.0
-    for old, new in zip(observables(before), observables(after), strict=True):
-        if old.is_complex():
-            old, new = torch.view_as_real(old), torch.view_as_real(new)  # noqa: PLW2901
-        if not old.is_floating_point():
-            continue
+    for old, new in floating:
         infinite = old.isinf()
         if not torch.equal(old[infinite], new[infinite]):
             return float("inf")
