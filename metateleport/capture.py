@@ -241,7 +241,9 @@ def point_of(
         loss_at=loss_at,
     )
     pullback = pullback_through(recording.activations(), wanted, watched, recording.layout)
-    return point.detach().replace(pullback=pullback), outputs.detach()
+    # Outputs may be any container of tensors.
+    detached = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+    return point.detach().replace(pullback=pullback), detached
 
 
 _repetitions: list[None] = []

@@ -93,7 +93,7 @@ def test_every_teleporter_on_every_symmetry(case: Case, make: Make) -> None:
 
     after, now = problem.outputs(), snapshot(problem.model)
     assert report.accepted
-    assert report.reason == ""
+    assert report.reason == "" if report.size > 0 else "nothing moves" in report.reason
     assert report.teleporter == teleporter.name
     assert report.loss_before == pytest.approx(loss, rel=1e-12)
     assert report.loss_after == pytest.approx(float(problem.loss_of(after)), rel=1e-12)

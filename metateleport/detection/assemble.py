@@ -43,24 +43,30 @@ class Candidate:
     instead: tuple[Candidate, ...] = ()
 
 
-def candidates(walk: Walk, model: nn.Module) -> list[Candidate]:
-    """All candidates of a walked graph, in the order of the data flow."""
+def candidates(walk: Walk, model: nn.Module, frozen: bool = False) -> list[Candidate]:
+    """All candidates of a walked graph, in the order of the data flow.
+
+    Args:
+        walk: the walked graph.
+        model: the model.
+        frozen: whether frozen parameters may move.
+    """
     parts = Parts(walk.ledger, walk.classes)
     found: list[Candidate] = []
     for roots in parts.matrix_groups():
-        found += _matrix_candidates(parts, roots, model)
+        found += _matrix_candidates(parts, roots, model, frozen)
     for roots in parts.diagonal_groups():
-        found += _diagonal_candidates(parts, roots, model)
+        found += _diagonal_candidates(parts, roots, model, frozen)
     return sorted(found, key=lambda candidate: candidate.place)
 
 
-def _matrix_candidates(parts: Parts, roots: np.ndarray, model: nn.Module) -> list[Candidate]:
-    instead = tuple(_diagonal_candidates(parts, roots, model))
+def _matrix_candidates(parts: Parts, roots: np.ndarray, model: nn.Module, frozen: bool) -> list[Candidate]:
+    instead = tuple(_diagonal_candidates(parts, roots, model, frozen))
     legs = _matrix_legs(parts, roots)
     if legs is None:
         return list(instead)
     built = _build(parts, roots, _matrix_kind(parts, roots, legs), GeneralLinear(len(roots)), legs)
-    symmetry: Symmetry = _as_pair(built, model, LinearPair) if type(built) is LinearChain else built
+    symmetry: Symmetry = _as_pair(built, model, LinearPair, frozen) if type(built) is LinearChain else built
     if not _two_sided(legs):
         return []
     first = Candidate(symmetry, parts.place(roots), instead)
@@ -146,7 +152,7 @@ def _two_sided(legs: list[Leg]) -> bool:
     return len({leg.dual for leg in legs}) == 2 or any(leg.variance is not None for leg in legs)
 
 
-def _diagonal_candidates(parts: Parts, roots: np.ndarray, model: nn.Module) -> list[Candidate]:
+def _diagonal_candidates(parts: Parts, roots: np.ndarray, model: nn.Module, frozen: bool) -> list[Candidate]:
     legs = []
     for slot in parts.slots_of(roots):
         flat = slot.variables.numpy().reshape(-1)
@@ -163,7 +169,7 @@ def _diagonal_candidates(parts: Parts, roots: np.ndarray, model: nn.Module) -> l
         return []
     kind, exactness = _diagonal_kind(parts, roots, legs)
     built = _build(parts, roots, kind, PositiveDiagonal(len(roots)), legs, exactness)
-    symmetry: Symmetry = _as_pair(built, model, Rescaling) if kind is ChannelRescaling else built
+    symmetry: Symmetry = _as_pair(built, model, Rescaling, frozen) if kind is ChannelRescaling else built
     plain = Candidate(symmetry, parts.place(roots))
     if not parts.tagged("attention", roots):
         return [plain]
@@ -238,12 +244,39 @@ def _module_legs(
     return legs
 
 
-def _as_pair(symmetry: AxisSymmetry, model: nn.Module, kind: type[LinearPair] | type[Rescaling]) -> Symmetry:
-    """The plain pair of two layers that a symmetry is, if it is one."""
+def _as_pair(
+    symmetry: AxisSymmetry, model: nn.Module, kind: type[LinearPair] | type[Rescaling], frozen: bool
+) -> Symmetry:
+    """The plain pair of two layers that a symmetry is, if it acts at the same places in the same way."""
     outputs, inputs = {leg.name for leg in symmetry.outputs}, {leg.name for leg in symmetry.inputs}
     if len(outputs) == 1 and len(inputs) == 1:
         with contextlib.suppress(Unsuitable):
-            pair = kind(model, *outputs, *inputs)
-            if set(pair.parameters) == set(symmetry.parameters) and pair.group == symmetry.group:
+            pair = kind(model, outputs.pop(), inputs.pop(), frozen=frozen)
+            if pair.group == symmetry.group and _acts_as(symmetry, pair):
                 return pair
     return symmetry
+
+
+def _acts_as(symmetry: AxisSymmetry, pair: LinearPair | Rescaling) -> bool:
+    """Whether the legs of a symmetry are those of a pair: unit i along the rows of the first layer and its bias, and
+    in the second layer's columns as often as it is repeated there, one unit after the other."""
+    if set(pair.parameters) != set(symmetry.parameters) or len(symmetry.legs) != len(pair.parameters):
+        return False
+    units = torch.arange(pair.width)
+    for leg in symmetry.legs:
+        taken_in = leg.name == pair.second_weight
+        expected = units.repeat_interleave(pair.repeats if taken_in else 1)
+        if leg.dual != taken_in or leg.variance is not None:
+            return False
+        if symmetry.is_diagonal:
+            along = [dim for dim, size in enumerate(leg.places.shape) if size > 1] or [int(taken_in)]
+            places = leg.places.reshape(-1)
+        else:
+            # Of a matrix group places say where a unit stands, of a diagonal one which unit stands there.
+            along = [leg.axis]
+            places = torch.empty_like(expected) if leg.places.numel() == expected.numel() else expected[:0]
+            if places.numel():
+                places[leg.places.reshape(-1)] = units.expand(leg.places.shape).reshape(-1)
+        if along != [int(taken_in)] or not torch.equal(places, expected):
+            return False
+    return True

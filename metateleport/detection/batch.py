@@ -18,7 +18,7 @@ from metateleport.symmetries.activations import activation_of
 __all__ = ["batch_candidates"]
 
 
-def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str]) -> list[Candidate]:
+def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str], frozen: bool = False) -> list[Candidate]:
     """Linear layers, called once each as modules, with one elementwise activation and nothing else between them.
 
     Through a bijective activation the 2022 form comes first, since it has the group law; the 2024 form where its rank
@@ -28,6 +28,7 @@ def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str]) -
         graph: of the model.
         model: the model.
         movable: names of the parameters that may move.
+        frozen: whether frozen ones may.
     """
     position = {node: number for number, node in enumerate(graph.nodes)}
     found = []
@@ -48,7 +49,7 @@ def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str]) -
         candidate: Candidate | None = None
         for kind in (BatchPair2024, BatchPair2022):
             with contextlib.suppress(Unsuitable):
-                symmetry = kind(model, first, second, activation)
+                symmetry = kind(model, first, second, activation, frozen)
                 if not read.intersection(movable).issuperset(symmetry.parameters):
                     continue
                 candidate = Candidate(symmetry, place, () if candidate is None else (candidate,))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport.detection.stage import OWN, Stage, Trial
-from metateleport.symmetries import Symmetry
+from metateleport.detection.given import check_model
+from metateleport.detection.stage import OWN, WIDE, Stage, Trial
+from metateleport.symmetries import Symmetry, Unsuitable
 
 __all__ = ["Certificate", "certify"]
 
@@ -55,6 +56,7 @@ class Certificate:
 
 
 _BATCH = {"batch-exact": ("given",)}
+_WIDE = tuple(f"{WIDE} {number}" for number in range(3))
 TRIALS = (
     Trial(
         OWN,
@@ -78,6 +80,7 @@ def certify(
     inputs: tuple[Any, ...],
     keywords: dict[str, Any] | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    wary: bool = False,
 ) -> list[Certificate]:
     """Measures how far each of some symmetries moves the outputs.
 
@@ -95,9 +98,13 @@ def certify(
         inputs: positional inputs.
         keywords: keyword inputs.
         loss: maps the outputs to what has to stay; the outputs themselves if not given.
+        wary: whether the model may take another way on other inputs: then more and wider ones are tried.
 
     Returns:
         A certificate for each.
+
+    Raises:
+        Unsuitable: if the model has to be made ready first, or runs in no precision that symmetries are certified in.
 
     Example:
         >>> from metateleport.symmetries import LinearPair
@@ -107,13 +114,15 @@ def certify(
     """
     if not symmetries:
         return []
+    check_model(model)
     stage = _staged(model, inputs, keywords or {}, loss)
     records = [_Record() for _ in symmetries]
     for trial in TRIALS:
         if trial is not stage.trial:
             stage.prepare(trial)
         for exactness, names in trial.inputs.items():
-            for name in names:
+            others = _WIDE if wary and exactness == "exact" else ()
+            for name in (*names, *(other for other in others if stage.runs(other))):
                 chosen = [
                     i for i, each in enumerate(symmetries) if each.exactness == exactness and not records[i].reason
                 ]
@@ -126,15 +135,20 @@ def certify(
 def _staged(
     model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], loss: Callable[[Any], Tensor] | None
 ) -> Stage:
-    try:
-        stage = Stage(model, inputs, keywords, loss, torch.float64)
-        stage.prepare(TRIALS[0])
-        stage.expected("fresh")
-    except (RuntimeError, TypeError, ValueError):
-        # Some models run in the precision that they were made for only.
-        stage = Stage(model, inputs, keywords, loss, torch.float32)
-        stage.prepare(TRIALS[0])
-    return stage
+    # Some models run in the precision that they were made for only, some mix several, and some run on few inputs
+    # besides those given.
+    for dtype, everywhere in ((torch.float64, False), (torch.float32, False), (torch.float64, True)):
+        stage = Stage(model, inputs, keywords, loss, dtype, everywhere)
+        for stage.daring in (2, 1, 0, -1):
+            stage.prepare(TRIALS[0])
+            if stage.runs():
+                return stage
+        del stage
+    own = {value.dtype for value in model.parameters()}
+    raise Unsuitable(
+        f"{type(model).__name__} runs neither in float64 nor in float32, in which symmetries are certified; its own "
+        f"parameters are of {', '.join(sorted(map(str, own)))}"
+    )
 
 
 def _conditioned(stage: Stage, symmetries: Sequence[Symmetry], chosen: list[int], records: list[_Record]) -> list[int]:

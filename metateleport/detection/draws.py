@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metateleport.detection.given import mapped
 from metateleport.groups import GeneralLinear, Group
 
-__all__ = ["fresh_inputs", "mapped", "random_element", "randomise"]
+__all__ = ["fresh_inputs", "random_element", "randomise", "seeded"]
 
 _WIDE = 128
 _RANK = 32
@@ -71,11 +75,13 @@ def randomise(model: nn.Module, scale: float, seed: int) -> None:
         return sources[value.device]
 
     with torch.no_grad():
-        for value in model.parameters():
-            if value.is_floating_point():
-                width = value.shape[1:].numel() if value.ndim > 1 else 4
-                bound = scale * (3 / max(width, 1)) ** 0.5
-                value.uniform_(-bound, bound, generator=source(value))
+        for parameter in model.parameters():
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                continue
+            value = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+            width = parameter.shape[1:].numel() if parameter.ndim > 1 else 4
+            bound = scale * (3 / max(width, 1)) ** 0.5
+            value.uniform_(-bound, bound, generator=source(value))
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0.0, 0.3, generator=source(buffer))
@@ -83,41 +89,71 @@ def randomise(model: nn.Module, scale: float, seed: int) -> None:
                 buffer.uniform_(0.5, 1.5, generator=source(buffer))
 
 
-def fresh_inputs(given: Any, seed: int) -> Any:
-    """Inputs of the same shapes and types that were never seen: numbers of the same mean and spread, indices within
-    the range of those given; masks and constants stay.
+def fresh_inputs(given: Any, seed: int, daring: int = 2, spread: float = 1.0) -> Any:
+    """Inputs of the same shapes and types that were never seen.
+
+    Real numbers are drawn with the mean and spread of those given; whole ones (tokens, labels, lengths) are given
+    ones in another order, each column by itself, since nobody knows which others are meant. Masks, constants and
+    what stands in order (offsets, positions) stay.
 
     Args:
         given: a tensor, or containers of tensors.
         seed: of the draw.
+        daring: 2 for all that; 1 for given numbers in another order, real ones too; 0 with whole numbers as given.
+        spread: of real numbers that are drawn, relative to those given.
 
     Example:
-        >>> fresh_inputs({"tokens": torch.tensor([3, 9, 4])}, seed=0)["tokens"].shape
-        torch.Size([3])
+        >>> fresh_inputs({"tokens": torch.tensor([3, 9, 4, 4])}, seed=0)["tokens"].sort().values
+        tensor([3, 4, 4, 9])
     """
     source = torch.Generator().manual_seed(7919 + seed)
 
-    def fresh(value: Tensor) -> Tensor:
-        if value.dtype is torch.bool or not value.numel():
+    def reordered(value: Tensor) -> Tensor:
+        dim = next((dim for dim, size in enumerate(value.shape) if size > 1), None)
+        if dim is None:
             return value
+        order = torch.rand(value.shape, generator=source).argsort(dim).to(value.device)
+        return value.gather(dim, order)
+
+    def fresh(value: Tensor) -> Tensor:
+        if value.layout is not torch.strided or value.is_quantized or value.dtype is torch.bool or not value.numel():
+            return value
+        if value.is_complex():
+            return reordered(value)
         low, high = value.min(), value.max()
         if bool(low == high) or bool(((value == low) | (value == high)).all() & (value.numel() > 2)):
             return value
         if value.is_floating_point():
+            if daring < 2 or not bool(value.isfinite().all()):
+                return reordered(value)
             drawn = torch.randn(value.shape, generator=source, dtype=torch.float64).to(value)
-            return value.mean() + value.std() * drawn
-        if value.is_complex():
-            return value
-        return torch.randint(int(low), int(high) + 1, value.shape, generator=source, dtype=value.dtype).to(value.device)
+            return value.mean() + spread * value.std() * drawn
+        return value if daring < 1 or _is_ordered(value) else reordered(value)
 
     return mapped(given, fresh)
 
 
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Containers with every tensor in them exchanged for what a function makes of it.
+def _is_ordered(value: Tensor) -> bool:
+    """Whether a vector of whole numbers stands in order: lengths and offsets do, and have to."""
+    return value.ndim == 1 and bool((value.diff() >= 0).all() or (value.diff() <= 0).all())
 
-    Example:
-        >>> mapped((torch.ones(1), {"flag": True}), torch.neg)
-        (tensor([-1.]), {'flag': True})
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Draws random numbers from a seed (torch's, numpy's and Python's), so that passes can be compared; then as before.
+
+    Args:
+        model: on whose devices is drawn.
+        seed: of the draws.
     """
-    return torch.utils._pytree.tree_map_only(Tensor, function, value)
+    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
+    python, others = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(others)

@@ -13,6 +13,7 @@ from metateleport.detection.assemble import Candidate, candidates
 from metateleport.detection.batch import batch_candidates
 from metateleport.detection.certificate import certify
 from metateleport.detection.found import Refused, Symmetries
+from metateleport.detection.given import check_model, copied
 from metateleport.detection.trace import Graph, split, trace
 from metateleport.detection.walk import Walk, aliased, walk
 from metateleport.symmetries import Symmetry, Unsuitable
@@ -20,7 +21,9 @@ from metateleport.symmetries import Symmetry, Unsuitable
 __all__ = ["exact_symmetries", "find_symmetries"]
 
 
-def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None) -> Symmetries:
+def find_symmetries(
+    model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None, frozen: bool = False
+) -> Symmetries:
     r"""Finds the continuous symmetries of a model's parameters, and certifies each.
 
     The model is traced by `torch.export`; every axis of every parameter gets a scaling $s$, and every operation says
@@ -47,12 +50,14 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
         model: the model, in the mode (train or eval) that it is used in; it is not changed.
         example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         loss: maps the model's outputs to what has to stay; the outputs themselves if not given.
+        frozen: whether parameters that are frozen (`requires_grad=False`) move too; they are named in `refused` if not.
 
     Returns:
         The symmetries in the order of the data flow, those that hold; `refused` lists what was looked at besides.
 
     Raises:
-        ValueError: if the model has no parameters, or does not run on the example input.
+        ValueError: if the model has no parameters, does not run on the example input, or has to be made ready first
+            (wrapped for several devices or compiled, lazy, sharded).
 
     Example:
         >>> import torch
@@ -63,11 +68,14 @@ def find_symmetries(model: nn.Module, example_input: Any, loss: Callable[[Any], 
         linear pair GeneralLinear(2) 2.weight, 2.bias, 3.weight
         translation Translation(2) 2.bias[0:2], 3.weight, 3.bias
     """
-    return _found(model, example_input, loss, batch_forms=True)
+    return _found(model, example_input, loss, True, frozen)
 
 
-def _found(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None, batch_forms: bool) -> Symmetries:
-    inputs, keywords = split(example_input)
+def _found(
+    model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None, batch_forms: bool, frozen: bool
+) -> Symmetries:
+    check_model(model)
+    inputs, keywords = split(copied(example_input))
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so it has no parameter symmetries")
     try:
@@ -78,36 +86,51 @@ def _found(model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] |
     refused = [Refused(reason, (), module) for module, reason in unfollowed]
     found: list[Candidate] = []
     for graph in graphs:
-        more, reasons = _walked(graph, model, batch_forms)
+        more, reasons = _walked(graph, model, batch_forms, frozen)
         found += more
         refused += reasons
-    held = _certified(model, found, inputs, keywords, loss, refused)
+    wary = any(graph.prefix for graph in graphs)
+    held = _certified(model, found, inputs, keywords, loss, refused, wary)
     return Symmetries(held, refused)
 
 
-def _walked(graph: Graph, model: nn.Module, batch_forms: bool) -> tuple[list[Candidate], list[Refused]]:
+def _walked(graph: Graph, model: nn.Module, batch_forms: bool, frozen: bool) -> tuple[list[Candidate], list[Refused]]:
     graph, shared = _by_first_name(graph, model)
-    pinned = aliased(model, graph.constants)
+    pinned = _pinned(graph, model, shared, frozen)
+    named = dict(model.named_parameters())
+    used = set(graph.parameters.values())
+    movable = set(named).difference(pinned)
+    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    walked = walk(graph, movable, statistics)
+    if graph.calls > 1:
+        # What passes such a module is several batches, of which a point holds one.
+        walked.ledger.inputs.clear()
+        walked.ledger.outputs.clear()
+    reasons: dict[str, list[str]] = {}
+    for name in named:
+        if name in pinned and name in used:
+            reasons.setdefault(pinned[name], []).append(name)
+    refused = [Refused(reason, tuple(names)) for reason, names in reasons.items()]
+    batch = batch_candidates(graph, model, movable, frozen) if batch_forms and graph.calls == 1 else []
+    return [*candidates(walked, model, frozen), *batch], [*refused, *_reasons(walked, named, shared)]
+
+
+def _pinned(graph: Graph, model: nn.Module, shared: dict[str, list[str]], frozen: bool) -> dict[str, str]:
+    """Parameters that nothing may move, each with the reason."""
+    pinned = aliased(model, graph)
     if graph.prefix:
         # Outside of the part that was traced nobody has looked.
         pinned.update(
             {name: f"shared ({', '.join(names)}) beyond what could be traced" for name, names in shared.items()}
         )
-    named = dict(model.named_parameters())
-    used = set(graph.parameters.values())
-    frozen = tuple(name for name, value in named.items() if not value.requires_grad and name in used)
-    movable = {
-        name
-        for name, value in named.items()
-        if value.requires_grad and value.is_floating_point() and name not in pinned
-    }
-    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    walked = walk(graph, movable, statistics)
-    refused = [Refused(reason, (name,)) for name, reason in pinned.items() if name in used]
-    if frozen:
-        refused.append(Refused("frozen (requires_grad=False)", frozen))
-    batch = batch_candidates(graph, model, movable) if batch_forms else []
-    return [*candidates(walked, model), *batch], [*refused, *_reasons(walked, named, shared)]
+    for name, value in model.named_parameters():
+        if not value.is_floating_point():
+            pinned[name] = f"of {value.dtype}: only real floating-point numbers are moved"
+        elif type(value) is not nn.Parameter:
+            pinned[name] = f"a {type(value).__name__}: only plain tensors are moved"
+        elif not value.requires_grad and not frozen:
+            pinned.setdefault(name, "frozen (requires_grad=False): moved with frozen=True")
+    return pinned
 
 
 def _by_first_name(graph: Graph, model: nn.Module) -> tuple[Graph, dict[str, list[str]]]:
@@ -155,13 +178,14 @@ def _certified(
     keywords: dict[str, Any],
     loss: Callable[[Any], Tensor] | None,
     refused: list[Refused],
+    wary: bool,
 ) -> list[Symmetry]:
     held: list[tuple[tuple[int, int], Symmetry]] = []
     # Of batch forms one line for each reason: a batch that is too large is too large for most of them.
     on_batch: dict[str, dict[str, None]] = {}
     waiting = found
     while waiting:
-        certificates = certify(model, [candidate.symmetry for candidate in waiting], inputs, keywords, loss)
+        certificates = certify(model, [candidate.symmetry for candidate in waiting], inputs, keywords, loss, wary)
         instead: list[Candidate] = []
         for candidate, certificate in zip(waiting, certificates, strict=True):
             symmetry = candidate.symmetry
@@ -182,22 +206,26 @@ def _certified(
     return [symmetry for _, symmetry in sorted(held, key=lambda pair: pair[0])]
 
 
-def exact_symmetries(model: nn.Module, example_input: Any, buffers: bool = True) -> Symmetries:
+def exact_symmetries(model: nn.Module, example_input: Any, buffers: bool = True, frozen: bool = False) -> Symmetries:
     """The exact symmetries of a model, for those who cannot go on without any.
 
     Args:
         model: the model.
         example_input: as in `find_symmetries`.
         buffers: with those that move buffers too.
+        frozen: with those that move frozen parameters.
 
     Raises:
         Unsuitable: if there is none.
     """
-    found = _found(model, example_input, None, batch_forms=False)
+    found = _found(model, example_input, None, False, frozen)
     exact = Symmetries([each for each in found.exact if buffers or not each.buffers], found.refused)
     if not exact:
+        held = any("frozen=True" in each.reason for each in found.refused)
         raise Unsuitable(
-            f"no exact symmetry was found in this {type(model).__name__}; if you know one, name it with "
-            f"symmetries=[metateleport.Rescaling(model, first, second), ...]\n{found}"
+            f"no exact symmetry was found in this {type(model).__name__} on its example_input=; if you know one, name "
+            "it with symmetries=[metateleport.Rescaling(model, first, second), ...]"
+            + (", and find_symmetries(model, example_input, frozen=True) moves what is frozen too" if held else "")
+            + f"\n{found}"
         )
     return exact

@@ -6,22 +6,26 @@ import contextlib
 import copy
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metateleport.capture import modules_of, record
-from metateleport.detection.draws import fresh_inputs, mapped, random_element, randomise
+from metateleport.detection.draws import fresh_inputs, random_element, randomise, seeded
+from metateleport.detection.given import copied, mapped
 from metateleport.detection.trace import observables
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.symmetries.axes import AxisSymmetry
 
-__all__ = ["OWN", "Stage", "Trial"]
+__all__ = ["OWN", "WIDE", "Stage", "Trial"]
 
 OWN = 0.0
+WIDE = "wide"
+_SPREAD = 10.0
 _LIMITS = {
     "exact": {torch.float64: 1e-10, torch.float32: 1e-4},
     "approximate": {torch.float64: 1e-2, torch.float32: 1e-2},
@@ -56,9 +60,12 @@ class Stage:
         keywords: keyword inputs.
         loss: maps the outputs to what has to stay; the outputs themselves if not given.
         dtype: of the copy.
+        everywhere: whether what the model makes of other precision, as it runs, is of this one too.
     """
 
     trial: Trial
+    daring: int
+    """How far fresh inputs are from those given, as in `fresh_inputs`; below zero they are those given."""
 
     def __init__(
         self,
@@ -67,8 +74,9 @@ class Stage:
         keywords: dict[str, Any],
         loss: Callable[[Any], Tensor] | None,
         dtype: torch.dtype,
+        everywhere: bool = False,
     ) -> None:
-        self.loss, self.dtype = loss, dtype
+        self.loss, self.dtype, self.daring, self.everywhere = loss, dtype, 2, everywhere
         self.given = (inputs, keywords)
         self.model = copy.deepcopy(model, _copies(model, dtype))
         self.named = dict(self.model.named_parameters())
@@ -98,12 +106,20 @@ class Stage:
             self._expected[name] = self._outputs(name)
         return self._expected[name]
 
+    def runs(self, name: str = "fresh") -> bool:
+        """Whether the model runs on some inputs, and puts out nothing worse there than on those given."""
+        try:
+            fresh = _not_finite(self.expected(name))
+        except (RuntimeError, TypeError, ValueError, LookupError):
+            return False
+        return not fresh or fresh <= _not_finite(self.expected("given"))
+
     def measure(self, symmetries: Sequence[Symmetry], name: str) -> tuple[float, str]:
         """Moves along some symmetries at once, each by an element of its own.
 
         Args:
             symmetries: all of one exactness; of batch forms, those whose `conditions` are met.
-            name: of the inputs, `"given"` or `"fresh"`.
+            name: of the inputs, `"given"`, `"fresh"`, or what begins with `"wide"`: fresh ones of a wider spread.
 
         Returns:
             The relative drift of the outputs, and why the symmetries do not hold; empty where they do.
@@ -136,7 +152,9 @@ class Stage:
         point = self._point(symmetries)
         # The one without an element first: most that fail do so by their number of samples, which costs nothing.
         return [
-            bool(symmetry.holds(point)) and bool(symmetry.holds(point, self._element(symmetry)))
+            set(symmetry.modules).issubset(self._activations)
+            and bool(symmetry.holds(point))
+            and bool(symmetry.holds(point, self._element(symmetry)))
             for symmetry in symmetries
         ]
 
@@ -153,9 +171,7 @@ class Stage:
 
     def _element(self, symmetry: Symmetry) -> Tensor:
         """The symmetry's element of this trial: the same whenever it is asked for, others for other symmetries."""
-        source = torch.Generator().manual_seed(
-            zlib.crc32(f"{symmetry.kind} {symmetry.where}".encode()) + self.trial.seed
-        )
+        source = torch.Generator().manual_seed(zlib.crc32(symmetry.key.encode()) + self.trial.seed)
         device = self.tensors[symmetry.parameters[0]].device
         return random_element(symmetry.group, self.trial.size, source, self.dtype, device)
 
@@ -177,14 +193,39 @@ class Stage:
     def _outputs(self, name: str, instead: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The outputs on some inputs; with other parameters in the place of some."""
         if name not in self._inputs:
-            example = self.given if name == "given" else fresh_inputs(self.given, self.trial.seed)
+            given = name == "given" or self.daring < 0
+            if name.startswith(WIDE):
+                # Of one way among several that a model may take, the others are to be seen too.
+                example = fresh_inputs(self.given, zlib.crc32(name.encode()) + self.trial.seed, 2, _SPREAD)
+            else:
+                example = self.given if given else fresh_inputs(self.given, self.trial.seed, self.daring)
             self._inputs[name] = _cast(example, self.dtype)
-        inputs, keywords = self._inputs[name]
+        # A model may overwrite what it is given.
+        inputs, keywords = copied(self._inputs[name])
         # Buffers that the model writes, and random numbers that it draws, are the same in every pass.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-        with torch.no_grad(), _seeded(self.model):
+        precision = _InOnePrecision(self.dtype) if self.everywhere else contextlib.nullcontext()
+        with torch.no_grad(), seeded(self.model, self.trial.seed), precision:
             outputs = torch.func.functional_call(self.model, {**buffers, **(instead or {})}, inputs, keywords)
             return observables(outputs if self.loss is None else self.loss(outputs))
+
+
+class _InOnePrecision(TorchDispatchMode):
+    """Casts to another floating-point precision go to one precision, so that the parts of a model fit together."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(kwargs.get("dtype"), "is_floating_point", False):
+            kwargs["dtype"] = self.dtype
+        return func(*args, **kwargs)
+
+
+def _not_finite(outputs: tuple[Tensor, ...]) -> int:
+    return sum(int((~value.isfinite()).sum()) for value in outputs if value.is_floating_point() or value.is_complex())
 
 
 def _copies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
@@ -195,12 +236,9 @@ def _copies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
     """
     copies: dict[int, Any] = {}
     for parameter in model.parameters():
-        kept = (
-            parameter.detach().clone() if not parameter.is_floating_point() else parameter.detach().to(dtype, copy=True)
-        )
-        copies[id(parameter)] = nn.Parameter(kept, requires_grad=False)
+        copies[id(parameter)] = nn.Parameter(_as(parameter.detach(), dtype, copy=True), requires_grad=False)
     for buffer in model.buffers():
-        copies[id(buffer)] = buffer.detach().to(dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
+        copies[id(buffer)] = _as(buffer.detach(), dtype, copy=True)
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -208,29 +246,37 @@ def _copies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
     return copies
 
 
+def _as(tensor: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """A tensor with its real and complex numbers in a precision."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex(), copy=copy)
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy)
+
+
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    return mapped(inputs, lambda value: value.detach().to(dtype) if value.is_floating_point() else value.detach())
+    return mapped(inputs, lambda value: _as(value.detach(), dtype))
 
 
 def _drift(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> float:
-    """The largest relative change of an output; infinite where one is not finite or not of the same kind."""
+    """The largest relative change of an output; infinite where one is not a number, or of another kind.
+
+    What is infinite before (scores that a mask took out) has to be so afterwards.
+    """
     worst = 0.0
     for old, new in zip(expected, found, strict=True):
-        if not old.is_floating_point():
+        if not (old.is_floating_point() or old.is_complex()):
             if not torch.equal(old, new):
                 return float("inf")
             continue
-        scale = float(torch.linalg.vector_norm(old.double()))
-        change = float(torch.linalg.vector_norm(new.double() - old.double()))
+        old, new = (_as(value, torch.float64) for value in (old, new))  # noqa: PLW2901
+        finite = old.isfinite()
+        if not bool(finite.all()):
+            if not torch.equal(old[~finite], new[~finite]):
+                return float("inf")
+            old, new = old[finite], new[finite]  # noqa: PLW2901
+        scale = float(torch.linalg.vector_norm(old))
+        change = float(torch.linalg.vector_norm(new - old))
         if not change < float("inf"):
             return float("inf")
         worst = max(worst, change / scale if scale > 0 else change)
     return worst
-
-
-@contextlib.contextmanager
-def _seeded(model: nn.Module) -> Iterator[None]:
-    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield

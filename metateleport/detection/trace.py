@@ -6,12 +6,17 @@ import contextlib
 import dataclasses
 import io
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from metateleport.detection.draws import seeded
+from metateleport.detection.given import copied, mapped
 
 __all__ = ["Graph", "Observed", "observables", "split", "trace"]
 
@@ -28,6 +33,7 @@ class Graph:
         tensors: names of buffers and constants by placeholder name.
         constants: the tensors that the trace took as constants.
         prefix: the path of the traced module in the model.
+        calls: how often that module is called in one pass.
     """
 
     nodes: tuple[torch.fx.Node, ...]
@@ -35,6 +41,7 @@ class Graph:
     tensors: dict[str, str]
     constants: tuple[Tensor, ...]
     prefix: str = ""
+    calls: int = 1
 
 
 def split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -80,14 +87,32 @@ def _is_cache(value: Any) -> bool:
 
 
 class Observed(nn.Module):
-    """A model whose outputs are a tuple of tensors, or the loss of its outputs."""
+    """A model whose outputs are a tuple of tensors, or the loss of its outputs.
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None = None) -> None:
+    Args:
+        model: the model.
+        loss: maps its outputs to what is observed of them.
+        frame: positional and keyword inputs, whose tensors are exchanged for those that `forward` is given, where a
+            trace does not know their containers; none where it does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any], Tensor] | None = None,
+        frame: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__()
         self.observed = model
         self.loss = loss
+        # In a list its tensors are none of the module's own.
+        self.frame = [frame]
 
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        (frame,) = self.frame
+        if frame is not None:
+            rest = iter(inputs)
+            inputs, keywords = mapped(frame, lambda _: next(rest))
         outputs = self.observed(*inputs, **keywords)
         return observables(outputs if self.loss is None else self.loss(outputs))
 
@@ -100,16 +125,29 @@ def trace(
 ) -> tuple[list[Graph], list[tuple[str, str]]]:
     """Traces a model, or those of its children that can be traced where the whole cannot.
 
-    A child that is called once is a function of its inputs alone; a symmetry inside it does not ask what the model
-    does around it.
+    A child is a function of its inputs alone, however often it is called: a symmetry inside it does not ask what the
+    model does around it.
 
     Returns:
         The graphs, and the modules that could not be followed, each with the reason.
     """
     try:
-        return [_export(Observed(model, loss), inputs, keywords, "")], []
+        with seeded(model):
+            # What is imported on the way may draw once.
+            for _ in range(2):
+                before = _drawn()
+                graph = _export(Observed(model, loss), inputs, keywords, "")
+                if _drawn() == before:
+                    return [graph], []
+        raise RuntimeError("it draws Python's or numpy's random numbers, and may take another way in another pass")
     except Exception as error:
         return _children(model, inputs, keywords, _first_line(error))
+
+
+def _drawn() -> tuple[Any, ...]:
+    """The state of the random numbers that a trace cannot follow."""
+    name, numbers, *rest = np.random.get_state()
+    return random.getstate(), name, bytes(np.asarray(numbers)), *rest
 
 
 def _children(
@@ -125,10 +163,11 @@ def _children(
 
     modules = {name: module for name, module in model.named_modules() if name}
     handles = [module.register_forward_pre_hook(catch(name), with_kwargs=True) for name, module in modules.items()]
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    # A model may write its own parameters as it runs (a bound on their norms), and what it is given.
+    own = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
     try:
-        with torch.no_grad(), _restored(model):
-            torch.func.functional_call(model, buffers, inputs, keywords)
+        with torch.no_grad(), _restored(model), seeded(model):
+            torch.func.functional_call(model, own, *copied((inputs, keywords)))
     finally:
         for handle in handles:
             handle.remove()
@@ -139,12 +178,11 @@ def _children(
         if any(name.startswith(f"{path}.") for path in covered) or not any(True for _ in module.parameters()):
             continue
         seen = calls.get(name, [])
-        if len(seen) > 1:
-            unfollowed.append((name, f"called {len(seen)} times by a module that could not be traced"))
-            covered.append(name)
-        elif seen:
+        if seen:
             try:
-                graphs.append(_export(Observed(module), *seen[0], f"{name}."))
+                with seeded(model):
+                    graph = _export(Observed(module), *seen[0], f"{name}.")
+                graphs.append(dataclasses.replace(graph, calls=len(seen)))
                 covered.append(name)
             except Exception as error:
                 unfollowed.append((name, _first_line(error)))
@@ -152,9 +190,23 @@ def _children(
 
 
 def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any], prefix: str) -> Graph:
+    inputs, keywords = copied((inputs, keywords))
+    leaves = torch.utils._pytree.tree_leaves((inputs, keywords))
+    if any(dataclasses.is_dataclass(leaf) for leaf in leaves):
+        tensors: list[Tensor] = []
+
+        def seen(value: Tensor) -> Tensor:
+            tensors.append(value)
+            return value
+
+        mapped((inputs, keywords), seen)
+        observed = Observed(observed.observed, observed.loss, (inputs, keywords))
+        inputs, keywords = tuple(tensors), {}
     with warnings.catch_warnings(), torch.enable_grad(), _quiet(), _restored(observed):
         warnings.simplefilter("ignore")
         program = torch.export.export(observed, inputs, keywords, strict=False)
+    if any(_is_open(node.meta.get("val")) for node in program.graph.nodes):
+        raise RuntimeError("the shape of a tensor depends on the entries of another")
     signature = program.graph_signature
     named = {
         **signature.inputs_to_buffers,
@@ -167,6 +219,13 @@ def _export(observed: Observed, inputs: tuple[Any, ...], keywords: dict[str, Any
         constants=tuple(value for value in program.constants.values() if isinstance(value, Tensor)),
         prefix=prefix,
     )
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a tensor, or one of several, has a size that is not a number."""
+    if isinstance(value, Tensor):
+        return not all(isinstance(size, int) for size in value.shape)
+    return isinstance(value, tuple | list) and any(_is_open(each) for each in value)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from metateleport.detection.ledger import Classes, Ledger
 from metateleport.detection.rules import FRESH, RULES
 from metateleport.detection.trace import Graph
 from metateleport.detection.values import Context, Value
+from metateleport.symmetries._memory import overlaps
 
 __all__ = ["Walk", "aliased", "module_of", "name_of", "walk"]
 
@@ -201,28 +202,25 @@ def _overwrites_its_own(node: torch.fx.Node) -> bool:
     return name_of(source) in FRESH and (not name_of(source).endswith("_") or _overwrites_its_own(source))
 
 
-def aliased(model: nn.Module, constants: tuple[Tensor, ...]) -> dict[str, str]:
-    """Parameters whose memory another tensor of the model looks at too, each with the reason."""
-    owners: dict[int, set[int]] = {}
+def aliased(model: nn.Module, graph: Graph) -> dict[str, str]:
+    """Parameters whose memory another tensor that is read looks at too, each with the reason.
 
-    def own(tensor: Tensor) -> int | None:
-        return tensor.untyped_storage().data_ptr() if tensor.device.type != "meta" and tensor.numel() else None
-
+    A tensor that a module merely keeps, as the buffer that flattened parameters are views of, is read by nothing that
+    was traced; where only a part was traced it may be read elsewhere.
+    """
     named = dict(model.named_parameters())
-    others: list[Tensor] = [*model.buffers(), *constants]
-    for module in model.modules():
-        for value in vars(module).values():
-            others.extend(each for each in _flat(value) if not isinstance(each, nn.Parameter))
-    for tensor in [*named.values(), *others]:
-        place = own(tensor)
-        if place is not None:
-            owners.setdefault(place, set()).add(id(tensor))
-    found = {}
-    for name, parameter in named.items():
-        place = own(parameter)
-        if place is not None and len(owners[place]) > 1:
-            found[name] = "another tensor of the model shares its memory"
-    return found
+    tensors = {**named, **dict(model.named_buffers())}
+    others: list[Tensor] = list(graph.constants)
+    if graph.prefix:
+        others += tensors.values()
+        kept = (value for module in model.modules() for value in vars(module).values())
+        others += [each for value in kept for each in _flat(value) if not isinstance(each, nn.Parameter)]
+    else:
+        read = {node.name for node in graph.nodes if node.op == "placeholder" and node.users}
+        names = {name for key, name in (*graph.parameters.items(), *graph.tensors.items()) if key in read}
+        named = {name: value for name, value in named.items() if name in names}
+        others += [value for name, value in tensors.items() if name in names]
+    return dict.fromkeys(overlaps(named, others), "another tensor of the model shares its memory")
 
 
 def _flat(value: Any) -> list[Tensor]:

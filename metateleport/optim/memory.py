@@ -92,14 +92,15 @@ def unflattened(like: Any, saved: Mapping[str, Tensor], prefix: str) -> Any:
         return value.to(like)
     if isinstance(like, bool | int | float):
         return type(like)(saved[prefix].item()) if prefix in saved else like
+    found = like
     if isinstance(like, dict):
-        return {key: unflattened(each, saved, f"{prefix}/{key}") for key, each in like.items()}
-    if isinstance(like, tuple | list):
-        return type(like)(unflattened(each, saved, f"{prefix}/{index}") for index, each in enumerate(like))
-    if dataclasses.is_dataclass(like) and not isinstance(like, type):
+        found = {key: unflattened(each, saved, f"{prefix}/{key}") for key, each in like.items()}
+    elif isinstance(like, tuple | list):
+        found = type(like)(unflattened(each, saved, f"{prefix}/{index}") for index, each in enumerate(like))
+    elif dataclasses.is_dataclass(like) and not isinstance(like, type):
         values = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}
-        return dataclasses.replace(like, **unflattened(values, saved, prefix))
-    return like
+        found = dataclasses.replace(like, **unflattened(values, saved, prefix))
+    return found
 
 
 def saved_parts(state: MetaState) -> Tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -13,7 +14,7 @@ from metateleport.groups import Group
 from metateleport.point import Point
 from metateleport.symmetries.base import Carried, Symmetry
 
-__all__ = ["AxisSymmetry", "Leg"]
+__all__ = ["AxisSymmetry", "Leg", "fingerprint"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,20 @@ class Leg:
     axis: int = 0
     dual: bool = False
     variance: float | None = None
+
+
+def fingerprint(legs: Iterable[Leg]) -> str:
+    """Eight digits that tell legs at other places apart, the same in every process.
+
+    Example:
+        >>> fingerprint([Leg("a", torch.arange(2))]) == fingerprint([Leg("a", torch.arange(2) + 1)])
+        False
+    """
+    code = 0
+    for leg in legs:
+        code = zlib.crc32(repr((leg.name, leg.axis, leg.dual, tuple(leg.places.shape))).encode(), code)
+        code = zlib.crc32(leg.places.to("cpu", torch.int64).contiguous().numpy().tobytes(), code)
+    return f"{code:08x}"
 
 
 class AxisSymmetry(Symmetry):
@@ -93,6 +108,11 @@ class AxisSymmetry(Symmetry):
             # Heads share their parameters, and differ in the rows of them that they move.
             names[0] += f"[{int(first.places.min())}:{int(first.places.max()) + 1}]"
         return ", ".join(names)
+
+    @property
+    def key(self) -> str:
+        # Two may move the same parameters at other places: heads, slices, channels that are joined.
+        return f"{super().key} {fingerprint(self.legs)}"
 
     def side(self, name: str) -> Literal["in", "out", "both"]:
         duals = {leg.dual for leg in self.legs if leg.name == name}

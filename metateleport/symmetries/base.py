@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.groups import Group
 from metateleport.point import Point
+from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Symmetry(abc.ABC):
 
     @property
     def key(self) -> str:
-        """Its kind and place, as text that what is remembered of it between steps is kept under."""
+        """Its kind and place, as text that no other symmetry of a model has and what is remembered of it goes by."""
         return f"{self.kind}/{self.where}"
 
     @property
@@ -202,6 +203,7 @@ class Pair(Symmetry):
         model: the module that holds both layers; it is read, not kept.
         first: name of the layer whose output is moved, as in `named_modules()`.
         second: name of the layer that takes it in.
+        frozen: whether parameters that are frozen (`requires_grad=False`) move too.
 
     Raises:
         Unsuitable: if a name is unknown, a layer is of another type, the sizes do not fit or a parameter is shared.
@@ -209,7 +211,7 @@ class Pair(Symmetry):
 
     layer_types: tuple[type[nn.Module], ...] = (nn.Linear,)
 
-    def __init__(self, model: nn.Module, first: str, second: str) -> None:
+    def __init__(self, model: nn.Module, first: str, second: str, frozen: bool = False) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in (first, second):
             if name not in modules:
@@ -227,17 +229,24 @@ class Pair(Symmetry):
         self.parameters = tuple(
             name for name in (self.first_weight, self.first_bias, self.second_weight) if name is not None
         )
-        self._refuse_unusual_parameters(model)
+        self._refuse_unusual_parameters(model, frozen)
         self._first_ndim = modules[first].weight.ndim
         self._second_ndim = modules[second].weight.ndim
         self.width = modules[first].weight.shape[0]
         incoming = modules[second].weight.shape[1]
+        if self.width < 1:
+            raise Unsuitable(f"{first!r} puts out no features, so there is nothing between {first!r} and {second!r}")
         # Only a flattened convolution has several inputs of the next layer for each of its units.
         flattened = self._first_ndim > 2 and self._second_ndim == 2
         if incoming != self.width and (incoming % self.width or not flattened):
             grouped = " in each group" if getattr(modules[second], "groups", 1) > 1 else ""
             raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}{grouped}")
         self._repeats = incoming // self.width
+
+    @property
+    def repeats(self) -> int:
+        """How many inputs of the second layer each unit of the first stands in: several behind a flattening."""
+        return self._repeats
 
     @property
     def is_dense(self) -> bool:
@@ -247,7 +256,7 @@ class Pair(Symmetry):
     def side(self, name: str) -> Literal["in", "out", "both"]:
         return "in" if name == self.second_weight else "out"
 
-    def _refuse_unusual_parameters(self, model: nn.Module) -> None:
+    def _refuse_unusual_parameters(self, model: nn.Module, frozen: bool) -> None:
         """A weight that is shared, frozen or computed from others cannot be moved in one place only."""
         owners: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -258,8 +267,13 @@ class Pair(Symmetry):
                 raise Unsuitable(f"{name!r} is not a plain parameter of the model (parametrised or computed weights)")
             if len(owners[id(named[name])]) > 1:
                 raise Unsuitable(f"{name!r} is shared ({', '.join(owners[id(named[name])])}) and cannot move alone")
-            if not named[name].requires_grad:
-                raise Unsuitable(f"{name!r} is frozen (requires_grad=False) and cannot be moved")
+            if not named[name].is_floating_point():
+                raise Unsuitable(f"{name!r} is of {named[name].dtype}; only real floating-point numbers are moved")
+            if not named[name].requires_grad and not frozen:
+                raise Unsuitable(f"{name!r} is frozen (requires_grad=False); it is moved only with frozen=True")
+        others = [value for name, value in (*named.items(), *model.named_buffers()) if name not in self.parameters]
+        for name in sorted(overlaps({name: named[name] for name in self.parameters}, others)):
+            raise Unsuitable(f"another tensor of the model shares the memory of {name!r}, which cannot move alone")
 
     def matrices(self, point: Point) -> dict[str, Tensor]:
         first, second = self._rows(point)

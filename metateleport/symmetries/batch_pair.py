@@ -21,8 +21,8 @@ __all__ = ["BatchPair2022", "BatchPair2024"]
 class _BatchPair(Pair):
     exactness = "batch-exact"
 
-    def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module) -> None:
-        super().__init__(model, first, second)
+    def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False) -> None:
+        super().__init__(model, first, second, frozen)
         self.group: GeneralLinear = GeneralLinear(self.width)
         if not isinstance(activation, nn.Module):
             raise Unsuitable(f"the activation is given as a module such as nn.LeakyReLU(0.1), not {activation!r}")
@@ -162,6 +162,7 @@ class BatchPair2022(_BatchPair):
         first: name of the layer of $V$ and $b$.
         second: name of the layer of $U$.
         activation: the activation between them, bijective on the real line (LeakyReLU).
+        frozen: whether parameters that are frozen (`requires_grad=False`) move too.
 
     Raises:
         Unsuitable: if the layers cannot form such a pair, or the activation has no inverse on the whole line.
@@ -177,8 +178,8 @@ class BatchPair2022(_BatchPair):
     kind = "batch pair, 2022 form"
     holds_by_element = False
 
-    def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module) -> None:
-        super().__init__(model, first, second, activation)
+    def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False) -> None:
+        super().__init__(model, first, second, activation, frozen)
         inverse = inverse_of(activation)
         if inverse is None:
             raise Unsuitable(f"{activation} has no known inverse on the whole line; the 2024 form does not need one")

@@ -23,6 +23,7 @@ class LinearPair(Pair):
         model: the module that holds both layers; it is read, not kept.
         first: name of the layer of $V$ and $b$.
         second: name of the layer of $U$.
+        frozen: whether parameters that are frozen (`requires_grad=False`) move too.
 
     Raises:
         Unsuitable: if the layers cannot form such a pair.
@@ -38,8 +39,8 @@ class LinearPair(Pair):
     kind = "linear pair"
     exactness = "exact"
 
-    def __init__(self, model: nn.Module, first: str, second: str) -> None:
-        super().__init__(model, first, second)
+    def __init__(self, model: nn.Module, first: str, second: str, frozen: bool = False) -> None:
+        super().__init__(model, first, second, frozen)
         self.group: GeneralLinear = GeneralLinear(self.width)
 
     def act(self, element: Tensor, point: Point) -> Point:

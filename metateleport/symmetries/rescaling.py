@@ -28,6 +28,7 @@ class Rescaling(Pair):
         first: name of the layer of $V$ and $b$, linear or convolution (not transposed, ungrouped second layer).
         second: name of the layer of $U$. A linear layer after a flattened convolution is understood: its inputs are
             taken as channel-major.
+        frozen: whether parameters that are frozen (`requires_grad=False`) move too.
 
     Raises:
         Unsuitable: if the layers cannot form such a pair.
@@ -44,8 +45,8 @@ class Rescaling(Pair):
     exactness = "exact"
     layer_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def __init__(self, model: nn.Module, first: str, second: str) -> None:
-        super().__init__(model, first, second)
+    def __init__(self, model: nn.Module, first: str, second: str, frozen: bool = False) -> None:
+        super().__init__(model, first, second, frozen)
         self.group: PositiveDiagonal = PositiveDiagonal(self.width)
 
     def act(self, element: Tensor, point: Point) -> Point:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metateleport.groups import VectorGroup
 from metateleport.point import Point
-from metateleport.symmetries.axes import Leg
+from metateleport.symmetries.axes import Leg, fingerprint
 from metateleport.symmetries.base import Carried, Symmetry
 
 __all__ = ["Absorber", "BiasTranslation", "Translation"]
@@ -92,6 +92,11 @@ class BiasTranslation(Symmetry):
         names = list(self.parameters)
         names[0] += f"[{int(places.min())}:{int(places.max()) + 1}]"
         return ", ".join(names)
+
+    @property
+    def key(self) -> str:
+        legs = [Leg(f"{each.weight} {each.bias}", each.places, each.axis) for each in self.absorbers]
+        return f"{super().key} {fingerprint([self.bias, *legs])}"
 
     def act(self, element: Tensor, point: Point) -> Point:
         parameters = {self.bias.name: _added(self.bias, element, point.parameters[self.bias.name])}

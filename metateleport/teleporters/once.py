@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from metateleport.capture import point_of
 from metateleport.detection import exact_symmetries
+from metateleport.detection.draws import seeded
+from metateleport.detection.given import check_model, copied, inside
+from metateleport.detection.trace import observables
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Move, Teleporter, travel
@@ -39,6 +43,8 @@ __all__ = [
 ]
 
 _NAN = float("nan")
+_ROUNDINGS = 8
+"""How many roundings of the weights' dtype a teleport may change the outputs by, where that is more than its bound."""
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -57,21 +63,25 @@ def teleport(
     loss: Callable[[Any], Tensor] | None = None,
     symmetries: Sequence[Symmetry] | None = None,
     held_out: tuple[Any, Callable[[Any], Tensor]] | None = None,
+    frozen: bool = False,
 ) -> TeleportReport:
     """Moves a model once, in place: along its symmetries, or wherever a teleporter without symmetries leads.
 
     A teleport that breaks the teleporter's trust region, or changes the outputs on `inputs` (the loss, for one that
     keeps the loss alone) by more than its `max_drift`, is refused: the weights then stay bit for bit as they were.
+    Weights of half precision are moved in float32 and rounded at the end; eight roundings of theirs may drift.
 
     Args:
-        model: the model; its parameters are overwritten, its gradients and buffers are not touched. Dropout draws
-            the same in all passes, which leave the global random state as it was.
+        model: the model; its parameters are overwritten, its gradients and buffers are not touched. It may put out a
+            tensor or any container of tensors. Dropout draws the same in all passes, which leave the global random
+            state as it was. Of a model that is wrapped (compiled, on several devices) the one inside is moved.
         teleporter: chooses the group elements.
-        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; the model gets copies.
         loss: maps the outputs to a scalar; only needed by teleporters that look at gradients or at the loss.
         symmetries: those to move along, in the order of the data flow; the exact ones are found if not given, which
             takes a trace of the model: find them once and give them where teleports are many.
         held_out: inputs and loss of other data, to see what becomes of the loss there; two forward passes, counted.
+        frozen: whether symmetries that are found may move parameters that are frozen (`requires_grad=False`).
 
     Returns:
         The report.
@@ -88,77 +98,164 @@ def teleport(
     """
     if (teleporter.needs_gradient or teleporter.needs_loss) and loss is None:
         raise ValueError(f"{type(teleporter).__name__} looks at gradients: pass loss=, a callable on the outputs")
+    model = inside(model)
+    check_model(model)
     if not teleporter.needs_symmetries:
         symmetries = ()
     elif symmetries is None:
-        symmetries = exact_symmetries(model, inputs)
+        symmetries = exact_symmetries(model, inputs, frozen=frozen)
     if not symmetries and teleporter.needs_symmetries:
         raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
-    positional, keywords = split_inputs(inputs)
-    with _same_draws(model):
+    _check_names(model, symmetries)
+    positional, keywords = copied(split_inputs(inputs))
+    with seeded(model), _dense_gradients(model):
         point, outputs = point_of(model, symmetries, positional, keywords, loss, teleporter.watches(model))
-    if point.loss_at is not None:
-        point = point.replace(loss_at=_drawing_the_same(model, point.loss_at))
+    passes = _Passes(model, inputs, {name: value.dtype for name, value in point.parameters.items()})
+    start = passes.widened(point, loss)
     device = next(model.parameters()).device
     began = now(device)
     with torch.no_grad():
-        arrived, moves, _ = travel(teleporter, point, symmetries)
+        arrived, moves, _ = travel(teleporter, start, symmetries)
     seconds = now(device) - began
     size, sizes, reason, evaluations = summary_of(moves)
-    with _same_draws(model):
-        after = _evaluate(model, arrived, positional, keywords)
-    kept, changed = (outputs, after) if teleporter.keeps == "outputs" else (point.loss, loss(after))  # type: ignore[misc]
-    drift = relative_change(kept, changed)  # type: ignore[arg-type]
-    bound = teleporter.trust_region.max_drift
+    after = passes.outputs(arrived.parameters)
+    drift = _change(outputs, after) if teleporter.keeps == "outputs" else _change(point.loss, loss(after))  # type: ignore[misc]
+    seen = [value.dtype for value in observables(outputs) if value.is_floating_point()]
+    eps = max((torch.finfo(each).eps for each in seen), default=0.0)
+    bound = max(teleporter.trust_region.max_drift, _ROUNDINGS * _half_eps([*seen, *passes.dtypes.values()]))
     moved = drift <= bound and size > 0
     broken = "" if drift <= bound else f"the {teleporter.keeps} would change by {drift:.1e}, more than {bound:g}"
-    reason = broken or reason
-    here = arrived if moved else point
+    refused = broken or reason
+    here = arrived if moved else start
     before_after, held_out_drift = (_NAN, _NAN), _NAN
     if held_out is not None:
-        before_after, held_out_drift = _on_held_out(model, point, here, *held_out)
+        before_after, held_out_drift = _on_held_out(passes, start, here, *held_out)
     if moved:
         _write(model, arrived, moves)
     names = moved_names([move.symmetry for move in moves])
     return TeleportReport(
         teleporter=teleporter.name,
-        accepted=moved or not reason,
-        reason=reason,
+        accepted=moved or not refused,
+        reason=refused or ("" if size > 0 else "every element that was chosen is the identity: nothing moves"),
         loss_before=_NAN if point.loss is None else float(point.loss),
         loss_after=_NAN if loss is None else float(loss(after if moved else outputs)),
         drift=drift if moved else 0.0,
-        gradient_norm_before=gradient_norm(point),
+        gradient_norm_before=gradient_norm(start),
         gradient_norm_after=gradient_norm(here),
         size=size if moved else 0.0,
         sizes=sizes if moved else tuple(0.0 for _ in sizes),
-        weight_decay_change=half_squared_norm(here.parameters, names) - half_squared_norm(point.parameters, names),
+        weight_decay_change=half_squared_norm(here.parameters, names) - half_squared_norm(start.parameters, names),
         evaluations=evaluations + (1.0 if loss is not None else 1 / 3) + 1 / 3 + (held_out is not None) * 2 / 3,
         seconds=seconds,
         gain=gain_of(moves) if moved else _NAN,
         held_out_before=before_after[0],
         held_out_after=before_after[1],
         held_out_drift=held_out_drift,
-        failures=failures_of(moves, drift, broken, torch.finfo(outputs.dtype).eps, before_after),
+        failures=failures_of(
+            moves, drift, broken, max((torch.finfo(each).eps for each in seen), default=0.0), before_after
+        ),
     )
 
 
+class _Passes:
+    """Forward passes of one model, all on the same random numbers and on copies of its inputs and buffers.
+
+    Parameters are given to it as wide as they were computed in; the model gets them in its own dtypes. That is the one
+    place where half precision is met: elements, inverses and actions are all of float32 at least.
+
+    Args:
+        model: the model.
+        inputs: as `teleport` takes them.
+        dtypes: of parameters and buffers, by name.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.model, self.inputs, self.dtypes = model, inputs, dtypes
+
+    def outputs(self, parameters: Mapping[str, Tensor], inputs: Any = None, graph: bool = False) -> Any:
+        """The model's outputs at some parameters, on its own inputs if no others are given."""
+        positional, keywords = copied(split_inputs(self.inputs if inputs is None else inputs))
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        narrow = {name: value.to(self.dtypes[name]) for name, value in parameters.items()}
+        with torch.set_grad_enabled(graph), seeded(self.model), _dense_gradients(self.model):
+            return torch.func.functional_call(self.model, {**buffers, **narrow}, positional, keywords)
+
+    def widened(self, point: Point, loss: Callable[[Any], Tensor] | None) -> Point:
+        """The point in float32 at least, with dense gradients, and with what evaluates the model from there."""
+        dense = {name: value.to_dense() if value.is_sparse else value for name, value in point.gradients.items()}
+        wide = point.replace(gradients=dense).map(_wide)
+        pullback, loss_at = point.pullback, None
+        if pullback is not None:
+            activations = {name: value.dtype for name, value in point.activations.items()}
+            pullback = _wide_pullback(pullback, activations)
+        if loss is not None:
+
+            def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
+                values = {**wide.parameters, **parameters}
+                return _wide(loss(self.outputs(values, graph=torch.is_grad_enabled())))
+
+        return dataclasses.replace(wide, pullback=pullback, loss_at=loss_at)
+
+
 @contextlib.contextmanager
-def _same_draws(model: nn.Module) -> Iterator[None]:
-    """Draws random numbers (dropout) from a fixed seed, so that two passes can be compared; then as before."""
-    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings with sparse gradients give dense ones meanwhile: sparse ones cannot be differentiated again."""
+    sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
+    for module in sparse:
+        setattr(module, "sparse", False)  # noqa: B010
+    try:
         yield
+    finally:
+        for module in sparse:
+            setattr(module, "sparse", True)  # noqa: B010
 
 
-def _drawing_the_same(
-    model: nn.Module, loss_at: Callable[[Mapping[str, Tensor]], Tensor]
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    def evaluate(parameters: Mapping[str, Tensor]) -> Tensor:
-        with _same_draws(model):
-            return loss_at(parameters)
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
-    return evaluate
+
+def _wide_pullback(
+    pullback: Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]], dtypes: Mapping[str, torch.dtype]
+) -> Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    def wide(module: str, cotangent: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = pullback(module, cotangent.to(dtypes[module]))
+        first, second = ({name: _wide(value) for name, value in each.items()} for each in found)
+        return first, second
+
+    return wide
+
+
+def _half_eps(dtypes: Iterable[torch.dtype]) -> float:
+    """The coarsest spacing among dtypes of half precision; zero where there are none."""
+    return max((torch.finfo(each).eps for each in dtypes if each.is_floating_point and each.itemsize < 4), default=0.0)
+
+
+def _change(before: Any, after: Any) -> float:
+    """The largest relative change of a tensor among some outputs; of whole numbers the share that changed, if all are.
+
+    What is infinite before (scores that a mask took out) has to be so afterwards.
+    """
+    pairs = list(zip(observables(before), observables(after), strict=True))
+    complexes = [each for each in pairs if each[0].is_complex()]
+    floating = [each for each in pairs if each[0].is_floating_point()]
+    floating += [(torch.view_as_real(old), torch.view_as_real(new)) for old, new in complexes]
+    if not floating:
+        return max(float((old != new).double().mean()) if old.numel() else 0.0 for old, new in pairs)
+    worst = 0.0
+    for old, new in floating:
+        infinite = old.isinf()
+        if not torch.equal(old[infinite], new[infinite]):
+            return float("inf")
+        worst = max(worst, relative_change(old[~infinite], new[~infinite]))
+    return worst
+
+
+def _check_names(model: nn.Module, symmetries: Sequence[Symmetry]) -> None:
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for symmetry in symmetries:
+        unknown = [name for name in (*symmetry.parameters, *symmetry.buffers) if name not in known]
+        if unknown:
+            raise ValueError(f"{symmetry!r} moves {unknown[0]!r}, which this {type(model).__name__} does not have")
 
 
 def now(device: torch.device) -> float:
@@ -177,18 +274,8 @@ def _write(model: nn.Module, arrived: Point, moves: Sequence[Move]) -> None:
 
 
 def _on_held_out(
-    model: nn.Module, start: Point, here: Point, inputs: Any, loss: Callable[[Any], Tensor]
+    passes: _Passes, start: Point, here: Point, inputs: Any, loss: Callable[[Any], Tensor]
 ) -> tuple[tuple[float, float], float]:
     """Loss on held-out data before and after, and the relative change of the outputs there."""
-    positional, keywords = split_inputs(inputs)
-    found = []
-    for point in (start, here):
-        with _same_draws(model):
-            found.append(_evaluate(model, point, positional, keywords))
-    return (float(loss(found[0])), float(loss(found[1]))), relative_change(*found)
-
-
-def _evaluate(model: nn.Module, point: Point, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with torch.no_grad():
-        return torch.func.functional_call(model, {**buffers, **point.parameters}, positional, keywords)
+    found = [passes.outputs(point.parameters, inputs) for point in (start, here)]
+    return (float(loss(found[0])), float(loss(found[1]))), _change(*found)
