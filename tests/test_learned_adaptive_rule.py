@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_from_its_state_takes_the_same_steps() -> None:
     def begun() -> tuple[nn.Module, mt.LearnedOptimizer]:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2))
-        return model, mt.LearnedOptimizer(model, meta_optimizer().float(), deterministic=False)
+        return model, mt.LearnedOptimizer(model, meta_optimizer().float())
 
     def run(model: nn.Module, optimizer: mt.LearnedOptimizer, steps: int) -> float:
         def closure() -> Tensor:

@@ -380,7 +380,7 @@ def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> No
 
     def step(*arguments: Any) -> Any:
         taken = own(*arguments)
-        seen.setdefault("random" if arguments[-1] is not None else "learned", []).extend(taken.gauges)
+        seen.setdefault("random" if arguments[4] is not None else "learned", []).extend(taken.gauges)
         return taken
 
     meta.step = step  # type: ignore[method-assign]

@@ -17,7 +17,6 @@ from training_cases import tiny
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
 from metateleport.learned.reach import stretch, within_reach
-from metateleport.learned.teleporter import judged
 from metateleport.teleporters import travel
 from metateleport.training import TrainingError, train
 
@@ -131,9 +130,9 @@ def test_a_step_taken_back_takes_its_teleport_back() -> None:
         first, _, state = travel(chosen, stacked, problem.symmetries, state)
         after_one = state["reached"][symmetry.key]
         accepted = torch.tensor([True, True])
-        _, _, state = travel(chosen, first, problem.symmetries, judged(state, progress, accepted))
+        _, _, state = travel(chosen, first, problem.symmetries, chosen.judged(state, progress, accepted))
         after_two = state["reached"][symmetry.key]
-        after = judged(state, progress, torch.tensor([True, False]))
+        after = chosen.judged(state, progress, torch.tensor([True, False]))
     assert not torch.allclose(after_one, after_two)
     assert torch.equal(after["reached"][symmetry.key][0], after_two[0])
     assert torch.equal(after["reached"][symmetry.key][1], after_one[1])
@@ -162,10 +161,10 @@ def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> No
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=1.5))
     meta.teleporter = restless(1.5)
-    optimizer = mt.LearnedOptimizer(model, meta)
+    optimizer = mt.LearnedOptimizer(model, meta, deterministic=True)
     steps(model, optimizer, x, y, 4)
     again = copy.deepcopy(model)
-    resumed = mt.LearnedOptimizer(again, meta)
+    resumed = mt.LearnedOptimizer(again, meta, deterministic=True)
     resumed.load_state_dict(optimizer.state_dict())
     steps(model, optimizer, x, y, 6)
     steps(again, resumed, x, y, 6)
@@ -180,19 +179,19 @@ def test_an_optimizer_that_takes_a_step_back_is_where_it_was_on_the_orbit() -> N
     model, x, y = model_and_data()
     meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=10.0, max_stretch=3.0))
     meta.teleporter = restless(3.0)
-    optimizer = mt.LearnedOptimizer(model, meta)
+    optimizer = mt.LearnedOptimizer(model, meta, deterministic=True)
     (symmetry,) = optimizer.symmetries
     departed = reached = symmetry.group.identity(1, dtype=torch.float64)
     verdicts = []
     for _ in range(8):
         steps(model, optimizer, x, y, 1)
         assert optimizer.last_step is not None
-        assert optimizer.meta_state is not None
+        assert optimizer.loop.state is not None
         verdicts.append(bool(optimizer.last_step.accepted))
         departed = reached if verdicts[-1] else departed
         (move,) = optimizer.last_step.moves
         reached = symmetry.group.compose(move.element, departed)
-        assert torch.allclose(optimizer.meta_state.teleporter["reached"][symmetry.key], reached)
+        assert torch.allclose(optimizer.loop.state.teleporter["reached"][symmetry.key], reached)
     assert set(verdicts) == {True, False}
 
 
@@ -223,8 +222,8 @@ def test_a_step_without_a_teleport_between_two_with_one_is_taken_back_rightly() 
     places = []
     state = meta.initial_state(stacked, problem.symmetries)
     with torch.no_grad():
-        for point, teleporter in ((stacked, None), (worse, mt.NoTeleport()), (worse, mt.NoTeleport())):
-            state = meta.step(point, problem.symmetries, state, teleporter).state
+        for point, along in ((stacked, None), (worse, ()), (worse, ())):
+            state = meta.step(point, problem.symmetries, state, along=along).state
             places.append(state.teleporter["reached"][symmetry.key])
     first, second, third = places
     assert not torch.allclose(first[0], torch.ones_like(first[0]))

@@ -90,12 +90,12 @@ def unrolled(
         current = patched(batch, probe=True)
         for _ in range(steps):
             differentiable.step(current.sum())
-            taken = differentiable.last_step
+            taken = differentiable.loop.last_step
             smooth = smooth and bool(taken.accepted.all()) and not bool(taken.refused.any())
             current = patched(batch, probe=True)
             losses.append(current)
         # The last point has to be one that the next step would accept, too.
-        smooth = smooth and bool((current <= differentiable.meta_state.progress.last).all())
+        smooth = smooth and bool((current <= differentiable.loop.state.progress.last).all())
     return torch.stack(losses).log().mean(), smooth
 
 

@@ -65,6 +65,7 @@ class Progress:
         rest: how many evaluations long the loss has been at rest, on minibatches: hardly falling, only spread. It is
             forgotten where the loss falls, and zero where every evaluation sees all data.
         row: number of evaluations in a row that were not accepted.
+        seen: loss at the last evaluation, accepted or not.
         deterministic: whether every evaluation sees all data.
         known: whether the last evaluation told its loss. Where it did not, nothing is taken back, and the features of
             the loss are masked: they say what they say at the start of a task.
@@ -87,6 +88,7 @@ class Progress:
     accepted: Tensor
     rest: Tensor
     row: Tensor
+    seen: Tensor
     deterministic: bool = True
     known: bool = True
 
@@ -94,7 +96,7 @@ class Progress:
     def begin(cls, loss: Tensor) -> Progress:
         """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
-        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool(), zero, zero)
+        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool(), zero, zero, loss)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Progress:
         """Applies `function` to every tensor."""
@@ -108,8 +110,8 @@ class Progress:
         On a fixed data set a step is accepted if the loss did not rise. On minibatches the loss of another batch is
         compared with the running mean, and some spreads above it are allowed. There a task that is taken back again
         and again stands where it stood, with a step damped to nearly nothing: what its losses still tell is that they
-        are noisier than was thought. So from the third time on the running mean and spread take them in, and the
-        damping falls no further.
+        are noisier than was thought. So from the third time on the running mean and spread take them in where they do
+        not rise any further, and the damping falls no further.
 
         Args:
             loss: the loss of the new point, `(tasks,)`.
@@ -145,7 +147,8 @@ class Progress:
         row = torch.where(accepted, 0.0, self.row + 1)
         damped = self.damping * 0.3
         if not deterministic:
-            stuck = (row >= _PATIENT) & loss.isfinite()
+            # A loss that goes on rising from evaluation to evaluation is no noise.
+            stuck = (row >= _PATIENT) & (loss <= self.seen)
             level = torch.where(stuck, loss, before)
             spread = torch.where(stuck, (kept * spread.square() + new * (level - before).square()).sqrt(), spread)
             last = torch.where(stuck, kept * before + new * level, last)
@@ -168,6 +171,7 @@ class Progress:
             deterministic=deterministic,
             known=True,
             row=row,
+            seen=loss,
         )
         return after, accepted
 

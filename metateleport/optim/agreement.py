@@ -28,6 +28,7 @@ class Evidence:
         activations: inputs of modules, samples in rows; empty where the gradients are not that pass's.
         cotangents: gradients on their outputs, times the factor that makes them those of the gradients.
         loss_fits: whether the gradients are those of the loss that was told, and no multiple of them.
+        checked: whether there was anything to hold against them.
 
     Example:
         >>> Evidence().loss_fits
@@ -37,6 +38,7 @@ class Evidence:
     activations: Tensors = dataclasses.field(default_factory=dict)
     cotangents: Tensors = dataclasses.field(default_factory=dict)
     loss_fits: bool = False
+    checked: bool = False
 
 
 def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
@@ -76,13 +78,15 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
         agree = agree and factor > 0 and float((given - factor * seen).norm()) <= tolerance * size
         whole = whole and factor > _WHOLE
         factors[name] = factor
-    if not factors:
-        return Evidence()
     if not agree:
-        return Evidence(loss_fits=whole and recorder.reached > 1)
+        return Evidence(loss_fits=whole and recorder.reached > 1, checked=True)
+    if not factors:
+        # One pass, of whose modules none has a gradient that follows from what it saw.
+        return Evidence(activations, cotangents) if recorder.reached == 1 else Evidence()
     usual = math.exp(sum(math.log(each) for each in factors.values()) / len(factors))
     scaled = {name: value * factors.get(name, usual) for name, value in cotangents.items()}
-    return Evidence(activations, scaled, all(abs(each - 1) <= tolerance for each in factors.values()))
+    fits = all(abs(each - 1) <= tolerance for each in factors.values())
+    return Evidence(activations, scaled, loss_fits=fits, checked=True)
 
 
 def _is_rough(recorded: RecordedPass) -> bool:

@@ -25,7 +25,16 @@ from metateleport.optim.memory import (
     unflattened,
     update_entries,
 )
-from metateleport.optim.tensors import dense_gradient, master, raised, trainable, within, working_dtype, write
+from metateleport.optim.tensors import (
+    dense_gradient,
+    master,
+    raised,
+    stacked_pullback,
+    trainable,
+    within,
+    working_dtype,
+    write,
+)
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 
@@ -132,7 +141,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.skipped = 0
         self.last_step: Step | None = None
-        self._loop = InnerLoop(meta, self.symmetries, deterministic)
+        self.loop = InnerLoop(meta, self.symmetries, deterministic)
         self._loaded: Tensors = {}
         self._stepped: frozenset[str] | None = None
         # What is taken back at once where it was too long may be as long as it likes.
@@ -144,7 +153,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _record(self) -> None:
         modules = tuple(dict.fromkeys(name for each in self.symmetries for name in each.modules))
         if self.model is not None and modules:
-            self._recorder = PassRecorder(self.model, modules, replays=False)
+            # Part of a backward pass has to be made anew where a teleport is no linear action.
+            rebuilds = any(each.exactness == "batch-exact" for each in self.symmetries)
+            self._recorder = PassRecorder(self.model, modules, replays=rebuilds)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
@@ -196,7 +207,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._keep(named)
             return
         along = [each for each in self.symmetries if self._may_move(each, named, point, rates)]
-        taken = self._loop.advance(point, told is not None, evidence.loss_fits, along)
+        recorded = None if self._recorder is None else self._recorder.last
+        replays = 0 if recorded is None else recorded.replays
+        fits = evidence.loss_fits or (self.deterministic and not evidence.checked)
+        taken = self.loop.advance(point, told is not None, fits, along)
+        if recorded is not None and recorded.replays > replays:
+            taken = dataclasses.replace(taken, evaluations=taken.evaluations + (recorded.replays - replays) / 3)
         if bool(taken.stayed):
             self.skipped += 1
             self._say("a learned step was not finite: it was left out, and is counted in `skipped`")
@@ -228,7 +244,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             parameters = {name: value.clone() for name, value in parameters.items()}
             gradients = {name: value.clone() for name, value in gradients.items()}
             loss = told.to(loss).reshape(1)
-        return Point(parameters, gradients, evidence.activations, evidence.cotangents, loss=loss)
+        point = Point(parameters, gradients, evidence.activations, evidence.cotangents, loss=loss)
+        recorder = self._recorder
+        if recorder is not None and recorder.replays and recorder.last is not None and evidence.activations:
+            whole = {name: value.detach() for name, value in whole.items()}
+            point = point.replace(pullback=stacked_pullback(recorder.pullback(recorder.last, whole, gradients)))
+        return point
 
     def _rates(self, named: Mapping[str, Tensor]) -> dict[str, float]:
         """The factor on the step of each parameter."""
@@ -251,7 +272,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 return False
             if not rates[name] or name not in point.gradients:
                 return False
-        return symmetry.exactness == "exact" or all(name in point.activations for name in symmetry.modules)
+        return symmetry.exactness == "exact" or point.pullback is not None
 
     def _go(self, taken: Step, named: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
         """Writes what a step led to."""
@@ -267,18 +288,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if rate != 1 or shrunk:
                 goal = (1 - shrunk) * start + rate * (goal - start)
             write(parameter, goal, self.state[parameter])
-        state = self._loop.state
+        state = self.loop.state
         if state is not None and state.stand_in is not None:
             # A step that was shortened on purpose says nothing of a length that was too short.
             stepped = [rates[name] for name in taken.parameters if rates.get(name)]
             mean = sum(stepped) / max(1, len(stepped))
-            self._loop.state = dataclasses.replace(state, stand_in=dataclasses.replace(state.stand_in, factor=mean))
+            self.loop.state = dataclasses.replace(state, stand_in=dataclasses.replace(state.stand_in, factor=mean))
 
     def _skip(self, named: Mapping[str, Tensor]) -> None:
         """Leaves out a step whose loss or gradient is not finite; a step that led there is taken back."""
         self.skipped += 1
         self._say("a loss or a gradient was not finite: that step was left out, and is counted in `skipped`")
-        state = self._loop.state
+        state = self.loop.state
         if state is None or state.accepted is None:
             return
         progress, accepted = state.progress.judge(
@@ -286,7 +307,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )
         teleporter = self.meta.teleporter
         places = state.teleporter if teleporter is None else teleporter.judged(state.teleporter, progress, accepted)
-        self._loop.state = dataclasses.replace(state, progress=progress, teleporter=places)
+        self.loop.state = dataclasses.replace(state, progress=progress, teleporter=places)
         for name, value in state.accepted.parameters.items():
             if name in named and named[name].requires_grad:
                 write(named[name], value, self.state[named[name]])
@@ -294,7 +315,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _recall(self, point: Point, named: Mapping[str, Tensor]) -> None:
         """Makes the inner loop's state that of the tensors of this step."""
         fresh = self.meta.initial_state(point, self.symmetries, self.deterministic)
-        before, rest = self._loop.state, None
+        before, rest = self.loop.state, None
         if before is not None:
             rest = before.rule
         elif self._loaded:
@@ -320,19 +341,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
         entries = {name: self.state[named[name]] for name in names}
         rule = rule_state(self.meta.rule, rest, entries, fresh.rule)
         if before is None:
-            self._loop.state = dataclasses.replace(fresh, rule=rule)
+            self.loop.state = dataclasses.replace(fresh, rule=rule)
         else:
             teleporter = _joined(fresh.teleporter, before.teleporter)
             gauge = _joined(fresh.gauge, before.gauge)
-            self._loop.state = dataclasses.replace(before, rule=rule, teleporter=teleporter, gauge=gauge)
+            self.loop.state = dataclasses.replace(before, rule=rule, teleporter=teleporter, gauge=gauge)
 
     def _keep(self, named: Mapping[str, Tensor]) -> None:
         """Puts what is remembered by tensor where `torch.optim` keeps it."""
-        state = self._loop.state
+        state = self.loop.state
         assert state is not None
         entries = {name: self.state[value] for name, value in named.items()}
         rest = update_entries(self.meta.rule, state.rule, entries)
-        self._loop.state = dataclasses.replace(state, rule=rest)
+        self.loop.state = dataclasses.replace(state, rule=rest)
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -343,7 +364,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The state dict: what is remembered of each parameter, and under the first one's entry what is remembered of
         all of them, tensors alone. The networks are in the checkpoint, not here."""
         packed = super().state_dict()
-        state = self._loop.state
+        state = self.loop.state
         if state is None and not self._loaded:
             return packed
         rest = dict(self._loaded)
@@ -387,7 +408,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self.state[parameter] = kept
         self.steps = int(loaded.pop("count/steps", torch.tensor(0)))
         self.skipped = int(loaded.pop("count/skipped", torch.tensor(0)))
-        self._loop.state, self.last_step, self._loaded = None, None, loaded
+        self.loop.state, self.last_step, self._loaded = None, None, loaded
         self._stepped = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["dense_gradient", "master", "raised", "trainable", "within", "working_dtype", "write"]
+from metateleport.point import Tensors
+
+__all__ = ["dense_gradient", "master", "raised", "stacked_pullback", "trainable", "within", "working_dtype", "write"]
 
 _SMALLEST = 0.02
 """Stands for the root mean square of tensors that are smaller, as a bound on their steps."""
@@ -87,6 +89,22 @@ def write(parameter: Tensor, value: Tensor, state: dict[str, Tensor]) -> None:
         state[COMPENSATION] = (flat - parameter.to(flat.dtype)).to(parameter.dtype)
 
 
+def stacked_pullback(
+    single: Callable[[str, Tensor], tuple[Tensors, Tensors]],
+) -> Callable[[str, Tensor], tuple[Tensors, Tensors]]:
+    """What rebuilds part of a model's backward pass, for a stack of one task."""
+
+    def pullback(module: str, cotangent: Tensor) -> tuple[Tensors, Tensors]:
+        gradients, cotangents = single(module, cotangent.squeeze(0))
+        return _unsqueezed(gradients), _unsqueezed(cotangents)
+
+    return pullback
+
+
+def _unsqueezed(tensors: Tensors) -> Tensors:
+    return {name: value.unsqueeze(0) for name, value in tensors.items()}
+
+
 def within(start: Tensor, value: Tensor) -> Tensor:
     """A step no longer than its tensor: a bound on the curvature can be far too low where a layer starts near zero.
 
@@ -103,7 +121,7 @@ def within(start: Tensor, value: Tensor) -> Tensor:
     return value if bool(size <= allowed) else start + step * (allowed / size)
 
 
-def master(parameter: nn.Parameter, dtype: torch.dtype, state: Mapping[str, Tensor]) -> Tensor:
+def master(parameter: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor]) -> Tensor:
     """A parameter in the working precision, `(1, *shape)`, with what rounding had cut off."""
     value = raised(parameter.detach(), dtype)
     kept = state.get(COMPENSATION)
