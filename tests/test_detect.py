@@ -107,9 +107,7 @@ class Turned(nn.Module):
 
 def chain(*between: nn.Module, width: int = 5) -> nn.Sequential:
     """Something between two layers of which nothing is known, and a pair behind it."""
-    return nn.Sequential(
-        nn.Linear(4, width), *between, nn.Linear(width, 5), nn.Sequential(nn.ReLU()), nn.Linear(5, 2)
-    )
+    return nn.Sequential(nn.Linear(4, width), *between, nn.Linear(width, 5), nn.Sequential(nn.ReLU()), nn.Linear(5, 2))
 
 
 def convolved(*between: nn.Module, features: int) -> nn.Sequential:

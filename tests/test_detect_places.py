@@ -321,7 +321,12 @@ KEYED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
     ),
     "convolutions": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Conv2d(3, 1, 1)
+            nn.Conv2d(2, 4, 3),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 1),
+            nn.Conv2d(3, 1, 1),
         ),
         lambda: torch.randn(2, 2, 8, 8),
         3,
