@@ -78,6 +78,8 @@ def symmetries_of(model: nn.Module, frozen: bool = False) -> Symmetries:
                     found.append(pair(model, last.name, name, frozen=frozen))
                 except Unsuitable as error:
                     refused.append(Refused(str(error), (), name))
+            elif last is not None:
+                refused.append(Refused(f"it does not take in the features where {last.name!r} puts them out", (), name))
             last = _Last(name, dims, linear=True)
             continue
         if not reason and last is not None and kind in _POOLS and _POOLS[kind] != last.dims:

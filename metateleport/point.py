@@ -115,7 +115,8 @@ class Point:
         total: Tensor | float = 0.0
         for name, gradient in self.gradients.items():
             if names is None or name in names:
-                total = total + gradient.square().reshape(*gradient.shape[:batch], -1).sum(-1)
+                squares = torch.view_as_real(gradient).square().sum(-1) if gradient.is_complex() else gradient.square()
+                total = total + squares.reshape(*gradient.shape[:batch], -1).sum(-1)
         return torch.as_tensor(total)
 
 

@@ -410,3 +410,16 @@ def assert_close(new: Mapping[str, Tensor], old: Mapping[str, Tensor], tolerance
     for name, value in old.items():
         assert new[name].shape == value.shape, name
         assert float((new[name] - value).detach().norm()) <= tolerance * scale, name
+
+
+def largest_drift(model: nn.Module, symmetries: Sequence[mt.Symmetry], *inputs: Tensor, size: float = 0.7) -> float:
+    """The largest relative change of a float64 model's output under a random element of each of some symmetries."""
+    point = mt.Point({name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())})
+    with torch.no_grad():
+        before = model(*inputs)
+        worst = 0.0
+        for number, symmetry in enumerate(symmetries):
+            element = symmetry.group.random(size=size, seed=number, dtype=torch.float64)
+            moved = symmetry.act(element, point).parameters
+            worst = max(worst, relative(torch.func.functional_call(model, moved, inputs), before))
+    return worst

@@ -151,9 +151,7 @@ def teleport(
         held_out_before=before_after[0],
         held_out_after=before_after[1],
         held_out_drift=held_out_drift,
-        failures=failures_of(
-            moves, drift, broken, max((torch.finfo(each).eps for each in seen), default=0.0), before_after
-        ),
+        failures=failures_of(moves, drift, broken, eps, before_after),
     )
 
 
