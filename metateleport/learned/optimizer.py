@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_capture import CaughtPass, Watch
 from metateleport._optim_saved import plain, restored
 from metateleport._optim_teleport import start_of
-from metateleport.capture import modules_of
+from metateleport.capture import PassRecorder, RecordedPass, modules_of
 from metateleport.detect import symmetries_of
 from metateleport.detection import exact_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
@@ -234,7 +233,7 @@ class LearnedOptimizer(_MetaSteps):
                 "a learned optimizer judges its last step by the loss: call step(closure), where closure() clears "
                 "the gradients, evaluates the model, calls backward() and returns the loss"
             )
-        watch = Watch(self.model, modules_of(self.symmetries))
+        watch = PassRecorder(self.model, modules_of(self.symmetries))
         try:
             with torch.enable_grad():
                 loss = torch.as_tensor(closure()).detach()
@@ -248,7 +247,7 @@ class LearnedOptimizer(_MetaSteps):
             watch.close()
         return loss
 
-    def _step(self, watch: Watch, caught: CaughtPass, loss: Tensor) -> None:
+    def _step(self, watch: PassRecorder, caught: RecordedPass, loss: Tensor) -> None:
         named = dict(self.model.named_parameters())
         point, reason = start_of(watch, caught, named, self.symmetries, loss)
         if not point.gradients:
