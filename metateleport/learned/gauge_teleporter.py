@@ -44,6 +44,11 @@ class GaugeTeleporter(Teleporter, nn.Module):
         Teleporter.__init__(self, trust_region)
         self.gauge = gauge
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that its gauge has a network for."""
+        return tuple(self.gauge.networks)
+
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         """The gauge's own state for each symmetry that it serves, and the progress."""
         loss = _loss(point)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_saved import plain, restored
-from metateleport._optim_teleport import start_of
 from metateleport.capture import PassRecorder, RecordedPass, modules_of
 from metateleport.detect import symmetries_of
 from metateleport.detection import exact_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
+from metateleport.optim.saved import plain, restored
+from metateleport.optim.start import start_of
 from metateleport.point import Point, Tensors
 from metateleport.stack import StackedModel
 from metateleport.symmetries import Symmetry
@@ -249,7 +249,8 @@ class LearnedOptimizer(_MetaSteps):
 
     def _step(self, watch: PassRecorder, caught: RecordedPass, loss: Tensor) -> None:
         named = dict(self.model.named_parameters())
-        point, reason = start_of(watch, caught, named, self.symmetries, loss)
+        begun = start_of(watch, caught, named, self.symmetries, loss)
+        point, reason = begun.point, begun.reason or "; ".join(begun.left_out)
         if not point.gradients:
             raise RuntimeError("the closure left no gradients: it has to call backward() on the loss that it returns")
         if not point.cotangents:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from metateleport.learned.basis import BASIS, FEATURES, Observation, observe
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.learned.reach import check_max_stretch, within_reach
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
+from metateleport.teleporters.reach import check_max_stretch, within_reach
 
 __all__ = ["LearnedTeleporter", "TeleportNetwork", "judged"]
 
@@ -121,6 +121,11 @@ class LearnedTeleporter(Teleporter, nn.Module):
         self.hidden, self.detach, self.max_stretch = hidden, detach, max_stretch
         self.networks = nn.ModuleDict({group: TeleportNetwork(group, hidden) for group in groups})
         self.observe: Callable[[Symmetry, Point, bool], Observation] = observe
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that there is a network for."""
+        return tuple(self.networks)
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         """Zero LSTM states by symmetry, the progress, and the identity as where on the orbit each symmetry stands."""

@@ -105,6 +105,11 @@ class Teleporter:
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
         self.trust_region = trust_region or TrustRegion()
 
+    @property
+    def groups(self) -> tuple[str, ...] | None:
+        """Names of the groups that it can move along; None where it can along any."""
+        return None
+
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> Any:
         """The state before the first teleport; None for teleporters that remember nothing."""
         return None
