@@ -35,18 +35,19 @@ class Orbit:
 
     def __init__(self, max_stretch: float | None) -> None:
         check_max_stretch(max_stretch)
+        self.max_stretch = math.inf if max_stretch is None else max_stretch
         self.bound = math.inf if max_stretch is None else math.log(max_stretch)
         self.reached: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
 
-    def shortened(self, moves: Sequence[Move]) -> dict[str, Tensor]:
-        """Elements to take in the place of those that lead beyond the bound, by the symmetry's key."""
+    def shortened(self, moves: Sequence[Move], share: float = 1.0) -> dict[str, Tensor]:
+        """Elements to take in the place of those that lead beyond a share of the bound, by the symmetry's key."""
         found = {}
         for move in moves:
             group, element = move.symmetry.group, move.element
             if not bool(move.size > 0) or not math.isfinite(self.bound):
                 continue
-            short = shortened(group, element, self._place(move.symmetry, element), self.bound)
+            short = shortened(group, element, self._place(move.symmetry, element), share * self.bound)
             if short is not element:
                 found[move.symmetry.key] = short
         return found

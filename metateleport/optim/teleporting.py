@@ -131,7 +131,7 @@ class TeleportingOptimizer(Wrapping):
     Raises:
         TypeError: if the optimizer, the teleporter, the schedule or `held_out` is something else.
         ValueError: if `every`, `window`, `max_stretch` or `state` cannot be, the state is to be transported along no
-            symmetry, the optimizer's parameters are not the model's or are sharded over processes, there is no symmetry,
+            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is there,
             the teleporter has no network for the group of any, a symmetry moves what the optimizer does not hold or may
             not change, or one does not hold on the example.
 
@@ -469,16 +469,22 @@ class TeleportingOptimizer(Wrapping):
             if recorder.replicas is not None:
                 moves = chosen_by_first(moves, recorder.replicas)
                 arrived, moves = travel_along(self.teleporter, start, moves, {})
-            shorter = self._orbit.shortened(moves)
-            if shorter:
-                self._warn_once(
-                    "all teleports together have come to the bound max_stretch on how far they may stretch anything: "
-                    "they are shortened from now on"
-                )
-                arrived, moves = travel_along(self.teleporter, start, moves, shorter)
-            reason = self._orbit.unbalanced(start, arrived)
-        if shorter and not any(bool(move.size > 0) for move in moves) and not reason:
-            reason = "all teleports together are at the bound max_stretch"
+            proposed, reason, held_back = moves, "", False
+            for share in (1.0, 0.5, 0.25):
+                shorter = self._orbit.shortened(proposed, share)
+                if shorter:
+                    arrived, moves = travel_along(self.teleporter, start, proposed, shorter)
+                reason = self._orbit.unbalanced(start, arrived)
+                held_back = held_back or bool(shorter) or bool(reason)
+                if not reason:
+                    break
+        if held_back:
+            self._warn_once(
+                f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g} on how far they "
+                "may stretch or unbalance anything: they are shortened or refused from now on"
+            )
+        if held_back and not any(bool(move.size > 0) for move in moves):
+            reason = reason or "all teleports together are at the bound max_stretch"
         return arrived, moves, reason
 
     def _carry_out(
