@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from metateleport.point import Point, Tensors, pullback_through
 from metateleport.symmetries import Symmetry
@@ -93,12 +95,17 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     """
     prefix = ""
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
             model, prefix = model.module, f"{prefix}module."
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model, prefix = model._orig_mod, f"{prefix}_orig_mod."  # type: ignore[assignment]
         else:
             return model, prefix
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped a model, inside other wrappers or none."""
+    return "_orig_mod." in unwrapped(model)[1]
 
 
 def input_of(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor | None:
@@ -358,8 +365,9 @@ class PassRecorder:
     `unseen`; the recomputation of activation checkpointing is no second pass.
 
     Args:
-        model: the model.
-        modules: names of the modules whose inputs and output gradients are kept.
+        model: the model, or what it was wrapped in (`torch.compile`, `nn.DataParallel`, `DistributedDataParallel`).
+        modules: names of the modules whose inputs and output gradients are kept, as in the model that is given or as
+            in the one inside the wrappers.
         replays: whether a pass shall be repeatable: its inputs, outputs, buffers and random numbers are kept too.
 
     Raises:
@@ -378,11 +386,19 @@ class PassRecorder:
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[str], replays: bool = True) -> None:
-        self.model = model
         self.modules = tuple(dict.fromkeys(modules))
         self.replays = replays
-        named = named_module(model, self.modules)
-        self.has_channels = channel_modules(model, self.modules)
+        given, inner = model, unwrapped(model)[0]
+        known = dict(inner.named_modules(remove_duplicate=False))
+        self.model = inner if all(name in known for name in self.modules) else model
+        named = named_module(self.model, self.modules)
+        # A wrapper's own hooks run where those of the compiled model inside never do.
+        model = model if _is_compiled(model) else inner
+        self.outer = model
+        self._copies = len(given.device_ids) if isinstance(given, nn.DataParallel) else 1
+        self.replicas: Any = None
+        """Process group of the `DistributedDataParallel` that the model was seen to run in; None for none."""
+        self.has_channels = channel_modules(self.model, self.modules)
         self.wanted = True
         """Whether passes that begin from now on are recorded."""
         self.passes = 0
@@ -410,17 +426,18 @@ class PassRecorder:
         """Why nothing of the modules can be recorded, in words; empty if it can."""
         if any(hook.compiled for hook in self._hooks):
             return "the model is compiled, and hooks inside compiled code never run"
-        named = dict(self.model.named_modules(remove_duplicate=False))
+        named = dict(self.outer.named_modules(remove_duplicate=False))
+        own = {id(module): name for name, module in named.items()}
+        inside = dict(self.model.named_modules(remove_duplicate=False))
         for name in self.modules or ("",):
-            parts = name.split(".") if name else []
+            parts = own.get(id(inside[name]), "").split(".")
             for end in range(len(parts) + 1):
                 above = named.get(".".join(parts[:end]))
-                if getattr(above, "_compiled_call_impl", None) is not None or (
-                    self.modules and hasattr(above, "_orig_mod")
-                ):
+                compiled = getattr(above, "_compiled_call_impl", None) is not None
+                if compiled or (self.modules and hasattr(above, "_orig_mod")):
                     return "the model is compiled, and hooks inside compiled code never run"
-                if isinstance(above, nn.DataParallel) and len(above.device_ids) > 1:
-                    return "nn.DataParallel runs copies of the model, whose hooks see a part of the batch each"
+        if self._copies > 1:
+            return "nn.DataParallel runs copies of the model, whose hooks see a part of the batch each"
         return ""
 
     def close(self) -> None:
@@ -460,10 +477,15 @@ class PassRecorder:
     def evaluate(self, positional: tuple[Any, ...], keywords: dict[str, Any]) -> RecordedPass:
         """A forward pass of its own, without gradients; buffers and random numbers are left as they were."""
         recorded = self._snapshot(positional, keywords)
-        with _record_runs(self.model, self.modules) as runs:
-            recorded.outputs = self.replay(recorded, dict(self.model.named_parameters()))
-        recorded.runs = runs
+        recorded.outputs = self.complete(recorded)
         return recorded
+
+    def complete(self, recorded: RecordedPass) -> list[Tensor]:
+        """Repeats a pass to see the inputs of the modules where hooks could not (`silent`); gives the outputs."""
+        with _record_runs(self.model, self.modules) as runs:
+            outputs = self.replay(recorded, dict(self.model.named_parameters()))
+        recorded.runs = runs
+        return outputs
 
     def replay(self, recorded: RecordedPass, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs at other parameters, all else as in the recorded pass: a third of a gradient evaluation."""
@@ -519,7 +541,11 @@ class PassRecorder:
         model, prefix = unwrapped(self.model)
         buffers = {name: value.clone() for name, value in recorded.buffers.items()}
         values = {name.removeprefix(prefix): value for name, value in (*parameters.items(), *buffers.items())}
-        return torch.func.functional_call(model, values, recorded.positional, recorded.keywords or None)
+        for name, own in model.named_parameters():
+            if name in values:
+                values[name] = values[name].to(own.dtype)
+        positional, keywords = _copied(recorded.positional), _copied(recorded.keywords)
+        return torch.func.functional_call(model, values, positional, keywords or None)
 
     @contextlib.contextmanager
     def _as_recorded(self, recorded: RecordedPass) -> Iterator[None]:
@@ -548,8 +574,9 @@ class PassRecorder:
         random |= {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
         return RecordedPass(
             training=self.model.training,
-            positional=positional,
-            keywords=dict(keywords),
+            # Copied, as models may write their inputs.
+            positional=_copied(positional),
+            keywords=_copied(dict(keywords)),
             buffers={name: value.clone() for name, value in self.model.named_buffers()},
             random=random,
             autocast=(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
@@ -565,6 +592,9 @@ class PassRecorder:
 
     def _begin(self, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._running = None
+        replicated = DistributedDataParallel._get_active_ddp_module()
+        if replicated is not None:
+            self.replicas = replicated.process_group
         if self.wanted and not _repetitions and torch.is_grad_enabled() and not self._recomputing():
             self._running = self._snapshot(positional, keywords)
 
@@ -707,6 +737,10 @@ def _cotangent(run: Run) -> Tensor | None:
     if run.cotangent is not None or run.output is None:
         return run.cotangent
     return torch.zeros(run.output.shape, dtype=run.output.dtype, device=run.input.device)
+
+
+def _copied(inputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda value: value.detach().clone(), inputs)
 
 
 def _at_least_single(dtype: torch.dtype) -> torch.dtype:

@@ -179,7 +179,7 @@ def test_teleports_keep_the_loss_and_training_stays_finite(name: str, inner: str
 @pytest.mark.parametrize("with_closure", [True, False])
 def test_carried_gradients_are_those_at_the_moved_weights(name: str, with_closure: bool) -> None:
     problem = case(name).problem()
-    optimizer = wrap(problem, frozen_steps(problem), mt.RandomTeleporter(size=0.5, seed=3))
+    optimizer = wrap(problem, frozen_steps(problem), mt.RandomTeleporter(size=0.5, seed=3), max_stretch=100.0)
     before, loss = copy.deepcopy(problem.model.state_dict()), loss_at(problem)
     if with_closure:
         optimizer.step(closure_of(problem, optimizer))
@@ -581,7 +581,7 @@ def test_an_example_stands_in_for_a_forward_pass() -> None:
     named = dict(problem.model.named_parameters())
     for name, value in fresh_gradients(problem).items():
         named[name].grad = value
-    optimizer._watch.clear()  # type: ignore[union-attr]
+    optimizer._recorder.clear()  # type: ignore[union-attr]
     optimizer.step()
     assert optimizer.last_report is not None
     assert optimizer.last_report.size > 0
@@ -821,7 +821,7 @@ def test_old_activations_are_let_go() -> None:
     for _ in range(6):
         optimizer.zero_grad()
         problem.loss_of(problem.model(inputs)).backward()
-        last = optimizer._watch.last  # type: ignore[union-attr]
+        last = optimizer._recorder.last  # type: ignore[union-attr]
         if last is not None:
             for run in (run for runs in last.runs.values() for run in runs):
                 caught += [weakref.ref(value) for value in (run.input, run.cotangent) if value is not None]
@@ -841,7 +841,7 @@ def test_the_model_does_not_keep_the_optimizer_alive() -> None:
     problem = case("2022 form").problem()
     optimizer = wrap(problem)
     backward(problem, optimizer)
-    watch = weakref.ref(optimizer._watch)  # type: ignore[arg-type]
+    watch = weakref.ref(optimizer._recorder)  # type: ignore[arg-type]
     del optimizer
     gc.collect()
     assert watch() is None
@@ -853,8 +853,8 @@ def test_between_teleports_nothing_is_caught() -> None:
     optimizer = wrap(problem, every=3)
     train(problem, optimizer, 1)
     backward(problem, optimizer)
-    assert optimizer._watch is not None
-    assert optimizer._watch.last is None
+    assert optimizer._recorder is not None
+    assert optimizer._recorder.last is None
 
 
 def test_reports_are_bounded() -> None:

@@ -12,7 +12,7 @@ from symmetry_cases import Problem, case
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport._optim_failures import Judge, slope
+from metateleport.optim.judge import Judge, slope
 from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, WORSE_HELD_OUT
 
 

@@ -44,6 +44,11 @@ class GaugeTeleporter(Teleporter, nn.Module):
         Teleporter.__init__(self, trust_region)
         self.gauge = gauge
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that its gauge has a network for."""
+        return tuple(self.gauge.networks)
+
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         """The gauge's own state for each symmetry that it serves, and the progress."""
         loss = _loss(point)
@@ -53,11 +58,6 @@ class GaugeTeleporter(Teleporter, nn.Module):
         }
         state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
         return state
-
-    def serves(self, symmetry: Symmetry) -> bool:
-        """Whether there is a network for a gauge of the symmetry's own group."""
-        served = [each.group for each in _linear(symmetry) if each.group.name in self.gauge.networks]
-        return symmetry.group in served
 
     def told(self, state: dict[str, Any], loss: Tensor, deterministic: bool) -> dict[str, Any]:
         """The state with the progress brought up to date; see `Teleporter.told`."""

@@ -15,7 +15,6 @@ from metateleport.learned.coordinate_rule import CoordinateRule
 from metateleport.learned.flat import FlatRule, FlatTeleporter
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
-from metateleport.learned.reach import check_max_stretch
 from metateleport.learned.rules import BaseRule, UpdateRule
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.step_rule import StepRule
@@ -24,6 +23,7 @@ from metateleport.learned.tensor_rule import TensorRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
+from metateleport.teleporters.reach import check_max_stretch
 
 __all__ = ["GAUGES", "MODES", "UPDATES", "GaugeKind", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from metateleport.learned.basis import BASIS, FEATURES, Observation, observe
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.learned.reach import check_max_stretch, within_reach
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
+from metateleport.teleporters.reach import check_max_stretch, within_reach
 
 __all__ = ["LearnedTeleporter", "TeleportNetwork"]
 
@@ -95,6 +95,11 @@ class LearnedTeleporter(Teleporter, nn.Module):
         self.networks = nn.ModuleDict({group: TeleportNetwork(group, hidden) for group in groups})
         self.observe: Callable[[Symmetry, Point, bool], Observation] = observe
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that there is a network for."""
+        return tuple(self.networks)
+
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
         """Zero LSTM states by symmetry, the progress, and the identity as where on the orbit each symmetry stands."""
         like = next(iter(point.parameters.values()))
@@ -109,10 +114,6 @@ class LearnedTeleporter(Teleporter, nn.Module):
             }
             state["departed"] = state["reached"] = places
         return state
-
-    def serves(self, symmetry: Symmetry) -> bool:
-        """Whether there is a network for the symmetry's group."""
-        return symmetry.group.name in self.networks
 
     def told(self, state: dict[str, Any], loss: Tensor, deterministic: bool) -> dict[str, Any]:
         """The state with the progress brought up to date; see `Teleporter.told`."""

@@ -118,12 +118,13 @@ def _say_what_serves(meta: MetaOptimizer, called: str, symmetries: Sequence[Symm
     has: set[str] = set() if meta.gauge is None else set(meta.gauge.networks)
     served = any(each.group.name in has for each in gauged)
     if meta.teleporter is not None:
-        served = served or any(meta.teleporter.serves(each) for each in symmetries)
+        groups = meta.teleporter.groups
+        served = served or groups is None or any(each.group.name in groups for each in symmetries)
     if served or (meta.gauge is None and meta.teleporter is None):
         return
-    groups = ", ".join(sorted({each.group.name for each in symmetries}))
+    own = ", ".join(sorted({each.group.name for each in symmetries}))
     warnings.warn(
-        f"{called} has networks for symmetries of {', '.join(meta.config.groups)}, and this model's are of {groups}: "
+        f"{called} has networks for symmetries of {', '.join(meta.config.groups)}, and this model's are of {own}: "
         "its learned steps are taken without teleports and gauges",
         stacklevel=5,
     )

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_checks import (
+from metateleport.capture import PassRecorder, modules_of, unwrapped
+from metateleport.optim.checks import (
+    check_fit,
     check_kinds,
     check_parameters,
     check_symmetries,
     checked_state,
+    found_symmetries,
     try_symmetries,
 )
-from metateleport._optim_closure import known_at_first, scalar, scalar_or_none
-from metateleport._optim_failures import Judge, held_out_loss
-from metateleport._optim_loss import check_loss
-from metateleport._optim_move import Moving
-from metateleport.capture import PassRecorder, modules_of
-from metateleport.detect import symmetries_of
-from metateleport.detection import exact_symmetries
+from metateleport.optim.closure import known_at_first, scalar, scalar_or_none
+from metateleport.optim.judge import Judge, held_out_loss
+from metateleport.optim.loss import Known, check_loss, know_loss
+from metateleport.optim.orbit import Orbit, travel_along
+from metateleport.optim.replicas import all_agree, all_can, check_replicas, chosen_by_first, group_of
+from metateleport.optim.saved import OWN, merged, plain, restored, sources_of
+from metateleport.optim.start import Consequences, Start, consequences_of, pass_to_start_from, start_of
+from metateleport.optim.state import cannot_carry, carry_state
+from metateleport.optim.wrapper import Wrapping
+from metateleport.point import Point
 from metateleport.schedules import Schedule, schedule_of
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters import Teleporter, TeleportReport
-from metateleport.teleporters.once import split_inputs
+from metateleport.teleporters import Move, Teleporter, TeleportReport, failures_of, gain_of, travel
+from metateleport.teleporters.once import gradient_norm, half_squared_norm, moved_names, now, split_inputs, summary_of
 
 __all__ = ["TeleportingOptimizer"]
 
 _NAN = float("nan")
 
 
-class TeleportingOptimizer(Moving):
+class TeleportingOptimizer(Wrapping):
     r"""Teleports a model every few steps, and steps with any other optimizer.
 
     Before the steps that its schedule names, 0, `every`, 2 `every`, ... if no other is given, it moves the model along
@@ -58,12 +66,31 @@ class TeleportingOptimizer(Moving):
     holds and has a gradient. `p.grad` then becomes the gradient at the new place, which the teleporter has evaluated,
     times the factor that lay between `p.grad` and the loss's gradient; where there is none, the teleport is refused.
 
+    Gradients that are not finite, a loss that is not, and an empty batch are no place to teleport from: the teleport is
+    refused, and the step is the inner optimizer's.
+
+    **Where it may go.** However many teleports there are, all of them together stretch, shrink or unbalance nothing by
+    more than `max_stretch`: an element that would is cut off at the bound. Each report tells how far they have got.
+    Along a symmetry with a tensor that is frozen now, or a module that the last pass did not use, nothing moves; the
+    others go on.
+
     **State.** With `state="transport"` sums of gradients (momentum) are carried as the gradient is, and sums of squared
     gradients by squared coefficients: exact for momentum under exact symmetries and for squares under diagonal
     groups, else approximate; the report says so of each entry. What is of another kind (the preconditioners of Shampoo
     and SOAP) is kept, with a warning, and named in the report. L-BFGS remembers differences of flattened weights: it
     starts anew after a teleport (`reset`). A move along no symmetry is no group action, so that there is nothing to
-    transport by: there `state` is `keep` or `reset`.
+    transport by: there `state` is `keep` or `reset`. Weights that an optimizer keeps (the averages of schedule-free
+    ones, the slow weights of Lookahead) move as the weights do, in every mode, along exact symmetries; else the
+    teleport is refused.
+
+    **Averages of weights** that are kept outside (`torch.optim.swa_utils.AveragedModel`, EMA): a mean of two points on
+    an orbit is not on it, so average between teleports only: start anew after each `last_report` with a size above
+    zero, or let teleports end before averaging begins (`schedule=metateleport.AtSteps([0])`).
+
+    **Wrapped models.** `nn.DataParallel`, `DistributedDataParallel` and `torch.compile` may stand around the model, or
+    be given as the model. Names are those of the model inside. In a compiled model, whose inner hooks never run, the
+    pass is repeated once without compilation before each teleport. Under `DistributedDataParallel` the first process
+    chooses and all carry out the same, along exact symmetries.
 
     **Refusals.** A teleport out of the teleporter's trust region, or with a drift above its `max_drift`, is refused:
     weights, gradients and state stay bit for bit as they were. What the teleporter itself remembers goes on.
@@ -88,8 +115,9 @@ class TeleportingOptimizer(Moving):
         symmetries: those to move along, in the order of the data flow; found in the model if not given. A teleporter
             that needs none takes no notice of them.
         every: number of steps from one teleport to the next; 10 if neither this nor a schedule is given.
-        example_input: a tensor, a tuple of positional or a dict of keyword inputs. If given, the symmetries are tried
-            on it at once, and it stands in where a step has had no forward pass.
+        example_input: a tensor, a tuple of positional or a dict of keyword inputs. The symmetries of any model are
+            found and certified on it; those that are given are tried on it at once. It stands in where a step has had
+            no forward pass.
         state: what becomes of the optimizer's state: `transport`, `keep` or `reset` (of the moved parameters). If not
             given it is transported along symmetries, and kept where the teleporter moves along none.
         schedule: says before which steps to teleport, instead of `every`: a `metateleport.Schedule`, or a function of
@@ -97,12 +125,15 @@ class TeleportingOptimizer(Moving):
         held_out: evaluates the loss on held-out data and returns it. It is called before and after each teleport and
             once more `window` steps later, without gradients, and is not counted in a report's evaluations.
         window: number of steps on either side of a teleport that failures are looked for in.
+        max_stretch: the largest factor by which all teleports together may stretch, shrink or unbalance anything; None
+            for no bound.
 
     Raises:
         TypeError: if the optimizer, the teleporter, the schedule or `held_out` is something else.
-        ValueError: if `every`, `window` or `state` cannot be, the state is to be transported along no symmetry, the
-            optimizer's parameters are not the model's, a symmetry moves what the optimizer does not hold or may not
-            change, or one does not hold on the example.
+        ValueError: if `every`, `window`, `max_stretch` or `state` cannot be, the state is to be transported along no
+            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is there,
+            the teleporter has no network for the group of any, a symmetry moves what the optimizer does not hold or may
+            not change, or one does not hold on the example.
 
     Example:
         >>> from metateleport.teleporters import RandomTeleporter
@@ -144,25 +175,26 @@ class TeleportingOptimizer(Moving):
         schedule: Schedule | Callable[[int], bool] | None = None,
         held_out: Callable[[], Any] | None = None,
         window: int = 10,
+        max_stretch: float | None = 10.0,
     ) -> None:
         check_kinds(optimizer, teleporter, held_out, window)
         self.state_mode = checked_state(state, optimizer, teleporter)
         self.schedule = schedule_of(every, schedule)
+        self._orbit = Orbit(max_stretch)
         self.optimizer, self.model, self.teleporter = optimizer, model, teleporter
+        check_parameters(optimizer.param_groups, model)
+        given = symmetries is not None and teleporter.needs_symmetries
         if not teleporter.needs_symmetries:
             symmetries = ()
-        elif symmetries is None and example_input is None:
-            symmetries = symmetries_of(model)
         elif symmetries is None:
-            held = {id(value) for group in optimizer.param_groups for value in group["params"]}
-            names = {name for name, value in model.named_parameters() if id(value) in held}
-            found = exact_symmetries(model, example_input, buffers=False)
-            symmetries = [each for each in found if names.issuperset(each.parameters)]
+            symmetries = found_symmetries(unwrapped(model)[0], optimizer, example_input)
         self.symmetries = tuple(symmetries)
         self.example_input, self.held_out = example_input, held_out
-        check_parameters(optimizer.param_groups, model)
         if teleporter.needs_symmetries:
-            check_symmetries(self.symmetries, optimizer, model)
+            check_symmetries(self.symmetries, optimizer, self._named_model())
+            check_fit(teleporter, self.symmetries)
+        if group_of(model) is not None and check_replicas(teleporter, self.symmetries):
+            raise ValueError(check_replicas(teleporter, self.symmetries))
         if isinstance(teleporter, nn.Module):
             teleporter.to(next(model.parameters()).device)
         self.steps = 0
@@ -173,28 +205,37 @@ class TeleportingOptimizer(Moving):
         self._judge = Judge(window)
         self._fresh_schedule = self.schedule.state_dict()
         self._due = self.schedule.due(0)
-        self._watch: PassRecorder | None = None
+        self._recorder: PassRecorder | None = None
         self._set_up()
-        if example_input is not None:
-            assert self._watch is not None
+        # What was found was certified where it was found.
+        if example_input is not None and given:
+            assert self._recorder is not None
             limit = teleporter.trust_region.max_drift
             try:
-                try_symmetries(self._watch, self.symmetries, *split_inputs(example_input), limit)
+                try_symmetries(self._recorder, self.symmetries, *split_inputs(example_input), limit)
             except BaseException:
                 self.remove_hooks()
                 raise
 
+    def _named_model(self) -> nn.Module:
+        """The model that the symmetries name parameters of: the one inside the wrappers, unless they were made of it
+        with its wrappers."""
+        inner = unwrapped(self.model)[0]
+        named = dict(inner.named_parameters())
+        outside = any(name not in named for each in self.symmetries for name in each.parameters)
+        return self.model if outside else inner
+
     def _set_up(self) -> None:
         self._become_an_optimizer()
-        seen = (*modules_of(self.symmetries), *self.teleporter.watches(self.model))
-        self._watch = PassRecorder(self.model, dict.fromkeys(seen))
-        self._watch.wanted = self._due
+        seen = (*modules_of(self.symmetries), *self.teleporter.watches(unwrapped(self.model)[0]))
+        self._recorder = PassRecorder(self.model, seen)
+        self._recorder.wanted = self._due
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("_watch", "step", "_zero_grad_profile_name") and not name.endswith("_hooks")
+            if name not in ("_recorder", "step", "_zero_grad_profile_name") and not name.endswith("_hooks")
         }
         return {**kept, "_teleporter_state": None, "_loaded_state": self._saved_state()}
 
@@ -223,9 +264,11 @@ class TeleportingOptimizer(Moving):
 
     def remove_hooks(self) -> None:
         """Takes the hooks off the model; from then on steps are the inner optimizer's alone."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    # --- stepping ----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None, loss: Callable[[Any], Tensor] | None = None) -> Any:
         """Teleports if it is time, then steps.
@@ -234,7 +277,7 @@ class TeleportingOptimizer(Moving):
             closure: clears the gradients, evaluates the model, calls `backward()` and returns the loss. On a step that
                 teleports it is evaluated once before the teleport; the inner optimizer gets that loss, and evaluates
                 it again only after having changed the weights (L-BFGS). Without a closure the teleport starts from
-                the last forward pass and `p.grad` as it is.
+                the last forward pass that a backward pass has come by, and `p.grad` as it is.
             loss: maps the model's outputs to the loss of the last forward pass, for teleporters that evaluate it at
                 other weights; it has to be the closure's loss.
 
@@ -249,21 +292,23 @@ class TeleportingOptimizer(Moving):
             RuntimeError: if it is time to teleport and there was no forward pass to start from, or no backward pass
                 for a teleporter that looks at gradients.
         """
+        if closure is None and self._only_sets_up():
+            return self.optimizer.step()
         again = closure
-        if self._watch is not None and self._due:
+        if self._recorder is not None and self._due:
             check_loss(self.teleporter, loss)
             value = None
             if closure is not None:
-                self._watch.clear()
+                self._recorder.clear()
                 with torch.enable_grad():
                     value = closure()
             self._judge_last()
-            report = self._teleport(self._watch, None if value is None else scalar(value), loss)
+            report = self._teleport(self._recorder, None if value is None else scalar(value), loss)
             self.reports.append(report)
-            self._watch.clear()
+            self._recorder.clear()
             self._judge.start()
             # Nothing that the inner optimizer evaluates is wanted.
-            self._watch.wanted = False
+            self._recorder.wanted = False
             if closure is not None:
                 if report.size > 0 and not self.teleporter.needs_symmetries:
                     assert value is not None
@@ -271,14 +316,24 @@ class TeleportingOptimizer(Moving):
                 again = known_at_first(closure, value, self.param_groups)
         try:
             result = self.optimizer.step() if again is None else self.optimizer.step(again)
-            if self._watch is not None:
+            if self._recorder is not None:
                 self._look_back(None if closure is None else scalar_or_none(result))
             self.steps += 1
             self._due = self.schedule.due(self.steps)
         finally:
-            if self._watch is not None:
-                self._watch.wanted = self._due
+            if self._recorder is not None:
+                self._recorder.wanted = self._due
         return result
+
+    def _only_sets_up(self) -> bool:
+        """Whether this is no step of training, but makes the state's entries, as `torch.distributed.checkpoint` does
+        before it saves: no pass, zero gradients and zero step sizes."""
+        if self.optimizer.state or (self._recorder is not None and self._recorder.last is not None):
+            return False
+        if any(bool(torch.as_tensor(group.get("lr", 1.0) != 0)) for group in self.param_groups):
+            return False
+        gradients = [each.grad for group in self.param_groups for each in group["params"] if each.grad is not None]
+        return bool(gradients) and not any(bool(each.any()) for each in gradients)
 
     def _look_back(self, loss: Tensor | None) -> None:
         self._judge.see(loss)
@@ -293,3 +348,247 @@ class TeleportingOptimizer(Moving):
     def _judge_last(self) -> None:
         if self.reports:
             self.reports[-1] = self._judge.verdict(self.reports[-1], lambda: held_out_loss(self.held_out, self.model))
+
+    # --- one teleport ------------------------------------------------------------------------------------------------
+
+    def _teleport(
+        self, recorder: PassRecorder, told: Tensor | None, loss: Callable[[Any], Tensor] | None
+    ) -> TeleportReport:
+        recorded = pass_to_start_from(recorder, self.example_input)
+        named = dict(self._named_model().named_parameters())
+        begun = self._allowed_from(recorder, start_of(recorder, recorded, named, self.symmetries, told), named)
+        point, free, reason = begun.point, not self.teleporter.needs_symmetries, begun.reason
+        if self.teleporter.needs_gradient and not point.gradients:
+            raise RuntimeError(
+                f"{type(self.teleporter).__name__} looks at gradients and there are none: call backward() before step()"
+            )
+        known = Known(point)
+        if not reason and self.teleporter.needs_loss:
+            assert loss is not None
+            known = know_loss(recorder, recorded, point, loss, named, self.param_groups, free)
+        start, reason = known.point, reason or known.reason
+        arrived, moves, seconds = start, list[Move](), _NAN
+        if not reason:
+            began = now(self._device)
+            arrived, moves, reason = self._travel(recorder, start, begun.symmetries, told)
+            seconds = now(self._device) - began
+        size, sizes, refused, evaluations = summary_of(moves)
+        moved, found = size > 0 and not reason, Consequences()
+        reason = "; ".join(filter(None, (reason, refused, *begun.left_out))) if reason not in begun.left_out else reason
+        if moved:
+            found = consequences_of(recorder, recorded, start, arrived, self.teleporter)
+            broken = found.reason
+            if recorder.replicas is not None and not all_agree(not broken, recorder.replicas, self._device):
+                broken = broken or "another replica refused it"
+            moved, reason = not broken, broken or reason
+            if not moved:
+                self._teleporter_state = self.teleporter.refused(self._teleporter_state)
+        accepted = moved or not reason
+        if not moved and not reason:
+            reason = "the teleporter chose to stay where it is"
+        if free:
+            fresh = {name: known.factor * value for name, value in arrived.gradients.items()}
+            arrived = arrived.replace(gradients=fresh)
+        held_out = held_out_loss(self.held_out, self.model)
+        names = moved_names([move.symmetry for move in moves])
+        here = arrived if moved else point
+        loss_before = _NAN if start.loss is None else float(start.loss)
+        report = TeleportReport(
+            teleporter=self.teleporter.name,
+            accepted=accepted,
+            reason=reason,
+            loss_before=loss_before,
+            loss_after=loss_before + (found.loss_change if moved else 0.0),
+            drift=found.drift if moved else 0.0,
+            gradient_norm_before=gradient_norm(point),
+            gradient_norm_after=gradient_norm(here),
+            size=size if moved else 0.0,
+            sizes=self._sizes(moves) if moved else tuple(0.0 for _ in (self.symmetries or sizes)),
+            weight_decay_change=half_squared_norm(here.parameters, names) - half_squared_norm(point.parameters, names),
+            evaluations=evaluations + known.evaluations + recorded.replays / 3,
+            state=self.state_mode,
+            seconds=seconds,
+            gain=gain_of(moves) if moved else _NAN,
+            held_out_before=held_out,
+            held_out_after=held_out,
+        )
+        if moved:
+            report = self._carry_out(report, named, moves, point, start, arrived)
+        eps = max((torch.finfo(each.dtype).eps for each in recorded.outputs), default=0.0)
+        both = report.held_out_before, report.held_out_after
+        return dataclasses.replace(
+            report,
+            failures=failures_of(moves, found.drift, found.broken, eps, both),
+            stretch=self._orbit.stretch(self.symmetries),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _sizes(self, moves: Sequence[Move]) -> tuple[float, ...]:
+        """Sizes in the order of all symmetries, those that were left out included."""
+        if not self.symmetries:
+            return tuple(float(move.size) for move in reversed(moves))
+        own = {move.symmetry.key: float(move.size) for move in moves}
+        return tuple(own.get(symmetry.key, 0.0) for symmetry in self.symmetries)
+
+    def _allowed_from(self, recorder: PassRecorder, begun: Start, named: dict[str, nn.Parameter]) -> Start:
+        """Leaves out what replicas cannot all move along, refuses what the state cannot follow, and says so once."""
+        symmetries = None if not self.teleporter.needs_symmetries else begun.symmetries
+        reason = begun.reason or cannot_carry(self.optimizer, named, symmetries)
+        group = recorder.replicas = group_of(self.model) or recorder.replicas
+        if group is not None:
+            usable = all_can([each in begun.symmetries for each in self.symmetries] + [not reason], group, self._device)
+            if not usable[-1]:
+                reason = reason or "another replica cannot teleport from its batch"
+            kept = tuple(each for each, can in zip(self.symmetries, usable[:-1], strict=True) if can)
+            begun = begun._replace(symmetries=kept)
+            reason = reason or check_replicas(self.teleporter, kept)
+        for text in begun.left_out:
+            self._warn_once(f"not moved along for now: {text}")
+        return begun._replace(reason=reason)
+
+    def _travel(
+        self, recorder: PassRecorder, start: Point, symmetries: Sequence[Symmetry], told: Tensor | None
+    ) -> tuple[Point, list[Move], str]:
+        """Where the teleporter leads, within the bound on the orbit; and why that is nowhere to go."""
+        with torch.no_grad():
+            before = self._teleporter_state
+            try:
+                arrived, moves, self._teleporter_state = travel(
+                    self.teleporter, start, symmetries, self._state_at(start, symmetries, told)
+                )
+            except torch.linalg.LinAlgError as error:
+                self._teleporter_state = before
+                if recorder.replicas is not None:
+                    raise
+                return start, [], f"the teleporter could not choose an element ({error})"
+            if not self.teleporter.needs_symmetries:
+                return arrived, moves, ""
+            if recorder.replicas is not None:
+                moves = chosen_by_first(moves, recorder.replicas)
+                arrived, moves = travel_along(self.teleporter, start, moves, {})
+            proposed, reason, held_back = moves, "", False
+            for share in (1.0, 0.5, 0.25):
+                shorter = self._orbit.shortened(proposed, share)
+                if shorter:
+                    arrived, moves = travel_along(self.teleporter, start, proposed, shorter)
+                reason = self._orbit.unbalanced(start, arrived)
+                held_back = held_back or bool(shorter) or bool(reason)
+                if not reason:
+                    break
+        if held_back:
+            self._warn_once(
+                f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g} on how far they "
+                "may stretch or unbalance anything: they are shortened or refused from now on"
+            )
+        if held_back and not any(bool(move.size > 0) for move in moves):
+            reason = reason or "all teleports together are at the bound max_stretch"
+        return arrived, moves, reason
+
+    def _carry_out(
+        self,
+        report: TeleportReport,
+        named: dict[str, nn.Parameter],
+        moves: Sequence[Move],
+        point: Point,
+        start: Point,
+        arrived: Point,
+    ) -> TeleportReport:
+        """Writes weights, gradients and the inner optimizer's state."""
+        with torch.no_grad():
+            # The state first: the point where the teleport started shares its memory with the weights.
+            done = carry_state(self.optimizer, self.state_mode, named, moves, start, self._warned)
+            self._orbit.go(moves if self.symmetries else (), start, arrived)
+            for name, parameter in named.items():
+                if arrived.parameters[name] is not start.parameters[name]:
+                    parameter.copy_(arrived.parameters[name])
+                if name in point.gradients and arrived.gradients[name] is not point.gradients[name]:
+                    assert parameter.grad is not None
+                    parameter.grad.copy_(arrived.gradients[name])
+        return dataclasses.replace(
+            report,
+            state=done.summary,
+            state_entries=done.entries,
+            held_out_after=held_out_loss(self.held_out, self.model),
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=6)
+
+    # --- what is remembered ------------------------------------------------------------------------------------------
+
+    def _state_at(self, point: Point, symmetries: Sequence[Symmetry], loss: Tensor | None) -> Any:
+        fresh = self.teleporter.initial_state(point, symmetries)
+        if self._teleporter_state is None and self._loaded_state is not None:
+            # Symmetries that are not moved along now are still to come.
+            later = {each.key for each in self.symmetries} - {each.key for each in symmetries}
+            loaded = self._loaded_state
+            if isinstance(loaded, dict):
+                loaded = {key: value for key, value in loaded.items() if key not in later}
+            self._teleporter_state, self._loaded_state = restored(fresh, loaded, OWN), None
+        state = merged(fresh, self._teleporter_state) if self._teleporter_state is not None else fresh
+        if loss is not None and state is not None:
+            state = self.teleporter.told(state, loss, deterministic=False)
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict; its entry `teleporting` has the number of steps, where on the orbit all
+        teleports have led, and what the teleporter and the schedule remember, draws of random numbers included, so that
+        a run that goes on from it takes the same steps."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        packed: dict[str, Any] = self.optimizer.state_dict()
+        packed[OWN] = {
+            "steps": self.steps,
+            "teleporter": self.teleporter.name,
+            "state": self._saved_state(),
+            "orbit": self._orbit.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": {name: source.get_state() for name, source in sources_of(self.teleporter)},
+        }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of the bare inner optimizer; from the latter it starts at step 0, and
+        what is known of where teleports have led stays.
+
+        Raises:
+            ValueError: if it was saved with another teleporter or schedule, or does not fit the inner optimizer.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        own = state_dict.pop(OWN, {"steps": 0, "teleporter": self.teleporter.name, "state": None, "random": {}})
+        if own["teleporter"] != self.teleporter.name:
+            raise ValueError(
+                f"this state was saved with the teleporter {own['teleporter']!r} and cannot go on with "
+                f"{self.teleporter.name!r}: take {OWN!r} out of it to start teleporting anew"
+            )
+        self.schedule.load_state_dict(own.get("schedule", self._fresh_schedule))
+        self.optimizer.load_state_dict(state_dict)
+        self.steps = own["steps"]
+        self._due = self.schedule.due(self.steps)
+        self._judge = Judge(self._judge.window)
+        self._teleporter_state, self._loaded_state = None, own["state"]
+        if "orbit" in own:
+            self._orbit.load_state_dict(own["orbit"])
+        for name, source in sources_of(self.teleporter):
+            if name in own["random"]:
+                source.set_state(own["random"][name].cpu())
+        if self._recorder is not None:
+            self._recorder.clear()
+            self._recorder.wanted = self._due
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _saved_state(self) -> Any:
+        # What was loaded takes its form at the next teleport; until then it is passed on as it is.
+        return self._loaded_state if self._teleporter_state is None else plain(self._teleporter_state)

@@ -105,6 +105,11 @@ class Teleporter:
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
         self.trust_region = trust_region or TrustRegion()
 
+    @property
+    def groups(self) -> tuple[str, ...] | None:
+        """Names of the groups that it can move along; None where it can along any."""
+        return None
+
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> Any:
         """The state before the first teleport; None for teleporters that remember nothing."""
         return None
@@ -116,10 +121,6 @@ class Teleporter:
     def gain_evaluations(self, symmetry: Symmetry, point: Point) -> float:
         """Gradient evaluations that one `gain` costs."""
         return 0.0
-
-    def serves(self, symmetry: Symmetry) -> bool:
-        """Whether it can move along a symmetry at all; learned ones have networks for some groups only."""
-        return True
 
     def watches(self, model: nn.Module) -> tuple[str, ...]:
         """Names of modules whose inputs it wants to see, besides those that the symmetries look at."""

@@ -42,7 +42,7 @@ class TeleportReport:
     Args:
         teleporter: the teleporter's name.
         accepted: false where all that was proposed was refused; the weights are then as they were.
-        reason: why it was refused, wholly or for some symmetries; empty otherwise.
+        reason: why it was refused, wholly or for some symmetries, or why nothing was moved (size 0); empty otherwise.
         loss_before: loss before the teleport; NaN where no loss was seen.
         loss_after: loss after it; NaN where no loss was seen.
         drift: relative change of what the teleporter keeps: the model's outputs on the inputs, in the Frobenius norm,
@@ -64,6 +64,8 @@ class TeleportReport:
         held_out_drift: relative change of the outputs on held-out data.
         failures: those of `metateleport.teleporters.FAILURES` that were seen, each with what was seen: at once, or by
             an optimizer in later steps.
+        stretch: the largest factor by which all teleports of an optimizer together, this one included, have stretched,
+            shrunk or unbalanced anything; NaN where that is not kept.
     """
 
     teleporter: str
@@ -86,6 +88,7 @@ class TeleportReport:
     held_out_after: float = _NAN
     held_out_drift: float = _NAN
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stretch: float = _NAN
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from metateleport.groups import Group, PositiveDiagonal
+from metateleport.groups import Group, PositiveDiagonal, VectorGroup
 
-__all__ = ["check_max_stretch", "stretch", "within_reach"]
+__all__ = ["check_max_stretch", "shortened", "stretch", "within_reach"]
 
 
 def check_max_stretch(max_stretch: float | None) -> None:
@@ -35,7 +35,7 @@ def stretch(group: Group, element: Tensor) -> Tensor:
 
     It is a norm of where $g$ is in the group: zero at the rotations alone, the same for $g$ and $g^{-1}$, and at most
     the sum of its parts for a product. The condition number is none, as it does not see that one layer grows and the
-    next one shrinks as a whole.
+    next one shrinks as a whole. Of a translation $t$ it is $\log(1 + \max_i |t_i|)$.
 
     Args:
         group: the group.
@@ -50,6 +50,8 @@ def stretch(group: Group, element: Tensor) -> Tensor:
     """
     if isinstance(group, PositiveDiagonal):
         largest = element.log().abs().amax(-1)
+    elif isinstance(group, VectorGroup):
+        largest = element.abs().amax(-1).log1p()
     else:
         finite = group.expand(element.isfinite().flatten(-2).all(-1))
         singular = torch.linalg.svdvals(torch.where(finite, element, torch.zeros_like(element)))
@@ -87,3 +89,37 @@ def within_reach(group: Group, generator: Tensor, reached: Tensor, bound: float)
     length = torch.linalg.matrix_norm(fixed, 2).clamp_min(torch.finfo(fixed.dtype).tiny)
     share = ((bound - before) / length).clamp(0.0, 1.0)
     return generator * group.expand(torch.where(inside, torch.ones_like(share), share))
+
+
+def shortened(group: Group, element: Tensor, reached: Tensor, bound: float) -> Tensor:
+    r"""The element nearest to $g$ that leads no further than a bound, $g' h$ with a stretch of at most $b$.
+
+    Diagonals and translations are cut off entry by entry, matrices at the singular values of $g h$, which leaves the
+    rotations in it alone. Where $h$ is beyond the bound already, it is what $g' h$ may not go beyond.
+
+    Args:
+        group: the group.
+        element: $g$, of shape `group.shape`.
+        reached: $h$, the product of all elements until now.
+        bound: $b$, a logarithm.
+
+    Returns:
+        $g'$; $g$ itself where it leads to within the bound, or is not finite.
+
+    Example:
+        >>> shortened(PositiveDiagonal(2), torch.tensor([4.0, 0.5]), torch.tensor([2.0, 1.0]), math.log(4))
+        tensor([2.0000, 0.5000])
+    """
+    if not bool(element.isfinite().all()):
+        return element
+    bound = max(bound, float(stretch(group, reached)))
+    there = group.compose(element, reached)
+    if float(stretch(group, there)) <= bound * (1 + 1e-6):
+        return element
+    if isinstance(group, PositiveDiagonal):
+        return there.log().clamp(-bound, bound).exp() / reached
+    if isinstance(group, VectorGroup):
+        return there.clamp(-math.expm1(bound), math.expm1(bound)) - reached
+    left, singular, right = torch.linalg.svd(there.double())
+    cut = singular.log().clamp(-bound, bound).exp()
+    return ((left * cut) @ right @ torch.linalg.inv(reached.double())).to(element.dtype)

@@ -16,8 +16,8 @@ from training_cases import tiny
 
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
-from metateleport.learned.reach import stretch, within_reach
 from metateleport.teleporters import travel
+from metateleport.teleporters.reach import stretch, within_reach
 from metateleport.training import TrainingError, train
 
 GROUPS = [mt.GeneralLinear(4), mt.PositiveDiagonal(4), mt.Orthogonal(4)]

@@ -32,18 +32,31 @@ def scalar_or_none(result: Any) -> Tensor | None:
 
 
 def known_at_first(closure: Callable[[], Any], loss: Any, groups: Sequence[dict[str, Any]]) -> Callable[[], Any]:
-    """The closure, whose value is known as long as nobody changes the weights or the gradients."""
+    """The closure, whose value is known as long as nobody changes the weights or the gradients.
 
-    def versions() -> list[tuple[int, int | None, int | None]]:
-        return [
-            (each._version, *((None, None) if each.grad is None else (id(each.grad), each.grad._version)))
-            for group in groups
-            for each in group["params"]
-        ]
+    Values are compared and not versions, as optimizers that write through `.data` leave no trace in those.
+    """
+    held = [each for group in groups for each in group["params"]]
+    known = [(each.detach().clone(), None if each.grad is None else each.grad.detach().clone()) for each in held]
 
-    known = versions()
+    def unchanged() -> bool:
+        return all(
+            torch.equal(value, each) and _same_gradient(gradient, each.grad)
+            for each, (value, gradient) in zip(held, known, strict=True)
+        )
 
     def evaluate() -> Any:
-        return loss if versions() == known else closure()
+        nonlocal known
+        if known and unchanged():
+            return loss
+        # Once it has changed there is nothing left to compare with.
+        known = []
+        return closure()
 
     return evaluate
+
+
+def _same_gradient(before: Tensor | None, now: Tensor | None) -> bool:
+    if before is None or now is None:
+        return before is now
+    return before.layout == now.layout and before.layout == torch.strided and torch.equal(before, now)

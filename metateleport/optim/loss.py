@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_closure import scalar
 from metateleport.capture import PassRecorder, RecordedPass
+from metateleport.optim.closure import scalar
 from metateleport.point import Point
 from metateleport.teleporters import Teleporter
 from metateleport.teleporters.free import gradients_at
@@ -53,23 +53,23 @@ def check_loss(teleporter: Teleporter, loss: Any) -> None:
 
 
 def know_loss(
-    watch: PassRecorder,
-    caught: RecordedPass,
+    recorder: PassRecorder,
+    recorded: RecordedPass,
     point: Point,
     loss: Callable[[Any], Tensor],
     named: Mapping[str, nn.Parameter],
     groups: Sequence[dict[str, Any]],
     free: bool,
 ) -> Known:
-    """Gives a point the loss as a function, on the caught pass's inputs and with its draws.
+    """Gives a point the loss as a function, on the recorded pass's inputs and with its draws.
 
     The function is tried at the weights as they are and held against what the closure returned, at a third of an
     evaluation. A teleporter without symmetries starts from its gradient there, an evaluation, which also says whether
     `p.grad` is a multiple of it: only then is it known at the new place.
 
     Args:
-        watch: of the model.
-        caught: the forward pass to start from.
+        recorder: of the model.
+        recorded: the forward pass to start from.
         point: where to start, with `p.grad`, and the closure's loss where there is one.
         loss: maps the model's outputs to the loss.
         named: the model's parameters.
@@ -81,7 +81,7 @@ def know_loss(
     """
 
     def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
-        value = watch.outputs_at(caught, parameters, loss)
+        value = recorder.outputs_at(recorded, parameters, loss)
         if value.numel() != 1:
             raise ValueError(f"loss= has to return a scalar; it returned shape {tuple(value.shape)}")
         return value.reshape(())
@@ -91,7 +91,7 @@ def know_loss(
         if told is None:
             return Known(known)
         with torch.no_grad():
-            _compare(told, loss_at(point.parameters), watch.passes)
+            _compare(told, loss_at(point.parameters), recorder.passes)
         return Known(known, evaluations=1 / 3)
     held = {id(value) for group in groups for value in group["params"]}
     left = [n for n, value in named.items() if value.grad is not None and (n not in point.gradients)]
@@ -101,7 +101,7 @@ def know_loss(
         return Known(known, reason=reason)
     value, gradients = gradients_at(known, {})
     if told is not None:
-        _compare(told, value, watch.passes)
+        _compare(told, value, recorder.passes)
     factor = _factor(point.gradients, gradients)
     start = known.replace(loss=scalar(value), gradients=gradients)
     if factor is None:

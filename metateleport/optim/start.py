@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,79 +16,135 @@ from metateleport.symmetries import Pair, Symmetry
 from metateleport.teleporters import Teleporter
 from metateleport.teleporters.once import relative_change, split_inputs
 
-__all__ = ["Consequences", "consequences_of", "pass_to_start_from", "relative_drift", "start_of"]
+__all__ = ["Consequences", "Start", "consequences_of", "pass_to_start_from", "relative_drift", "start_of"]
 
 
-def pass_to_start_from(watch: PassRecorder, example_input: Any) -> RecordedPass:
-    """The last forward pass, or one on the example where there was none.
+def pass_to_start_from(recorder: PassRecorder, example_input: Any) -> RecordedPass:
+    """The last pass that a backward pass has come by, else the last forward pass, or one on the example.
 
     Raises:
-        RuntimeError: if there is neither.
+        RuntimeError: if there is none of them.
     """
-    caught, problem = watch.last, ""
-    if caught is None:
+    recorded, problem = recorder.last, ""
+    if recorded is None:
         problem = (
             "there was no forward pass of the model since the last step (passes under torch.no_grad() do not count)"
         )
-    elif caught.training != watch.model.training:
+        if recorder.silent:
+            problem = f"{problem}: {recorder.silent}"
+    elif recorded.training != recorder.model.training:
         modes = ("evaluation", "training")
         problem = (
-            f"the last forward pass was in {modes[caught.training]} mode and the model now is in "
-            f"{modes[watch.model.training]} mode"
+            f"the last forward pass was in {modes[recorded.training]} mode and the model now is in "
+            f"{modes[recorder.model.training]} mode"
         )
-    if caught is not None and not problem:
-        return caught
+    if recorded is not None and not problem:
+        if recorder.silent and recorder.modules:
+            recorder.complete(recorded)
+        return recorded
     if example_input is None:
         raise RuntimeError(
             f"cannot teleport: {problem}. Call the model and backward() before step(), or give example_input="
         )
-    return watch.evaluate(*split_inputs(example_input))
+    return recorder.evaluate(*split_inputs(example_input))
+
+
+class Start(NamedTuple):
+    """Where a teleport starts.
+
+    Args:
+        point: the point.
+        symmetries: those that can be moved along from there.
+        left_out: why others cannot, in words.
+        reason: why a teleport cannot start there at all; empty if it can.
+    """
+
+    point: Point
+    symmetries: tuple[Symmetry, ...]
+    left_out: tuple[str, ...] = ()
+    reason: str = ""
 
 
 def start_of(
-    watch: PassRecorder,
-    caught: RecordedPass,
+    recorder: PassRecorder,
+    recorded: RecordedPass,
     named: Mapping[str, nn.Parameter],
     symmetries: Sequence[Symmetry],
     loss: Tensor | None,
-) -> tuple[Point, str]:
-    """The point that a teleport starts from.
+) -> Start:
+    """The point that a teleport starts from, in float32 at least, and the symmetries that it can go along.
 
     Args:
-        watch: of the model.
-        caught: the forward pass to start from.
+        recorder: of the model.
+        recorded: the forward pass to start from.
         named: the model's parameters, with the gradients that the optimizer is about to use.
         symmetries: those to move along.
         loss: the loss, where it is known.
-
-    Returns:
-        The point, and why a teleport cannot start there; empty if it can.
     """
     gradients = {
-        name: value.grad.detach()
+        name: _single(value.grad.detach())
         for name, value in named.items()
-        if value.grad is not None and not value.grad.is_sparse
+        if value.grad is not None and value.grad.layout == torch.strided
     }
     point = Point(
-        parameters={name: value.detach() for name, value in named.items()},
+        parameters={name: _single(value.detach()) for name, value in named.items()},
         gradients=gradients,
-        activations=watch.activations(caught),
+        activations=recorder.activations(recorded),
         loss=loss,
     )
+    usable, left_out = [], []
     for symmetry in symmetries:
-        missing = [name for name in symmetry.modules if name not in point.activations]
-        if missing:
-            return point, f"the module {missing[0]!r} did not run in the last forward pass"
-        frozen = [name for name in symmetry.parameters if not named[name].requires_grad]
-        if frozen:
-            return point, f"{frozen[0]!r} is frozen (requires_grad=False) now"
-    rebuilding = [each for each in symmetries if each.exactness == "batch-exact" and isinstance(each, Pair)]
-    if not rebuilding or not gradients:
-        return point, ""
-    cotangents = watch.cotangents(caught)
+        why = _unusable(symmetry, point, recorded, named)
+        if why:
+            left_out.append(f"{symmetry!r}: {why}")
+        else:
+            usable.append(symmetry)
+    begun = Start(point, tuple(usable), tuple(left_out))
+    reason = _not_finite(point, recorded) or ("; ".join(left_out) if symmetries and not usable else "")
+    rebuilding = [each for each in usable if each.exactness == "batch-exact" and isinstance(each, Pair)]
+    if reason or not rebuilding or not gradients:
+        return begun._replace(reason=reason)
+    cotangents = recorder.cotangents(recorded)
     factor, reason = _factor(rebuilding, point, cotangents)
     scaled = {name: factor * value for name, value in cotangents.items()}
-    return point.replace(cotangents=scaled, pullback=watch.pullback(caught, point.parameters, gradients)), reason
+    pullback = recorder.pullback(recorded, point.parameters, gradients)
+    return begun._replace(point=point.replace(cotangents=scaled, pullback=pullback), reason=reason)
+
+
+def _unusable(symmetry: Symmetry, point: Point, recorded: RecordedPass, named: Mapping[str, nn.Parameter]) -> str:
+    """Why a symmetry cannot be moved along from a pass, in words; empty if it can."""
+    missing = [name for name in symmetry.parameters if name not in named]
+    if missing:
+        return f"the model has no parameter {missing[0]!r} any more"
+    frozen = [name for name in symmetry.parameters if not named[name].requires_grad]
+    if frozen:
+        return f"{frozen[0]!r} is frozen (requires_grad=False) now"
+    unused = [name for name in symmetry.modules if name not in point.activations]
+    if unused:
+        return f"the module {unused[0]!r} did not run in the last forward pass"
+    sparse = [name for name in symmetry.parameters if named[name].grad is not None and name not in point.gradients]
+    if sparse:
+        return f"the gradient of {sparse[0]!r} is sparse"
+    repeated = [name for name in symmetry.modules if name in recorded.repeated]
+    if repeated and symmetry.exactness != "exact":
+        return f"the module {repeated[0]!r} ran several times in the last forward pass"
+    return ""
+
+
+def _not_finite(point: Point, recorded: RecordedPass) -> str:
+    if point.loss is not None and not bool(point.loss.isfinite().all()):
+        return f"the loss is not finite ({float(point.loss)})"
+    lost = [name for name, value in point.gradients.items() if not bool(value.isfinite().all())]
+    if lost:
+        return f"the gradient of {lost[0]!r} is not finite"
+    if recorded.outputs and not any(value.numel() for value in recorded.outputs):
+        return "the batch is empty"
+    return ""
+
+
+def _single(value: Tensor) -> Tensor:
+    """In float32 where it has half precision: group elements are."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def _factor(rebuilding: Sequence[Pair], point: Point, cotangents: Tensors) -> tuple[float, str]:
@@ -139,13 +195,13 @@ class Consequences:
 
 
 def consequences_of(
-    watch: PassRecorder, caught: RecordedPass, start: Point, arrived: Point, teleporter: Teleporter
+    recorder: PassRecorder, recorded: RecordedPass, start: Point, arrived: Point, teleporter: Teleporter
 ) -> Consequences:
     """Looks at a teleport's end before anything is written.
 
     Args:
-        watch: of the model.
-        caught: the forward pass that the teleport started from; it is repeated at the end, a third of an evaluation,
+        recorder: of the model.
+        recorded: the forward pass that the teleport started from; it is repeated at the end, a third of an evaluation,
             unless the loss is all that has to stay.
         start: where it starts.
         arrived: where it ends.
@@ -161,8 +217,8 @@ def consequences_of(
         reason = f"the value or the gradient of {lost[0]!r} would not be finite"
         return Consequences(reason=reason, broken=reason)
     if keeps == "outputs":
-        after = watch.replay(caught, arrived.parameters)
-        drift = relative_drift(caught.outputs, after)
+        after = recorder.replay(recorded, arrived.parameters)
+        drift = relative_drift(recorded.outputs, after)
     else:
         assert start.loss is not None
         assert arrived.loss is not None
@@ -174,11 +230,11 @@ def consequences_of(
         # It has evaluated the loss where it went.
         return Consequences(drift, float(arrived.loss) - float(start.loss))  # type: ignore[arg-type]
     # The gradient on the outputs of the last pass says nothing of others before it.
-    if watch.passes != 1 or not caught.output_cotangents:
+    if recorder.passes != 1 or not recorded.output_cotangents:
         return Consequences(drift, float("nan"))
     change = sum(
-        float((cotangent.double() * (after[place].double() - caught.outputs[place].double())).sum())
-        for place, cotangent in caught.output_cotangents.items()
+        float((cotangent.double() * (after[place].double() - recorded.outputs[place].double())).sum())
+        for place, cotangent in recorded.output_cotangents.items()
     )
     return Consequences(drift, change)
 

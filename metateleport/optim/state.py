@@ -11,16 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
 from metateleport.symmetries.translation import BiasTranslation
 from metateleport.teleporters.base import Move
 
-__all__ = ["StateReport", "carry_state"]
+__all__ = ["StateReport", "cannot_carry", "carry_state"]
 
 # Names in the states of the optimizers of torch and of pytorch_optimizer. First-order ones are sums of gradients, so
 # they go with the gradient; second-order ones are sums of squared gradients, roots are largest absolute values.
 _COVECTORS = ("momentum_buffer", "exp_avg", "grad_avg", "prev")
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 _ROOTS = ("exp_inf",)
+# Copies of weights, which move as weights do. What is not known by name is one if it points where the weights do.
+_WEIGHTS = ("z", "slow_params", "backup_params", "slow", "slow_buffer", "ema", "ax", "anchor", "master_param")
+_LEAST_COSINE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,38 @@ class StateReport:
 
     summary: str
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def cannot_carry(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], symmetries: Sequence[Symmetry] | None
+) -> str:
+    """Why a teleport would leave weights that an optimizer keeps in its state behind; empty if it would not.
+
+    Args:
+        optimizer: whose state it is.
+        named: the model's parameters.
+        symmetries: those to move along; None for a move along no symmetry.
+    """
+    kept = sorted(
+        {
+            key
+            for state in _states(optimizer)
+            for key in _weights_in(_entries(state, named, dict.fromkeys(named)), named)
+        }
+    )
+    if not kept:
+        return ""
+    if any("train_mode" in group for group in optimizer.param_groups):
+        # What it trains is a mean that goes on moving towards its other weights: no report could tell what becomes of it.
+        return (
+            f"{type(optimizer).__name__} trains a running mean of weights that it keeps in its state {kept[0]!r} "
+            "(schedule-free): teleport with an optimizer whose weights are the model's"
+        )
+    told = f"{type(optimizer).__name__} keeps weights in its state {kept[0]!r}, and they can move"
+    if symmetries is None:
+        return f"{told} along symmetries only"
+    loose = [each for each in symmetries if each.exactness != "exact"]
+    return f"{told} along exact symmetries only, not along {loose[0].kind}" if loose else ""
 
 
 def carry_state(
@@ -64,16 +100,44 @@ def carry_state(
         entries = {key: "reset" for state in optimizer.state.values() for key in state}
         optimizer.state.clear()
         return StateReport("reset", entries)
-    found = _entries(optimizer, named, moved)
-    if how == "keep":
-        return StateReport(how, dict.fromkeys(found, "kept"))
-    if how == "reset":
-        for name in moved:
-            optimizer.state.pop(named[name], None)
-        return StateReport(how, dict.fromkeys(found, "reset"))
-    carriable: dict[str, Tensors] = {}
     said: dict[str, str] = {}
-    for key, kept in found.items():
+    for state in _states(optimizer):
+        said |= _carry(state, how, named, moved, moves, start, optimizer, warned)
+    if how != "transport":
+        return StateReport(how, said)
+    return StateReport("transport" if set(said.values()) <= {"exact"} else "approximate", said)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The state of an optimizer, and of those inside it that keep their own (Lookahead's)."""
+    found, within = [optimizer.state], getattr(optimizer, "optimizer", None)
+    if isinstance(within, torch.optim.Optimizer) and within.state is not optimizer.state:
+        found += _states(within)
+    return found
+
+
+def _carry(
+    state: Any,
+    how: str,
+    named: Mapping[str, nn.Parameter],
+    moved: Mapping[str, None],
+    moves: Sequence[Move],
+    start: Point,
+    optimizer: torch.optim.Optimizer,
+    warned: set[str],
+) -> dict[str, str]:
+    found = _entries(state, named, moved)
+    weights = _weights_in(found, named)
+    said = dict.fromkeys(weights, "exact")
+    for key in weights:
+        _move_weights(found[key], moves, start)
+    others = {key: kept for key, kept in found.items() if key not in weights}
+    if how == "reset":
+        _reset(state, [named[name] for name in moved], others, bool(weights))
+    if how != "transport":
+        return said | dict.fromkeys(others, "kept" if how == "keep" else how)
+    carriable: dict[str, Tensors] = {}
+    for key, kept in others.items():
         shaped = all(isinstance(value, Tensor) and value.shape == named[name].shape for name, value in kept.items())
         if shaped and _kind_of(key, found) != "unknown":
             carriable[key] = kept
@@ -89,17 +153,57 @@ def carry_state(
         for name, value in carriable[key].items():
             if tensors[name] is not value:
                 value.copy_(tensors[name])
-    summary = "transport" if set(said.values()) <= {"exact"} else "approximate"
-    return StateReport(summary, {key: said[key] for key in found})
+    return {key: said[key] for key in found}
 
 
-def _entries(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], moved: Mapping[str, None]
-) -> dict[str, dict[str, Any]]:
+def _reset(state: Any, moved: Sequence[nn.Parameter], others: Mapping[str, Mapping[str, Any]], filled: bool) -> None:
+    """Drops the state of what moved; where weights stand in it, its optimizer set it up: the rest is emptied then."""
+    if not filled:
+        for parameter in moved:
+            state.pop(parameter, None)
+        return
+    for value in (value for kept in others.values() for value in kept.values() if isinstance(value, Tensor)):
+        value.zero_()
+
+
+def _weights_in(found: Mapping[str, Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> list[str]:
+    """Entries that are copies of weights: known by name, or alike in direction over all parameters together."""
+    weights = []
+    for key, kept in found.items():
+        shaped = all(
+            isinstance(value, Tensor) and value.layout == torch.strided and value.shape == named[name].shape
+            for name, value in kept.items()
+        )
+        if not shaped or _kind_of(key, found) != "unknown":
+            continue
+        both = squares = own = 0.0
+        for name, value in kept.items():
+            one, other = value.detach().double(), named[name].detach().double()
+            both, squares = both + float((one * other).sum()), squares + float(one.square().sum())
+            own += float(other.square().sum())
+        if key in _WEIGHTS or (both > 0 and both >= _LEAST_COSINE * (squares * own) ** 0.5):
+            weights.append(key)
+    return weights
+
+
+def _move_weights(kept: Tensors, moves: Sequence[Move], start: Point) -> None:
+    """Moves weights that an optimizer keeps, in place, by the elements that moved the model's.
+
+    The actions are linear, so that whatever is interpolated between the two (schedule-free's averages) moves too.
+    """
+    here = {name: kept.get(name, value).to(value.dtype) for name, value in start.parameters.items()}
+    point = Point(here, activations=start.activations, loss=start.loss)
+    for move in moves:
+        point = move.symmetry.act(move.element, point)
+    for name, value in kept.items():
+        value.copy_(point.parameters[name])
+
+
+def _entries(state: Any, named: Mapping[str, nn.Parameter], moved: Mapping[str, None]) -> dict[str, dict[str, Any]]:
     """What the state remembers of the moved parameters, by entry and parameter; counters and settings left out."""
     found: dict[str, dict[str, Any]] = {}
     for name in moved:
-        for key, value in optimizer.state.get(named[name], {}).items():
+        for key, value in state.get(named[name], {}).items():
             counter = isinstance(value, Tensor) and value.ndim == 0 and (key == "step" or named[name].ndim > 0)
             if not counter and not isinstance(value, bool | int | float | str | None):
                 found.setdefault(key, {})[name] = value

@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from metateleport._optim_teleport import relative_drift
 from metateleport.capture import PassRecorder
-from metateleport.point import Point
+from metateleport.detect import symmetries_of
+from metateleport.detection import exact_symmetries
+from metateleport.optim.start import relative_drift, start_of
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter
 
-__all__ = ["check_kinds", "check_parameters", "check_symmetries", "checked_state", "try_symmetries"]
+__all__ = [
+    "check_fit",
+    "check_kinds",
+    "check_parameters",
+    "check_symmetries",
+    "checked_state",
+    "found_symmetries",
+    "try_symmetries",
+]
 
 
 _STATES = ("transport", "keep", "reset")
@@ -60,8 +70,14 @@ def checked_state(state: Any, optimizer: torch.optim.Optimizer, teleporter: Tele
 
 
 def check_parameters(groups: Sequence[dict[str, Any]], model: nn.Module) -> None:
-    """Raises a `ValueError` if parameter groups hold what is not the model's."""
+    """Raises a `ValueError` if parameter groups hold what is not the model's, or is sharded over processes."""
     known = {id(value) for value in model.parameters()}
+    for name, value in model.named_parameters():
+        if type(value).__name__ in ("DTensor", "FlatParameter") or hasattr(value, "device_mesh"):
+            raise ValueError(
+                f"{name!r} is sharded over processes (FSDP or DTensor), and a teleport needs whole tensors: teleport "
+                "before sharding, with metateleport.teleport, or train with DistributedDataParallel"
+            )
     for group in groups:
         parameters = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         tensors = [each[1] if isinstance(each, tuple) else each for each in parameters]
@@ -71,6 +87,61 @@ def check_parameters(groups: Sequence[dict[str, Any]], model: nn.Module) -> None
                 f"the optimizer holds a parameter of shape {tuple(foreign[0].shape)} that is not the model's: make it "
                 "from this model's parameters(), after the model is built"
             )
+
+
+def found_symmetries(model: nn.Module, optimizer: torch.optim.Optimizer, example_input: Any) -> Sequence[Symmetry]:
+    """The exact symmetries of a model that move nothing but what an optimizer holds.
+
+    Args:
+        model: the model.
+        optimizer: the inner one.
+        example_input: what the model is traced and certified on; without it only an `nn.Sequential` is read.
+
+    Raises:
+        ValueError: if there are none, or they cannot be found without an example.
+    """
+    if example_input is None:
+        try:
+            found = symmetries_of(model)
+        except Unsuitable as error:
+            raise Unsuitable(
+                f"teleports need symmetries, and none were found in this {type(model).__name__}: {error}; give "
+                "example_input=, a batch that the model takes, to have those of any model found and certified, or "
+                "name them with symmetries="
+            ) from error
+    else:
+        # Clones, as models may write their inputs.
+        copied = tree_map_only(Tensor, lambda value: value.detach().clone(), example_input)
+        found = exact_symmetries(model, copied, buffers=False)
+    held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+    named = dict(model.named_parameters())
+    names = {name for name, value in named.items() if id(value) in held and value.requires_grad}
+    kept = [each for each in found if names.issuperset(each.parameters)]
+    if not kept:
+        why = f"; each of the {len(found)} there are moves what is frozen or not the optimizer's" if found else ""
+        raise Unsuitable(
+            f"teleports need symmetries, and none were found that move only what the optimizer trains{why}: name them "
+            "with symmetries=, or train without teleports"
+        )
+    return kept
+
+
+def check_fit(teleporter: Teleporter, symmetries: Sequence[Symmetry]) -> None:
+    """Raises a `ValueError` if a teleporter could not move along any of the symmetries."""
+    groups = teleporter.groups
+    if groups is None or not symmetries:
+        return
+    present = sorted({symmetry.group.name for symmetry in symmetries})
+    if not set(present) & set(groups):
+        raise ValueError(
+            f"this teleporter has networks for {_listed(groups)} only, and the model's symmetries have "
+            f"{_listed(present)}: it could move nothing. Take a checkpoint that was trained on a model with the same "
+            "activations (metateleport.symmetries_of(model) shows the groups), or another teleporter"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ("groups " if len(names) != 1 else "the group ") + ", ".join(map(repr, names))
 
 
 def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -101,7 +172,7 @@ def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Opti
 
 
 def try_symmetries(
-    watch: PassRecorder,
+    recorder: PassRecorder,
     symmetries: Sequence[Symmetry],
     positional: tuple[Any, ...],
     keywords: dict[str, Any],
@@ -110,7 +181,7 @@ def try_symmetries(
     """Moves the model by a small element of each symmetry, out of place, and looks at its outputs.
 
     Args:
-        watch: of the model.
+        recorder: of the model.
         symmetries: what to try; those whose condition fails on these inputs are passed over.
         positional: the model's positional inputs.
         keywords: its keyword inputs.
@@ -119,10 +190,9 @@ def try_symmetries(
     Raises:
         Unsuitable: if the outputs change, or a module that a symmetry looks at does not run.
     """
-    caught = watch.evaluate(positional, keywords)
-    point = Point(
-        {name: value.detach() for name, value in watch.model.named_parameters()}, activations=watch.activations(caught)
-    )
+    recorded = recorder.evaluate(positional, keywords)
+    named = dict(recorder.model.named_parameters())
+    point = start_of(recorder, recorded, named, (), None).point.replace(gradients={})
     for symmetry in symmetries:
         missing = [name for name in symmetry.modules if name not in point.activations]
         if missing:
@@ -131,7 +201,7 @@ def try_symmetries(
         element = symmetry.group.random(size=0.5, seed=0, dtype=weight.dtype, device=weight.device)
         if not bool(symmetry.holds(point) & symmetry.holds(point, element)):
             continue
-        drift = relative_drift(caught.outputs, watch.replay(caught, symmetry.act(element, point).parameters))
+        drift = relative_drift(recorded.outputs, recorder.replay(recorded, symmetry.act(element, point).parameters))
         if not drift <= limit:
             raise Unsuitable(
                 f"{symmetry!r} does not hold in this model: a small element changes the outputs on example_input "
