@@ -58,6 +58,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.evaluation import EvaluationError
     from metateleport.experiments import ExperimentError
     from metateleport.families import FamilyError
+    from metateleport.stack_trial import StackError
     from metateleport.symmetries import Unsuitable
     from metateleport.tracking import TrackingError
     from metateleport.training import TrainingError
@@ -65,6 +66,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     return (
         UsageError,
         FamilyError,
+        StackError,
         CheckpointError,
         EvaluationError,
         ExperimentError,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from metateleport.files import run_file, search_folders
+from metateleport.stack_trial import try_out
 from metateleport.task import SPLITS, TRAINING_LOSS, Measure, Split, Task, TaskStack, split_of, task_seed
 
 __all__ = [
@@ -30,6 +31,10 @@ __all__ = [
     "split_of",
     "task_seed",
 ]
+
+
+_TRIED: dict[Any, bool] = {}
+"""Kinds of stacks that were evaluated once, and whether `vmap` serves them."""
 
 
 class FamilyError(ValueError):
@@ -93,8 +98,29 @@ class TaskFamily(abc.ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> TaskStack:
-        """Several tasks stacked in one graph."""
-        return TaskStack([self.task(index, split, seed, dtype) for index in indices], device)
+        """Several tasks stacked in one graph.
+
+        Raises:
+            FamilyError: if they cannot be stacked or evaluated.
+        """
+        tasks = [self.task(index, split, seed, dtype) for index in indices]
+        try:
+            made = TaskStack(tasks, device)
+            self._try_out(made)
+        except ValueError as error:
+            raise FamilyError(f"{self.name}: {error}") from error
+        return made
+
+    def _try_out(self, stack: TaskStack) -> None:
+        """Evaluates a stack once, the first of its kind in this process."""
+        model = stack.model
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        shapes = tuple((name, value.shape, value.dtype) for name, value in tensors)
+        kind = (type(self), str(model.template), shapes, str(stack.device))
+        if kind not in _TRIED:
+            try_out(model, stack.batch(0))
+            _TRIED[kind] = model.batched
+        model.batched = _TRIED[kind]
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""

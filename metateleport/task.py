@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -153,9 +154,12 @@ class TaskStack:
     def __init__(self, tasks: Sequence[Task], device: torch.device | str = "cpu") -> None:
         if not tasks:
             raise ValueError("a stack needs at least one task")
-        self.model = StackedModel([task.model for task in tasks], tasks[0].loss, tasks[0].symmetries).to(device)
+        if any(_empty(task) for task in tasks):
+            raise ValueError("a task has no training samples, and without any there is no loss: give it one at least")
+        first = tasks[0]
+        self.symmetries = _unfrozen(first.model, first.symmetries)
+        self.model = StackedModel([task.model for task in tasks], first.loss, self.symmetries).to(device)
         self.tasks = tuple(tasks)
-        self.symmetries = tuple(tasks[0].symmetries)
         self.device = torch.device(device)
         if any(_shapes(task) != _shapes(tasks[0]) for task in tasks):
             raise ValueError("only tasks of one shape can be stacked: their data differ in number or shape")
@@ -193,7 +197,7 @@ class TaskStack:
         if self.measure is None:
             return self.model.losses_at(parameters, self.full)
         with torch.no_grad():
-            return torch.func.vmap(self.measure.function)(dict(parameters), *self._sought)
+            return self.model.each(self.measure.function, {**self.model.fixed(), **parameters}, *self._sought)
 
     def _stack(self, batches: Sequence[Batch]) -> Batch:
         inputs, targets = (
@@ -207,6 +211,30 @@ class TaskStack:
         if all(value is values[0] for value in values):
             return values[0].to(self.device).expand(len(values), *values[0].shape)
         return torch.stack(tuple(values)).to(self.device)
+
+
+def _unfrozen(model: nn.Module, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
+    """The symmetries that move no frozen parameter; what is left out is said, once for each model's shape."""
+    named = dict(model.named_parameters())
+    kept, frozen = [], []
+    for symmetry in symmetries:
+        moved = [name for name in symmetry.parameters if name in named and not named[name].requires_grad]
+        frozen.extend(moved)
+        if not moved:
+            kept.append(symmetry)
+    if frozen:
+        warnings.warn(
+            f"{len(symmetries) - len(kept)} of {len(symmetries)} symmetries are left out: they move "
+            f"{', '.join(dict.fromkeys(frozen))}, which the task froze",
+            stacklevel=3,
+        )
+    return tuple(kept)
+
+
+def _empty(task: Task) -> bool:
+    if task.rows is not None:
+        return not len(task.rows)
+    return any(value.ndim and not len(value) for value in (*task.inputs, *task.targets))
 
 
 def _shapes(task: Task) -> list[Any]:

@@ -38,8 +38,8 @@ Kind = Literal["learned", "off", "stays-off", "gauge-off", "random"]
 class _Sizes:
     """Frobenius norms of the generators of one step, by what was moved."""
 
-    stays: dict[tuple[str, ...], Tensor]
-    gauges: dict[tuple[Any, ...], Tensor]
+    stays: dict[str, Tensor]
+    gauges: dict[tuple[str, str], Tensor]
 
 
 class Learned(Method):
@@ -109,7 +109,7 @@ class Learned(Method):
                     recorder.drift(reached.parameters, taken.teleported, batch, where=taken.accepted)
                 recorder.charge(taken.evaluations)
                 if sizes is not None:
-                    stays = {move.symmetry.parameters: move.size for move in taken.moves}
+                    stays = {move.symmetry.key: move.size for move in taken.moves}
                     sizes.append(_Sizes(stays, {_place(gauge): gauge.size for gauge in taken.gauges}))
                 number += 1
         return recorder.trajectory()
@@ -132,7 +132,7 @@ class _SameSizes(Teleporter):
         )
         if self.step >= len(self.sizes):
             return torch.zeros_like(drawn), state
-        return drawn * symmetry.group.expand(self.sizes[self.step].stays[symmetry.parameters].to(drawn)), state
+        return drawn * symmetry.group.expand(self.sizes[self.step].stays[symmetry.key].to(drawn)), state
 
 
 class _SameGauges:
@@ -154,8 +154,8 @@ class _SameGauges:
         return drawn
 
 
-def _place(gauge: Gauge) -> tuple[Any, ...]:
-    return (gauge.symmetry.parameters, gauge.side)
+def _place(gauge: Gauge) -> tuple[str, str]:
+    return (gauge.symmetry.key, gauge.side)
 
 
 def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None, seed: int = 0) -> list[Learned]:

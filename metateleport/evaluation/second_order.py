@@ -130,25 +130,26 @@ def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
     """
     (inputs, targets), template = batch, model.template
     one = {name: value[0].detach() for name, value in tensors.items()}
+    fixed = {name: value[0] for name, value in model.fixed().items()}
     given, wanted = tuple(value[0] for value in inputs), tuple(value[0] for value in targets)
 
     def loss(values: Tensors) -> Tensor:
-        return model.loss(torch.func.functional_call(template, values, given), *wanted)
+        return model.loss(torch.func.functional_call(template, {**fixed, **values}, given), *wanted)
 
     counts = []
-    for function in (lambda: torch.func.grad(loss)(one), lambda: _jacobian(model, one, given)):
+    for function in (lambda: torch.func.grad(loss)(one), lambda: _jacobian(model, one, fixed, given)):
         with FlopCounterMode(display=False) as counter, torch.enable_grad():
             function()
         counts.append(counter.get_total_flops())
     return max(counts[1] / max(counts[0], 1), 1.0)
 
 
-def _jacobian(model: StackedModel, values: Tensors, given: tuple[Tensor, ...]) -> Tensors:
+def _jacobian(model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
     """Derivatives of every output of every sample by every parameter, `(samples, outputs, *parameter)`."""
 
     def single(parameters: Tensors, sample: tuple[Tensor, ...]) -> Tensor:
         inputs = tuple(each.unsqueeze(0) for each in sample)
-        return torch.func.functional_call(model.template, parameters, inputs).flatten()
+        return torch.func.functional_call(model.template, {**fixed, **parameters}, inputs).flatten()
 
     return torch.func.vmap(torch.func.jacrev(single), (None, 0))(values, given)
 
@@ -179,21 +180,22 @@ class _System:
                 continue
             values = {name: value[task] for name, value in tensors.items()}
             given, targets = (tuple(value[task] for value in part) for part in batch)
-            parts.append(cls._of_one(model, values, given, targets))
+            fixed = {name: value[task] for name, value in model.fixed().items()}
+            parts.append(cls._of_one(model, values, fixed, given, targets))
         factors, rights, losses = (torch.stack(each) for each in zip(*parts, strict=True))
         return cls(factors, rights, losses, {name: value.shape[1:] for name, value in tensors.items()})
 
     @staticmethod
     def _of_one(
-        model: StackedModel, values: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+        model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = torch.func.functional_call(model.template, values, given)
+        outputs = torch.func.functional_call(model.template, {**fixed, **values}, given)
 
         def loss(flat: Tensor) -> Tensor:
             return model.loss(flat.reshape(outputs.shape), *wanted)
 
         jacobian = torch.cat(
-            [value.reshape(outputs.numel(), -1) for value in _jacobian(model, values, given).values()], 1
+            [value.reshape(outputs.numel(), -1) for value in _jacobian(model, values, fixed, given).values()], 1
         )
         flat = outputs.flatten()
         slope = torch.func.grad(loss)(flat)

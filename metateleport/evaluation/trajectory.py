@@ -230,7 +230,7 @@ class Recorder:
             found["held_out_loss"] = model.losses_at(parameters, held_out)
             if score is not None:
                 outputs = model.outputs(parameters, held_out[0])
-                found["held_out_accuracy"] = torch.func.vmap(score)(outputs, *held_out[1])
+                found["held_out_accuracy"] = model.each(score, outputs, *held_out[1])
         return {name: values.detach().double().cpu().numpy() for name, values in found.items()}
 
     def _now(self) -> float:

@@ -46,12 +46,14 @@ def on_stack(learner: Any, stack: TaskStack) -> Any:
     clone = learner.clone()
     inner = clone.learner if isinstance(clone, TeleportingLearner) else clone
     named = dict(inner.module.named_parameters())
+    trained = {name: value for name, value in named.items() if value.requires_grad}
     wanted = {name: value.shape[1:] for name, value in stack.model.tensors().items() if name in stack.model.names}
-    if wanted != {name: value.shape for name, value in named.items()}:
+    if wanted != {name: value.shape for name, value in trained.items()}:
         raise ValueError("the tasks' model is not the learner's: their parameters differ in name or shape")
     stacked = learn2learn().clone_module(stack.model)
     for name, value in named.items():
-        stacked._parameters[name.replace(".", "/")] = value.expand(len(stack), *value.shape)
+        own = stacked._parameters if name in trained else stacked._buffers
+        own[name.replace(".", "/")] = value.expand(len(stack), *value.shape)
     stacked.evaluation = None
     inner.module = stacked
     return clone

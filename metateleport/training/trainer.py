@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metateleport.families import TaskFamily, TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.stack_trial import try_twice
 from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, priced, score
@@ -118,6 +119,8 @@ class MetaTrainer:
                     report(done)
                 continue
             stack = self._next_stack()
+            if not done.meta_step and not self.config.first_order:
+                try_twice(stack.model, stack.batch(0))
             unroll = Unroll(stack, self.meta, self.config.first_order, priced=self.config.teleport_cost > 0)
             for _ in range(self._windows()):
                 started = time.perf_counter()
