@@ -63,7 +63,7 @@ class Verdict:
 def judge(cell: Cell) -> Verdict:
     """Runs a cell and judges it."""
     row, problem = IDIOMS[cell.idiom], PROBLEMS[cell.problem]
-    without = row.leaves_out(problem)
+    without = row.leaves_out(problem) if row.leaves_out else None
     if without is not None:
         return Verdict("left out", without)
     bench = Bench(problem, cell.checkpoint, cell.device)

@@ -87,7 +87,7 @@ class Bench:
         return {"symmetries": _symmetries(self.problem)}
 
     def plain(self, steps: int = STEPS, one: One | None = None, **settings: Any) -> Course:
-        """The reference: `loss.backward(); optimizer.step()` on the bare model. Run once, however often it is asked for."""
+        """The reference: `loss.backward(); optimizer.step()` on the bare model. Run once, however often asked for."""
         key = tuple(sorted(settings.items(), key=lambda pair: pair[0]))
         return _reference(self.problem, self.checkpoint, self.device, steps, one or plain, key)
 
@@ -162,7 +162,7 @@ class Loop:
         return loss
 
     def evaluated(self) -> float:
-        """The loss of all the data, without dropout; in training mode where there is none, as statistics of batches are."""
+        """The loss of all the data, without dropout; where there is none in training mode, for batch statistics."""
         model = copy.deepcopy(self.model) if self.noisy else self.model
         model.train(not self.noisy)
         with torch.no_grad():

@@ -42,7 +42,7 @@ class Idiom:
     name: str
     run: Callable[[Bench], Outcome]
     precision: bool
-    leaves_out: Callable[[Problem], str | None]
+    leaves_out: Callable[[Problem], str | None] | None
 
 
 IDIOMS: dict[str, Idiom] = {}
@@ -50,7 +50,7 @@ IDIOMS: dict[str, Idiom] = {}
 
 
 def idiom(
-    name: str, *, precision: bool = False, leaves_out: Callable[[Problem], str | None] = lambda problem: None
+    name: str, *, precision: bool = False, leaves_out: Callable[[Problem], str | None] | None = None
 ) -> Callable[[Callable[[Bench], Outcome]], Callable[[Bench], Outcome]]:
     """Enters a function into the table; it returns an `Outcome`, and asserts what cannot be told from one."""
 

@@ -16,7 +16,7 @@ _STEP = 0.02
 
 
 class StandIn(torch.optim.AdamW):
-    """AdamW with the signature of `metateleport.LearnedOptimizer`, dense gradients, and steps skipped as it skips them."""
+    """AdamW with the signature of `metateleport.LearnedOptimizer`, dense gradients and its way of skipping steps."""
 
     # Of the class, as torch's optimizers pickle nothing but groups and state.
     skipped = 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import loops
-from .cells import CHECKPOINTS, Cell, judge
+from .cells import CHECKPOINTS, Cell, _serves, judge
 from .loops import _reference
 from .stand_in import ADAMW, StandIn
 from .table import Table
@@ -30,7 +30,7 @@ class _WithoutFactor(StandIn):
 
 
 class _Uncounted(StandIn):
-    skipped = property(lambda self: 0, lambda self, value: None)  # type: ignore[assignment]
+    skipped = property(lambda _: 0, lambda *_: None)  # type: ignore[assignment]
 
 
 class _NotANumber(StandIn):
@@ -135,9 +135,11 @@ BROKEN: dict[type[StandIn], str] = {
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    _reference.cache_clear()
+    for each in (_reference, _serves):
+        each.cache_clear()
     yield
-    _reference.cache_clear()
+    for each in (_reference, _serves):
+        each.cache_clear()
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
@@ -205,7 +207,7 @@ def test_refusals(name: str, error: Exception, late: bool, kind: str, monkeypatc
 
 
 def test_an_error_from_elsewhere_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def elsewhere(*given: Any, **settings: Any) -> Any:
+    def elsewhere(*_: Any, **__: Any) -> Any:
         raise ValueError(SENTENCE)
 
     monkeypatch.setattr(loops.mt, "LearnedOptimizer", elsewhere)

@@ -33,6 +33,17 @@ def loss_as_a_number(bench: Bench) -> Outcome:
     return Outcome(Loop(bench).run(by_number), (bench.plain(one=by_loss),))
 
 
+@idiom("closure that does nothing")
+def empty_closure(bench: Bench) -> Outcome:
+    """Gradients are there before the step, and the closure returns nothing: Lightning's step by hand."""
+
+    def by_hand(loop: Loop, batch: Batch) -> None:
+        loop.gradients(batch)
+        loop.optimizer.step(lambda: None)  # type: ignore[arg-type]
+
+    return Outcome(Loop(bench).run(by_hand), (bench.plain(),))
+
+
 def _parts(problem: Problem, batch: Batch, parts: int) -> list[Batch]:
     """Micro-batches whose losses' mean has the gradient of the whole; the whole again where samples are coupled."""
     if problem.coupled:

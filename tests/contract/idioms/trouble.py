@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..loops import MIDDLE, STEPS, Bench, Loop, by_closure, by_loss, plain
-from ..models import Batch
+from ..models import Batch, Problem
 from ..registry import Outcome, idiom
 
 One = Callable[[Loop, Batch], None]
@@ -27,10 +27,8 @@ def _interrupted(bench: Bench, number: int, usual: One, bad: One) -> Outcome:
         before = [value.detach().clone() for value in loop.model.parameters()]
         loop.take(bad if step == number else usual, batch)
         if step == number:
-            moved = [
-                now for now, then in zip(loop.model.parameters(), before, strict=True) if not torch.equal(now, then)
-            ]
-            assert not moved, f"a step that is not finite moved {len(moved)} tensors"
+            pairs = zip(loop.model.parameters(), before, strict=True)
+            assert all(torch.equal(*pair) for pair in pairs), "a step that is not finite moved the weights"
     skipped = loop.optimizer.skipped
     assert skipped == 1, f"one step was to be skipped, and {skipped} are counted"
     return Outcome(loop.course(), (Loop(bench).run(usual, _without(bench, number)),))
@@ -200,10 +198,11 @@ def _zeroed(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-@idiom(
-    "last layer starts at zero",
-    leaves_out=lambda problem: None if problem.last else "frozen, or without a gradient at zero",
-)
+def _no_zero(problem: Problem) -> str | None:
+    return None if problem.last else "its last layer is frozen, or has no gradient at zero"
+
+
+@idiom("last layer starts at zero", leaves_out=_no_zero)
 def zero_last_layer(bench: Bench) -> Outcome:
     def run(one: One) -> Loop:
         loop = Loop(bench, model=_zeroed(bench.model(), str(bench.problem.last)), **bench.found())
