@@ -1,10 +1,11 @@
 """The learned optimizers as anyone would use them, beside AdamW.
 
 Every shipped checkpoint that learned a step, with nothing else said, on models of many kinds with real data:
-minibatches of 32, a plain loop of `loss.backward(); optimizer.step(); optimizer.zero_grad()`. The final loss is the mean
-over the whole training set in evaluation mode; AdamW's is that of the best of three learning rates. A cell holds if the
-loss ends at most 10 % above AdamW's on perceptrons and 30 % elsewhere, or if the optimizer said when it was made that
-the checkpoint is not for that model; a NaN or an end above the start it never does. A loss is the median over seeds.
+minibatches of 32, a plain loop of `loss.backward(); optimizer.step(); optimizer.zero_grad()`. The final loss is the
+mean over the whole training set in evaluation mode; AdamW's is that of the best of three learning rates. A cell holds
+if the loss ends at most 10 % above AdamW's on perceptrons and 30 % elsewhere, or if the optimizer said when it was made
+that the checkpoint is not for that model; it never does with a NaN or an end above the start. A loss is the median over
+seeds.
 
 Example:
     python -m benchmarks.in_use --json in_use.json
