@@ -7,13 +7,12 @@ from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskSt
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import (
     GaugeTeleporter,
-    LearnedOptimizer,
     LearnedTeleporter,
     MetaOptimizer,
     MetaOptimizerConfig,
 )
 from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
-from metateleport.optim import TeleportingOptimizer
+from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
 from metateleport.point import Point
 from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.stack import StackedModel

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_capture import Watch
 from metateleport._optim_teleport import relative_drift
+from metateleport.capture import PassRecorder
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter
@@ -101,7 +101,11 @@ def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Opti
 
 
 def try_symmetries(
-    watch: Watch, symmetries: Sequence[Symmetry], positional: tuple[Any, ...], keywords: dict[str, Any], limit: float
+    watch: PassRecorder,
+    symmetries: Sequence[Symmetry],
+    positional: tuple[Any, ...],
+    keywords: dict[str, Any],
+    limit: float,
 ) -> None:
     """Moves the model by a small element of each symmetry, out of place, and looks at its outputs.
 

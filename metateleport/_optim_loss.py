@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_capture import CaughtPass, Watch
 from metateleport._optim_closure import scalar
+from metateleport.capture import PassRecorder, RecordedPass
 from metateleport.point import Point
 from metateleport.teleporters import Teleporter
 from metateleport.teleporters.free import gradients_at
@@ -53,8 +53,8 @@ def check_loss(teleporter: Teleporter, loss: Any) -> None:
 
 
 def know_loss(
-    watch: Watch,
-    caught: CaughtPass,
+    watch: PassRecorder,
+    caught: RecordedPass,
     point: Point,
     loss: Callable[[Any], Tensor],
     named: Mapping[str, nn.Parameter],

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_capture import Watch
 from metateleport._optim_failures import held_out_loss
 from metateleport._optim_loss import Known, know_loss
 from metateleport._optim_saved import OWN, Saving, restored
 from metateleport._optim_state import carry_state
 from metateleport._optim_teleport import Consequences, consequences_of, pass_to_start_from, start_of
+from metateleport.capture import PassRecorder
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, TeleportReport, failures_of, gain_of, travel
@@ -35,7 +35,9 @@ class Moving(Saving):
     held_out: Callable[[], Any] | None
     _warned: set[str]
 
-    def _teleport(self, watch: Watch, told: Tensor | None, loss: Callable[[Any], Tensor] | None) -> TeleportReport:
+    def _teleport(
+        self, watch: PassRecorder, told: Tensor | None, loss: Callable[[Any], Tensor] | None
+    ) -> TeleportReport:
         caught = pass_to_start_from(watch, self.example_input)
         named = dict(self.model.named_parameters())
         point, reason = start_of(watch, caught, named, self.symmetries, told)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metateleport._optim_capture import Watch
 from metateleport._optim_failures import Judge
 from metateleport._optim_wrapper import Wrapping
+from metateleport.capture import PassRecorder
 from metateleport.schedules import Schedule
 from metateleport.teleporters import Teleporter
 
@@ -70,7 +70,7 @@ class Saving(Wrapping):
     steps: int
     _due: bool
     _judge: Judge
-    _watch: Watch | None
+    _watch: PassRecorder | None
     _fresh_schedule: Any
     _teleporter_state: Any
     _loaded_state: Any

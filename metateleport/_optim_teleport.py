@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_capture import CaughtPass, Watch
+from metateleport.capture import PassRecorder, RecordedPass
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
 from metateleport.teleporters import Teleporter
@@ -19,7 +19,7 @@ from metateleport.teleporters.once import relative_change, split_inputs
 __all__ = ["Consequences", "consequences_of", "pass_to_start_from", "relative_drift", "start_of"]
 
 
-def pass_to_start_from(watch: Watch, example_input: Any) -> CaughtPass:
+def pass_to_start_from(watch: PassRecorder, example_input: Any) -> RecordedPass:
     """The last forward pass, or one on the example where there was none.
 
     Raises:
@@ -46,8 +46,8 @@ def pass_to_start_from(watch: Watch, example_input: Any) -> CaughtPass:
 
 
 def start_of(
-    watch: Watch,
-    caught: CaughtPass,
+    watch: PassRecorder,
+    caught: RecordedPass,
     named: Mapping[str, nn.Parameter],
     symmetries: Sequence[Symmetry],
     loss: Tensor | None,
@@ -139,7 +139,7 @@ class Consequences:
 
 
 def consequences_of(
-    watch: Watch, caught: CaughtPass, start: Point, arrived: Point, teleporter: Teleporter
+    watch: PassRecorder, caught: RecordedPass, start: Point, arrived: Point, teleporter: Teleporter
 ) -> Consequences:
     """Looks at a teleport's end before anything is written.
 

@@ -823,8 +823,9 @@ def test_old_activations_are_let_go() -> None:
         problem.loss_of(problem.model(inputs)).backward()
         last = optimizer._watch.last  # type: ignore[union-attr]
         if last is not None:
-            caught += [weakref.ref(value) for value in (*last.inputs.values(), *last.cotangents.values())]
-            del last
+            for run in (run for runs in last.runs.values() for run in runs):
+                caught += [weakref.ref(value) for value in (run.input, run.cotangent) if value is not None]
+            del last, run
         optimizer.step()
         # By counting references alone, without the collector of cycles.
         gc.disable()

@@ -14,6 +14,7 @@ from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer
+from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import Regauge
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
@@ -90,23 +91,22 @@ class Learned(Method):
         meta = self.meta.to(stack.device)
         recorder = Recorder(stack, budget)
         parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
-        state: Any = None
+        loop = InnerLoop(meta, stack.symmetries, stack.deterministic, teleporter, regauge)
         number = 0
         with torch.no_grad():
             while bool(recorder.affords().any()):
                 batch = stack.batch(number)
                 point = stack.model.point_at(parameters, batch)
                 recorder.charge(1.0)
-                if state is None:
-                    state = meta.initial_state(point, stack.symmetries, stack.deterministic, teleporter)
                 for each in (teleporter, regauge):
                     if isinstance(each, _SameSizes | _SameGauges):
                         each.step = number
-                taken = meta.step(point, stack.symmetries, state, teleporter, regauge)
-                state, parameters = taken.state, taken.parameters
-                recorder.record(state.accepted.parameters, taken.accepted)
+                taken = loop.advance(point)
+                parameters, reached = taken.parameters, taken.state.accepted
+                assert reached is not None
+                recorder.record(reached.parameters, taken.accepted)
                 if bool((taken.size > 0).any()):
-                    recorder.drift(state.accepted.parameters, taken.teleported, batch, where=taken.accepted)
+                    recorder.drift(reached.parameters, taken.teleported, batch, where=taken.accepted)
                 recorder.charge(taken.evaluations)
                 if sizes is not None:
                     stays = {move.symmetry.parameters: move.size for move in taken.moves}

@@ -2,13 +2,12 @@
 
 from metateleport.learned.gauge_teleporter import GaugeTeleporter
 from metateleport.learned.meta_optimizer import MODES, MetaOptimizer, MetaOptimizerConfig, MetaState, Step
-from metateleport.learned.optimizer import LearnedOptimizer, StackOptimizer
+from metateleport.learned.stack_optimizer import StackOptimizer
 from metateleport.learned.teleporter import LearnedTeleporter
 
 __all__ = [
     "MODES",
     "GaugeTeleporter",
-    "LearnedOptimizer",
     "LearnedTeleporter",
     "MetaOptimizer",
     "MetaOptimizerConfig",

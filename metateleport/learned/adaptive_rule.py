@@ -87,6 +87,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     # are good steps: only what leads back up to where the task began is a failure, and far above it always.
     tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9, start=0.5, ceiling=2.0)
 
+    per_tensor: ClassVar[tuple[str, ...]] = ("cells", "momentum", "squares", "weights", "recent", "seen")
+
     def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
         super().__init__()
         self.hidden, self.cooling = hidden, cooling
@@ -112,7 +114,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             "squares": moments,
             "weights": dict.fromkeys(point.gradients, none),
             "recent": dict.fromkeys(point.gradients, none),
-            "seen": none,
+            "seen": dict.fromkeys(point.gradients, none),
             "scale": layers.log().mean(0).exp() / len(layers),
         }
 
@@ -125,18 +127,23 @@ class AdaptiveRule(nn.Module, UpdateRule):
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
-        seen = torch.where(progress.accepted, state["seen"] + 1, state["seen"])
+        # Of each tensor, as some are used now and then.
+        seen = {
+            name: torch.where(progress.accepted, state["seen"][name] + 1, state["seen"][name])
+            for name in point.gradients
+        }
         squares = {
             name: _mean(state["squares"][name], gradient.square(), _SQUARES_MEMORY, progress.accepted)
             for name, gradient in point.gradients.items()
         }
-        whole = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
-        normal = {name: value / fit(whole, value) for name, value in squares.items()}
+        normal = {
+            name: value / fit(1 - _SQUARES_MEMORY ** seen[name].clamp_min(1.0), value)
+            for name, value in squares.items()
+        }
         recent = {
             name: _mean(state["recent"][name], gradient.square().flatten(1).mean(1), _RECENT_MEMORY, progress.accepted)
             for name, gradient in point.gradients.items()
         }
-        young = 1 - _RECENT_MEMORY ** seen.clamp_min(1.0)
         outputs, cells = self._outputs(point, progress, state, normal)
         sizes = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
         if self.cooling:
@@ -154,8 +161,10 @@ class AdaptiveRule(nn.Module, UpdateRule):
         for index, (name, mean) in enumerate(means.items()):
             level = normal[name].flatten(1).mean(1) + torch.finfo(point.loss.dtype).tiny
             # Units that were never on have no second moment; they have no velocity either.
-            adaptive = mean / (normal[name] + fit(1e-8 * level, mean)).sqrt()
+            smallest = torch.finfo(mean.dtype).tiny
+            adaptive = mean / (normal[name] + fit(1e-8 * level, mean)).clamp_min(smallest).sqrt()
             size = _rms(adaptive)
+            young = 1 - _RECENT_MEMORY ** seen[name].clamp_min(1.0)
             steady = _rms(mean) / (recent[name] / young + torch.finfo(point.loss.dtype).tiny).sqrt()
             length = size ** calms[index] * steady ** (1 - calms[index])
             directions = {0: adaptive * fit(length / size, adaptive)}
@@ -234,6 +243,7 @@ def _observe(point: Point, momentum: Tensors, normal: Tensors, scale: Tensor, pr
         agreement = (gradient * momentum[name]).flatten(1).mean(1) / (rms(gradient) * velocity)
         # How much of the loss one step of the first length would take, were the loss linear.
         steep = (level * scale * gradient.flatten(1).shape[1] / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
+        steep = steep if progress.known else torch.zeros_like(steep)
         steady = (velocity / level).clamp_min(1e-4).log()
         surprise = (rms(gradient) / level).clamp_min(1e-4).log()
         bias = torch.full_like(loss, float(name.rpartition(".")[2] == "bias"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class CoordinateRule(StepRule):
     """
 
     _FEATURES = 4
+    per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "layers", "momentum", "squares")
 
     def __init__(
         self,
@@ -60,10 +61,12 @@ class CoordinateRule(StepRule):
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         own = self.coordinate_head.weight
-        count = sum(gradient.numel() for gradient in point.gradients.values())
-        zero = torch.zeros(count, self.coordinate_hidden, dtype=own.dtype, device=own.device)
+        layers = {}
+        for name, gradient in point.gradients.items():
+            zero = torch.zeros(gradient.numel(), self.coordinate_hidden, dtype=own.dtype, device=own.device)
+            layers[name] = (zero,) * 4
         moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
-        return {**super().initial_state(point), "layers": (zero,) * 4, "momentum": moments, "squares": moments}
+        return {**super().initial_state(point), "layers": layers, "momentum": moments, "squares": moments}
 
     def step(
         self,
@@ -85,8 +88,9 @@ class CoordinateRule(StepRule):
             sizes[name] = rms(steps[name])
             inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
         flat = torch.cat(inputs)
-        first = self.first(flat, state["layers"][:2])
-        second = self.second(first[0], state["layers"][2:])
+        before = [torch.cat(parts) for parts in zip(*(state["layers"][name] for name in point.gradients), strict=True)]
+        first = self.first(flat, (before[0], before[1]))
+        second = self.second(first[0], (before[2], before[3]))
         outputs = finite_gradient(self.coordinate_head(second[0]))
         changes, start = {}, 0
         for name, gradient in point.gradients.items():
@@ -95,7 +99,9 @@ class CoordinateRule(StepRule):
             shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
             changes[name] = 2 * gain.sigmoid() * steps[name] + fit(sizes[name], gradient) * shift.tanh()
         moved = {**point.parameters, **subtracted(point.parameters, changes)}
-        layers = (*first, *second)
+        counts = [gradient.numel() for gradient in point.gradients.values()]
+        after = zip(*(part.split(counts) for part in (*first, *second)), strict=True)
+        layers = dict(zip(point.gradients, after, strict=True))
         return moved, {**remembered, "layers": layers, "momentum": momentum, "squares": squares}
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,7 @@ import higher
 import torch
 from torch import Tensor
 
-from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
-from metateleport.learned.optimizer import StackOptimizer
+from metateleport.learned.stack_optimizer import StackOptimizer
 from metateleport.stack import StackedModel
 
 __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
@@ -24,19 +24,15 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     with `probe=True`.
 
     Example:
-        >>> from metateleport.learned.optimizer import StackOptimizer
+        >>> from metateleport.learned.stack_optimizer import StackOptimizer
         >>> StackOptimizer in higher.optim._opt_mapping
         True
     """
 
     def __init__(self, other: StackOptimizer, *args: Any, **keywords: Any) -> None:
         super().__init__(other, *args, **keywords)
-        self.meta: MetaOptimizer = other.meta
-        self.symmetries = other.symmetries
-        self.meta_state: MetaState | None = other.meta_state
-        self.deterministic = other.deterministic
-        self.first_order = other.first_order
-        self.last_step: Step | None = None
+        self.loop = dataclasses.replace(other.loop)
+        self.loss_known, self.first_order = other.loss_known, other.first_order
 
     def step(self, loss: Tensor, params: Any = None, **keywords: Any) -> list[Tensor]:
         """One inner step; `loss` is the stack's losses or their sum, already in the recorded evaluation.
@@ -59,10 +55,7 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         point = model.evaluation.point(self._track_higher_grads, self._track_higher_grads and not self.first_order)
         # Untracked, the networks' states would still tie all steps of an unroll together.
         with torch.set_grad_enabled(self._track_higher_grads):
-            if self.meta_state is None:
-                self.meta_state = self.meta.initial_state(point, self.symmetries, self.deterministic)
-            taken = self.meta.step(point, self.symmetries, self.meta_state)
-        self.meta_state, self.last_step = taken.state, taken
+            taken = self.loop.advance(point, self.loss_known)
         moved = [taken.parameters[name] for name in model.names]
         if not self._track_higher_grads:
             moved = [value.detach().requires_grad_() for value in moved]

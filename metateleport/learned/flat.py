@@ -71,7 +71,7 @@ class FlatRule(nn.Module, UpdateRule):
     def initial_state(self, point: Point) -> Any:
         assert point.loss is not None
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=_dtype(self), device=point.loss.device)
-        return (zero, zero)
+        return {"cell": (zero, zero)}
 
     def step(
         self,
@@ -81,7 +81,7 @@ class FlatRule(nn.Module, UpdateRule):
         state: Any,
         gauges: Sequence[Gauge] = (),
     ) -> tuple[Tensors, Any]:
-        hidden, memory = self.cell(_flat(point, self.shapes).to(_dtype(self)), state)
+        hidden, memory = self.cell(_flat(point, self.shapes).to(_dtype(self)), state["cell"])
         outputs = self.head(hidden).to(progress.damping.dtype)
         moved, start = dict(point.parameters), 0
         for index, (name, shape) in enumerate(self.shapes):
@@ -94,7 +94,7 @@ class FlatRule(nn.Module, UpdateRule):
                 change = rate * gradient
             start += size
             moved[name] = point.parameters[name] - change
-        return moved, (hidden, memory)
+        return moved, {"cell": (hidden, memory)}
 
 
 class FlatTeleporter(Teleporter, nn.Module):
@@ -123,7 +123,7 @@ class FlatTeleporter(Teleporter, nn.Module):
         like = next(iter(point.parameters.values()))
         batch = () if point.loss is None else point.loss.shape
         zero = torch.zeros(*batch, self.hidden, dtype=_dtype(self), device=like.device)
-        return {str(symmetry.parameters): (zero, zero) for symmetry in symmetries}
+        return {symmetry.key: (zero, zero) for symmetry in symmetries}
 
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         group, own = symmetry.group, _dtype(self)
@@ -131,7 +131,7 @@ class FlatTeleporter(Teleporter, nn.Module):
             raise Unsuitable(f"these flat networks were not made for a symmetry of {group.size} units")
         single = point.loss is None or point.loss.ndim == 0
         stacked = point.map(lambda value: value.unsqueeze(0)) if single else point
-        cell = state[str(symmetry.parameters)]
+        cell = state[symmetry.key]
         hidden, memory = self.cell(
             _flat(stacked, self.shapes).to(own), tuple(part.reshape(-1, self.hidden) for part in cell)
         )
@@ -139,4 +139,4 @@ class FlatTeleporter(Teleporter, nn.Module):
         matrix = matrix.squeeze(0) if single else matrix
         chosen = group.project(matrix.to(next(iter(point.parameters.values())).dtype))
         norm = group.norm(chosen).clamp_min(torch.finfo(chosen.dtype).tiny)
-        return chosen * group.expand(_GENERATOR_NORM / norm), {**state, str(symmetry.parameters): (hidden, memory)}
+        return chosen * group.expand(_GENERATOR_NORM / norm), {**state, symmetry.key: (hidden, memory)}

@@ -15,7 +15,7 @@ from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.point import Point, Tensors
 from metateleport.spectral import Spectrum, diagonal_spectrum, relative_shift, symmetric_spectrum
-from metateleport.symmetries import Symmetry
+from metateleport.symmetries import Pair, Symmetry
 
 __all__ = ["GAUGE_BASIS", "GaugeBasis", "GaugeChoice", "GaugeNetwork", "LearnedGauge"]
 
@@ -123,7 +123,7 @@ class LearnedGauge(nn.Module):
         """The sides of the symmetries that have a network and tensors with a gradient."""
         found: list[Place] = []
         for symmetry in symmetries:
-            if symmetry.group.name not in self.networks:
+            if symmetry.group.name not in self.networks or not _is_seen(symmetry, point):
                 continue
             for side in ("in", "out"):
                 names = tuple(n for n in symmetry.parameters if symmetry.side(n) == side and n in point.gradients)
@@ -215,7 +215,8 @@ class LearnedGauge(nn.Module):
                 metric = found.get("feature_covariance", found.get("incoming_covariance"))
                 gradient = found.get("outgoing_gradient_covariance")
             else:
-                metric = bends.get(symmetry.modules[0]) if symmetry.modules else None
+                # Other symmetries look at a layer too whose units are not what they move.
+                metric = bends.get(symmetry.first) if isinstance(symmetry, Pair) else None
                 metric = found.get("outgoing_covariance") if metric is None else metric
                 gradient = found.get("incoming_gradient_covariance")
             assert metric is not None
@@ -250,6 +251,11 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
         flat * float(_sees_rows(symmetry, point)),
     )
     return GaugeBasis(own, other.log(_GRADIENT_SHIFT)), torch.stack(features, -1)
+
+
+def _is_seen(symmetry: Symmetry, point: Point) -> bool:
+    """Whether what a metric is made of is at hand: without the layers' inputs there is none to speak of."""
+    return all(name in point.activations for name in symmetry.modules)
 
 
 def _sees_rows(symmetry: Symmetry, point: Point) -> bool:

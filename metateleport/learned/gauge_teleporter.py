@@ -54,6 +54,19 @@ class GaugeTeleporter(Teleporter, nn.Module):
         state["progress"] = Progress.begin(loss).judge(loss, deterministic=True)[0]
         return state
 
+    def serves(self, symmetry: Symmetry) -> bool:
+        """Whether there is a network for a gauge of the symmetry's own group."""
+        served = [each.group for each in _linear(symmetry) if each.group.name in self.gauge.networks]
+        return symmetry.group in served
+
+    def told(self, state: dict[str, Any], loss: Tensor, deterministic: bool) -> dict[str, Any]:
+        """The state with the progress brought up to date; see `Teleporter.told`."""
+        return {**state, "progress": state["progress"].judge(loss, deterministic)[0]}
+
+    def judged(self, state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
+        """The state once the last step is judged; see `Teleporter.judged`."""
+        return {**state, "progress": progress}
+
     def choose(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor | Chosen, dict[str, Any]]:
         """The element of the upper side's gauge; the identity where the symmetry has none."""
         stacked = _stacked(point)

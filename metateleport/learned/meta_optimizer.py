@@ -17,8 +17,9 @@ from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.reach import check_max_stretch
 from metateleport.learned.rules import BaseRule, UpdateRule
+from metateleport.learned.stand_in import StandIn
 from metateleport.learned.step_rule import StepRule
-from metateleport.learned.teleporter import LearnedTeleporter, judged
+from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.learned.tensor_rule import TensorRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
@@ -146,6 +147,7 @@ class MetaState:
         teleporter: the teleporter's state.
         rule: the update rule's state.
         gauge: the learned gauge's state.
+        stand_in: for the loss, where a rule divides by it and it is not known.
         deterministic: whether every evaluation sees the same data.
     """
 
@@ -154,6 +156,7 @@ class MetaState:
     teleporter: Any
     rule: Any
     gauge: Any = None
+    stand_in: StandIn | None = None
     deterministic: bool = True
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MetaState:
@@ -164,7 +167,7 @@ class MetaState:
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, (Point, Progress)):
+    if isinstance(value, (Point, Progress, StandIn)):
         return value.map(function)
     if isinstance(value, dict):
         return {key: _mapped(each, function) for key, each in value.items()}
@@ -187,6 +190,7 @@ class Step:
         gauges: that the step was taken in, and that were undone.
         size: Frobenius norm of all generators of the teleport that stays together.
         refused: number of symmetries whose element was refused.
+        stayed: where the task stays where it is, as its gradient or its step was not finite.
     """
 
     parameters: Tensors
@@ -198,6 +202,7 @@ class Step:
     gauges: tuple[Gauge, ...]
     size: Tensor
     refused: Tensor
+    stayed: Tensor
 
 
 class MetaOptimizer(nn.Module):
@@ -260,6 +265,11 @@ class MetaOptimizer(nn.Module):
         else:
             self.rule = StepRule(config.hidden, config.secants, config.longest, config.cooling)
 
+    @property
+    def reads_symmetries(self) -> bool:
+        """Whether it makes use of a model's symmetries: to move along, or as what tells which layer follows which."""
+        return self.teleporter is not None or self.gauge is not None or self.rule.divides_by_loss
+
     def initial_state(
         self,
         point: Point,
@@ -294,6 +304,9 @@ class MetaOptimizer(nn.Module):
         state: MetaState,
         teleporter: Teleporter | None = None,
         regauge: Regauge | None = None,
+        loss_known: bool = True,
+        loss_fits: bool = True,
+        along: Sequence[Symmetry] | None = None,
     ) -> Step:
         """One inner step on every task of the stack.
 
@@ -303,6 +316,12 @@ class MetaOptimizer(nn.Module):
             state: what `initial_state` or the last step gave.
             teleporter: takes the place of the learned one (attribution).
             regauge: exchanges the learned gauges for others (attribution).
+            loss_known: whether the point's loss is that of this evaluation. If not, it has the tasks' shape and says
+                nothing: every point is accepted, and no network reads it.
+            loss_fits: whether the gradients are those of that loss. If not, a rule that divides by the loss is given a
+                stand-in.
+            along: those of the symmetries to move along and to step in gauges of; all of them if not given. The others
+                tell how the layers follow one another.
 
         Returns:
             The step.
@@ -313,36 +332,47 @@ class MetaOptimizer(nn.Module):
         if point.loss is None or not point.gradients:
             raise ValueError("a step needs an evaluated point: loss and gradients")
         chosen = teleporter or self.teleporter or NoTeleport()
-        seen = point.loss.detach() if self.detach else point.loss
-        progress, accepted = state.progress.judge(seen, state.deterministic, self.rule.tolerance)
+        if loss_known:
+            seen = point.loss.detach() if self.detach else point.loss
+            progress, accepted = state.progress.judge(seen, state.deterministic, self.rule.tolerance)
+        else:
+            progress = state.progress.unjudged()
+            accepted = progress.accepted
+        stand_in = state.stand_in
+        if self.rule.divides_by_loss and not loss_fits:
+            stand_in = StandIn.begin(point) if stand_in is None else stand_in.seen(point.gradients)
+            point = point.replace(loss=stand_in.value.to(point.loss.dtype))
         base = point
         if state.accepted is not None and not bool(accepted.all()):
-            base = point.choose(accepted, state.accepted)
-        teleporter_state = state.teleporter
-        if isinstance(teleporter_state, dict) and "progress" in teleporter_state:
-            teleporter_state = judged(teleporter_state, progress, accepted)
+            # The only task's own point may be of a batch of another size.
+            one = accepted.numel() == 1
+            base = state.accepted if one else point.choose(accepted, state.accepted)
+        teleporter_state = chosen.judged(state.teleporter, progress, accepted)
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
-        moved, moves, teleporter_state = travel(chosen, start, symmetries, teleporter_state, allowed=accepted & usable)
+        along = symmetries if along is None else along
+        moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
         rule_state = self.rule.carry(state.rule, moves, start, accepted)
-        gauges, gauge_state = self._gauges(moved, symmetries, progress, state, moves)
+        gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)
         parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges)
-        parameters = _where_finite(parameters, base, usable)
-        zero = torch.zeros_like(point.loss.detach())
+        parameters, finite = _where_finite(parameters, base, usable)
+        if stand_in is not None and not loss_fits:
+            stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)
+        zero = torch.zeros_like(progress.damping)
+        kept = base.replace(pullback=None, loss_at=None) if loss_known else None
         return Step(
             parameters=parameters,
             teleported=moved.parameters,
-            state=MetaState(
-                progress, base.replace(pullback=None), teleporter_state, rule_state, gauge_state, state.deterministic
-            ),
+            state=MetaState(progress, kept, teleporter_state, rule_state, gauge_state, stand_in, state.deterministic),
             evaluations=sum((move.evaluations for move in moves), zero),
             accepted=accepted,
             moves=tuple(moves),
             gauges=tuple(gauges),
             size=sum((move.size.square() for move in moves), zero).sqrt(),
             refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
+            stayed=~finite,
         )
 
     def _linear(self, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
@@ -391,15 +421,15 @@ def _emptied(point: Point, mask: Tensor) -> Point:
     )
 
 
-def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> Tensors:
-    """The new parameters of each task that is usable and whose parameters are finite; the others stay."""
+def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> tuple[Tensors, Tensor]:
+    """The new parameters of each task that is usable and whose parameters are finite, the others stay; and where."""
     finite = usable
     for value in parameters.values():
         finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
     if bool(finite.all()):
-        return parameters
+        return parameters, finite
     chosen = {}
     for name, value in parameters.items():
         mask = finite.reshape(*finite.shape, *(1,) * (value.ndim - finite.ndim))
         chosen[name] = torch.where(mask, value, base.parameters[name])
-    return chosen
+    return chosen, finite

@@ -21,6 +21,13 @@ back to five, at a twentieth it grows to nearly thirty.
 """
 
 
+_USUAL_CALM = 0.5
+"""Stands for the calm of minibatches whose losses are not told."""
+
+_PATIENT = 3
+"""How often in a row a step on minibatches is taken back before the losses themselves are doubted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
     """How far the loss of a minibatch may lie above the running mean before a step is taken back.
@@ -57,7 +64,10 @@ class Progress:
         accepted: whether the last evaluation was accepted.
         rest: how many evaluations long the loss has been at rest, on minibatches: hardly falling, only spread. It is
             forgotten where the loss falls, and zero where every evaluation sees all data.
+        row: number of evaluations in a row that were not accepted.
         deterministic: whether every evaluation sees all data.
+        known: whether the last evaluation told its loss. Where it did not, nothing is taken back, and the features of
+            the loss are masked: they say what they say at the start of a task.
 
     Example:
         >>> start = torch.tensor([1.0, 1.0])
@@ -76,13 +86,15 @@ class Progress:
     rejected: Tensor
     accepted: Tensor
     rest: Tensor
+    row: Tensor
     deterministic: bool = True
+    known: bool = True
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:
         """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
-        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool(), zero)
+        return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool(), zero, zero)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Progress:
         """Applies `function` to every tensor."""
@@ -94,7 +106,10 @@ class Progress:
         """Decides which tasks accept the point they stepped to, and what is remembered then.
 
         On a fixed data set a step is accepted if the loss did not rise. On minibatches the loss of another batch is
-        compared with the running mean, and some spreads above it are allowed.
+        compared with the running mean, and some spreads above it are allowed. There a task that is taken back again
+        and again stands where it stood, with a step damped to nearly nothing: what its losses still tell is that they
+        are noisier than was thought. So from the third time on the running mean and spread take them in, and the
+        damping falls no further.
 
         Args:
             loss: the loss of the new point, `(tasks,)`.
@@ -127,17 +142,59 @@ class Progress:
         tiny = torch.finfo(loss.dtype).tiny
         gain = ((last.abs() + tiny).log() - (before.abs() + tiny).log()).clamp(-20, 20)
         gain = torch.where(last.isfinite(), gain, 0.0)
-        damping = torch.where(accepted, (self.damping * 3).clamp_max(1.0), self.damping * 0.3)
+        row = torch.where(accepted, 0.0, self.row + 1)
+        damped = self.damping * 0.3
+        if not deterministic:
+            stuck = (row >= _PATIENT) & loss.isfinite()
+            level = torch.where(stuck, loss, before)
+            spread = torch.where(stuck, (kept * spread.square() + new * (level - before).square()).sqrt(), spread)
+            last = torch.where(stuck, kept * before + new * level, last)
+            start = torch.where(stuck, start.maximum(last), start)
+            damped = torch.where(row > _PATIENT, self.damping, damped)
+        damping = torch.where(accepted, (self.damping * 3).clamp_max(1.0), damped)
         rejected = self.rejected + (~accepted).to(loss.dtype)
         rest = self.rest if deterministic else (self.rest + 1) * _calm(spread, last) ** _RESTLESS
-        after = Progress(self.time + 1, start, last, spread, gain, damping, rejected, accepted, rest, deterministic)
+        after = dataclasses.replace(
+            self,
+            time=self.time + 1,
+            start=start,
+            last=last,
+            spread=spread,
+            gain=gain,
+            damping=damping,
+            rejected=rejected,
+            accepted=accepted,
+            rest=rest,
+            deterministic=deterministic,
+            known=True,
+            row=row,
+        )
         return after, accepted
+
+    def unjudged(self) -> Progress:
+        """What is remembered after an evaluation whose loss is not told: it is accepted.
+
+        Example:
+            >>> Progress.begin(torch.ones(1)).unjudged().features()
+            tensor([[0.0909, 0.0000, 0.0000, 0.0000, 1.0000]])
+        """
+        return dataclasses.replace(
+            self,
+            time=self.time + 1,
+            damping=(self.damping * 3).clamp_max(1.0),
+            accepted=torch.ones_like(self.accepted),
+            known=False,
+        )
 
     def features(self) -> Tensor:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""
         tiny = torch.finfo(self.last.dtype).tiny
-        total = ((self.last.abs() + tiny).log() - (self.start.abs() + tiny).log()).clamp(-60, 60)
         time = torch.full_like(self.last, self.time / (self.time + 10))
+        if not self.known:
+            none = torch.zeros_like(time)
+            calm = torch.full_like(time, 1.0 if self.deterministic else _USUAL_CALM)
+            return torch.stack((time, none, none, none, calm), -1)
+        total = ((self.last.abs() + tiny).log() - (self.start.abs() + tiny).log()).clamp(-60, 60)
         calm = _calm(self.spread, self.last)
         return torch.stack((time, self.gain / 5, total / 20, self.damping.log() / 5, calm), -1)
 

@@ -25,10 +25,16 @@ BASES = ("sgd", "momentum", "adam")
 class UpdateRule(abc.ABC):
     """Turns a point into the parameters to evaluate next.
 
-    `tolerance` says when its steps on minibatches are taken back.
+    `tolerance` says when its steps on minibatches are taken back, `divides_by_loss` whether the length of its steps
+    goes with the loss, so that where that is not known a stand-in is needed. A state is a dict: `per_tensor` names the
+    entries that are themselves dicts by parameter name, and `void_on_change` those that mean nothing where other
+    tensors are stepped than the time before.
     """
 
     tolerance: ClassVar[Tolerance] = Tolerance()
+    divides_by_loss: ClassVar[bool] = False
+    per_tensor: ClassVar[tuple[str, ...]] = ()
+    void_on_change: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def initial_state(self, point: Point) -> Any:
@@ -79,6 +85,8 @@ class BaseRule(UpdateRule):
     Raises:
         ValueError: if the optimizer is unknown or the step size not positive.
     """
+
+    per_tensor: ClassVar[tuple[str, ...]] = ("momentum", "squares")
 
     optimizer: str = "sgd"
     lr: float = 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,10 @@ class StepRule(nn.Module, UpdateRule):
 
     Source: Robbins and Monro, "A stochastic approximation method", Ann. Math. Stat. 1951, for the cooling.
     """
+
+    divides_by_loss: ClassVar[bool] = True
+    per_tensor: ClassVar[tuple[str, ...]] = ("cells", "velocity")
+    void_on_change: ClassVar[tuple[str, ...]] = ("secants", "from")
 
     def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5, cooling: float = 0.0) -> None:
         super().__init__()
@@ -178,6 +182,9 @@ class StepRule(nn.Module, UpdateRule):
         memories = outputs[..., 1].sigmoid()
         shares = _shares(outputs[..., 2], [name in bounds for name in names])
         multipliers = self.longest * outputs[..., 0].sigmoid() * shares
+        # Polyak's step is as long as a step may be; what is longest in units of a bound says nothing of it.
+        whole = torch.tensor([[name in bounds] for name in names], device=shares.device)
+        multipliers = torch.where(whole, multipliers, multipliers.clamp_max(1.0))
         if self.cooling:
             rest = (progress.rest - _PATIENCE).clamp_min(0)
             multipliers = multipliers / (1 + self.cooling * (2 * outputs[..., 3].tanh()).exp() * rest)

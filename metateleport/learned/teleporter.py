@@ -17,7 +17,7 @@ from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
 
-__all__ = ["LearnedTeleporter", "TeleportNetwork", "judged"]
+__all__ = ["LearnedTeleporter", "TeleportNetwork"]
 
 Cell = tuple[Tensor, Tensor]
 
@@ -45,33 +45,6 @@ class TeleportNetwork(nn.Module):
         hidden, memory = self.cell(features, state)
         out = finite_gradient(self.head(hidden))
         return out[..., :-1].tanh(), out[..., -1].sigmoid(), (hidden, memory)
-
-
-def judged(state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
-    """A learned teleporter's state once the last step is judged.
-
-    Args:
-        state: after the last teleport.
-        progress: how each task is getting on.
-        accepted: where the task goes on; elsewhere it is back where it was before the last teleport, `(tasks,)`.
-
-    Returns:
-        The state; a new dict.
-
-    Example:
-        >>> progress = Progress.begin(torch.ones(2))
-        >>> places = {"reached": {"0 2": torch.tensor([[2.0], [3.0]])}, "departed": {"0 2": torch.ones(2, 1)}}
-        >>> judged(places, progress, torch.tensor([True, False]))["reached"]["0 2"].tolist()
-        [[2.0], [1.0]]
-    """
-    state = {**state, "progress": progress}
-    if "reached" in state:
-        places = {}
-        for key, place in state["reached"].items():
-            mask = accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim))
-            places[key] = torch.where(mask, place, state["departed"][key])
-        state["departed"] = state["reached"] = places
-    return state
 
 
 class LearnedTeleporter(Teleporter, nn.Module):
@@ -134,6 +107,33 @@ class LearnedTeleporter(Teleporter, nn.Module):
             places = {
                 each.key: each.group.identity(*batch, dtype=like.dtype, device=like.device) for each in symmetries
             }
+            state["departed"] = state["reached"] = places
+        return state
+
+    def serves(self, symmetry: Symmetry) -> bool:
+        """Whether there is a network for the symmetry's group."""
+        return symmetry.group.name in self.networks
+
+    def told(self, state: dict[str, Any], loss: Tensor, deterministic: bool) -> dict[str, Any]:
+        """The state with the progress brought up to date; see `Teleporter.told`."""
+        return {**state, "progress": state["progress"].judge(loss, deterministic)[0]}
+
+    def judged(self, state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
+        """The state once the last step is judged; see `Teleporter.judged`.
+
+        Example:
+            >>> progress = Progress.begin(torch.ones(2))
+            >>> places = {"reached": {"0 2": torch.tensor([[2.0], [3.0]])}, "departed": {"0 2": torch.ones(2, 1)}}
+            >>> teleporter = LearnedTeleporter(hidden=2)
+            >>> teleporter.judged(places, progress, torch.tensor([True, False]))["reached"]["0 2"].tolist()
+            [[2.0], [1.0]]
+        """
+        state = {**state, "progress": progress}
+        if "reached" in state:
+            places = {}
+            for key, place in state["reached"].items():
+                mask = accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim))
+                places[key] = torch.where(mask, place, state["departed"][key])
             state["departed"] = state["reached"] = places
         return state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class TensorRule(StepRule):
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned optimizers", CoLLAs
     2022 (arXiv 2203.11860), section 3: a tensor's LSTM over small networks of its coordinates.
     """
+
+    per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "squares")
 
     def __init__(
         self, hidden: int = 32, units: int = 8, secants: int = 0, longest: float = 1.5, cooling: float = 0.0

@@ -207,8 +207,8 @@ class TeleportingLearner(nn.Module):
     def _state_at(self, point: Point) -> Any:
         """The teleporter's state, told how the task is getting on."""
         state = self._state
-        if point.loss is not None and isinstance(state, dict) and "progress" in state:
-            state = {**state, "progress": state["progress"].judge(point.loss.detach(), deterministic=True)[0]}
+        if point.loss is not None and state is not None:
+            state = self.teleporter.told(state, point.loss.detach(), deterministic=True)
         return state
 
     def _install(self, start: Point, arrived: Point) -> None:

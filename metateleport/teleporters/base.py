@@ -117,6 +117,10 @@ class Teleporter:
         """Gradient evaluations that one `gain` costs."""
         return 0.0
 
+    def serves(self, symmetry: Symmetry) -> bool:
+        """Whether it can move along a symmetry at all; learned ones have networks for some groups only."""
+        return True
+
     def watches(self, model: nn.Module) -> tuple[str, ...]:
         """Names of modules whose inputs it wants to see, besides those that the symmetries look at."""
         return ()
@@ -124,6 +128,26 @@ class Teleporter:
     def gain(self, start: Point, arrived: Point) -> Tensor | None:
         """Relative change of what it seeks between two points, positive where it went its way, `(*batch,)`."""
         return None
+
+    def told(self, state: Any, loss: Tensor, deterministic: bool) -> Any:
+        """The state once the loss of this evaluation is known, for a caller who takes nothing back.
+
+        Args:
+            state: after the last teleport.
+            loss: `(*batch,)`.
+            deterministic: whether every evaluation sees the same data.
+        """
+        return state
+
+    def judged(self, state: Any, progress: Any, accepted: Tensor) -> Any:
+        """The state once the last step is judged.
+
+        Args:
+            state: after the last teleport.
+            progress: how each task is getting on, a `metateleport.learned.progress.Progress`.
+            accepted: where the task goes on; elsewhere it is back where it was before the last teleport, `(tasks,)`.
+        """
+        return state
 
     def refused(self, state: Any) -> Any:
         """The state after a teleport that was refused as a whole, as one that drifted; `state` is that after it."""

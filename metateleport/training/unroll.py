@@ -10,7 +10,7 @@ from torch import Tensor
 from metateleport.families import TaskStack
 from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState
-from metateleport.learned.optimizer import StackOptimizer
+from metateleport.learned.stack_optimizer import StackOptimizer
 from metateleport.training.cost import openness_of
 
 __all__ = ["Unroll", "log_losses"]
@@ -69,7 +69,7 @@ class Unroll:
             track: keep the graph for the meta-gradient; without it nothing grows with the number of steps.
         """
         optimizer = StackOptimizer(self.stack.model, self.meta, self.stack.deterministic)
-        optimizer.meta_state = self.state
+        optimizer.loop.state = self.state
         optimizer.first_order = self.first_order
         stays, opened = self.meta.teleporter is not None, []
         with unroll_context(self.stack.model, optimizer, track) as (model, differentiable):
@@ -79,15 +79,16 @@ class Unroll:
             for _ in range(length):
                 differentiable.step(losses[-1].sum())
                 self.steps += 1
-                assert differentiable.last_step is not None
+                taken = differentiable.loop.last_step
+                assert taken is not None
                 with torch.set_grad_enabled(track and self.priced):
-                    opened.append(openness_of(differentiable.last_step, stays))
+                    opened.append(openness_of(taken, stays))
                 if not track:
                     losses[-1] = losses[-1].detach()
                 losses.append(model(self.stack.batch(self.steps), probe=True))
             moved = dict(zip(self.stack.model.names, model.fast_params, strict=True))
-            assert differentiable.meta_state is not None
-            self.state = differentiable.meta_state.map(Tensor.detach)
+            assert differentiable.loop.state is not None
+            self.state = differentiable.loop.state.map(Tensor.detach)
         self.stack.model.load(moved)
         found = [each for each in opened if each is not None]
         self.openness = torch.stack(found) if found else None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport._optim_capture import Watch
 from metateleport._optim_checks import (
     check_kinds,
     check_parameters,
@@ -21,7 +20,7 @@ from metateleport._optim_closure import known_at_first, scalar, scalar_or_none
 from metateleport._optim_failures import Judge, held_out_loss
 from metateleport._optim_loss import check_loss
 from metateleport._optim_move import Moving
-from metateleport.capture import modules_of
+from metateleport.capture import PassRecorder, modules_of
 from metateleport.detect import symmetries_of
 from metateleport.detection import exact_symmetries
 from metateleport.schedules import Schedule, schedule_of
@@ -174,7 +173,7 @@ class TeleportingOptimizer(Moving):
         self._judge = Judge(window)
         self._fresh_schedule = self.schedule.state_dict()
         self._due = self.schedule.due(0)
-        self._watch: Watch | None = None
+        self._watch: PassRecorder | None = None
         self._set_up()
         if example_input is not None:
             assert self._watch is not None
@@ -188,7 +187,7 @@ class TeleportingOptimizer(Moving):
     def _set_up(self) -> None:
         self._become_an_optimizer()
         seen = (*modules_of(self.symmetries), *self.teleporter.watches(self.model))
-        self._watch = Watch(self.model, dict.fromkeys(seen))
+        self._watch = PassRecorder(self.model, dict.fromkeys(seen))
         self._watch.wanted = self._due
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""A meta-optimizer over a stack of tasks, in the style of `torch.optim`: what `higher` makes differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metateleport.learned.inner_loop import InnerLoop
+from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.stack import StackedModel
+from metateleport.teleporters import Teleporter
+
+__all__ = ["StackOptimizer"]
+
+
+class StackOptimizer(torch.optim.Optimizer):
+    """A meta-optimizer over a `StackedModel`: the optimizer whose differentiable twin is registered with `higher`.
+
+    Args:
+        model: the stack.
+        meta: the meta-optimizer.
+        deterministic: whether every evaluation sees the same data.
+        teleporter: takes the place of the learned one (attribution).
+
+    Attributes:
+        loop: the inner loop.
+        loss_known: whether the inner loop is told the losses. Without them nothing is taken back.
+        first_order: whether an unroll leaves the derivative of the inner gradients out of the meta-gradient.
+
+    Example:
+        >>> from torch import nn
+        >>> stack = StackedModel([nn.Linear(2, 1)], nn.functional.mse_loss)
+        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)))
+        >>> batch = (torch.ones(1, 4, 2),), (torch.zeros(1, 4, 1),)
+        >>> optimizer.step(lambda: stack(batch, probe=True)).shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self, model: StackedModel, meta: MetaOptimizer, deterministic: bool = True, teleporter: Teleporter | None = None
+    ) -> None:
+        super().__init__(list(model.parameters()), {})
+        self.model = model
+        self.loop = InnerLoop(meta, model.symmetries, deterministic, teleporter)
+        self.loss_known = True
+        self.first_order = False
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """One step on every task.
+
+        Args:
+            closure: runs the stack with `probe=True` and returns its losses; no backward pass is needed.
+
+        Returns:
+            The losses before the step, `(tasks,)`.
+
+        Raises:
+            RuntimeError: without a closure, or if it does not probe the stack.
+        """
+        if closure is None:
+            raise RuntimeError("a stack's step needs a closure that runs it with probe=True and returns the losses")
+        with torch.enable_grad():
+            losses = closure()
+        if self.model.evaluation is None:
+            raise RuntimeError("the closure has to run the stack with probe=True")
+        with torch.no_grad():
+            point = self.model.evaluation.point(in_graph=False)
+            # Copies, as the point is remembered and the parameters are overwritten.
+            point = point.update({name: value.clone() for name, value in point.parameters.items()})
+            self.model.load(self.loop.advance(point, self.loss_known).parameters)
+        return losses.detach()

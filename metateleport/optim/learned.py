@@ -1,0 +1,465 @@
+"""The learned optimizer that a person holds: a `torch.optim.Optimizer` for a model of their own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.capture import PassRecorder, unwrapped
+from metateleport.learned.inner_loop import InnerLoop
+from metateleport.learned.meta_optimizer import MetaOptimizer, Step
+from metateleport.optim.agreement import Evidence, evidence_of
+from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated
+from metateleport.optim.memory import (
+    flattened,
+    restored_parts,
+    rule_state,
+    saved_parts,
+    unflattened,
+    update_entries,
+)
+from metateleport.optim.tensors import dense_gradient, master, raised, trainable, within, working_dtype, write
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+
+__all__ = ["LearnedOptimizer"]
+
+_OWN = "learned/"
+"""What entries of a state dict begin with that are not of one parameter alone."""
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    r"""Trains a model with a learned meta-optimizer, in any training loop.
+
+    It behaves as `torch.optim`'s own do: `loss.backward(); optimizer.step()`, with schedulers, clipping, accumulation,
+    `GradScaler`, parameter groups, state dicts and `torch.distributed.checkpoint`. With $\Delta$ the learned step of a
+    tensor,
+
+    $$W \mapsto (1 - \mathrm{lr}\, w)\, g \cdot W + \mathrm{lr}\, \Delta,$$
+
+    $g$ the learned teleport where the checkpoint has one, $w$ the `weight_decay`.
+
+    **Loss.** `step(closure)` and `step(loss=value)` tell it the loss: a step that made it much worse is then taken back
+    and tried shorter. `step()` tells nothing: nothing is taken back, and no network reads a loss.
+
+    **Passes.** Some rules read inputs of layers and gradients on their outputs, which hooks on the model record. They
+    are held against `p.grad`; a factor between the two (clipping, a scaled loss) is found and taken out. Where there is
+    none, as after several passes, the step goes on with what needs no pass.
+
+    **Replicas.** In a process group of several ranks nothing is read but weights and gradients, so that the replicas of
+    `DistributedDataParallel` stay equal.
+
+    **Half precision.** Moments and steps are in float32; what rounding cuts off the weights is kept beside them.
+
+    Args:
+        model_or_params: the model; or parameters, groups of them or pairs of name and parameter, as `torch.optim`'s
+            own take them. Without a model there are no symmetries to move along.
+        checkpoint: a checkpoint's name or path, a loaded checkpoint or a `MetaOptimizer`.
+        symmetries: of the model, in the order of the data flow; found in it if not given, none if empty.
+        example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model, not only of an
+            `nn.Sequential`.
+        lr: a factor on the learned step, of each group; the learned length is at one.
+        weight_decay: share of the weights that each step takes off, times `lr`. AdamW at `lr=1e-3, weight_decay=1e-2`
+            takes off 1e-5.
+        total_steps: length of the run, where it is known: steps get shorter along half a cosine, down to zero there.
+        deterministic: a promise that every closure evaluates the same data without noise. Losses are then compared
+            exactly, and rules that can build on that do.
+
+    Attributes:
+        skipped: number of steps that were not taken, as the loss or a gradient was not finite.
+        last_step: what the last step did; None before the first.
+
+    Raises:
+        ValueError: if a symmetry names what the model does not have, or parameters cannot be served.
+        metateleport.checkpoint.CheckpointError: if the checkpoint cannot be loaded, has no learned step or serves one
+            shape of network only.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 1))
+        >>> optimizer = LearnedOptimizer(model, "digits")
+        >>> x = torch.ones(5, 3)
+        >>> losses = []
+        >>> for _ in range(5):
+        ...     loss = (model(x) - 1).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     losses.append(float(loss.detach()))
+        >>> losses[-1] < losses[0]
+        True
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        checkpoint: Any,
+        symmetries: Sequence[Symmetry] | None = None,
+        example_input: Any = None,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        total_steps: int | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        _check_numbers(lr, weight_decay, total_steps)
+        meta, called = _meta_optimizer(checkpoint)
+        self.model: nn.Module | None = None
+        given: Any = model_or_params
+        if isinstance(model_or_params, nn.Module):
+            self.model = unwrapped(model_or_params)[0]
+            given = list(self.model.parameters())
+        elif symmetries or example_input is not None:
+            raise ValueError("symmetries are those of a model: give the model itself in the place of its parameters")
+        super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
+        check_parameters(self.param_groups)
+        device = self.param_groups[0]["params"][0].device
+        if next(meta.parameters()).device != device:
+            # A loaded checkpoint may serve several models, on several devices.
+            meta = copy.deepcopy(meta).to(device)
+        self.meta = meta
+        self.total_steps = total_steps
+        self.deterministic = deterministic
+        self.symmetries: tuple[Symmetry, ...] = ()
+        if self.model is not None:
+            self.symmetries = fitting_symmetries(self.model, meta, called, symmetries, example_input)
+        self.steps = 0
+        self.skipped = 0
+        self.last_step: Step | None = None
+        self._loop = InnerLoop(meta, self.symmetries, deterministic)
+        self._loaded: Tensors = {}
+        self._stepped: frozenset[str] | None = None
+        # What is taken back at once where it was too long may be as long as it likes.
+        self._bounds_steps = meta.rule.divides_by_loss and not deterministic
+        self._said: set[str] = set()
+        self._recorder: PassRecorder | None = None
+        self._record()
+
+    def _record(self) -> None:
+        modules = tuple(dict.fromkeys(name for each in self.symmetries for name in each.modules))
+        if self.model is not None and modules:
+            self._recorder = PassRecorder(self.model, modules, replays=False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: clears the gradients, evaluates the model, calls `backward()` on the loss and returns it.
+            loss: the loss that the gradients are of, where there is no closure.
+
+        Returns:
+            What the closure returned, or `loss`.
+
+        Raises:
+            ValueError: if the loss is not a scalar.
+        """
+        if closure is not None:
+            if self._recorder is not None:
+                self._recorder.clear()
+            with torch.enable_grad():
+                loss = closure()
+        told = None if loss is None else _scalar(loss)
+        try:
+            self._step(told)
+        finally:
+            if self._recorder is not None:
+                self._recorder.clear()
+        return loss
+
+    def _step(self, told: Tensor | None) -> None:
+        named = self._named()
+        held = {name: value for name, value in named.items() if trainable(value)}
+        if not held:
+            return
+        alone = not replicated()
+        if not alone:
+            # Each rank has seen data of its own: what is decided by them would part the replicas.
+            told = None
+        dtype = working_dtype(held)
+        gradients = {name: raised(dense_gradient(value), dtype) for name, value in held.items()}
+        if not _finite(told, gradients):
+            self._skip(named)
+            return
+        evidence = evidence_of(self._recorder, gradients) if self._recorder is not None and alone else Evidence()
+        point = self._point(named, gradients, evidence, told)
+        rates = self._rates(named)
+        self._recall(point, named)
+        if not any(rates[name] for name in held) and not any(bool(each.any()) for each in gradients.values()):
+            # So `torch.distributed.checkpoint` asks for a state before the first step: nothing is to be stepped.
+            self._keep(named)
+            return
+        along = [each for each in self.symmetries if self._may_move(each, named, point, rates)]
+        taken = self._loop.advance(point, told is not None, evidence.loss_fits, along)
+        if bool(taken.stayed):
+            self.skipped += 1
+            self._say("a learned step was not finite: it was left out, and is counted in `skipped`")
+        self._go(taken, named, rates)
+        self._keep(named)
+        self.last_step = taken
+        self.steps += 1
+
+    def _named(self) -> dict[str, Tensor]:
+        """All parameters that it holds, by the model's names; the others by their place."""
+        known = {} if self.model is None else {id(value): name for name, value in self.model.named_parameters()}
+        named: dict[str, Tensor] = {}
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or places(group["params"], number)
+            for name, value in zip(names, group["params"], strict=True):
+                named[known.get(id(value), name)] = value
+        return named
+
+    def _point(self, named: Mapping[str, Tensor], gradients: Tensors, evidence: Evidence, told: Tensor | None) -> Point:
+        """Where the model stands, as a stack of one task."""
+        like = next(iter(gradients.values()))
+        needed = dict.fromkeys(gradients)
+        needed.update(dict.fromkeys(name for each in self.symmetries for name in each.parameters))
+        whole = named if self.model is None else {**named, **dict(self.model.named_parameters())}
+        parameters = {name: master(whole[name], like.dtype, self.state.get(whole[name], {})) for name in needed}
+        loss = like.new_ones(1)
+        if told is not None:
+            # It may be gone back to, when the weights have been overwritten and the gradients cleared.
+            parameters = {name: value.clone() for name, value in parameters.items()}
+            gradients = {name: value.clone() for name, value in gradients.items()}
+            loss = told.to(loss).reshape(1)
+        return Point(parameters, gradients, evidence.activations, evidence.cotangents, loss=loss)
+
+    def _rates(self, named: Mapping[str, Tensor]) -> dict[str, float]:
+        """The factor on the step of each parameter."""
+        left = 1.0
+        if self.total_steps is not None:
+            left = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / self.total_steps)))
+            if self.steps >= self.total_steps:
+                self._say(f"all of total_steps={self.total_steps} are taken: from now on no step moves anything")
+        names = {id(value): name for name, value in named.items()}
+        return {names[id(value)]: float(group["lr"]) * left for group in self.param_groups for value in group["params"]}
+
+    def _may_move(
+        self, symmetry: Symmetry, named: Mapping[str, Tensor], point: Point, rates: Mapping[str, float]
+    ) -> bool:
+        """Whether a teleport, or a gauge, may be taken along a symmetry in this step."""
+        for name in symmetry.parameters:
+            if name not in named or not named[name].requires_grad:
+                what = "is frozen" if name in named else "is not held by this optimizer"
+                self._say(f"{name!r} {what}: no teleport along {symmetry!r}, the others go on")
+                return False
+            if not rates[name] or name not in point.gradients:
+                return False
+        return symmetry.exactness == "exact" or all(name in point.activations for name in symmetry.modules)
+
+    def _go(self, taken: Step, named: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        """Writes what a step led to."""
+        decay = {id(value): group["weight_decay"] for group in self.param_groups for value in group["params"]}
+        moved = {name for move in taken.moves for name in move.symmetry.parameters}
+        for name, value in taken.parameters.items():
+            rate = rates.get(name, 0.0)
+            if name not in named or not (rate or name in moved):
+                continue
+            parameter, start = named[name], taken.teleported[name]
+            goal = within(start, value) if self._bounds_steps else value
+            shrunk = rate * decay[id(parameter)]
+            if rate != 1 or shrunk:
+                goal = (1 - shrunk) * start + rate * (goal - start)
+            write(parameter, goal, self.state[parameter])
+        state = self._loop.state
+        if state is not None and state.stand_in is not None:
+            # A step that was shortened on purpose says nothing of a length that was too short.
+            stepped = [rates[name] for name in taken.parameters if rates.get(name)]
+            mean = sum(stepped) / max(1, len(stepped))
+            self._loop.state = dataclasses.replace(state, stand_in=dataclasses.replace(state.stand_in, factor=mean))
+
+    def _skip(self, named: Mapping[str, Tensor]) -> None:
+        """Leaves out a step whose loss or gradient is not finite; a step that led there is taken back."""
+        self.skipped += 1
+        self._say("a loss or a gradient was not finite: that step was left out, and is counted in `skipped`")
+        state = self._loop.state
+        if state is None or state.accepted is None:
+            return
+        progress, accepted = state.progress.judge(
+            torch.full_like(state.progress.last, math.nan), state.deterministic, self.meta.rule.tolerance
+        )
+        teleporter = self.meta.teleporter
+        places = state.teleporter if teleporter is None else teleporter.judged(state.teleporter, progress, accepted)
+        self._loop.state = dataclasses.replace(state, progress=progress, teleporter=places)
+        for name, value in state.accepted.parameters.items():
+            if name in named and named[name].requires_grad:
+                write(named[name], value, self.state[named[name]])
+
+    def _recall(self, point: Point, named: Mapping[str, Tensor]) -> None:
+        """Makes the inner loop's state that of the tensors of this step."""
+        fresh = self.meta.initial_state(point, self.symmetries, self.deterministic)
+        before, rest = self._loop.state, None
+        if before is not None:
+            rest = before.rule
+        elif self._loaded:
+            before = restored_parts(fresh, self._loaded)
+            rest = unflattened(
+                {key: value for key, value in fresh.rule.items() if key not in self.meta.rule.per_tensor},
+                self._loaded,
+                "rule",
+            )
+            self._loaded = {}
+        names = set(point.gradients)
+        if before is not None and before.accepted is not None:
+            names |= before.accepted.gradients.keys()
+            if names != set(point.gradients):
+                joined = {**before.accepted.gradients, **point.gradients}
+                parameters = {**before.accepted.parameters, **point.parameters}
+                fresh = dataclasses.replace(
+                    fresh, rule=self.meta.rule.initial_state(point.replace(parameters=parameters, gradients=joined))
+                )
+        if rest is not None and self._stepped != frozenset(point.gradients):
+            rest = {key: value for key, value in rest.items() if key not in self.meta.rule.void_on_change}
+        self._stepped = frozenset(point.gradients)
+        entries = {name: self.state[named[name]] for name in names}
+        rule = rule_state(self.meta.rule, rest, entries, fresh.rule)
+        if before is None:
+            self._loop.state = dataclasses.replace(fresh, rule=rule)
+        else:
+            teleporter = _joined(fresh.teleporter, before.teleporter)
+            gauge = _joined(fresh.gauge, before.gauge)
+            self._loop.state = dataclasses.replace(before, rule=rule, teleporter=teleporter, gauge=gauge)
+
+    def _keep(self, named: Mapping[str, Tensor]) -> None:
+        """Puts what is remembered by tensor where `torch.optim` keeps it."""
+        state = self._loop.state
+        assert state is not None
+        entries = {name: self.state[value] for name, value in named.items()}
+        rest = update_entries(self.meta.rule, state.rule, entries)
+        self._loop.state = dataclasses.replace(state, rule=rest)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"LearnedOptimizer: {text}", stacklevel=5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict: what is remembered of each parameter, and under the first one's entry what is remembered of
+        all of them, tensors alone. The networks are in the checkpoint, not here."""
+        packed = super().state_dict()
+        state = self._loop.state
+        if state is None and not self._loaded:
+            return packed
+        rest = dict(self._loaded)
+        if state is not None:
+            rest = {**saved_parts(state), **flattened(state.rule, "rule")}
+        rest |= flattened({"steps": self.steps, "skipped": self.skipped}, "count")
+        parameters = [value for group in self.param_groups for value in group["params"]]
+        entries = {index: dict(packed["state"].get(index, {})) for index in range(len(parameters))}
+        first = next((index for index, value in enumerate(parameters) if value.requires_grad), 0)
+        entries[first] |= {_OWN + path: value for path, value in rest.items()}
+        for index, value in enumerate(parameters):
+            if value.requires_grad:
+                # What reads state dicts by parameter expects an entry for each.
+                entries[index].setdefault("step", torch.tensor(float(self.steps)))
+        packed["state"] = {index: each for index, each in entries.items() if each}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave. What is remembered of symmetries takes its form at the next step.
+
+        Raises:
+            ValueError: if the parameters are not as many; at the next step, if it does not fit the model and its
+                symmetries.
+        """
+        super().load_state_dict(state_dict)
+        given = state_dict["state"]
+        loaded: dict[str, Tensor] = {}
+        parameters = [value for group in self.param_groups for value in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            # The base class has cast moments to the parameter's dtype; those of half precision are wider.
+            own = {key: value for key, value in given.get(index, {}).items() if key != "step"}
+            loaded |= {key.removeprefix(_OWN): value.clone() for key, value in own.items() if key.startswith(_OWN)}
+            kept = {
+                key: value.detach().clone().to(parameter.device)
+                for key, value in own.items()
+                if not key.startswith(_OWN)
+            }
+            self.state.pop(parameter, None)
+            if kept:
+                self.state[parameter] = kept
+        self.steps = int(loaded.pop("count/steps", torch.tensor(0)))
+        self.skipped = int(loaded.pop("count/skipped", torch.tensor(0)))
+        self._loop.state, self.last_step, self._loaded = None, None, loaded
+        self._stepped = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the hooks, which a copy sets on its own model."""
+        return {**self.__dict__, "_recorder": None, "_zero_grad_profile_name": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._record()
+
+    def __repr__(self) -> str:
+        groups = "".join(
+            f"\n    group {number}: {len(group['params'])} parameters, lr={group['lr']}, "
+            f"weight_decay={group['weight_decay']}"
+            for number, group in enumerate(self.param_groups)
+        )
+        return f"LearnedOptimizer({self.meta.config.mode}, {len(self.symmetries)} symmetries{groups}\n)"
+
+
+def places(parameters: Sequence[Tensor], number: int) -> list[str]:
+    """Names for the parameters of a group that has none: a vector behind a matrix of as many rows is its bias.
+
+    Example:
+        >>> places([torch.ones(3, 2), torch.ones(3), torch.ones(2, 3)], 0)
+        ['0.0.weight', '0.0.bias', '0.2.weight']
+    """
+    names: list[str] = []
+    for index, value in enumerate(parameters):
+        before = parameters[index - 1] if index else None
+        if before is not None and value.ndim == 1 and before.ndim > 1 and before.shape[0] == value.shape[0]:
+            names.append(f"{number}.{index - 1}.bias")
+        else:
+            names.append(f"{number}.{index}.weight")
+    return names
+
+
+def _check_numbers(lr: Any, weight_decay: Any, total_steps: Any) -> None:
+    if not float(lr) >= 0:
+        raise ValueError(f"lr is a factor on the learned step, at least zero; not {lr!r}")
+    if not float(weight_decay) >= 0:
+        raise ValueError(f"weight_decay is at least zero, not {weight_decay!r}")
+    whole = total_steps is None or (isinstance(total_steps, int) and total_steps >= 1 and total_steps is not True)
+    if not whole:
+        raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
+
+
+def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str]:
+    """The meta-optimizer, and what it is called."""
+    if isinstance(checkpoint, MetaOptimizer):
+        return checkpoint, "this meta-optimizer"
+    from metateleport.checkpoint import Checkpoint, meta_optimizer_of
+
+    name = checkpoint.name if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    return meta_optimizer_of(checkpoint), repr(name)
+
+
+def _scalar(loss: Any) -> Tensor:
+    found = torch.as_tensor(loss).detach()
+    if found.numel() != 1:
+        raise ValueError(f"a step is told a scalar loss; this one has shape {tuple(found.shape)}")
+    return found.reshape(()).real if found.is_complex() else found.reshape(())
+
+
+def _finite(told: Tensor | None, gradients: Tensors) -> bool:
+    seen = [each.isfinite().all() for each in gradients.values()]
+    if told is not None:
+        seen.append(told.isfinite().to(seen[0].device))
+    return bool(torch.stack(seen).all())
+
+
+def _joined(fresh: Any, before: Any) -> Any:
+    """What is remembered, and for what is new the state that it starts from."""
+    if isinstance(fresh, dict) and isinstance(before, dict):
+        return {**fresh, **{key: _joined(fresh.get(key), value) for key, value in before.items()}}
+    return before

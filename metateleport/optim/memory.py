@@ -1,0 +1,145 @@
+"""What a learned optimizer remembers: by parameter as `torch.optim` keeps it, and the rest as tensors with names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metateleport.learned.meta_optimizer import MetaState
+from metateleport.learned.rules import UpdateRule
+from metateleport.learned.stand_in import StandIn
+from metateleport.point import Point, Tensors
+
+__all__ = ["flattened", "restored_parts", "rule_state", "saved_parts", "unflattened", "update_entries"]
+
+Entries = MutableMapping[str, Tensor]
+
+
+def rule_state(
+    rule: UpdateRule, whole: Mapping[str, Any] | None, entries: Mapping[str, Entries], fresh: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A rule's state for the tensors of one step, those that are new with the state that they start from.
+
+    Args:
+        rule: says which entries of its state are kept for each tensor.
+        whole: its entries that are not; None before the first step.
+        entries: what is kept of each tensor, by its name.
+        fresh: the rule's initial state for all of the tensors.
+    """
+    state = {**fresh, **(whole or {})}
+    for entry in rule.per_tensor:
+        kept = {}
+        for name, own in fresh[entry].items():
+            if isinstance(own, tuple):
+                parts = [f"{entry}.{index}" for index in range(len(own))]
+                known = all(part in entries[name] for part in parts)
+                kept[name] = tuple(entries[name][part] for part in parts) if known else own
+            else:
+                kept[name] = entries[name].get(entry, own)
+        state[entry] = kept
+    return state
+
+
+def update_entries(rule: UpdateRule, state: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
+    """Puts a rule's state back where it is kept by tensor; the other entries are returned."""
+    for entry in rule.per_tensor:
+        for name, value in state[entry].items():
+            if isinstance(value, tuple):
+                entries[name].update({f"{entry}.{index}": part for index, part in enumerate(value)})
+            else:
+                entries[name][entry] = value
+    return {key: value for key, value in state.items() if key not in rule.per_tensor}
+
+
+def flattened(value: Any, prefix: str) -> Tensors:
+    """Nested dicts, tuples, dataclasses, numbers and tensors as tensors alone, by their paths; None is left out.
+
+    Example:
+        >>> flattened({"a": (1, torch.ones(2))}, "state")
+        {'state/a/0': tensor(1), 'state/a/1': tensor([1., 1.])}
+    """
+    if value is None:
+        return {}
+    if isinstance(value, Tensor):
+        return {prefix: value.detach()}
+    if isinstance(value, bool | int | float):
+        return {prefix: torch.tensor(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return {path: each for key, part in pairs for path, each in flattened(part, f"{prefix}/{key}").items()}
+
+
+def unflattened(like: Any, saved: Mapping[str, Tensor], prefix: str) -> Any:
+    """What `flattened` was given, of the types of a fresh state; what was not saved is as in that.
+
+    Raises:
+        ValueError: if a tensor's shape is another.
+    """
+    if isinstance(like, Tensor):
+        value = saved.get(prefix)
+        if value is None:
+            return like
+        if value.shape != like.shape:
+            raise ValueError(
+                f"the saved entry {prefix!r} has shape {tuple(value.shape)}, and this model asks for "
+                f"{tuple(like.shape)}: load it with the same model, symmetries and checkpoint, or start anew"
+            )
+        return value.to(like)
+    if isinstance(like, bool | int | float):
+        return type(like)(saved[prefix].item()) if prefix in saved else like
+    if isinstance(like, dict):
+        return {key: unflattened(each, saved, f"{prefix}/{key}") for key, each in like.items()}
+    if isinstance(like, tuple | list):
+        return type(like)(unflattened(each, saved, f"{prefix}/{index}") for index, each in enumerate(like))
+    if dataclasses.is_dataclass(like) and not isinstance(like, type):
+        values = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}
+        return dataclasses.replace(like, **unflattened(values, saved, prefix))
+    return like
+
+
+def saved_parts(state: MetaState) -> Tensors:
+    """All of a state but the rule's and what is kept by tensor, as tensors by their paths."""
+    parts = {
+        "progress": state.progress,
+        "teleporter": state.teleporter,
+        "gauge": state.gauge,
+        "stand_in": state.stand_in,
+        "accepted": _told(state.accepted),
+    }
+    return {path: each for name, part in parts.items() for path, each in flattened(part, name).items()}
+
+
+def restored_parts(fresh: MetaState, saved: Mapping[str, Tensor]) -> MetaState:
+    """A state with what `saved_parts` gave; the rule's is the fresh one's.
+
+    Raises:
+        ValueError: if it does not fit the model and its symmetries.
+    """
+    like = fresh.progress.start
+    changes: dict[str, Any] = {
+        name: unflattened(getattr(fresh, name), saved, name) for name in ("progress", "teleporter", "gauge")
+    }
+    if "stand_in/value" in saved:
+        change = _under(saved, "stand_in/change/", like)
+        plain = StandIn(like, like, like, {})
+        changes["stand_in"] = dataclasses.replace(unflattened(plain, saved, "stand_in"), change=change)
+    if "accepted/loss" in saved:
+        parts = {name: _under(saved, f"accepted/{name}/", like) for name in _KEPT}
+        changes["accepted"] = Point(**parts, loss=saved["accepted/loss"].to(like))
+    return dataclasses.replace(fresh, **changes)
+
+
+_KEPT = ("parameters", "gradients", "activations", "cotangents")
+
+
+def _told(point: Point | None) -> dict[str, Any] | None:
+    return None if point is None else {**{name: getattr(point, name) for name in _KEPT}, "loss": point.loss}
+
+
+def _under(saved: Mapping[str, Tensor], prefix: str, like: Tensor) -> Tensors:
+    return {path.removeprefix(prefix): value.to(like) for path, value in saved.items() if path.startswith(prefix)}
