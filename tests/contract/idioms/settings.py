@@ -22,14 +22,16 @@ def _parameters_only(bench: Bench, steps: int = STEPS) -> Course:
 
 @idiom("parameters and no model")
 def parameters_only(bench: Bench) -> Outcome:
-    """Steps as a model does that has no symmetries."""
-    return Outcome(_parameters_only(bench), (bench.plain(symmetries=()),))
+    """A list of parameters, or a group of them."""
+    loop = Loop(bench, optimizer=lambda model: bench.optimizer([{"params": list(model.parameters())}]))
+    return Outcome(_parameters_only(bench), (loop.run(plain),))
 
 
-@idiom("named parameters")
+@idiom("named parameters and no model")
 def named_parameters(bench: Bench) -> Outcome:
+    """Steps as a model does that has no symmetries."""
     loop = Loop(bench, optimizer=lambda model: bench.optimizer(model.named_parameters()))
-    return Outcome(loop.run(plain), (_parameters_only(bench),))
+    return Outcome(loop.run(plain), (bench.plain(symmetries=()),))
 
 
 @idiom("scheduler at one")
@@ -81,27 +83,47 @@ def warm_up(bench: Bench) -> Outcome:
     return Outcome(tried, (Loop(bench, symmetries=()).run(by_hand),))
 
 
+def _at_a_module(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained in the first modules, and in the others."""
+    owners = [[value for value in each.parameters(recurse=False) if value.requires_grad] for each in model.modules()]
+    owners = [each for each in owners if each]
+    first, second = owners[: len(owners) // 2], owners[len(owners) // 2 :]
+    return [value for each in first for value in each], [value for each in second for value in each]
+
+
 def _change(course: Course) -> list[Tensor]:
     return [now - then for now, then in zip(course.weights, course.start, strict=True)]
 
 
 @idiom("groups with factors")
 def groups(bench: Bench) -> Outcome:
-    """Groups at one are one group; a first step at a half is half as long; a group at zero stays."""
+    """A first step at a half is half as long; a group at zero stays."""
 
     def grouped(first: float, second: float, steps: int) -> Course:
         def make(model: nn.Module) -> torch.optim.Optimizer:
-            pairs = zip(_halves(model), (first, second), strict=True)
+            pairs = zip(_at_a_module(model), (first, second), strict=True)
             return bench.optimizer([{"params": held, "lr": lr} for held, lr in pairs])
 
         return Loop(bench, optimizer=make).run(plain, steps=steps)
 
     model = bench.model()
-    first = [any(value is each for each in _halves(model)[0]) for value in model.parameters()]
-    whole, factored = _change(_parameters_only(bench, 1)), _change(grouped(0.5, 0.0, 1))
+    first = [any(value is each for each in _at_a_module(model)[0]) for value in model.parameters()]
+    whole, factored = _change(grouped(1.0, 1.0, 1)), _change(grouped(0.5, 0.0, 1))
     expected = [change * (0.5 if held else 0.0) for change, held in zip(whole, first, strict=True)]
     same(factored, expected, "the first step at factors of a half and zero")
-    return Outcome(grouped(1.0, 1.0, STEPS), (_parameters_only(bench),))
+    return Outcome(grouped(1.0, 1.0, STEPS))
+
+
+@idiom("groups with and without decay")
+def decay_groups(bench: Bench) -> Outcome:
+    """Matrices in one group and vectors in another, by their names, step as one model; here without any decay."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        groups = [[pair for pair in trained if (pair[1].ndim > 1) == matrices] for matrices in (True, False)]
+        return bench.optimizer([{"params": group} for group in groups if group])
+
+    return Outcome(Loop(bench, optimizer=make).run(plain), (bench.plain(symmetries=()),))
 
 
 @idiom("weight decay")

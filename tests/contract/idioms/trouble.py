@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..loops import MIDDLE, STEPS, Bench, Loop, by_closure, by_loss, plain
+from ..loops import MIDDLE, STEPS, Bench, Course, Loop, by_closure, by_loss, plain
 from ..models import Batch, Problem
 from ..registry import Outcome, idiom
 
@@ -18,6 +18,16 @@ def _without(bench: Bench, number: int) -> list[Batch]:
     """The batches but for one."""
     batches = bench.batches(steps=STEPS + 1)
     return batches[:number] + batches[number + 1 :]
+
+
+def _counted(bench: Bench, usual: One, bad: One) -> Course:
+    """A bad step among the usual ones, told its loss: it may take the step back that led there. It is counted."""
+    loop = Loop(bench)
+    for step, batch in enumerate(bench.batches(steps=STEPS + 1)):
+        loop.take(bad if step == MIDDLE else usual, batch)
+    skipped = loop.optimizer.skipped  # type: ignore[attr-defined]
+    assert skipped == 1, f"one step was to be skipped, and {skipped} are counted"
+    return loop.course()
 
 
 def _interrupted(bench: Bench, number: int, usual: One, bad: One) -> Outcome:
@@ -72,7 +82,10 @@ def nan_in_a_closure(bench: Bench) -> Outcome:
     def closure(loop: Loop, batch: Batch) -> None:
         loop.optimizer.step(lambda: _nan_gradients(loop, batch))  # type: ignore[arg-type]
 
-    return _interrupted(bench, MIDDLE, by_closure, closure)
+    def loss(loop: Loop, batch: Batch) -> None:
+        loop.optimizer.step(loss=_nan_gradients(loop, batch))  # type: ignore[call-arg]
+
+    return Outcome(_counted(bench, by_closure, closure), (_counted(bench, by_loss, loss),))
 
 
 @idiom("infinite gradient")
@@ -91,18 +104,31 @@ def infinite_gradient(bench: Bench) -> Outcome:
     return _interrupted(bench, MIDDLE, plain, infinite)
 
 
+def _empty(loop: Loop, batch: Batch) -> torch.Tensor:
+    """Gradients of no samples: zeros, and a mean loss that is NaN. Where torch refuses such a batch it is made one."""
+    try:
+        return loop.gradients(tuple(each[:0] for each in batch))
+    except (RuntimeError, ValueError):
+        return loop.gradients(batch) * float("nan")
+
+
 @idiom("empty batch")
 def empty_batch(bench: Bench) -> Outcome:
-    """A batch of no samples, whose mean loss is NaN; nothing where torch itself refuses one."""
+    """Told its loss it is left out; without one it is a step along gradients of zero."""
 
-    def empty(loop: Loop, batch: Batch) -> None:
-        try:
-            loss = loop.gradients(tuple(each[:0] for each in batch))
-        except (RuntimeError, ValueError):
-            loss = loop.gradients(batch) * float("nan")
-        loop.optimizer.step(loss=loss)  # type: ignore[call-arg]
+    def told(loop: Loop, batch: Batch) -> None:
+        loop.optimizer.step(loss=_empty(loop, batch))  # type: ignore[call-arg]
 
-    return _interrupted(bench, MIDDLE, by_loss, empty)
+    def untold(loop: Loop, batch: Batch) -> None:
+        _empty(loop, batch)
+        loop.optimizer.step()
+
+    loop = Loop(bench)
+    for step, batch in enumerate(bench.batches(steps=STEPS + 1)):
+        loop.take(untold if step == MIDDLE else plain, batch)
+    without = loop.course()
+    assert without.after < without.before, f"untold, the loss went from {without.before:.4g} to {without.after:.4g}"
+    return Outcome(_counted(bench, by_loss, told))
 
 
 @idiom("smaller last batch")
