@@ -11,7 +11,7 @@ DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format clean distclean
+.PHONY: help venv demo test contract lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ demo: venv ## meta-train a small teleporter on digits for two minutes, then eval
 
 test: lint ## lint, type-check, and run the tests with a bounded part of the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --slow-seconds $(SLOW_SECONDS)
+
+contract: venv ## the learned optimizers in every idiom of practice, on every kind of model: prints the table
+	OMP_NUM_THREADS=1 $(BIN)/python tests/contract
 
 lint: venv ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,0 +1,78 @@
+"""The contract: what torch's own optimizers do in a training loop, the learned one does."""
+
+from __future__ import annotations
+
+import faulthandler
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from .cells import CHECKPOINTS, Cell, judge
+from .models import PROBLEMS
+from .registry import IDIOMS
+from .stand_in import ADAMW
+from .table import MOST_REFUSALS, Table, chosen, covering
+
+
+def _hold(cells: Sequence[Cell]) -> None:
+    verdicts = {cell: judge(cell) for cell in cells}
+    wrong = [f"{cell}: {verdict.why}" for cell, verdict in verdicts.items() if verdict.kind == "wrong"]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_every_idiom_with_every_checkpoint(idiom: str) -> None:
+    _hold([cell for cell in covering() if cell.idiom == idiom])
+
+
+def test_every_model_with_every_checkpoint_in_plain_steps() -> None:
+    _hold([Cell("step()", problem, checkpoint) for problem in PROBLEMS for checkpoint in CHECKPOINTS])
+
+
+def test_few_checkpoints_refuse_the_perceptron() -> None:
+    refused = {name: judge(Cell("step()", "mlp", name)) for name in CHECKPOINTS}
+    refused = {name: verdict for name, verdict in refused.items() if verdict.kind == "refused"}
+    assert len(refused) <= MOST_REFUSALS, refused
+
+
+@pytest.mark.slow(seconds=2400)
+def test_the_whole_table() -> None:
+    # One test for all, so that a smaller budget leaves its time to others; it takes longer than a test may.
+    faulthandler.cancel_dump_traceback_later()
+    table = Table(chosen(None, None, None, "cpu"))
+    list(table.rows())
+    assert not table.wrong, "\n".join(table.footer())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_every_idiom_on_a_gpu(idiom: str) -> None:
+    _hold([cell for cell in covering(device="cuda") if cell.idiom == idiom])
+
+
+def test_the_part_that_is_run_meets_all() -> None:
+    cells = covering()
+    assert {(cell.idiom, cell.checkpoint) for cell in cells} == {(i, c) for i in IDIOMS for c in CHECKPOINTS}
+    assert {(cell.problem, cell.checkpoint) for cell in cells} == {(p, c) for p in PROBLEMS for c in CHECKPOINTS}
+
+
+@pytest.mark.parametrize("problem", ["mlp", "embedding, sparse"])
+def test_adamw_keeps_the_contract(problem: str) -> None:
+    """It is torch's: what AdamW does not keep could not be asked for."""
+    rows = [idiom for idiom in IDIOMS if "compiled" not in idiom]
+    _hold([Cell(idiom, problem, ADAMW) for idiom in rows])
+
+
+@pytest.mark.slow(seconds=80)
+def test_adamw_keeps_the_contract_everywhere() -> None:
+    _hold([Cell(idiom, problem, ADAMW) for idiom in IDIOMS for problem in PROBLEMS])
+
+
+def test_the_models_are_the_same_each_time() -> None:
+    for problem in PROBLEMS.values():
+        torch.rand(3)
+        pairs = zip(problem.model().parameters(), problem.model().parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), problem.name
+        labels = problem.data(64)[-1]
+        assert len(labels.unique()) == 3, problem.name
