@@ -18,14 +18,14 @@ _FIRST = 0.02
 _SMALLEST = 1e-2
 """Stands for the root mean square of weights that are smaller: a model that starts at zero has to move."""
 
-_MEMORY = 0.5
-_WANTED = 0.1
-"""Share of the slope along a step that is to be left at its end."""
+_MEMORY = 0.7
+"""Of the slope that is left at the end of a step: one minibatch tells little of it."""
 
 _LEAST = 0.05
 """Of a step that was shortened by more than this the gradients say nothing about the whole one."""
 
-_SLOWER, _FASTER = 0.5, 2.0
+_RATE = 0.7
+"""Log of the factor that it changes by at most, from step to step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +33,23 @@ class StandIn:
     r"""What stands for the loss $L$ in a step length: Polyak's $L / |G|^2$, or a bound $|c|^2 / 2L$ on the curvature.
 
     All such lengths are proportional to it, so that it is a common factor on the steps, and the gradients tell whether
-    that is too long or too short. With $\Delta$ the last step, $G$ the gradient before it and $G'$ the one after it,
+    that is too long or too short. With $\Delta$ the last step and $G'$ the gradient after it, $-\langle G', \Delta
+    \rangle$ is the slope that is left at its end: positive where it might have been longer, negative where it went too
+    far. So
+    $$\hat L \mapsto \hat L\, e^{0.7 \bar x}, \qquad \bar x \mapsto 0.7\,\bar x + 0.3\, x, \qquad
+      x = 2 \frac{-\langle G', \Delta \rangle}{|\langle G, \Delta \rangle| + |\langle G', \Delta \rangle|},$$
 
-    $$r = \langle G', \Delta \rangle / \langle G, \Delta \rangle$$
+    $G$ the gradient before the step.
 
-    is one for a step of no length, zero at the minimum along the step, and negative beyond it. The stand-in grows while
-    $r$ is above a tenth and falls below it. As $\Delta$ was made without the data that $G'$ is of, no noise of
-    theirs is correlated with it. It starts where Polyak's step is a fiftieth of the weights' norm. It goes with the
-    scale of the gradients, and a loss that is scaled, with or without the gradients unscaled again, changes no step.
+    As $\Delta$ was made without the data that $G'$ is of, noise in the two is independent: at rest no slope is left on
+    average, and a step is as long as pays with the noise that there is. It starts where Polyak's step is a fiftieth of
+    the weights' norm. It goes with the scale of the gradients, so that a loss which is scaled, with the gradients
+    unscaled again or not, changes no step.
 
     Args:
         value: the stand-in, `(tasks,)`, positive.
-        left: running mean of $r$, `(tasks,)`.
-        slope: $\langle G, \Delta \rangle$ of the last step, `(tasks,)`.
+        left: $\bar x$, `(tasks,)`.
+        slope: the slope at the start of the last step, `(tasks,)`.
         change: $\Delta$, by parameter name; empty before the first step.
         factor: what the caller has multiplied the last step by, which is not to be made up for.
 
@@ -75,7 +79,7 @@ class StandIn:
             count += gradient[0].numel()
         norm = weights.sqrt().clamp_min(_SMALLEST * count**0.5)
         value = (_FIRST * norm * gradients.sqrt()).clamp_min(torch.finfo(zero.dtype).tiny ** 0.5)
-        return cls(value, torch.ones_like(zero), zero, {})
+        return cls(value, zero, zero, {})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StandIn:
         """Applies `function` to every tensor."""
@@ -86,19 +90,20 @@ class StandIn:
         """The stand-in after an evaluation: what its gradients say of the last step."""
         if not self.change or not self.factor:
             return self
-        after = _product(gradients, self.change, self.slope)
-        # A step that led uphill is no step to learn from.
-        downhill = self.slope < 0
-        left = torch.where(downhill, after / torch.where(downhill, self.slope, 1.0), 1.0).clamp(-2.0, 1.0)
-        left = torch.where(left.isfinite(), 1 - (1 - left) / max(self.factor, _LEAST), -2.0).clamp_min(-2.0)
-        mean = _MEMORY * self.left + (1 - _MEMORY) * left
-        factor = (2 * (mean - _WANTED)).exp().clamp(_SLOWER, _FASTER)
-        return dataclasses.replace(self, value=torch.where(downhill, self.value * factor, self.value), left=mean)
+        after = -_product(gradients, self.change, self.slope)
+        # What would be left at the end of the whole step, were the loss a parabola along it.
+        whole = self.slope - (self.slope - after) / max(self.factor, _LEAST)
+        # A step that led uphill is no step to learn from, and one that left the finite was too long.
+        whole = torch.where(whole.isfinite(), whole, -self.slope.abs())
+        size = self.slope.abs() + whole.abs()
+        share = torch.where((self.slope > 0) & (size > 0), 2 * whole / torch.where(size > 0, size, 1.0), 0.0)
+        left = _MEMORY * self.left + (1 - _MEMORY) * share
+        return dataclasses.replace(self, value=self.value * (_RATE * left).exp(), left=left)
 
     def stepped(self, before: Tensors, after: Tensors, gradients: Tensors) -> StandIn:
         """The stand-in with a step remembered, from the parameters `before` to those `after` it."""
         change = {name: (after[name] - before[name]).detach() for name in gradients}
-        return dataclasses.replace(self, slope=_product(gradients, change, self.slope), change=change)
+        return dataclasses.replace(self, slope=-_product(gradients, change, self.slope), change=change)
 
 
 def _product(gradients: Tensors, change: Tensors, like: Tensor) -> Tensor:

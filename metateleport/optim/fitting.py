@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from metateleport.detect import symmetries_of
 from metateleport.detection import exact_symmetries
 from metateleport.gauges import gauge_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.symmetries import Symmetry, Unsuitable
+from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
-__all__ = ["check_parameters", "fitting_symmetries", "replicated"]
+__all__ = ["check_parameters", "fitting_symmetries", "replicated", "say_what_fits"]
+
+_MOST = 0.5
+"""Share of the weights that a bound on the curvature has to be known for."""
 
 
 def replicated() -> bool:
@@ -58,19 +61,16 @@ def _is_sharded(value: Tensor) -> bool:
 def fitting_symmetries(
     model: nn.Module,
     meta: MetaOptimizer,
-    called: str,
     symmetries: Sequence[Symmetry] | None,
     example_input: Any,
 ) -> tuple[Symmetry, ...]:
     """The symmetries that an optimizer goes on with; found in the model if not given.
 
-    Where none can be found training goes on without them, and one warning says what to give. So does one where none of
-    the networks serves any of them.
+    Where none can be found training goes on without them, and one warning says what to give.
 
     Args:
         model: the model.
         meta: the meta-optimizer.
-        called: the checkpoint's name, as warnings call it.
         symmetries: those given, or None.
         example_input: of the model, or None.
 
@@ -96,7 +96,6 @@ def fitting_symmetries(
                 stacklevel=4,
             )
             return ()
-    _say_what_serves(meta, called, found)
     return found
 
 
@@ -111,20 +110,65 @@ def _check_given(symmetries: Sequence[Symmetry], model: nn.Module) -> None:
             raise ValueError(f"{symmetry!r} names {unknown[0]!r}, which the model does not have")
 
 
-def _say_what_serves(meta: MetaOptimizer, called: str, symmetries: Sequence[Symmetry]) -> None:
-    if not symmetries:
-        return
-    gauged = () if meta.gauge is None else gauge_symmetries(symmetries, meta.config.gauge == "linearised")
-    has: set[str] = set() if meta.gauge is None else set(meta.gauge.networks)
-    served = any(each.group.name in has for each in gauged)
-    if meta.teleporter is not None:
-        groups = meta.teleporter.groups
-        served = served or groups is None or any(each.group.name in groups for each in symmetries)
-    if served or (meta.gauge is None and meta.teleporter is None):
-        return
-    own = ", ".join(sorted({each.group.name for each in symmetries}))
-    warnings.warn(
-        f"{called} has networks for symmetries of {', '.join(meta.config.groups)}, and this model's are of {own}: "
-        "its learned steps are taken without teleports and gauges",
-        stacklevel=5,
-    )
+def say_what_fits(
+    meta: MetaOptimizer,
+    called: str,
+    made_for: Mapping[str, Any],
+    symmetries: Sequence[Symmetry],
+    parameters: Mapping[str, Tensor],
+    deterministic: bool,
+) -> None:
+    """One warning, where a checkpoint is not for what it has been given.
+
+    Args:
+        meta: the meta-optimizer.
+        called: the checkpoint's name, as warnings call it.
+        made_for: the entry of its card: whether it has learned on `minibatches`, and on symmetries of which `groups`.
+        symmetries: that it goes on with.
+        parameters: that it trains, by name.
+        deterministic: whether every step sees the same data.
+    """
+    own = {each.group.name for each in symmetries}
+    reasons = []
+    if symmetries and not _serves(meta, symmetries):
+        reasons.append(
+            f"it has networks for symmetries of {', '.join(meta.config.groups)}, and this model's are of "
+            f"{', '.join(sorted(own))}: it steps without teleports and gauges"
+        )
+    if not deterministic and not made_for.get("minibatches", True):
+        reasons.append(
+            "it has learned on data sets that every step sees whole, which deterministic=True promises; on minibatches "
+            "it is behind AdamW"
+        )
+    if made_for.get("groups") and not own & set(made_for["groups"]):
+        reasons.append(
+            f"it has learned on models with symmetries of {', '.join(made_for['groups'])}, of which there is none"
+        )
+    if meta.rule.divides_by_loss:
+        bounded = {name for each in symmetries if isinstance(each, Pair) for name in each.modules}
+        known = sum(value.numel() for name, value in parameters.items() if name.rpartition(".")[0] in bounded)
+        share = known / max(1, sum(value.numel() for value in parameters.values()))
+        if share < _MOST:
+            reasons.append(
+                f"it bounds steps by the curvature of layers that follow one another, which holds {share:.0%} of these "
+                "weights; the others take Polyak's step"
+            )
+    if reasons:
+        warnings.warn(
+            f"{called} is not made for this: {'; '.join(reasons)}. 'digits' is made for any model, on minibatches",
+            stacklevel=4,
+        )
+
+
+def _serves(meta: MetaOptimizer, symmetries: Sequence[Symmetry]) -> bool:
+    """Whether a network that chooses group elements serves any of the symmetries; true where there is none."""
+    if meta.gauge is None and meta.teleporter is None:
+        return True
+    if meta.gauge is not None:
+        gauged = gauge_symmetries(symmetries, meta.config.gauge == "linearised")
+        if any(each.group.name in meta.gauge.networks for each in gauged):
+            return True
+    if meta.teleporter is None:
+        return False
+    groups = meta.teleporter.groups
+    return groups is None or any(each.group.name in groups for each in symmetries)

@@ -16,7 +16,7 @@ from metateleport.capture import PassRecorder, unwrapped
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer, Step
 from metateleport.optim.agreement import Evidence, evidence_of
-from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated
+from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated, say_what_fits
 from metateleport.optim.memory import (
     flattened,
     restored_parts,
@@ -118,7 +118,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         deterministic: bool = False,
     ) -> None:
         _check_numbers(lr, weight_decay, total_steps)
-        meta, called = _meta_optimizer(checkpoint)
+        meta, called, made_for = _meta_optimizer(checkpoint)
         self.model: nn.Module | None = None
         given: Any = model_or_params
         if isinstance(model_or_params, nn.Module):
@@ -137,7 +137,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.deterministic = deterministic
         self.symmetries: tuple[Symmetry, ...] = ()
         if self.model is not None:
-            self.symmetries = fitting_symmetries(self.model, meta, called, symmetries, example_input)
+            self.symmetries = fitting_symmetries(self.model, meta, symmetries, example_input)
+        say_what_fits(meta, called, made_for, self.symmetries, self._named(), deterministic)
         self.steps = 0
         self.skipped = 0
         self.last_step: Step | None = None
@@ -278,12 +279,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Writes what a step led to."""
         decay = {id(value): group["weight_decay"] for group in self.param_groups for value in group["params"]}
         moved = {name for move in taken.moves for name in move.symmetry.parameters}
+        proposed, taken_squares = torch.zeros(()), torch.zeros(())
         for name, value in taken.parameters.items():
             rate = rates.get(name, 0.0)
             if name not in named or not (rate or name in moved):
                 continue
             parameter, start = named[name], taken.teleported[name]
-            goal = within(start, value) if self._bounds_steps else value
+            goal = within(start, value, self.state[parameter]) if self._bounds_steps else value
+            if self._bounds_steps:
+                proposed = proposed + (value - start).square().sum()
+                taken_squares = taken_squares + (rate * (goal - start)).square().sum()
             shrunk = rate * decay[id(parameter)]
             if rate != 1 or shrunk:
                 goal = (1 - shrunk) * start + rate * (goal - start)
@@ -291,9 +296,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state = self.loop.state
         if state is not None and state.stand_in is not None:
             # A step that was shortened on purpose says nothing of a length that was too short.
-            stepped = [rates[name] for name in taken.parameters if rates.get(name)]
-            mean = sum(stepped) / max(1, len(stepped))
-            self.loop.state = dataclasses.replace(state, stand_in=dataclasses.replace(state.stand_in, factor=mean))
+            share = math.sqrt(float(taken_squares / proposed)) if float(proposed) else 0.0
+            self.loop.state = dataclasses.replace(state, stand_in=dataclasses.replace(state.stand_in, factor=share))
 
     def _skip(self, named: Mapping[str, Tensor]) -> None:
         """Leaves out a step whose loss or gradient is not finite; a step that led there is taken back."""
@@ -455,14 +459,14 @@ def _check_numbers(lr: Any, weight_decay: Any, total_steps: Any) -> None:
         raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
 
 
-def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str]:
-    """The meta-optimizer, and what it is called."""
+def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, Any]]:
+    """The meta-optimizer, what it is called, and what its card says that it is made for."""
     if isinstance(checkpoint, MetaOptimizer):
-        return checkpoint, "this meta-optimizer"
-    from metateleport.checkpoint import Checkpoint, meta_optimizer_of
+        return checkpoint, "this meta-optimizer", {}
+    from metateleport.checkpoint import Checkpoint, load_checkpoint, meta_optimizer_of
 
-    name = checkpoint.name if isinstance(checkpoint, Checkpoint) else str(checkpoint)
-    return meta_optimizer_of(checkpoint), repr(name)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+    return meta_optimizer_of(loaded), repr(loaded.name), loaded.card.get("made_for", {})
 
 
 def _scalar(loss: Any) -> Tensor:

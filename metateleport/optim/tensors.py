@@ -11,8 +11,11 @@ from metateleport.point import Tensors
 
 __all__ = ["dense_gradient", "master", "raised", "stacked_pullback", "trainable", "within", "working_dtype", "write"]
 
-_SMALLEST = 0.02
+_SMALLEST = 0.04
 """Stands for the root mean square of tensors that are smaller, as a bound on their steps."""
+
+REACH = "reach"
+"""Entry of a parameter's state: the longest step that is taken on it."""
 
 COMPENSATION = "compensation"
 """Entry of a parameter's state: what rounding to half precision has cut off."""
@@ -105,20 +108,24 @@ def _unsqueezed(tensors: Tensors) -> Tensors:
     return {name: value.unsqueeze(0) for name, value in tensors.items()}
 
 
-def within(start: Tensor, value: Tensor) -> Tensor:
-    """A step no longer than its tensor: a bound on the curvature can be far too low where a layer starts near zero.
+def within(start: Tensor, value: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """A step no longer than half its tensor was at first: a bound on the curvature is far too low near zero weights.
+
+    What it was at first, so that weights which run away do it step by step and not by powers.
 
     Args:
         start: where the step starts, `(1, *shape)`.
         value: where it leads.
+        state: of the parameter; gets the entry `reach` at the first step.
 
     Example:
-        >>> within(torch.ones(1, 2), torch.full((1, 2), 5.0))
-        tensor([[2., 2.]])
+        >>> within(torch.ones(1, 2), torch.full((1, 2), 5.0), {})
+        tensor([[1.5000, 1.5000]])
     """
-    step = value - start
-    size, allowed = step.norm(), start.norm().clamp_min(_SMALLEST * start.numel() ** 0.5)
-    return value if bool(size <= allowed) else start + step * (allowed / size)
+    if REACH not in state:
+        state[REACH] = 0.5 * start.norm().clamp_min(_SMALLEST * start.numel() ** 0.5)
+    step, reach = value - start, state[REACH]
+    return start + step * (reach / step.norm().clamp_min(torch.finfo(step.dtype).tiny)).clamp_max(1.0)
 
 
 def master(parameter: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor]) -> Tensor:
