@@ -72,13 +72,17 @@ def try_twice(model: StackedModel, batch: Batch) -> None:
             gradients = model.evaluation.point(in_graph=True).gradients
             total = sum(value.square().sum() for value in gradients.values())
             if isinstance(total, Tensor) and total.requires_grad:
-                torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+                # All of the graph: towards some weights alone, a function that has one derivative only is left out.
+                total.backward()
         except Exception as error:
             raise StackError(
                 f"meta-training differentiates the gradients, and the model's cannot be: {_words(error)}. Use "
                 "--first-order; or, in forward(), sdpa_kernel(SDPBackend.MATH) for attention and "
                 "torch.backends.cudnn.flags(enabled=False) for recurrent layers"
             ) from error
+        finally:
+            model.evaluation = None
+            model.zero_grad()
 
 
 def _single(model: StackedModel, batch: Batch) -> None:

@@ -285,7 +285,7 @@ def test_gradients_that_have_no_derivative_are_told_before_meta_training() -> No
         def backward(context: Any, gradient: Tensor) -> Tensor:
             return 3 * context.saved_tensors[0] ** 2 * gradient
 
-    model = mt.StackedModel([nn.Linear(4, 3)], lambda out: Once.apply(out).mean())
+    model = mt.StackedModel([nn.Linear(4, 3)], lambda out: Once.apply(out).square().mean())
     model.batched = False
     batch = ((torch.randn(1, 5, 4),), ())
     try_out(model, batch)
