@@ -267,8 +267,12 @@ def test_each_head_gets_a_random_element_of_its_own_size() -> None:
     stack = mt.TaskStack([mt.Task(model, nn.functional.mse_loss, (x,), (y,), symmetries=heads)])
     seen: list[list[tuple[str, float]]] = []
 
-    class Own(Teleporter):
+    class Own(Teleporter, nn.Module):
         """Turns every head by a size of its own."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            Teleporter.__init__(self)
 
         def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[torch.Tensor, Any]:
             size = 0.1 * (1 + heads.index(symmetry))
@@ -290,3 +294,19 @@ def test_each_head_gets_a_random_element_of_its_own_size() -> None:
     assert sorted(size for _, size in learned[0]) == pytest.approx([0.1, 0.2])
     for before, after in zip(learned, drawn, strict=True):
         assert dict(after) == pytest.approx(dict(before))
+
+
+def test_each_heads_random_gauge_has_its_own_size() -> None:
+    from metateleport.evaluation.learned import _place, _SameGauges, _Sizes
+    from metateleport.gauges import Gauge
+
+    heads = AttentionQK.of_heads(_Heads(), "query", "key", 2)
+    unit = torch.eye(2).expand(1, 2, 2)
+    gauges = [
+        Gauge(head, side, head.parameters, unit, torch.tensor([size]))
+        for head, side, size in zip(heads * 2, ("in", "in", "out", "out"), (0.1, 0.2, 0.3, 0.4), strict=True)
+    ]
+    sizes = [_Sizes({}, {_place(gauge): gauge.size for gauge in gauges})]
+    drawn = _SameGauges(sizes, torch.Generator().manual_seed(0))(gauges)
+    assert [float(gauge.size) for gauge in drawn] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert len({tuple(gauge.element.flatten().tolist()) for gauge in drawn}) == 4
