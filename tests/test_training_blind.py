@@ -173,3 +173,12 @@ def test_a_run_that_goes_on_hides_the_same_windows(monkeypatch: pytest.MonkeyPat
     resumed.restore(stopped.boundary)
     resumed.run()
     assert resumed.progression.meta_losses == whole.progression.meta_losses
+
+
+def test_the_scale_is_the_decrease_of_weights_that_change_by_their_own_size() -> None:
+    run = unroll_of(-10.0)
+    point = run.stack.model.point_at(run.stack.model.tensors(), run.stack.full)
+    sizes = sum(value.flatten(1).square().sum(1) for value in point.parameters.values()).sqrt()
+    run.window(1)
+    found = run._scale(torch.full((1, 2), -1.0))
+    torch.testing.assert_close(found, point.squared_gradient_norm().sqrt() * sizes)
