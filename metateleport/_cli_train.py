@@ -85,6 +85,12 @@ def add(commands: Any) -> None:
         help="shorten steps at the noise floor by 1 / (1 + A r), r the evaluations there, A learned on; with --update "
         "adaptive by 1 / sqrt(1 + A t), t all evaluations (default 0)",
     )
+    parser.add_argument(
+        "--blind",
+        type=float,
+        metavar="SHARE",
+        help="hide the losses from the networks in this share of the windows (default 0.5)",
+    )
     parser.add_argument("--longest", type=float, metavar="X", help="longest step over the joint bound (default 1.5)")
     parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
     parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
@@ -253,7 +253,7 @@ def _check(parameters: Sequence[Mapping[str, nn.Parameter]]) -> None:
     """Refuses parameters that cannot be stacked or stepped."""
     first = parameters[0]
     for name, value in first.items():
-        if isinstance(value, UninitializedTensorMixin):
+        if is_lazy(value):
             raise ValueError(f"{name!r} has no shape yet: run lazy modules once, on the task's inputs, in sample()")
         if value.is_complex():
             raise ValueError(

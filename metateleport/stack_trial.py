@@ -53,7 +53,7 @@ def try_out(model: StackedModel, batch: Batch) -> None:
         ) from again
     warnings.warn(
         f"the tasks are evaluated one by one, which is slow: torch.func.vmap cannot batch the model ({_words(error)}). "
-        "Recurrent layers batch when written with nn.LSTMCell, .item() and branches on data with torch.where",
+        "It batches where recurrent cells are written with nn.Linear, and .item() or branches on data with torch.where",
         stacklevel=4,
     )
 
@@ -72,12 +72,17 @@ def try_twice(model: StackedModel, batch: Batch) -> None:
             gradients = model.evaluation.point(in_graph=True).gradients
             total = sum(value.square().sum() for value in gradients.values())
             if isinstance(total, Tensor) and total.requires_grad:
-                torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+                # All of the graph: towards some weights alone, a function that has one derivative only is left out.
+                total.backward()
         except Exception as error:
             raise StackError(
                 f"meta-training differentiates the gradients, and the model's cannot be: {_words(error)}. Use "
-                "--first-order, nn.LSTMCell for recurrent layers, or sdpa_kernel(SDPBackend.MATH) for attention"
+                "--first-order; or, in forward(), sdpa_kernel(SDPBackend.MATH) for attention and "
+                "torch.backends.cudnn.flags(enabled=False) for recurrent layers"
             ) from error
+        finally:
+            model.evaluation = None
+            model.zero_grad()
 
 
 def _single(model: StackedModel, batch: Batch) -> None:

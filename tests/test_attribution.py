@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import metateleport as mt
 from metateleport.evaluation import (
     Evaluation,
     Result,
@@ -23,6 +26,9 @@ from metateleport.evaluation import (
     table_of,
     words_of,
 )
+from metateleport.evaluation.learned import Learned
+from metateleport.symmetries import AttentionQK
+from metateleport.teleporters import Teleporter
 
 TASKS, STEPS = 24, 20
 
@@ -234,3 +240,73 @@ def test_a_single_seed_has_no_meta_seeds_in_its_report() -> None:
     assert "meta_seeds" not in report["attribution"]["learned"]["baselines"]["adam"]
     assert ratios_table_of(report) is not None
     assert ratios_table_of(report_of(evaluation(adam=result(1.0)))) is None
+
+
+class _Heads(nn.Module):
+    """Two heads of attention: their keys and queries share layers, their elements are apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("query", "key", "value"):
+            self.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            layer(x).reshape(*x.shape[:-1], 2, 2).transpose(-3, -2) for layer in (self.query, self.key, self.value)
+        )
+        mixed = (query @ key.mT).softmax(-1) @ value
+        return mixed.transpose(-3, -2).flatten(-2)
+
+
+def test_each_head_gets_a_random_element_of_its_own_size() -> None:
+    torch.manual_seed(0)
+    model = _Heads().double()
+    heads = AttentionQK.of_heads(model, "query", "key", 2)
+    assert len({head.parameters for head in heads}) == 1
+    x, y = torch.randn(6, 5, 4).double(), torch.randn(6, 5, 4).double()
+    stack = mt.TaskStack([mt.Task(model, nn.functional.mse_loss, (x,), (y,), symmetries=heads)])
+    seen: list[list[tuple[str, float]]] = []
+
+    class Own(Teleporter, nn.Module):
+        """Turns every head by a size of its own."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            Teleporter.__init__(self)
+
+        def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[torch.Tensor, Any]:
+            size = 0.1 * (1 + heads.index(symmetry))
+            return size * torch.eye(2, dtype=torch.float64).expand(1, 2, 2) / 2**0.5, state
+
+    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=4, groups=("GL",)))
+    meta.teleporter = Own()
+    step = mt.MetaOptimizer.step
+
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        taken = step(*arguments, **keywords)
+        seen.append([(move.symmetry.key, float(move.size)) for move in taken.moves])
+        return taken
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mt.MetaOptimizer, "step", noted)
+        Learned("learned/random-teleport", meta, "random").run(stack, 3)
+    learned, drawn = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert sorted(size for _, size in learned[0]) == pytest.approx([0.1, 0.2])
+    for before, after in zip(learned, drawn, strict=True):
+        assert dict(after) == pytest.approx(dict(before))
+
+
+def test_each_heads_random_gauge_has_its_own_size() -> None:
+    from metateleport.evaluation.learned import _place, _SameGauges, _Sizes
+    from metateleport.gauges import Gauge
+
+    heads = AttentionQK.of_heads(_Heads(), "query", "key", 2)
+    unit = torch.eye(2).expand(1, 2, 2)
+    gauges = [
+        Gauge(head, side, head.parameters, unit, torch.tensor([size]))
+        for head, side, size in zip(heads * 2, ("in", "in", "out", "out"), (0.1, 0.2, 0.3, 0.4), strict=True)
+    ]
+    sizes = [_Sizes({}, {_place(gauge): gauge.size for gauge in gauges})]
+    drawn = _SameGauges(sizes, torch.Generator().manual_seed(0))(gauges)
+    assert [float(gauge.size) for gauge in drawn] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert len({tuple(gauge.element.flatten().tolist()) for gauge in drawn}) == 4

@@ -7,9 +7,9 @@ from typing import Any
 
 from metateleport.evaluation.compared import compared, pairs_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE
-from metateleport.evaluation.run import Evaluation
+from metateleport.evaluation.run import Evaluation, Result
 
-__all__ = ["ABLATED", "AGAINST", "attribution_of", "words_of"]
+__all__ = ["ABLATED", "AGAINST", "attribution_of", "goes_below_zero", "words_of"]
 
 AGAINST: dict[str, str] = {
     f"{REFERENCE}/teleport-off": "the same networks with the teleport off",
@@ -52,6 +52,8 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
     learned = evaluation.results.get(REFERENCE)
     if learned is None:
         return {}
+    if goes_below_zero(evaluation):
+        return _no_ratios(learned)
 
     def beside(name: str) -> dict[str, Any]:
         return compared(learned, evaluation.results[name], evaluation.steps, pairs_of(evaluation, name))
@@ -74,6 +76,29 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
             "brings": {kind: _part(kind, learned.gauge, against) for kind in ("stays", "undone")},
             "verdict": verdict,
             "in_words": " ".join([words, *_without(without), *_ahead_or_behind(baselines, seeds)]),
+        }
+    }
+
+
+def goes_below_zero(evaluation: Evaluation) -> bool:
+    """Whether a loss of any method is below zero anywhere: a ratio of losses then says nothing."""
+    runs = [*evaluation.results.values(), *(run for seed in evaluation.meta_seeds for run in seed.results.values())]
+    return any(bool((run.trajectory.loss < 0).any()) for run in runs)
+
+
+def _no_ratios(learned: Result) -> dict[str, Any]:
+    return {
+        REFERENCE: {
+            "gauge": learned.gauge,
+            "confidence": CONFIDENCE,
+            "meta_seeds": 1,
+            "against": {},
+            "baselines": {},
+            "without": {},
+            "brings": dict.fromkeys(("stays", "undone"), "not run"),
+            "verdict": "unknown",
+            "in_words": f"{REFERENCE}: losses go below zero, where a ratio of two says nothing: none are given. "
+            "Compare the medians, or evaluate with a measure that is positive.",
         }
     }
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.table import measured
+from metateleport.evaluation.tuning import LARGEST
 from metateleport.files import replacing
 
 __all__ = ["plot"]
@@ -68,7 +69,7 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
         for axes, key in ((by_evaluations, "gradient_evaluations"), (by_seconds, "seconds_along")):
             axes.plot(entry[key], median, label=name, **style)
             axes.fill_between(entry[key], lowest, highest, color=colours[name], alpha=0.13, linewidth=0)
-    by_evaluations.set(yscale="log", ylim=(low, high), xlim=(0, report["steps"]))
+    by_evaluations.set(yscale="linear" if low < 0 else "log", ylim=(low, high), xlim=(0, report["steps"]))
     by_evaluations.set(xlabel="gradient evaluations", ylabel=measured(report))
     longest = max(max(entry["seconds_along"]) for entry in methods.values())
     shortest = min(min((s for s in entry["seconds_along"] if s > 0), default=longest) for entry in methods.values())
@@ -105,6 +106,11 @@ def _limits(methods: Mapping[str, Any]) -> tuple[float, float]:
         np.asarray(entry[key]) for entry in methods.values() for key in ("q25", "median")
     ]
     together = np.concatenate(values)
+    if bool((together < 0).any()):
+        # A logarithmic axis has no place for them.
+        shown = together[(together > -LARGEST) & (together <= start)]
+        room = 0.05 * (start - float(shown.min())) + 1e-12
+        return float(shown.min()) - room, start + room
     shown = together[(together > 0) & (together <= 10 * start)]
     lowest = float(shown.min()) if shown.size else start * 1e-3
     return max(lowest / 2, start * 1e-40, 1e-300), max(3 * start, 1e-290)

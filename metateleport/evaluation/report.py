@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metateleport.evaluation.attribution import ABLATED, attribution_of
+from metateleport.evaluation.attribution import ABLATED, attribution_of, goes_below_zero
 from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
 from metateleport.evaluation.run import Evaluation, Result
@@ -42,12 +42,14 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
         tasks have such, and where there is a learned method `paired_ratio_to_learned` at the end and
         `paired_ratios_to_learned`, a list of `at`, `ratio`, `low`, `high` at the marks. `attribution` says what its
         teleport brings, as `attribution_of` does; `meta_seeds` what each seed did, as `meta_seeds_of` does. The
-        learned methods in `methods` are those of the checkpoint's chosen seed.
+        learned methods in `methods` are those of the checkpoint's chosen seed. Where a loss is below zero there are no
+        ratios, and `attribution` says so.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
+    below = goes_below_zero(evaluation)
     attribution = attribution_of(evaluation)
     beside = {}
-    if REFERENCE in methods:
+    if REFERENCE in methods and not below:
         found = attribution[REFERENCE]
         beside = {**found["against"], **found["baselines"], **{ABLATED + k: v for k, v in found["without"].items()}}
         for name, entry in methods.items():
@@ -59,6 +61,7 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
         "schema": SCHEMA,
         "task": {"name": evaluation.family, "settings": _plain(evaluation.settings)},
         "measure": evaluation.measure,
+        **({"below_zero": True} if below else {}),
         "checkpoint": evaluation.checkpoint,
         "seed": evaluation.seed,
         "tasks": evaluation.tasks,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
 from metateleport.point import Tensors
@@ -127,6 +128,9 @@ def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
     """Multiplications of the Jacobian of the outputs, over those of one gradient of the loss.
 
     At least one: a Jacobian contains the gradient.
+
+    Raises:
+        EvaluationError: if the model does not give the Jacobian of every sample by itself.
     """
     (inputs, targets), template = batch, model.template
     one = {name: value[0].detach() for name, value in tensors.items()}
@@ -139,7 +143,13 @@ def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
     counts = []
     for function in (lambda: torch.func.grad(loss)(one), lambda: _jacobian(model, one, fixed, given)):
         with FlopCounterMode(display=False) as counter, torch.enable_grad():
-            function()
+            try:
+                function()
+            except Exception as error:
+                raise EvaluationError(
+                    "gauss-newton differentiates the outputs of every sample by itself, and the tasks' model does not "
+                    f"give that ({type(error).__name__}: {str(error)[:120]}): leave gauss-newton out of --methods"
+                ) from error
         counts.append(counter.get_total_flops())
     return max(counts[1] / max(counts[0], 1), 1.0)
 
@@ -224,7 +234,10 @@ class _System:
         solved, _ = torch.linalg.solve_ex(gram, right if dual else self.factors.mT @ right)
         whole = -(self.factors.mT @ solved if dual else solved).squeeze(-1)
         parts = whole.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.reshape(len(part), *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
 
 def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
     methods: Mapping[str, Any] = report["methods"]
     steps, tasks = report["steps"], report["tasks"]
     places = marks(steps)
-    compared = REFERENCE in methods and len(methods) > 1
+    compared = REFERENCE in methods and len(methods) > 1 and not report.get("below_zero")
     accurate = any("held_out_accuracy" in entry for entry in methods.values())
     table = Table(
         title=f"{report['task']['name']}: {measured(report)}, median of {tasks} held-out tasks by gradient evaluations",
@@ -79,10 +79,10 @@ def ratios_table_of(report: Mapping[str, Any]) -> Table | None:
 
     Returns:
         The table, a row for each other method; with several meta-seeds the ratio over them, and below it the worst
-        meta-seed's. None where nothing was learned, or nothing stands beside it.
+        meta-seed's. None where nothing was learned, nothing stands beside it, or losses go below zero.
     """
     methods: Mapping[str, Any] = report["methods"]
-    if REFERENCE not in methods or len(methods) < 2:
+    if REFERENCE not in methods or len(methods) < 2 or report.get("below_zero"):
         return None
     seeds = len(report["meta_seeds"]["seeds"]) if report.get("meta_seeds") else 1
     over = f"interquartile mean over {seeds} meta-seeds and all tasks; below it the worst meta-seed's median"

@@ -102,7 +102,8 @@ def score(losses: Sequence[float] | np.ndarray) -> float:
         1.0
     """
     values = np.nan_to_num(np.asarray(losses, dtype=np.float64), nan=LARGEST, posinf=LARGEST, neginf=_SMALLEST)
-    return float(np.log(values.clip(_SMALLEST, LARGEST)).mean())
+    # Below zero there is no logarithm: there each loss counts less the further down it is.
+    return float((np.log(values.clip(_SMALLEST, LARGEST)) + np.arcsinh(values.clip(-LARGEST, 0.0))).mean())
 
 
 def search(recipe: Recipe, evaluate: Callable[[dict[str, Any]], float]) -> list[tuple[dict[str, Any], float]]:

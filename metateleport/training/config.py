@@ -68,6 +68,8 @@ class TrainConfig:
         max_stretch: the largest factor by which all teleports that stay may together stretch or shrink anything, above
             one, so that they do not lead ever further along the orbit; None for no bound.
         update: of the modes that learn one: `coordinate`, `tensor` for large models, `adaptive` for minibatches.
+        blind: share of the windows of meta-training in which the networks see no loss, in [0, 1]: they have to do
+            without where a training loop gives none.
         base: optimizer of mode `tele`.
         base_lr: its step size.
         seed: seeds the networks and the tasks.
@@ -111,6 +113,7 @@ raise the horizon or shorten the unroll
     teleport_cost: float = 0.0
     max_stretch: float | None = None
     update: UpdateSize = "coordinate"
+    blind: float = 0.5
     base: str = "sgd"
     base_lr: float = 1e-3
     seed: int = 0
@@ -153,6 +156,8 @@ raise the horizon or shorten the unroll
             raise TrainingError("several starts are random ones: use starts=1 to start from a checkpoint")
         if self.seconds is not None and not self.seconds > 0:
             raise TrainingError(f"seconds has to be positive, not {self.seconds}")
+        if not 0 <= self.blind <= 1:
+            raise TrainingError(f"blind is a share of the windows, in [0, 1]; not {self.blind!r}")
         if self.seed < 0:
             raise TrainingError(f"a seed is not negative: {self.seed}")
 
@@ -230,7 +235,8 @@ raise the horizon or shorten the unroll
 def default_settings() -> dict[str, Any]:
     """The settings that have a default, by name, as a card has them.
 
-    A card that does not have one was written by a version that did not know it, and trained as the default does.
+    A card that does not have one was written by a version that did not know it, and trained as the default does; but
+    such a version hid no losses.
 
     Returns:
         The defaults, but for seed and device, which are no part of a recipe.
@@ -239,7 +245,7 @@ def default_settings() -> dict[str, Any]:
         >>> default_settings()["search"]
         0
     """
-    known = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    known = {**{field.name: field.default for field in dataclasses.fields(TrainConfig)}, "blind": 0.0}
     return {
         name: value
         for name, value in known.items()

@@ -20,7 +20,7 @@ from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, priced, score
 from metateleport.training.search import search_round
-from metateleport.training.unroll import Unroll
+from metateleport.training.unroll import Unroll, runs_blind
 
 __all__ = ["MetaTrainer"]
 
@@ -44,7 +44,8 @@ class MetaTrainer:
 
     A meta-step is one truncated window of inner steps on a stack of tasks, differentiated through `higher`, and one
     step of Adam on the networks. A stack is followed for several windows; how many grows from one to
-    `horizon / unroll` over the first half of the run. Every few meta-steps the networks are scored on validation
+    `horizon / unroll` over the first half of the run. In a share of the windows, `blind`, the networks see no loss, as
+    in a training loop that gives them none. Every few meta-steps the networks are scored on validation
     tasks, and the best are kept: meta-training wanders, and the last networks are not the best. Where it has wandered
     too far off it goes back to them, with a smaller step.
 
@@ -122,9 +123,9 @@ class MetaTrainer:
             if not done.meta_step and not self.config.first_order:
                 try_twice(stack.model, stack.batch(0))
             unroll = Unroll(stack, self.meta, self.config.first_order, priced=self.config.teleport_cost > 0)
-            for _ in range(self._windows()):
+            for window in range(self._windows()):
                 started = time.perf_counter()
-                self._meta_step(unroll)
+                self._meta_step(unroll, runs_blind(self.config.blind, self.config.seed, done.stack, window))
                 if done.meta_step % self.config.validation_every == 0:
                     self._validate()
                 done.seconds += time.perf_counter() - started
@@ -232,11 +233,11 @@ class MetaTrainer:
         full = self.config.horizon / self.config.unroll
         return max(1, round(1 + (full - 1) * min(1.0, 2 * self.share)))
 
-    def _meta_step(self, unroll: Unroll) -> None:
+    def _meta_step(self, unroll: Unroll, blind: bool) -> None:
         done = self.progression
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
-        losses = unroll.window(self.config.unroll)
+        losses = unroll.window(self.config.unroll, loss_known=not blind)
         # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
         finite = losses.isfinite()
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)

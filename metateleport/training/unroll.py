@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,19 +13,29 @@ from metateleport.families import TaskStack
 from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState
 from metateleport.learned.stack_optimizer import StackOptimizer
+from metateleport.point import Tensors
 from metateleport.training.cost import openness_of
 
-__all__ = ["Unroll", "log_losses"]
+__all__ = ["Unroll", "log_losses", "runs_blind"]
 
 _FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12}
 
 
-def log_losses(losses: Tensor, start: Tensor) -> Tensor:
+def log_losses(losses: Tensor, start: Tensor, scale: Tensor | None = None) -> Tensor:
     r"""$\log((L + \epsilon L_0) / L_0)$: scale-free, and level where the loss is down to rounding.
+
+    A loss below zero has no logarithm. With $s$ the size of a decrease that counts,
+
+    $$\log(\max(L, 0) / L_0 + \epsilon) + \operatorname{asinh}(\min(L, 0) / s) \quad (L_0 > 0), \qquad
+      \operatorname{asinh}((L - L_0) / s) \quad (L_0 \le 0),$$
+
+    which grows with the loss everywhere, so that of two runs of a task the one further down is the better, and is the
+    logarithm as long as the loss stays positive. The second is blind to what is added to the loss.
 
     Args:
         losses: `(steps, tasks)`.
         start: losses at the start of each task, `(tasks,)`.
+        scale: $s$, `(tasks,)`; the size of the first loss, or one where that is zero, if not given.
 
     Returns:
         `(steps, tasks)`.
@@ -32,8 +44,35 @@ def log_losses(losses: Tensor, start: Tensor) -> Tensor:
         >>> log_losses(torch.tensor([[1.0]]), torch.tensor([1.0]))
         tensor([[0.]])
     """
-    start = start.detach().abs().clamp_min(torch.finfo(losses.dtype).tiny)
-    return (losses / start + _FLOOR.get(losses.dtype, 1e-12)).log()
+    start, tiny = start.detach(), torch.finfo(losses.dtype).tiny
+    own = start.abs() if scale is None else scale.detach()
+    own = torch.where(own.isfinite() & (own > tiny), own, torch.ones_like(own))
+    positive = start.abs().clamp_min(tiny)
+    logs = (losses.clamp_min(0.0) / positive + _FLOOR.get(losses.dtype, 1e-12)).log()
+    below = start <= 0
+    if not bool((below | (losses < 0)).any()):
+        return logs
+    return torch.where(below, ((losses - start) / own).asinh(), logs + (losses.clamp_max(0.0) / own).asinh())
+
+
+def runs_blind(share: float, seed: int, stack: int, window: int) -> bool:
+    """Whether a window of meta-training hides the losses from the networks, so that they learn to do without.
+
+    A share of the windows of every stack, spread evenly; where they begin is drawn from the seed and the stack, so
+    that a run that goes on after an interruption hides the same.
+
+    Args:
+        share: of the windows, in [0, 1].
+        seed: of the training.
+        stack: its number.
+        window: its number on the stack.
+
+    Example:
+        >>> [runs_blind(0.5, 0, 3, window) for window in range(4)]
+        [True, False, True, False]
+    """
+    begin = float(np.random.default_rng([seed, stack]).random())
+    return math.floor(begin + share * (window + 1)) > math.floor(begin + share * window)
 
 
 @dataclasses.dataclass
@@ -58,8 +97,13 @@ class Unroll:
     start: Tensor | None = None
     state: MetaState | None = None
     openness: Tensor | None = None
+    _begun: Tensors = dataclasses.field(default_factory=dict, repr=False)
+    _measured: Tensor | None = dataclasses.field(default=None, repr=False)
 
-    def window(self, length: int, track: bool = True) -> Tensor:
+    def __post_init__(self) -> None:
+        self._begun = {name: value.detach().clone() for name, value in self.stack.model.tensors().items()}
+
+    def window(self, length: int, track: bool = True, loss_known: bool = True) -> Tensor:
         """Takes some inner steps and returns the log losses after each, `(length, tasks)`, in the graph.
 
         The next window starts where this one ended, cut from its graph.
@@ -67,10 +111,12 @@ class Unroll:
         Args:
             length: number of inner steps.
             track: keep the graph for the meta-gradient; without it nothing grows with the number of steps.
+            loss_known: let the steps see the loss; without it they do as in a training loop that gives them none.
         """
         optimizer = StackOptimizer(self.stack.model, self.meta, self.stack.deterministic)
         optimizer.loop.state = self.state
         optimizer.first_order = self.first_order
+        optimizer.loss_known = loss_known
         stays, opened = self.meta.teleporter is not None, []
         with unroll_context(self.stack.model, optimizer, track) as (model, differentiable):
             losses = [model(self.stack.batch(self.steps), probe=True)]
@@ -92,4 +138,19 @@ class Unroll:
         self.stack.model.load(moved)
         found = [each for each in opened if each is not None]
         self.openness = torch.stack(found) if found else None
-        return log_losses(torch.stack(losses[1:]), self.start)
+        along = torch.stack(losses[1:])
+        return log_losses(along, self.start, self._scale(along.detach()))
+
+    def _scale(self, losses: Tensor) -> Tensor | None:
+        r"""$\|\nabla L\| \|w\|$ at the start of each task, where a loss is not positive; None where all are.
+
+        To first order it is how far the loss would go if the weights changed by their own size. It scales with the
+        loss, does not see what is added to it, and knows nothing of the optimizer.
+        """
+        assert self.start is not None
+        if self._measured is None and bool(((losses < 0).any(0) | (self.start <= 0)).any()):
+            point = self.stack.model.point_at(self._begun, self.stack.batch(0))
+            squares = [value.flatten(1).square().sum(1) for value in self._begun.values()]
+            size = torch.stack(squares).sum(0).sqrt()
+            self._measured = point.squared_gradient_norm().sqrt() * torch.where(size > 0, size, 1.0)
+        return self._measured
