@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -256,3 +257,13 @@ def test_a_model_that_runs_in_no_other_precision_is_told() -> None:
     model = pair(forward).to(torch.bfloat16)
     with pytest.raises(mt.Unsuitable, match=r"neither in float64 nor in float32.*bfloat16"):
         mt.certify(model, [mt.Rescaling(model, "a", "b")], (torch.randn(6, 4, dtype=torch.bfloat16),))
+
+
+def test_what_a_model_keeps_is_copied_or_told() -> None:
+    model, x = pair(through), torch.randn(6, 4)
+    model.kept = {"last": [model(x)]}
+    assert len(mt.find_symmetries(model, x).exact) == 1
+    assert model.kept["last"][0].grad_fn is not None
+    model.lock = threading.Lock()
+    with pytest.raises(mt.Unsuitable, match=r"cannot be copied by copy.deepcopy \(TypeError"):
+        mt.certify(model, [mt.Rescaling(model, "a", "b")], (x,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers[:-1])
 
@@ -188,7 +189,7 @@ def test_of_a_wrapped_model_the_one_inside_is_moved() -> None:
 def test_what_cannot_be_moved_is_told_beforehand() -> None:
     model, x = mlp(8, 16, 3), torch.randn(12, 8)
     other = mt.symmetries_of(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Identity(), nn.Linear(6, 3)))
-    with pytest.raises(ValueError, match="'3.weight', which this Sequential does not have"):
+    with pytest.raises(ValueError, match=r"'3\.weight', which this Sequential does not have"):
         mt.teleport(model, mt.RandomTeleporter(seed=0), x, symmetries=other)
     with pytest.raises(mt.Unsuitable, match="one forward pass"):
         mt.teleport(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), mt.RandomTeleporter(seed=0), x)
