@@ -214,9 +214,11 @@ class Stage:
         # Buffers that the model writes, and random numbers that it draws, are the same in every pass.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         precision = _InOnePrecision(self.dtype) if self.everywhere else contextlib.nullcontext()
-        with torch.no_grad(), seeded(self.model, self.trial.seed), precision:
+        # Nothing requires a gradient but what the model itself differentiates by, as physics-informed networks do.
+        with torch.enable_grad(), seeded(self.model, self.trial.seed), precision:
             outputs = torch.func.functional_call(self.model, {**buffers, **(instead or {})}, inputs, keywords)
-            return observables(outputs if self.loss is None else self.loss(outputs))
+            found = observables(outputs if self.loss is None else self.loss(outputs))
+        return tuple(value.detach() for value in found)
 
 
 class _InOnePrecision(TorchDispatchMode):
