@@ -79,7 +79,7 @@ def test_a_model_may_write_its_input_and_the_callers_stays(name: str) -> None:
 def test_nothing_of_the_callers_changes() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.calls += 1
-        noise = functional.dropout(m.norm(x)) * (1 + torch.rand(()))
+        noise = functional.dropout(m.norm(x)) * (1 + torch.rand(())) + m.table(torch.tensor(1))
         return through(m, noise * random.random() + float(np.random.rand()))
 
     torch.manual_seed(0)

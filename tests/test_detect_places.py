@@ -304,13 +304,8 @@ def _interleaved(m: Any, x: Tensor) -> Tensor:
 
 def _one_weight(m: Any, x: Tensor) -> Tensor:
     # Units in turn belong to one of two groups, and both are taken in by the same weight.
-    h, weight = m.a(x), m.b.weight
-    ends, middle = [0, 3], [1, 2]
-    first = functional.linear(torch.stack([h[:, i] for i in ends], -1), torch.stack([weight[:, i] for i in ends], -1))
-    other = functional.linear(
-        torch.stack([h[:, i] for i in middle], -1), torch.stack([weight[:, i] for i in middle], -1)
-    )
-    return torch.cat((first, torch.tanh(other)), -1)
+    h, weight = torch.relu(m.a(x)), m.b.weight
+    return torch.cat((functional.linear(h[:, ::2], weight[:, ::2]), functional.linear(h[:, 1::2], weight[:, 1::2])), -1)
 
 
 KEYED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
@@ -346,8 +341,8 @@ KEYED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
         lambda: torch.randn(7, 4),
         4,
     ),
-    "two groups of one range": (
-        lambda: Written(_one_weight, a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
+    "two groups in the same parameters": (
+        lambda: Written(_one_weight, a=nn.Linear(4, 6), b=nn.Linear(6, 2)),
         lambda: torch.randn(7, 4),
         2,
     ),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import metateleport as mt
+from metateleport.teleporters.precision import change_of
 
 Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
@@ -100,6 +101,18 @@ def test_any_output_may_drift() -> None:
     model.function = lambda m, x: m.b(x).masked_fill(m.b(x) < 0, float("-inf"))
     assert not mt.teleport(model, mt.RandomTeleporter(size=3.0, seed=0), x, symmetries=wrong).accepted
     assert torch.equal(model.b[0].weight, start)
+
+
+def test_a_change_is_seen_wherever_it_is() -> None:
+    ones, inf = torch.ones(4), float("inf")
+    masked = torch.tensor([-inf, 1.0])
+    assert change_of((ones, 1e6 * ones), (1.5 * ones, 1e6 * ones)) == pytest.approx(0.5)
+    assert change_of(masked, masked.clone()) == 0
+    for other in ([0.0, 1.0], [inf, 1.0], [-inf, -inf], [-inf, float("nan")]):
+        assert change_of(masked, torch.tensor(other)) == inf
+    assert change_of(torch.complex(ones, ones), torch.complex(ones, -ones)) == pytest.approx(2**0.5)
+    assert change_of(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+    assert change_of({"ids": torch.tensor([1]), "x": ones}, {"ids": torch.tensor([2]), "x": ones}) == 0
 
 
 @pytest.mark.parametrize("seeker", SEEKERS)
