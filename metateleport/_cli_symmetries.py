@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("factory", metavar="FILE.py:FACTORY", help="what returns the model and an example input")
     command.add_argument("--json", metavar="FILE", type=Path, help="also write what was found and refused as JSON")
+    command.add_argument("--frozen", action="store_true", help="also those that move frozen parameters")
     command.set_defaults(run=_run)
 
 
@@ -46,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--json names a file to write, and {arguments.json} is a folder")
     model, example = load_factory(arguments.factory)
     try:
-        found = find_symmetries(model, example)
+        found = find_symmetries(model, example, frozen=arguments.frozen)
     except Exception as error:
         raise UsageError(
             f"{arguments.factory}: the model cannot be followed on its example input: {type(error).__name__}: {error}"

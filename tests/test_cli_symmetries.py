@@ -27,6 +27,13 @@ def fails():
 def model_only():
     return nn.Linear(2, 2)
 
+def frozen():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    return model.requires_grad_(False), torch.randn(8, 4)
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), torch.randn(8, 4)
+
 def unfit():
     return nn.Linear(2, 2), torch.randn(3, 5)
 
@@ -64,6 +71,13 @@ def test_json_is_written_with_the_same_keys(nets: Path, tmp_path: Path) -> None:
     assert keys <= set(data["symmetries"][0])
 
 
+def test_frozen_parameters_are_named_and_move_with_the_switch(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{nets}:frozen") == 0
+    assert "frozen=True [0.weight, 0.bias, 2.weight, 2.bias]" in capsys.readouterr().out
+    assert run(f"{nets}:frozen", "--frozen") == 0
+    assert "1 symmetries of 3 dimensions in all" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -74,6 +88,7 @@ def test_json_is_written_with_the_same_keys(nets: Path, tmp_path: Path) -> None:
         ("{nets}:number", "has no function 'number'"),
         ("{nets}:fails", "RuntimeError: no such luck"),
         ("{nets}:model_only", "has to return a pair"),
+        ("{nets}:lazy", "one forward pass first"),
         ("{nets}:unfit", "does not run on its example input"),
     ],
 )

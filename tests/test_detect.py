@@ -256,7 +256,7 @@ def test_a_shared_block_moves_nowhere() -> None:
 
 def test_global_hooks_and_forwards_of_the_whole_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    handle = nn.modules.module.register_module_forward_hook(lambda *told: None)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         with pytest.raises(mt.Unsuitable, match="global forward hook"):
             mt.symmetries_of(model)

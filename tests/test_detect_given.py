@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_a_model_may_write_its_input_and_the_callers_stays(name: str) -> None:
 def test_nothing_of_the_callers_changes() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.calls += 1
-        noise = functional.dropout(m.norm(x)) * (1 + torch.rand(()))
+        noise = functional.dropout(m.norm(x)) * (1 + torch.rand(())) + m.table(torch.tensor(1))
         return through(m, noise * random.random() + float(np.random.rand()))
 
     torch.manual_seed(0)
@@ -256,3 +257,39 @@ def test_a_model_that_runs_in_no_other_precision_is_told() -> None:
     model = pair(forward).to(torch.bfloat16)
     with pytest.raises(mt.Unsuitable, match=r"neither in float64 nor in float32.*bfloat16"):
         mt.certify(model, [mt.Rescaling(model, "a", "b")], (torch.randn(6, 4, dtype=torch.bfloat16),))
+
+
+def test_what_a_model_keeps_is_copied_or_told() -> None:
+    model, x = pair(through), torch.randn(6, 4)
+    model.kept = {"last": [model(x)]}
+    assert len(mt.find_symmetries(model, x).exact) == 1
+    assert model.kept["last"][0].grad_fn is not None
+    model.lock = threading.Lock()
+    with pytest.raises(mt.Unsuitable, match=r"cannot be copied by copy.deepcopy \(TypeError"):
+        mt.certify(model, [mt.Rescaling(model, "a", "b")], (x,))
+
+
+def _derivative(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.requires_grad_()
+    y = through(m, x)
+    return y, torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_differentiates_by_its_input() -> None:
+    torch.manual_seed(0)
+    model, x = pair(_derivative), torch.randn(6, 4)
+    symmetries = [mt.Rescaling(model, "a", "b")]
+    (certificate,) = mt.certify(model, symmetries, (x,))
+    assert certificate.holds
+    report = mt.teleport(model, mt.RandomTeleporter(size=1.0, seed=0), x, lambda out: out[1].square().sum(), symmetries)
+    assert report.size > 0
+    assert report.drift <= 1e-5
+    assert not x.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_part_is_named_and_left_alone() -> None:
+    model = pair(lambda m, x: through(m, m.inner(x)), inner=torch.jit.script(nn.Linear(4, 4)))
+    found = mt.find_symmetries(model, torch.randn(6, 4))
+    assert found.refused
+    assert all("inner" not in name for each in found for name in each.parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import metateleport as mt
+from metateleport.teleporters.precision import change_of
 
 Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers[:-1])
 
@@ -99,6 +101,18 @@ def test_any_output_may_drift() -> None:
     model.function = lambda m, x: m.b(x).masked_fill(m.b(x) < 0, float("-inf"))
     assert not mt.teleport(model, mt.RandomTeleporter(size=3.0, seed=0), x, symmetries=wrong).accepted
     assert torch.equal(model.b[0].weight, start)
+
+
+def test_a_change_is_seen_wherever_it_is() -> None:
+    ones, inf = torch.ones(4), float("inf")
+    masked = torch.tensor([-inf, 1.0])
+    assert change_of((ones, 1e6 * ones), (1.5 * ones, 1e6 * ones)) == pytest.approx(0.5)
+    assert change_of(masked, masked.clone()) == 0
+    for other in ([0.0, 1.0], [inf, 1.0], [-inf, -inf], [-inf, float("nan")]):
+        assert change_of(masked, torch.tensor(other)) == inf
+    assert change_of(torch.complex(ones, ones), torch.complex(ones, -ones)) == pytest.approx(2**0.5)
+    assert change_of(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+    assert change_of({"ids": torch.tensor([1]), "x": ones}, {"ids": torch.tensor([2]), "x": ones}) == 0
 
 
 @pytest.mark.parametrize("seeker", SEEKERS)
@@ -188,7 +202,7 @@ def test_of_a_wrapped_model_the_one_inside_is_moved() -> None:
 def test_what_cannot_be_moved_is_told_beforehand() -> None:
     model, x = mlp(8, 16, 3), torch.randn(12, 8)
     other = mt.symmetries_of(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Identity(), nn.Linear(6, 3)))
-    with pytest.raises(ValueError, match="'3.weight', which this Sequential does not have"):
+    with pytest.raises(ValueError, match=r"'3\.weight', which this Sequential does not have"):
         mt.teleport(model, mt.RandomTeleporter(seed=0), x, symmetries=other)
     with pytest.raises(mt.Unsuitable, match="one forward pass"):
         mt.teleport(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), mt.RandomTeleporter(seed=0), x)

@@ -135,7 +135,10 @@ def fresh_inputs(given: Any, seed: int, daring: int = 2, spread: float = 1.0) ->
 
 def _is_ordered(value: Tensor) -> bool:
     """Whether a vector of whole numbers stands in order: lengths and offsets do, and have to."""
-    return value.ndim == 1 and bool((value.diff() >= 0).all() or (value.diff() <= 0).all())
+    if value.ndim != 1:
+        return False
+    steps = value.long().diff()
+    return bool((steps >= 0).all() or (steps <= 0).all())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metateleport.symmetries import Unsuitable
 
-__all__ = ["check_model", "copied", "inside", "mapped"]
+__all__ = ["check_model", "copied", "inside", "mapped", "tensors_in"]
 
 _WRAPPERS = {
     "DataParallel": "module",
@@ -111,3 +111,19 @@ def copied(inputs: Any) -> Any:
         return copies[id(value)]
 
     return mapped(inputs, copy_of)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors that an attribute of a module holds, in containers too.
+
+    Example:
+        >>> len(tensors_in({"kept": [torch.ones(1), 3], "more": (torch.ones(2),)}))
+        2
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [each for item in value.values() for each in tensors_in(item)]
+    if isinstance(value, tuple | list | set):
+        return [each for item in value for each in tensors_in(item)]
+    return []

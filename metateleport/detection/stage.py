@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metateleport.capture import modules_of, record
 from metateleport.detection.draws import fresh_inputs, random_element, randomise, seeded
-from metateleport.detection.given import copied, mapped
+from metateleport.detection.given import copied, mapped, tensors_in
 from metateleport.detection.trace import observables
 from metateleport.point import Point
-from metateleport.symmetries import Symmetry
+from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.symmetries.axes import AxisSymmetry
 
 __all__ = ["OWN", "WIDE", "Stage", "Trial"]
@@ -61,6 +61,9 @@ class Stage:
         loss: maps the outputs to what has to stay; the outputs themselves if not given.
         dtype: of the copy.
         everywhere: whether what the model makes of other precision, as it runs, is of this one too.
+
+    Raises:
+        Unsuitable: if the model cannot be copied.
     """
 
     trial: Trial
@@ -78,7 +81,13 @@ class Stage:
     ) -> None:
         self.loss, self.dtype, self.daring, self.everywhere = loss, dtype, 2, everywhere
         self.given = (inputs, keywords)
-        self.model = copy.deepcopy(model, _copies(model, dtype))
+        try:
+            self.model = copy.deepcopy(model, _copies(model, dtype))
+        except Exception as error:
+            raise Unsuitable(
+                f"{type(model).__name__} cannot be copied by copy.deepcopy ({type(error).__name__}: {error}), and "
+                "symmetries are tried on a copy: keep what cannot be copied outside of the model while they are found"
+            ) from error
         self.named = dict(self.model.named_parameters())
         self.tensors: dict[str, Tensor] = {**self.named, **dict(self.model.named_buffers())}
         self._inputs: dict[str, Any] = {}
@@ -205,9 +214,11 @@ class Stage:
         # Buffers that the model writes, and random numbers that it draws, are the same in every pass.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         precision = _InOnePrecision(self.dtype) if self.everywhere else contextlib.nullcontext()
-        with torch.no_grad(), seeded(self.model, self.trial.seed), precision:
+        # Nothing requires a gradient but what the model itself differentiates by, as physics-informed networks do.
+        with torch.enable_grad(), seeded(self.model, self.trial.seed), precision:
             outputs = torch.func.functional_call(self.model, {**buffers, **(instead or {})}, inputs, keywords)
-            return observables(outputs if self.loss is None else self.loss(outputs))
+            found = observables(outputs if self.loss is None else self.loss(outputs))
+        return tuple(value.detach() for value in found)
 
 
 class _InOnePrecision(TorchDispatchMode):
@@ -240,9 +251,8 @@ def _copies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
     for buffer in model.buffers():
         copies[id(buffer)] = _as(buffer.detach(), dtype, copy=True)
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                copies[id(value)] = value.detach().clone()
+        for held in vars(module).values():
+            copies.update({id(each): each.detach().clone() for each in tensors_in(held) if not each.is_leaf})
     return copies
 
 

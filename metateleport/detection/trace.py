@@ -161,12 +161,15 @@ def _children(
 
         return hook
 
-    modules = {name: module for name, module in model.named_modules() if name}
+    # A scripted module takes no hooks, and its operations are not torch's.
+    modules = {
+        name: each for name, each in model.named_modules() if name and not isinstance(each, torch.jit.ScriptModule)
+    }
     handles = [module.register_forward_pre_hook(catch(name), with_kwargs=True) for name, module in modules.items()]
     # A model may write its own parameters as it runs (a bound on their norms), and what it is given.
     own = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
     try:
-        with torch.no_grad(), _restored(model), seeded(model):
+        with torch.enable_grad(), _restored(model), seeded(model):
             torch.func.functional_call(model, own, *copied((inputs, keywords)))
     finally:
         for handle in handles:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metateleport.detection.given import tensors_in
 from metateleport.detection.ledger import Classes, Ledger
 from metateleport.detection.rules import FRESH, RULES
 from metateleport.detection.trace import Graph
@@ -214,20 +215,10 @@ def aliased(model: nn.Module, graph: Graph) -> dict[str, str]:
     if graph.prefix:
         others += tensors.values()
         kept = (value for module in model.modules() for value in vars(module).values())
-        others += [each for value in kept for each in _flat(value) if not isinstance(each, nn.Parameter)]
+        others += [each for value in kept for each in tensors_in(value) if not isinstance(each, nn.Parameter)]
     else:
         read = {node.name for node in graph.nodes if node.op == "placeholder" and node.users}
         names = {name for key, name in (*graph.parameters.items(), *graph.tensors.items()) if key in read}
         named = {name: value for name, value in named.items() if name in names}
         others += [value for name, value in tensors.items() if name in names]
     return dict.fromkeys(overlaps(named, others), "another tensor of the model shares its memory")
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [each for item in value.values() for each in _flat(item)]
-    if isinstance(value, tuple | list | set):
-        return [each for item in value for each in _flat(item)]
-    return []

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from metateleport.capture import point_of
 from metateleport.detection import exact_symmetries
 from metateleport.detection.draws import seeded
-from metateleport.detection.given import check_model, copied, inside
+from metateleport.detection.given import check_model, copied, inside, mapped
 from metateleport.detection.trace import observables
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Move, Teleporter, travel
+from metateleport.teleporters.precision import change_of, drift_bound, widened
 from metateleport.teleporters.report import (
     TeleportReport,
     failures_of,
@@ -43,8 +43,6 @@ __all__ = [
 ]
 
 _NAN = float("nan")
-_ROUNDINGS = 8
-"""How many roundings of the weights' dtype a teleport may change the outputs by, where that is more than its bound."""
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -111,7 +109,10 @@ def teleport(
     with seeded(model), _dense_gradients(model):
         point, outputs = point_of(model, symmetries, positional, keywords, loss, teleporter.watches(model))
     passes = _Passes(model, inputs, {name: value.dtype for name, value in point.parameters.items()})
-    start = passes.widened(point, loss)
+    if loss is not None:
+        everything = point.parameters
+        point = point.replace(loss_at=lambda parameters: passes.loss_at({**everything, **parameters}, loss))
+    start = widened(point)
     device = next(model.parameters()).device
     began = now(device)
     with torch.no_grad():
@@ -119,10 +120,10 @@ def teleport(
     seconds = now(device) - began
     size, sizes, reason, evaluations = summary_of(moves)
     after = passes.outputs(arrived.parameters)
-    drift = _change(outputs, after) if teleporter.keeps == "outputs" else _change(point.loss, loss(after))  # type: ignore[misc]
+    drift = change_of(outputs, after) if teleporter.keeps == "outputs" else change_of(point.loss, loss(after))  # type: ignore[misc]
     seen = [value.dtype for value in observables(outputs) if value.is_floating_point()]
     eps = max((torch.finfo(each).eps for each in seen), default=0.0)
-    bound = max(teleporter.trust_region.max_drift, _ROUNDINGS * _half_eps([*seen, *passes.dtypes.values()]))
+    bound = drift_bound(teleporter.trust_region.max_drift, [*seen, *passes.dtypes.values()])
     moved = drift <= bound and size > 0
     broken = "" if drift <= bound else f"the {teleporter.keeps} would change by {drift:.1e}, more than {bound:g}"
     refused = broken or reason
@@ -158,8 +159,7 @@ def teleport(
 class _Passes:
     """Forward passes of one model, all on the same random numbers and on copies of its inputs and buffers.
 
-    Parameters are given to it as wide as they were computed in; the model gets them in its own dtypes. That is the one
-    place where half precision is met: elements, inverses and actions are all of float32 at least.
+    Parameters are given to it as wide as they were computed in; the model gets them in its own dtypes.
 
     Args:
         model: the model.
@@ -175,24 +175,15 @@ class _Passes:
         positional, keywords = copied(split_inputs(self.inputs if inputs is None else inputs))
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         narrow = {name: value.to(self.dtypes[name]) for name, value in parameters.items()}
-        with torch.set_grad_enabled(graph), seeded(self.model), _dense_gradients(self.model):
-            return torch.func.functional_call(self.model, {**buffers, **narrow}, positional, keywords)
+        narrow = narrow if graph else {name: value.detach() for name, value in narrow.items()}
+        # With gradients where nothing requires any too: a model may differentiate by what it is given.
+        with torch.enable_grad(), seeded(self.model), _dense_gradients(self.model):
+            found = torch.func.functional_call(self.model, {**buffers, **narrow}, positional, keywords)
+        return found if graph else mapped(found, Tensor.detach)
 
-    def widened(self, point: Point, loss: Callable[[Any], Tensor] | None) -> Point:
-        """The point in float32 at least, with dense gradients, and with what evaluates the model from there."""
-        dense = {name: value.to_dense() if value.is_sparse else value for name, value in point.gradients.items()}
-        wide = point.replace(gradients=dense).map(_wide)
-        pullback, loss_at = point.pullback, None
-        if pullback is not None:
-            activations = {name: value.dtype for name, value in point.activations.items()}
-            pullback = _wide_pullback(pullback, activations)
-        if loss is not None:
-
-            def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
-                values = {**wide.parameters, **parameters}
-                return _wide(loss(self.outputs(values, graph=torch.is_grad_enabled())))
-
-        return dataclasses.replace(wide, pullback=pullback, loss_at=loss_at)
+    def loss_at(self, parameters: Mapping[str, Tensor], loss: Callable[[Any], Tensor]) -> Tensor:
+        """The loss at some parameters, in the graph."""
+        return loss(self.outputs(parameters, graph=torch.is_grad_enabled()))
 
 
 @contextlib.contextmanager
@@ -206,46 +197,6 @@ def _dense_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sparse:
             setattr(module, "sparse", True)  # noqa: B010
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
-
-
-def _wide_pullback(
-    pullback: Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]], dtypes: Mapping[str, torch.dtype]
-) -> Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    def wide(module: str, cotangent: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        found = pullback(module, cotangent.to(dtypes[module]))
-        first, second = ({name: _wide(value) for name, value in each.items()} for each in found)
-        return first, second
-
-    return wide
-
-
-def _half_eps(dtypes: Iterable[torch.dtype]) -> float:
-    """The coarsest spacing among dtypes of half precision; zero where there are none."""
-    return max((torch.finfo(each).eps for each in dtypes if each.is_floating_point and each.itemsize < 4), default=0.0)
-
-
-def _change(before: Any, after: Any) -> float:
-    """The largest relative change of a tensor among some outputs; of whole numbers the share that changed, if all are.
-
-    What is infinite before (scores that a mask took out) has to be so afterwards.
-    """
-    pairs = list(zip(observables(before), observables(after), strict=True))
-    complexes = [each for each in pairs if each[0].is_complex()]
-    floating = [each for each in pairs if each[0].is_floating_point()]
-    floating += [(torch.view_as_real(old), torch.view_as_real(new)) for old, new in complexes]
-    if not floating:
-        return max(float((old != new).double().mean()) if old.numel() else 0.0 for old, new in pairs)
-    worst = 0.0
-    for old, new in floating:
-        infinite = old.isinf()
-        if not torch.equal(old[infinite], new[infinite]):
-            return float("inf")
-        worst = max(worst, relative_change(old[~infinite], new[~infinite]))
-    return worst
 
 
 def _check_names(model: nn.Module, symmetries: Sequence[Symmetry]) -> None:
@@ -276,4 +227,4 @@ def _on_held_out(
 ) -> tuple[tuple[float, float], float]:
     """Loss on held-out data before and after, and the relative change of the outputs there."""
     found = [passes.outputs(point.parameters, inputs) for point in (start, here)]
-    return (float(loss(found[0])), float(loss(found[1]))), _change(*found)
+    return (float(loss(found[0])), float(loss(found[1]))), change_of(*found)
