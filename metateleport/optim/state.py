@@ -60,7 +60,7 @@ def cannot_carry(
     if not kept:
         return ""
     if any("train_mode" in group for group in optimizer.param_groups):
-        # What it trains is a mean that goes on moving towards its other weights: no report could tell what becomes of it.
+        # What it trains is a mean that goes on moving towards its other weights: no report could tell where to.
         return (
             f"{type(optimizer).__name__} trains a running mean of weights that it keeps in its state {kept[0]!r} "
             "(schedule-free): teleport with an optimizer whose weights are the model's"

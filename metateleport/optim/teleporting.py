@@ -26,7 +26,7 @@ from metateleport.optim.judge import Judge, held_out_loss
 from metateleport.optim.loss import Known, check_loss, know_loss
 from metateleport.optim.orbit import Orbit, travel_along
 from metateleport.optim.replicas import all_agree, all_can, check_replicas, chosen_by_first, group_of
-from metateleport.optim.saved import OWN, merged, plain, restored, sources_of
+from metateleport.optim.saved import OWN, merged, plain, restored, sources_of, without
 from metateleport.optim.start import Consequences, Start, consequences_of, pass_to_start_from, start_of
 from metateleport.optim.state import cannot_carry, carry_state
 from metateleport.optim.wrapper import Wrapping
@@ -131,9 +131,9 @@ class TeleportingOptimizer(Wrapping):
     Raises:
         TypeError: if the optimizer, the teleporter, the schedule or `held_out` is something else.
         ValueError: if `every`, `window`, `max_stretch` or `state` cannot be, the state is to be transported along no
-            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is there,
-            the teleporter has no network for the group of any, a symmetry moves what the optimizer does not hold or may
-            not change, or one does not hold on the example.
+            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is found
+            or given, the teleporter has no network for the group of any, a symmetry moves what the optimizer does not
+            hold or may not change, or one does not hold on the example.
 
     Example:
         >>> from metateleport.teleporters import RandomTeleporter
@@ -470,7 +470,7 @@ class TeleportingOptimizer(Wrapping):
                 moves = chosen_by_first(moves, recorder.replicas)
                 arrived, moves = travel_along(self.teleporter, start, moves, {})
             proposed, reason, held_back = moves, "", False
-            for share in (1.0, 0.5, 0.25):
+            for share in (1.0, 0.5):
                 shorter = self._orbit.shortened(proposed, share)
                 if shorter:
                     arrived, moves = travel_along(self.teleporter, start, proposed, shorter)
@@ -480,8 +480,8 @@ class TeleportingOptimizer(Wrapping):
                     break
         if held_back:
             self._warn_once(
-                f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g} on how far they "
-                "may stretch or unbalance anything: they are shortened or refused from now on"
+                f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g} on how far "
+                "they may stretch or unbalance anything: they are shortened or refused from now on"
             )
         if held_back and not any(bool(move.size > 0) for move in moves):
             reason = reason or "all teleports together are at the bound max_stretch"
@@ -526,10 +526,8 @@ class TeleportingOptimizer(Wrapping):
         if self._teleporter_state is None and self._loaded_state is not None:
             # Symmetries that are not moved along now are still to come.
             later = {each.key for each in self.symmetries} - {each.key for each in symmetries}
-            loaded = self._loaded_state
-            if isinstance(loaded, dict):
-                loaded = {key: value for key, value in loaded.items() if key not in later}
-            self._teleporter_state, self._loaded_state = restored(fresh, loaded, OWN), None
+            self._teleporter_state = restored(fresh, without(self._loaded_state, later), OWN)
+            self._loaded_state = None
         state = merged(fresh, self._teleporter_state) if self._teleporter_state is not None else fresh
         if loss is not None and isinstance(state, dict) and "progress" in state:
             state = {**state, "progress": state["progress"].judge(loss, deterministic=False)[0]}
