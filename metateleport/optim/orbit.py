@@ -47,7 +47,9 @@ class Orbit:
             group, element = move.symmetry.group, move.element
             if not bool(move.size > 0) or not math.isfinite(self.bound):
                 continue
-            short = shortened(group, element, self._place(move.symmetry, element), share * self.bound)
+            # Short of it by a little more than rounding.
+            bound = (1 - 1e-4) * share * self.bound
+            short = shortened(group, element, self._place(move.symmetry, element), bound)
             if short is not element:
                 found[move.symmetry.key] = short
         return found
