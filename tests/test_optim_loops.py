@@ -57,6 +57,7 @@ def test_saving_before_the_first_step_neither_moves_nor_counts(example: Tensor |
     model = mlp()
     optimizer = made(model, torch.optim.Adam(model.parameters()), every=5, example_input=example)
     start = weights(model)
+    model(batch(3))  # a validation pass that forgot torch.no_grad()
     get_optimizer_state_dict(model, optimizer)
     assert torch.equal(weights(model), start)
     assert not optimizer.reports
@@ -136,6 +137,37 @@ def test_what_is_known_is_forgotten_once_anything_has_changed() -> None:
     assert closure() == "evaluated"
     parameter.grad.data.div_(2)
     assert closure() == "evaluated"
+
+
+def test_the_loss_may_be_told_as_a_value() -> None:
+    model = mlp()
+    optimizer = made(model, teleporter=mt.load("digits"))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(batch()).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+        assert optimizer.last_report is not None
+        assert optimizer.last_report.loss_before == pytest.approx(float(loss.detach()))
+    optimizer.zero_grad()
+    model(batch()).square().mean().backward()
+    start = weights(model)
+    optimizer.step(loss=float("nan"))
+    assert "the loss is not finite" in optimizer.last_report.reason
+    assert torch.equal(weights(model), start)
+
+
+def test_an_average_across_teleports_is_warned_of() -> None:
+    model = mlp()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = made(model)
+    with pytest.warns(UserWarning, match="AveragedModel averages"):
+        train(model, optimizer, 2)
+    del averaged
+    other = mlp(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, made(other), 2)
 
 
 # --- what cannot be moved now --------------------------------------------------------------------------------------

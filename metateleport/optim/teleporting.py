@@ -19,6 +19,7 @@ from metateleport.optim.checks import (
     check_symmetries,
     checked_state,
     found_symmetries,
+    is_averaged,
     try_symmetries,
 )
 from metateleport.optim.closure import known_at_first, scalar, scalar_or_none
@@ -270,7 +271,9 @@ class TeleportingOptimizer(Wrapping):
 
     # --- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, loss: Callable[[Any], Tensor] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss: Callable[[Any], Tensor] | Tensor | float | None = None
+    ) -> Any:
         """Teleports if it is time, then steps.
 
         Args:
@@ -279,14 +282,14 @@ class TeleportingOptimizer(Wrapping):
                 it again only after having changed the weights (L-BFGS). Without a closure the teleport starts from
                 the last forward pass that a backward pass has come by, and `p.grad` as it is.
             loss: maps the model's outputs to the loss of the last forward pass, for teleporters that evaluate it at
-                other weights; it has to be the closure's loss.
+                other weights; it has to be the closure's loss. Others may be told its value, where there is no closure.
 
         Returns:
             The loss that the step started from, which is the closure's, or where a teleport without symmetries led;
             None without a closure.
 
         Raises:
-            TypeError: if `loss` is no function.
+            TypeError: if `loss` is neither a function nor a value that is enough.
             ValueError: if it is time to teleport and the teleporter needs `loss` and there is none, or it is not the
                 closure's.
             RuntimeError: if it is time to teleport and there was no forward pass to start from, or no backward pass
@@ -297,13 +300,14 @@ class TeleportingOptimizer(Wrapping):
         again = closure
         if self._recorder is not None and self._due:
             check_loss(self.teleporter, loss)
-            value = None
+            value: Any = None if callable(loss) else loss
             if closure is not None:
                 self._recorder.clear()
                 with torch.enable_grad():
                     value = closure()
             self._judge_last()
-            report = self._teleport(self._recorder, None if value is None else scalar(value), loss)
+            function = loss if callable(loss) else None
+            report = self._teleport(self._recorder, None if value is None else scalar(value), function)
             self.reports.append(report)
             self._recorder.clear()
             self._judge.start()
@@ -317,7 +321,8 @@ class TeleportingOptimizer(Wrapping):
         try:
             result = self.optimizer.step() if again is None else self.optimizer.step(again)
             if self._recorder is not None:
-                self._look_back(None if closure is None else scalar_or_none(result))
+                told = loss if closure is None and not callable(loss) else result
+                self._look_back(scalar_or_none(told))
             self.steps += 1
             self._due = self.schedule.due(self.steps)
         finally:
@@ -327,8 +332,8 @@ class TeleportingOptimizer(Wrapping):
 
     def _only_sets_up(self) -> bool:
         """Whether this is no step of training, but makes the state's entries, as `torch.distributed.checkpoint` does
-        before it saves: no pass, zero gradients and zero step sizes."""
-        if self.optimizer.state or (self._recorder is not None and self._recorder.last is not None):
+        before it saves: no backward pass, zero gradients and zero step sizes."""
+        if self.optimizer.state or (self._recorder is not None and self._recorder.reached):
             return False
         if any(bool(torch.as_tensor(group.get("lr", 1.0) != 0)) for group in self.param_groups):
             return False
@@ -507,6 +512,12 @@ class TeleportingOptimizer(Wrapping):
                 if name in point.gradients and arrived.gradients[name] is not point.gradients[name]:
                     assert parameter.grad is not None
                     parameter.grad.copy_(arrived.gradients[name])
+        # It takes a look at all objects there are.
+        if len(self.reports) in (0, 10, 100) and is_averaged(self.model):
+            self._warn_once(
+                "an AveragedModel averages the weights of this model: a mean of weights before and after a teleport is "
+                "on no orbit. Start it anew after a report with a size above zero, or end teleports before averaging"
+            )
         return dataclasses.replace(
             report,
             state=done.summary,
