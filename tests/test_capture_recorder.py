@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from metateleport.capture import PassRecorder, point_of, tensors_in, unseen
 
@@ -99,11 +99,13 @@ def test_a_run_that_the_loss_does_not_depend_on_counts_zeros() -> None:
     assert_gradients(model, recorder, ("layer",))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_whole_model_under_checkpointing_is_one_pass(reentrant: bool) -> None:
+@pytest.mark.parametrize(("reentrant", "stops"), [(False, True), (False, False), (True, True)])
+def test_a_whole_model_under_checkpointing_is_one_pass(reentrant: bool, stops: bool) -> None:
     model = build()
     recorder = PassRecorder(model, MODULES)
-    checkpoint(model, batch().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+    # Without an early stop the recomputation runs to its end.
+    with set_checkpoint_early_stop(stops):
+        checkpoint(model, batch().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
     assert (recorder.passes, recorder.reached) == (1, 1)
     assert_gradients(model, recorder)
 
