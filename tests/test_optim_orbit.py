@@ -43,6 +43,18 @@ def mlp(kind: str) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), between(), nn.Linear(6, 6), between(), nn.Linear(6, 3)).double()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_matrix_that_leads_out_from_the_bound_is_not_cut_off_again(seed: int) -> None:
+    group, bound = GeneralLinear(4), math.log(2.0)
+    reached = torch.diag(torch.tensor([2.0, 1.0, 0.5, 1.0], dtype=torch.float64))
+    generator = torch.zeros(4, 4, dtype=torch.float64)
+    generator[0, 0] = 0.3
+    generator += 1e-2 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.equal(shortened(group, group.exp(generator), reached, bound), group.identity(dtype=torch.float64))
+    back = torch.diag(torch.tensor([0.7, 1.0, 1.1, 1.0], dtype=torch.float64))
+    assert shortened(group, back, reached, bound) is back
+
+
 class Pushing(mt.Teleporter):
     """The same way, again and again."""
 
@@ -120,3 +132,48 @@ def test_a_gauge_taken_as_a_teleport_again_and_again_does_not_run_away(name: str
     assert max(report.stretch for report in optimizer.reports) <= 10 * (1 + 1e-5)
     assert all(bool(value.isfinite().all()) for value in model.parameters())
     assert sum(report.size > 0 for report in optimizer.reports) >= 1
+
+
+def test_the_report_tells_the_stretch_of_all_elements_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    inner = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = TeleportingOptimizer(inner, model, Pushing(), every=1, max_stretch=1e6)
+    run(optimizer, 6)
+    generator = PositiveDiagonal(6).random_generator(size=0.5, seed=3, dtype=torch.float64)
+    expected = [math.exp((step + 1) * float(generator.abs().max())) for step in range(6)]
+    assert [report.stretch for report in optimizer.reports] == pytest.approx(expected)
+    # A bound that one unit is at holds up that unit alone, and the next bound is seen from a saved state too.
+    saved = optimizer.state_dict()
+    short = TeleportingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, Pushing(), every=1, max_stretch=2.0
+    )
+    short.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="max_stretch=2"):
+        run(short, 1)
+    assert short.last_report is not None
+    assert short.last_report.stretch == pytest.approx(expected[-1])
+
+
+def test_two_symmetries_that_meet_in_a_layer_are_bounded_each_and_together() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(self.norm(x))))
+
+    torch.manual_seed(0)
+    model = Net().double()
+    x = torch.randn(20, 4, dtype=torch.float64)
+    inner = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = TeleportingOptimizer(inner, model, Pushing(), every=1, max_stretch=3.0, example_input=x)
+    assert len(optimizer.symmetries) >= 2
+    assert len({symmetry.key for symmetry in optimizer.symmetries}) == len(optimizer.symmetries)
+    norm = model.a.weight.norm().item()
+    with pytest.warns(UserWarning, match="max_stretch=3"):
+        run(optimizer, 20)
+    assert 1 / 3.001 < model.a.weight.norm().item() / norm < 3.001
+    assert max(report.stretch for report in optimizer.reports) < 3.001
+    assert all(len(report.sizes) == len(optimizer.symmetries) for report in optimizer.reports)

@@ -547,7 +547,8 @@ class TeleportingOptimizer(Wrapping):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict; its entry `teleporting` has the number of steps, where on the orbit all
         teleports have led, and what the teleporter and the schedule remember, draws of random numbers included, so that
-        a run that goes on from it takes the same steps."""
+        a run that goes on from it takes the same steps. The state-dict API of `torch.distributed.checkpoint` leaves
+        that entry out, as it keeps parameters' states only: save it beside."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         packed: dict[str, Any] = self.optimizer.state_dict()
