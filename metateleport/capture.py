@@ -298,7 +298,7 @@ class Run:
 
     Args:
         input: what it worked on, detached.
-        output: shape, dtype and device of what it put out, without memory; None where that is no tensor.
+        output: shape and dtype of what it put out; None where that is no tensor.
         cotangent: gradient on what it put out; None until a backward pass has come by.
         connected: whether its input depends on parameters.
         awaited: whether it ran without gradients inside a pass with gradients: a block under reentrant activation
@@ -306,7 +306,7 @@ class Run:
     """
 
     input: Tensor
-    output: Tensor | None
+    output: tuple[torch.Size, torch.dtype] | None
     cotangent: Tensor | None = None
     connected: bool = False
     awaited: bool = False
@@ -593,7 +593,10 @@ class PassRecorder:
         replicated = DistributedDataParallel._get_active_ddp_module()
         if replicated is not None:
             self.replicas = replicated.process_group
-        if self.wanted and not _repetitions and torch.is_grad_enabled() and not self._recomputing():
+        # What torch.func's transforms hand through a model is gone when they end.
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        unwanted = bool(_repetitions) or transformed or not torch.is_grad_enabled()
+        if self.wanted and not unwanted and not self._recomputing():
             self._running = self._snapshot(positional, keywords)
 
     def _recomputing(self) -> bool:
@@ -616,7 +619,8 @@ class PassRecorder:
         if seen is None:
             return
         without = not torch.is_grad_enabled()
-        run = Run(seen.detach(), None if put_out is None else put_out.detach().to("meta"), awaited=without)
+        told = None if put_out is None else (put_out.shape, put_out.dtype)
+        run = Run(seen.detach(), told, awaited=without)
         run.connected = seen.requires_grad
         # A module that runs again stands where it ran last.
         recorded.runs[name] = [*recorded.runs.pop(name, ()), run]
@@ -734,7 +738,8 @@ def _record_runs(model: nn.Module, modules: Iterable[str]) -> Iterator[dict[str,
 def _cotangent(run: Run) -> Tensor | None:
     if run.cotangent is not None or run.output is None:
         return run.cotangent
-    return torch.zeros(run.output.shape, dtype=run.output.dtype, device=run.input.device)
+    shape, dtype = run.output
+    return torch.zeros(shape, dtype=dtype, device=run.input.device)
 
 
 def _copied(inputs: Any) -> Any:

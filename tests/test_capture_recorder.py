@@ -148,6 +148,21 @@ def test_trials_and_repetitions_are_not_seen() -> None:
     assert recorder.passes == other.passes == recorder.reached == other.reached == 0
 
 
+def test_transforms_of_functions_are_not_seen() -> None:
+    model = build()
+    recorder = PassRecorder(model, MODULES)
+    model(batch()).square().sum().backward()
+    named = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(named, batch())
+    assert each["head.weight"].shape == (6, 2, 4)
+    assert recorder.passes == recorder.reached == 1
+    assert_gradients(model, recorder)
+
+
 def test_passes_that_no_backward_pass_reached_are_let_go() -> None:
     model = build()
     recorder = PassRecorder(model, MODULES)
