@@ -282,7 +282,7 @@ def test_outputs_that_lose_half_of_their_digits_are_named_in_their_own_precision
             tuple(v.to(dtype) for v in each) for each in (problem.inputs, problem.targets)
         )
         teleporter = Pushing(mixing @ generator @ mixing.mT, max_condition=math.inf, max_drift=math.inf)
-        optimizer = wrap(problem, teleporter, lr=0.0, schedule=mt.AtSteps([0]))
+        optimizer = wrap(problem, teleporter, lr=0.0, schedule=mt.AtSteps([0]), max_stretch=None)
         train(problem, optimizer, 1)
         assert report_of(optimizer).accepted
         assert (UNSTABLE in report_of(optimizer).failures) is failed

@@ -100,6 +100,7 @@ def run(inner: str, teleporter: str, name: str, steps: int) -> None:
         chosen,
         problem.symmetries,
         schedule=mt.Every(steps // 5, start=FIRST),
+        max_stretch=None,
     )
     certified = [each.certificate.drift for each in problem.symmetries if each.certificate is not None]
     tolerance = max([1e-9, *(10 * drift for drift in certified)])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from optimizer_cases import DIAGONAL, FIRST_ORDER, OPTIMIZERS
 from symmetry_cases import Problem, case, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import travel
 
 WARM, STEPS = 6, 25
@@ -323,3 +325,84 @@ def test_a_teleport_that_moves_nothing_leaves_the_state_alone() -> None:
     follow(problem, optimizer)
     assert optimizer.last_report is not None
     assert optimizer.last_report.state_entries == {}
+
+
+# --- weights that an optimizer keeps -----------------------------------------------------------------------------
+
+
+class Shadow(torch.optim.SGD):
+    """Keeps a mean of the weights under a name that nobody knows."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (value for group in self.param_groups for value in group["params"]):
+            kept = self.state[parameter]
+            kept.setdefault("shadow", parameter.detach().clone()).lerp_(parameter.detach(), 0.1)
+        return super().step(closure)
+
+
+def _lookahead(model: nn.Module) -> torch.optim.Optimizer:
+    library = pytest.importorskip("pytorch_optimizer")
+    return library.Lookahead(torch.optim.Adam(model.parameters(), lr=1e-2), k=3)  # type: ignore[no-any-return]
+
+
+KEEPING = {
+    "shadow": (lambda model: Shadow(model.parameters(), lr=1e-2), "shadow"),
+    "lookahead": (_lookahead, "slow_params"),
+}
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+@pytest.mark.parametrize("how", ["transport", "keep", "reset"])
+@pytest.mark.parametrize("kind", ["rescaling", "linear pair"])
+def test_weights_in_the_state_move_as_weights_do(keeping: str, how: str, kind: str) -> None:
+    torch.manual_seed(0)
+    between = nn.ReLU() if kind == "rescaling" else nn.Identity()
+    model = nn.Sequential(nn.Linear(4, 6), between, nn.Linear(6, 3)).double()
+    x = torch.randn(9, 4, dtype=torch.float64)
+    make, key = KEEPING[keeping]
+    inner = make(model)
+    optimizer = mt.TeleportingOptimizer(
+        inner, model, mt.RandomTeleporter(size=1.0, seed=0), schedule=mt.AtSteps([7]), state=how
+    )
+
+    def outputs() -> Tensor:
+        # Between the two: kept weights that stay behind would be on another orbit's place.
+        kept = {name: inner.state[value][key].lerp(value.detach(), 0.5) for name, value in model.named_parameters()}
+        return torch.func.functional_call(model, kept, (x,)).detach()
+
+    seen: list[Tensor] = []
+    inner.register_step_pre_hook(lambda *_: seen.append(outputs()) if optimizer.steps == 7 else None)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        before = outputs() if step == 7 else None
+        optimizer.step()
+    report = optimizer.last_report
+    assert report is not None
+    assert report.accepted
+    assert report.size > 0
+    assert report.state_entries[key] == "exact"
+    assert before is not None
+    assert relative(seen[0], before) < 1e-10
+
+
+def test_weights_in_the_state_are_not_left_behind() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.1), nn.Linear(6, 3)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for make, keywords, said in (
+        (Shadow, {"symmetries": [BatchPair2022(model, "0", "2", nn.LeakyReLU(0.1))]}, "exact symmetries only"),
+        (pytest.importorskip("pytorch_optimizer").ScheduleFreeAdamW, {}, "schedule-free"),
+    ):
+        inner = make(model.parameters(), lr=1e-3)
+        optimizer = mt.TeleportingOptimizer(
+            inner, model, mt.RandomTeleporter(size=0.1, seed=0), schedule=mt.AtSteps([3]), **keywords
+        )
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert optimizer.last_report is not None
+        assert not optimizer.last_report.accepted
+        assert said in optimizer.last_report.reason
+        assert type(inner).__name__ in optimizer.last_report.reason

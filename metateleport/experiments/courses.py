@@ -142,6 +142,8 @@ class _Run:
             schedule=method.schedule,
             state=method.state,
             held_out=self.held_out,
+            # As in the papers that are tested here: nothing bounds the orbit.
+            max_stretch=None,
         )
         self.reports = self.optimizer.reports
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 
 from metateleport.capture import PassRecorder
@@ -23,6 +25,7 @@ __all__ = [
     "check_symmetries",
     "checked_state",
     "found_symmetries",
+    "is_averaged",
     "try_symmetries",
 ]
 
@@ -169,6 +172,14 @@ def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Opti
                     f"{symmetry!r} moves {name!r}, which the optimizer does not hold: give it to the optimizer, or "
                     "leave the symmetry out"
                 )
+
+
+def is_averaged(model: nn.Module) -> bool:
+    """Whether some `torch.optim.swa_utils.AveragedModel` stands beside a model and averages one like it."""
+    shapes = [value.shape for value in model.parameters()]
+    # It copies the model and keeps no link to it. Types alone are asked: objects may answer isinstance by loading.
+    averaged = [each for each in gc.get_objects() if issubclass(type(each), AveragedModel)]
+    return any([value.shape for value in each.parameters()] == shapes for each in averaged)
 
 
 def try_symmetries(

@@ -43,7 +43,8 @@ def check_loss(teleporter: Teleporter, loss: Any) -> None:
         TypeError: if the loss is no function.
         ValueError: if there is none and the teleporter evaluates it.
     """
-    if loss is not None and not callable(loss):
+    known = isinstance(loss, Tensor | float | int) and not teleporter.needs_loss
+    if loss is not None and not callable(loss) and not known:
         raise TypeError(f"loss is a function from the model's outputs to the loss, not a {type(loss).__name__}")
     if teleporter.needs_loss and loss is None:
         raise ValueError(

@@ -40,16 +40,18 @@ class Orbit:
         self.reached: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
 
-    def shortened(self, moves: Sequence[Move], share: float = 1.0) -> dict[str, Tensor]:
-        """Elements to take in the place of those that lead beyond a share of the bound, by the symmetry's key."""
+    def shortened(self, moves: Sequence[Move], share: float = 1.0) -> dict[int, Tensor]:
+        """Elements to take in the place of those that lead beyond a share of the bound, by the move's place."""
         found = {}
-        for move in moves:
+        for place, move in enumerate(moves):
             group, element = move.symmetry.group, move.element
             if not bool(move.size > 0) or not math.isfinite(self.bound):
                 continue
-            short = shortened(group, element, self._place(move.symmetry, element), share * self.bound)
+            # Short of it by a little more than rounding.
+            bound = (1 - 1e-4) * share * self.bound
+            short = shortened(group, element, self._place(move.symmetry, element), bound)
             if short is not element:
-                found[move.symmetry.key] = short
+                found[place] = short
         return found
 
     def unbalanced(self, start: Point, arrived: Point) -> str:
@@ -111,19 +113,18 @@ class Given(Teleporter):
     Args:
         teleporter: that one; it says what a gain is.
         moves: what it did.
-        elements: what to take instead, by the symmetry's key.
+        elements: what to take instead, by the move's place.
     """
 
-    def __init__(self, teleporter: Teleporter, moves: Sequence[Move], elements: Mapping[str, Tensor]) -> None:
+    def __init__(self, teleporter: Teleporter, moves: Sequence[Move], elements: Mapping[int, Tensor]) -> None:
         super().__init__(teleporter.trust_region)
         self.name, self.keeps = teleporter.name, teleporter.keeps
         self.teleporter = teleporter
-        self.moves, self.elements = {move.symmetry.key: move for move in moves}, elements
+        self.moves = {id(move.symmetry): (move, elements.get(place)) for place, move in enumerate(moves)}
 
     def choose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Chosen, Any]:
         """The given element; its size is the proposed one's, in the share that is left of it."""
-        move = self.moves[symmetry.key]
-        element = self.elements.get(symmetry.key)
+        move, element = self.moves[id(symmetry)]
         if element is None:
             return Chosen(move.element, move.size, move.evaluations), state
         one = symmetry.group.identity(dtype=element.dtype, device=element.device)
@@ -138,7 +139,7 @@ class Given(Teleporter):
 
 
 def travel_along(
-    teleporter: Teleporter, start: Point, moves: Sequence[Move], elements: Mapping[str, Tensor]
+    teleporter: Teleporter, start: Point, moves: Sequence[Move], elements: Mapping[int, Tensor]
 ) -> tuple[Point, list[Move]]:
     """The same way anew with other elements; what was refused of it stays refused."""
     symmetries = [move.symmetry for move in reversed(moves)]

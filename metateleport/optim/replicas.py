@@ -18,6 +18,8 @@ __all__ = ["all_agree", "all_can", "check_replicas", "chosen_by_first", "group_o
 
 def group_of(model: nn.Module) -> Any:
     """The process group of a `DistributedDataParallel` with several processes; None for any other model."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod  # type: ignore[assignment]
     group = model.process_group if isinstance(model, DistributedDataParallel) else None
     return group if group is not None and torch.distributed.get_world_size(group) > 1 else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from metateleport.teleporters import Teleporter
 
-__all__ = ["OWN", "merged", "plain", "restored", "sources_of"]
+__all__ = ["OWN", "merged", "plain", "restored", "sources_of", "without"]
 
 OWN = "teleporting"
 """The entry of a state dict that is not the inner optimizer's."""
@@ -71,6 +72,18 @@ def merged(fresh: Any, state: Any) -> Any:
         **{key: merged(each, state[key]) if key in state else each for key, each in fresh.items()},
         **{key: each for key, each in state.items() if key not in fresh},
     }
+
+
+def without(state: Any, keys: Collection[str]) -> Any:
+    """A saved state with some entries left out, in all dicts inside it too.
+
+    Example:
+        >>> without({"a": 1, "places": {"a": 1, "b": 2}}, {"a"})
+        {'places': {'b': 2}}
+    """
+    if not isinstance(state, dict):
+        return state
+    return {key: without(value, keys) for key, value in state.items() if key not in keys}
 
 
 def sources_of(teleporter: Teleporter) -> list[tuple[str, torch.Generator]]:

@@ -60,7 +60,7 @@ def cannot_carry(
     if not kept:
         return ""
     if any("train_mode" in group for group in optimizer.param_groups):
-        # What it trains is a mean that goes on moving towards its other weights: no report could tell what becomes of it.
+        # What it trains is a mean that goes on moving towards its other weights: no report could tell where to.
         return (
             f"{type(optimizer).__name__} trains a running mean of weights that it keeps in its state {kept[0]!r} "
             "(schedule-free): teleport with an optimizer whose weights are the model's"
@@ -170,11 +170,9 @@ def _weights_in(found: Mapping[str, Mapping[str, Any]], named: Mapping[str, nn.P
     """Entries that are copies of weights: known by name, or alike in direction over all parameters together."""
     weights = []
     for key, kept in found.items():
-        shaped = all(
-            isinstance(value, Tensor) and value.layout == torch.strided and value.shape == named[name].shape
-            for name, value in kept.items()
-        )
-        if not shaped or _kind_of(key, found) != "unknown":
+        if not all(_like_weights(value, named[name]) for name, value in kept.items()):
+            continue
+        if _kind_of(key, found) != "unknown":
             continue
         both = squares = own = 0.0
         for name, value in kept.items():
@@ -184,6 +182,11 @@ def _weights_in(found: Mapping[str, Mapping[str, Any]], named: Mapping[str, nn.P
         if key in _WEIGHTS or (both > 0 and both >= _LEAST_COSINE * (squares * own) ** 0.5):
             weights.append(key)
     return weights
+
+
+def _like_weights(value: Any, parameter: nn.Parameter) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+    return dense and value.shape == parameter.shape
 
 
 def _move_weights(kept: Tensors, moves: Sequence[Move], start: Point) -> None:

@@ -19,6 +19,7 @@ from metateleport.optim.checks import (
     check_symmetries,
     checked_state,
     found_symmetries,
+    is_averaged,
     try_symmetries,
 )
 from metateleport.optim.closure import known_at_first, scalar, scalar_or_none
@@ -26,7 +27,7 @@ from metateleport.optim.judge import Judge, held_out_loss
 from metateleport.optim.loss import Known, check_loss, know_loss
 from metateleport.optim.orbit import Orbit, travel_along
 from metateleport.optim.replicas import all_agree, all_can, check_replicas, chosen_by_first, group_of
-from metateleport.optim.saved import OWN, merged, plain, restored, sources_of
+from metateleport.optim.saved import OWN, merged, plain, restored, sources_of, without
 from metateleport.optim.start import Consequences, Start, consequences_of, pass_to_start_from, start_of
 from metateleport.optim.state import cannot_carry, carry_state
 from metateleport.optim.wrapper import Wrapping
@@ -131,9 +132,9 @@ class TeleportingOptimizer(Wrapping):
     Raises:
         TypeError: if the optimizer, the teleporter, the schedule or `held_out` is something else.
         ValueError: if `every`, `window`, `max_stretch` or `state` cannot be, the state is to be transported along no
-            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is there,
-            the teleporter has no network for the group of any, a symmetry moves what the optimizer does not hold or may
-            not change, or one does not hold on the example.
+            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is found
+            or given, the teleporter has no network for the group of any, a symmetry moves what the optimizer does not
+            hold or may not change, or one does not hold on the example.
 
     Example:
         >>> from metateleport.teleporters import RandomTeleporter
@@ -270,7 +271,9 @@ class TeleportingOptimizer(Wrapping):
 
     # --- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, loss: Callable[[Any], Tensor] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss: Callable[[Any], Tensor] | Tensor | float | None = None
+    ) -> Any:
         """Teleports if it is time, then steps.
 
         Args:
@@ -279,14 +282,14 @@ class TeleportingOptimizer(Wrapping):
                 it again only after having changed the weights (L-BFGS). Without a closure the teleport starts from
                 the last forward pass that a backward pass has come by, and `p.grad` as it is.
             loss: maps the model's outputs to the loss of the last forward pass, for teleporters that evaluate it at
-                other weights; it has to be the closure's loss.
+                other weights; it has to be the closure's loss. Others may be told its value, where there is no closure.
 
         Returns:
             The loss that the step started from, which is the closure's, or where a teleport without symmetries led;
             None without a closure.
 
         Raises:
-            TypeError: if `loss` is no function.
+            TypeError: if `loss` is neither a function nor a value that is enough.
             ValueError: if it is time to teleport and the teleporter needs `loss` and there is none, or it is not the
                 closure's.
             RuntimeError: if it is time to teleport and there was no forward pass to start from, or no backward pass
@@ -297,13 +300,14 @@ class TeleportingOptimizer(Wrapping):
         again = closure
         if self._recorder is not None and self._due:
             check_loss(self.teleporter, loss)
-            value = None
+            value: Any = None if callable(loss) else loss
             if closure is not None:
                 self._recorder.clear()
                 with torch.enable_grad():
                     value = closure()
             self._judge_last()
-            report = self._teleport(self._recorder, None if value is None else scalar(value), loss)
+            function = loss if callable(loss) else None
+            report = self._teleport(self._recorder, None if value is None else scalar(value), function)
             self.reports.append(report)
             self._recorder.clear()
             self._judge.start()
@@ -317,7 +321,8 @@ class TeleportingOptimizer(Wrapping):
         try:
             result = self.optimizer.step() if again is None else self.optimizer.step(again)
             if self._recorder is not None:
-                self._look_back(None if closure is None else scalar_or_none(result))
+                told = loss if closure is None and not callable(loss) else result
+                self._look_back(scalar_or_none(told))
             self.steps += 1
             self._due = self.schedule.due(self.steps)
         finally:
@@ -327,8 +332,8 @@ class TeleportingOptimizer(Wrapping):
 
     def _only_sets_up(self) -> bool:
         """Whether this is no step of training, but makes the state's entries, as `torch.distributed.checkpoint` does
-        before it saves: no pass, zero gradients and zero step sizes."""
-        if self.optimizer.state or (self._recorder is not None and self._recorder.last is not None):
+        before it saves: no backward pass, zero gradients and zero step sizes."""
+        if self.optimizer.state or (self._recorder is not None and self._recorder.reached):
             return False
         if any(bool(torch.as_tensor(group.get("lr", 1.0) != 0)) for group in self.param_groups):
             return False
@@ -470,7 +475,7 @@ class TeleportingOptimizer(Wrapping):
                 moves = chosen_by_first(moves, recorder.replicas)
                 arrived, moves = travel_along(self.teleporter, start, moves, {})
             proposed, reason, held_back = moves, "", False
-            for share in (1.0, 0.5, 0.25):
+            for share in (1.0, 0.5):
                 shorter = self._orbit.shortened(proposed, share)
                 if shorter:
                     arrived, moves = travel_along(self.teleporter, start, proposed, shorter)
@@ -480,8 +485,8 @@ class TeleportingOptimizer(Wrapping):
                     break
         if held_back:
             self._warn_once(
-                f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g} on how far they "
-                "may stretch or unbalance anything: they are shortened or refused from now on"
+                f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g} on how far "
+                "they may stretch or unbalance anything: they are shortened or refused from now on"
             )
         if held_back and not any(bool(move.size > 0) for move in moves):
             reason = reason or "all teleports together are at the bound max_stretch"
@@ -507,6 +512,12 @@ class TeleportingOptimizer(Wrapping):
                 if name in point.gradients and arrived.gradients[name] is not point.gradients[name]:
                     assert parameter.grad is not None
                     parameter.grad.copy_(arrived.gradients[name])
+        # It takes a look at all objects there are.
+        if len(self.reports) in (0, 10, 100) and is_averaged(self.model):
+            self._warn_once(
+                "an AveragedModel averages the weights of this model: a mean of weights before and after a teleport is "
+                "on no orbit. Start it anew after a report with a size above zero, or end teleports before averaging"
+            )
         return dataclasses.replace(
             report,
             state=done.summary,
@@ -526,10 +537,8 @@ class TeleportingOptimizer(Wrapping):
         if self._teleporter_state is None and self._loaded_state is not None:
             # Symmetries that are not moved along now are still to come.
             later = {each.key for each in self.symmetries} - {each.key for each in symmetries}
-            loaded = self._loaded_state
-            if isinstance(loaded, dict):
-                loaded = {key: value for key, value in loaded.items() if key not in later}
-            self._teleporter_state, self._loaded_state = restored(fresh, loaded, OWN), None
+            self._teleporter_state = restored(fresh, without(self._loaded_state, later), OWN)
+            self._loaded_state = None
         state = merged(fresh, self._teleporter_state) if self._teleporter_state is not None else fresh
         if loss is not None and state is not None:
             state = self.teleporter.told(state, loss, deterministic=False)
@@ -538,7 +547,8 @@ class TeleportingOptimizer(Wrapping):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict; its entry `teleporting` has the number of steps, where on the orbit all
         teleports have led, and what the teleporter and the schedule remember, draws of random numbers included, so that
-        a run that goes on from it takes the same steps."""
+        a run that goes on from it takes the same steps. The state-dict API of `torch.distributed.checkpoint` leaves
+        that entry out, as it keeps parameters' states only: save it beside."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         packed: dict[str, Any] = self.optimizer.state_dict()

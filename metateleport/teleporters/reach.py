@@ -12,6 +12,9 @@ from metateleport.groups import Group, PositiveDiagonal, VectorGroup
 __all__ = ["check_max_stretch", "shortened", "stretch", "within_reach"]
 
 
+_AT_THE_BOUND = 0.99
+
+
 def check_max_stretch(max_stretch: float | None) -> None:
     """Whether a bound is one.
 
@@ -95,7 +98,9 @@ def shortened(group: Group, element: Tensor, reached: Tensor, bound: float) -> T
     r"""The element nearest to $g$ that leads no further than a bound, $g' h$ with a stretch of at most $b$.
 
     Diagonals and translations are cut off entry by entry, matrices at the singular values of $g h$, which leaves the
-    rotations in it alone. Where $h$ is beyond the bound already, it is what $g' h$ may not go beyond.
+    rotations in it alone. A matrix that leads out from a place at the bound is the identity: cut off again and again,
+    it would turn the weights at every step and lead nowhere. Where $h$ is beyond the bound already, it is what $g' h$
+    may not go beyond.
 
     Args:
         group: the group.
@@ -112,7 +117,8 @@ def shortened(group: Group, element: Tensor, reached: Tensor, bound: float) -> T
     """
     if not bool(element.isfinite().all()):
         return element
-    bound = max(bound, float(stretch(group, reached)))
+    before = float(stretch(group, reached))
+    bound = max(bound, before)
     there = group.compose(element, reached)
     if float(stretch(group, there)) <= bound * (1 + 1e-6):
         return element
@@ -120,6 +126,8 @@ def shortened(group: Group, element: Tensor, reached: Tensor, bound: float) -> T
         return there.log().clamp(-bound, bound).exp() / reached
     if isinstance(group, VectorGroup):
         return there.clamp(-math.expm1(bound), math.expm1(bound)) - reached
+    if before > _AT_THE_BOUND * bound:
+        return group.identity(dtype=element.dtype, device=element.device)
     left, singular, right = torch.linalg.svd(there.double())
     cut = singular.log().clamp(-bound, bound).exp()
     return ((left * cut) @ right @ torch.linalg.inv(reached.double())).to(element.dtype)

@@ -1,9 +1,8 @@
-"""Catching what passes through a model's modules: inputs, and gradients on outputs."""
+"""The passes of a training loop, recorded by hooks that stay on the model."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,350 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
-from metateleport.point import Point, Tensors, pullback_through
-from metateleport.symmetries import Symmetry
-
-__all__ = [
-    "PassRecorder",
-    "RecordedPass",
-    "Recording",
-    "channel_modules",
-    "first_input",
-    "input_of",
-    "modules_of",
-    "named_module",
-    "output_of",
-    "point_of",
-    "record",
-    "rows",
-    "tensors_in",
-    "unseen",
-    "unwrapped",
-]
-
-
-def rows(tensor: Tensor, batch: int = 0, channels: bool = False) -> Tensor:
-    """Lays a module's input or output out with samples in rows, `(*batch, samples, features)`.
-
-    Args:
-        tensor: `(*batch, samples, ..., features)`, or `(*batch, samples, channels, ...)` for convolutions; a vector
-            is one sample, a scalar one sample of one feature.
-        batch: number of batch dimensions in front.
-        channels: whether the features stand behind the samples (convolutions), not last.
-
-    Example:
-        >>> rows(torch.zeros(8, 3, 5, 5), channels=True).shape
-        torch.Size([200, 3])
-    """
-    if channels:
-        tensor = tensor.movedim(batch + 1, -1)
-    while tensor.ndim < batch + 2:
-        tensor = tensor.unsqueeze(batch)
-    return tensor.reshape(*tensor.shape[:batch], -1, tensor.shape[-1])
-
-
-def modules_of(symmetries: Iterable[Symmetry]) -> tuple[str, ...]:
-    """Names of the modules that some symmetries want to see, each once."""
-    return tuple(dict.fromkeys(name for symmetry in symmetries for name in symmetry.modules))
-
-
-def channel_modules(model: nn.Module, modules: Iterable[str]) -> dict[str, bool]:
-    """Which of the named modules are convolutions: their features stand behind the samples, not last."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    return {name: isinstance(named[name], (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for name in modules}
-
-
-def first_input(inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that a module works on: its first argument, however it is passed."""
-    return inputs[0] if inputs else next(iter(keywords.values()))
-
-
-def named_module(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The named modules of a model.
-
-    Raises:
-        KeyError: if the model has no such module.
-    """
-    named, names = dict(model.named_modules(remove_duplicate=False)), tuple(names)
-    missing = [name for name in names if name not in named]
-    if missing:
-        raise KeyError(f"the model has no module named {missing[0]!r}; it has {', '.join(map(repr, named))}")
-    return {name: named[name] for name in names}
-
-
-def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model inside `torch.compile`, `nn.DataParallel` and the like, and what the wrappers put before its names.
-
-    Example:
-        >>> inner = nn.Linear(2, 1)
-        >>> found, prefix = unwrapped(nn.DataParallel(inner))
-        >>> found is inner, prefix
-        (True, 'module.')
-    """
-    prefix = ""
-    while True:
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model, prefix = model.module, f"{prefix}module."
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model, prefix = model._orig_mod, f"{prefix}_orig_mod."  # type: ignore[assignment]
-        else:
-            return model, prefix
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` has wrapped a model, inside other wrappers or none."""
-    return "_orig_mod." in unwrapped(model)[1]
-
-
-def input_of(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor among a module's arguments; None if it is given none."""
-    return next((each for each in (*inputs, *keywords.values()) if isinstance(each, Tensor)), None)
-
-
-def output_of(output: Any) -> Tensor | None:
-    """The tensor that a module puts out, the first of several; None if it puts out none."""
-    return output if isinstance(output, Tensor) else next(iter(tensors_in(output)), None)
-
-
-class Recording:
-    """Inputs and outputs of modules in one forward pass, in the order of the data flow.
-
-    Args:
-        has_channels: names of the modules whose features stand in dimension 1 (convolutions).
-    """
-
-    def __init__(self, has_channels: Mapping[str, bool]) -> None:
-        self.has_channels = has_channels
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-
-    def activations(self, batch: int = 0) -> dict[str, Tensor]:
-        """Inputs by module name, samples in rows."""
-        return {name: rows(value, batch, self.has_channels[name]) for name, value in self.inputs.items()}
-
-    def layout(self, values: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
-        """Gradients on outputs by module name, samples in rows."""
-        return {name: rows(value, batch, self.has_channels[name]) for name, value in values.items()}
-
-
-@contextlib.contextmanager
-def record(
-    model: nn.Module, modules: Iterable[str], adjust: Callable[[str, Tensor], Tensor] | None = None
-) -> Iterator[Recording]:
-    """Records the named modules' first inputs and outputs while the block runs.
-
-    Args:
-        model: whose modules are hooked; the hooks are gone afterwards.
-        modules: names, as in `named_modules()`.
-        adjust: gets each output and returns what the model goes on with.
-
-    Yields:
-        The recording, filled as the model runs; of several passes the last one stays.
-
-    Raises:
-        KeyError: if the model has no such module.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> with record(model, ["0"]) as recording:
-        ...     _ = model(torch.ones(4, 2))
-        >>> recording.activations()["0"].shape
-        torch.Size([4, 2])
-    """
-    modules = tuple(modules)
-    named = named_module(model, modules)
-    recording = Recording(channel_modules(model, modules))
-
-    def hook(name: str) -> Callable[..., Tensor]:
-        def caught(_: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
-            recording.inputs.pop(name, None)
-            recording.inputs[name] = first_input(inputs, keywords)
-            recording.outputs[name] = output
-            return output if adjust is None else adjust(name, output)
-
-        return caught
-
-    handles = [named[name].register_forward_hook(hook(name), with_kwargs=True) for name in modules]
-    try:
-        yield recording
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def point_of(
-    model: nn.Module,
-    symmetries: Iterable[Symmetry],
-    inputs: tuple[object, ...],
-    keywords: Mapping[str, object] | None = None,
-    loss: Callable[[Tensor], Tensor] | None = None,
-    also: Iterable[str] = (),
-) -> tuple[Point, Tensor]:
-    """Evaluates a model once and gathers what its symmetries need.
-
-    Args:
-        model: the model, in the mode (train or eval) that it shall be evaluated in.
-        symmetries: whose modules are recorded.
-        inputs: positional inputs of the model.
-        keywords: keyword inputs of the model.
-        loss: maps the outputs to a scalar; without it there are no gradients and no cotangents.
-        also: names of modules to record besides those of the symmetries.
-
-    Returns:
-        The point and the outputs, detached from the graph but for what rebuilds the backward pass. Gradients are of
-        the parameters that require one. The model's buffers stay as they are.
-
-    Raises:
-        ValueError: if the loss is not a scalar, or does not depend on any parameter that requires a gradient.
-    """
-    symmetries = tuple(symmetries)
-    leaves = {name: value.detach().clone() for name, value in model.named_parameters()}
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    moved = {name: buffers[name].clone() for symmetry in symmetries for name in symmetry.buffers}
-    keywords = dict(keywords or {})
-    modules = tuple(dict.fromkeys((*modules_of(symmetries), *also)))
-    if loss is None:
-        with torch.no_grad(), unseen(), record(model, modules) as recording:
-            outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
-        return Point(parameters={**leaves, **moved}, activations=recording.activations()), outputs
-    wanted = {name: leaves[name].requires_grad_() for name, value in model.named_parameters() if value.requires_grad}
-    # The model goes on with a copy: an activation in place would turn the recorded output into its own.
-    with torch.enable_grad(), unseen(), record(model, modules, lambda _, output: output.clone()) as recording:
-        outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
-        value = loss(outputs)
-        if value.ndim:
-            raise ValueError(f"the loss has to be a scalar; it has shape {tuple(value.shape)}")
-        if not value.requires_grad:
-            raise ValueError("the loss does not depend on any parameter that requires a gradient")
-        watched = {name: output for name, output in recording.outputs.items() if output.requires_grad}
-        targets = [*wanted.values(), *watched.values()]
-        found = torch.autograd.grad(value, targets, allow_unused=True, retain_graph=True)
-    gradients = {name: grad for name, grad in zip(wanted, found, strict=False) if grad is not None}
-
-    def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
-        values = {**leaves, **{name: value.clone() for name, value in buffers.items()}, **parameters}
-        with unseen():
-            return loss(torch.func.functional_call(model, values, inputs, keywords))
-
-    on_outputs = {name: grad for name, grad in zip(watched, found[len(wanted) :], strict=True) if grad is not None}
-    point = Point(
-        parameters={**leaves, **moved},
-        gradients=gradients,
-        activations=recording.activations(),
-        cotangents=recording.layout(on_outputs),
-        loss=value,
-        loss_at=loss_at,
-    )
-    pullback = pullback_through(recording.activations(), wanted, watched, recording.layout)
-    # Outputs may be any container of tensors.
-    detached = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-    return point.detach().replace(pullback=pullback), detached
-
-
-_repetitions: list[None] = []
-"""One entry for each repetition of a pass that is running: no recorder takes it for a pass of the training loop."""
-
-
-@contextlib.contextmanager
-def unseen() -> Iterator[None]:
-    """Runs of a model inside the block are repetitions or trials: no `PassRecorder` records them.
-
-    Example:
-        >>> model = nn.Linear(2, 1)
-        >>> recorder = PassRecorder(model, [""])
-        >>> with unseen():
-        ...     _ = model(torch.ones(3, 2))
-        >>> recorder.passes
-        0
-    """
-    _repetitions.append(None)
-    try:
-        yield
-    finally:
-        _repetitions.pop()
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output: a tensor, or tuples, lists, dicts and dataclasses of them.
-
-    Example:
-        >>> [t.shape[0] for t in tensors_in({"logits": torch.ones(2), "states": (torch.ones(3), None)})]
-        [2, 3]
-    """
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        return [tensor for each in value.values() for tensor in tensors_in(each)]
-    if isinstance(value, tuple | list):
-        return [tensor for each in value for tensor in tensors_in(each)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [t for field in dataclasses.fields(value) for t in tensors_in(getattr(value, field.name))]
-    return []
-
-
-@dataclasses.dataclass
-class Run:
-    """One run of a module inside a pass.
-
-    Args:
-        input: what it worked on, detached.
-        output: shape, dtype and device of what it put out, without memory; None where that is no tensor.
-        cotangent: gradient on what it put out; None until a backward pass has come by.
-        connected: whether its input depends on parameters.
-        awaited: whether it ran without gradients inside a pass with gradients: a block under reentrant activation
-            checkpointing runs again in the backward pass, and only then has a graph.
-    """
-
-    input: Tensor
-    output: Tensor | None
-    cotangent: Tensor | None = None
-    connected: bool = False
-    awaited: bool = False
-
-
-@dataclasses.dataclass
-class RecordedPass:
-    """One forward pass, all that it takes to repeat it, and what the backward pass said about it.
-
-    It holds no graph: when the caller's loss goes, the graph goes.
-
-    Args:
-        training: whether the model was in training mode.
-        runs: by module, its runs in the order in which they were made.
-        reached: whether a backward pass has come by.
-        positional: the model's positional inputs. This and what follows is empty in a recorder that never replays.
-        keywords: its keyword inputs.
-        buffers: its buffers before the pass.
-        random: state of the random numbers before the pass, by device; that of the CPU under None.
-        autocast: device type, whether autocast was on, and its dtype.
-        outputs: the model's outputs, copied.
-        output_cotangents: gradient on each of them, by position.
-        replays: how many times the pass was repeated.
-    """
-
-    training: bool
-    runs: dict[str, list[Run]] = dataclasses.field(default_factory=dict)
-    reached: bool = False
-    positional: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
-    buffers: Tensors = dataclasses.field(default_factory=dict)
-    random: dict[torch.device | None, Tensor] = dataclasses.field(default_factory=dict)
-    autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
-    outputs: list[Tensor] = dataclasses.field(default_factory=list)
-    output_cotangents: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    replays: int = 0
-
-    @property
-    def repeated(self) -> frozenset[str]:
-        """Modules that ran more than once: the backward pass below one of their runs alone cannot be rebuilt."""
-        return frozenset(name for name, runs in self.runs.items() if len(runs) > 1)
-
-    @property
-    def connected(self) -> frozenset[str]:
-        """Modules whose input depends on parameters."""
-        return frozenset(name for name, runs in self.runs.items() if runs and runs[-1].connected)
+from metateleport.capture.layout import (
+    at_least_single,
+    channel_modules,
+    copied,
+    input_of,
+    is_compiled,
+    named_module,
+    output_of,
+    rows,
+    tensors_in,
+    unwrapped,
+)
+from metateleport.capture.once import is_repetition, record, unseen
+from metateleport.capture.passes import RecordedPass, Run
+from metateleport.point import Tensors, pullback_through
+
+__all__ = ["PassRecorder"]
 
 
 class PassRecorder:
@@ -393,7 +66,7 @@ class PassRecorder:
         self.model = inner if all(name in known for name in self.modules) else model
         named = named_module(self.model, self.modules)
         # A wrapper's own hooks run where those of the compiled model inside never do.
-        model = model if _is_compiled(model) else inner
+        model = model if is_compiled(model) else inner
         self.outer = model
         self._copies = len(given.device_ids) if isinstance(given, nn.DataParallel) else 1
         self.replicas: Any = None
@@ -544,7 +217,7 @@ class PassRecorder:
         for name, own in model.named_parameters():
             if name in values:
                 values[name] = values[name].to(own.dtype)
-        positional, keywords = _copied(recorded.positional), _copied(recorded.keywords)
+        positional, keywords = copied(recorded.positional), copied(recorded.keywords)
         return torch.func.functional_call(model, values, positional, keywords or None)
 
     @contextlib.contextmanager
@@ -575,8 +248,8 @@ class PassRecorder:
         return RecordedPass(
             training=self.model.training,
             # Copied, as models may write their inputs.
-            positional=_copied(positional),
-            keywords=_copied(dict(keywords)),
+            positional=copied(positional),
+            keywords=copied(dict(keywords)),
             buffers={name: value.clone() for name, value in self.model.named_buffers()},
             random=random,
             autocast=(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
@@ -588,14 +261,17 @@ class PassRecorder:
             return value.reshape(-1, 1)
         weight = getattr(self.model.get_submodule(name), "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else value.dtype
-        return rows(value, channels=self.has_channels[name]).to(_at_least_single(dtype))
+        return rows(value, channels=self.has_channels[name]).to(at_least_single(dtype))
 
     def _begin(self, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._running = None
         replicated = DistributedDataParallel._get_active_ddp_module()
         if replicated is not None:
             self.replicas = replicated.process_group
-        if self.wanted and not _repetitions and torch.is_grad_enabled() and not self._recomputing():
+        # What torch.func's transforms hand through a model is gone when they end.
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        unwanted = is_repetition() or transformed or not torch.is_grad_enabled()
+        if self.wanted and not unwanted and not self._recomputing():
             self._running = self._snapshot(positional, keywords)
 
     def _recomputing(self) -> bool:
@@ -611,14 +287,15 @@ class PassRecorder:
     def _see(self, name: str, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         recorded = self._running
         if recorded is None:
-            if self._awaiting and torch.is_grad_enabled() and not _repetitions and _in_backward():
+            if self._awaiting and torch.is_grad_enabled() and not is_repetition() and _in_backward():
                 self._see_again(name, input_of(positional, keywords), output)
             return
         seen, put_out = input_of(positional, keywords), output_of(output)
         if seen is None:
             return
         without = not torch.is_grad_enabled()
-        run = Run(seen.detach(), None if put_out is None else put_out.detach().to("meta"), awaited=without)
+        told = None if put_out is None else (put_out.shape, put_out.dtype)
+        run = Run(seen.detach(), told, awaited=without)
         run.connected = seen.requires_grad
         # A module that runs again stands where it ran last.
         recorded.runs[name] = [*recorded.runs.pop(name, ()), run]
@@ -736,15 +413,8 @@ def _record_runs(model: nn.Module, modules: Iterable[str]) -> Iterator[dict[str,
 def _cotangent(run: Run) -> Tensor | None:
     if run.cotangent is not None or run.output is None:
         return run.cotangent
-    return torch.zeros(run.output.shape, dtype=run.output.dtype, device=run.input.device)
-
-
-def _copied(inputs: Any) -> Any:
-    return tree_map_only(Tensor, lambda value: value.detach().clone(), inputs)
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    shape, dtype = run.output
+    return torch.zeros(shape, dtype=dtype, device=run.input.device)
 
 
 def _in_backward() -> bool:
