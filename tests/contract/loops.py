@@ -19,7 +19,8 @@ from .stand_in import ADAMW, StandIn
 
 __all__ = ["MIDDLE", "STEPS", "Bench", "Course", "Loop", "by_closure", "by_loss", "plain"]
 
-STEPS, MIDDLE, ROWS = 20, 7, 16
+STEPS, MIDDLE, ROWS = 16, 6, 16
+_NOISE = 1e-12
 _BATCHES = 4
 
 One = Callable[["Loop", Batch], None]
@@ -33,7 +34,7 @@ class Course:
     Args:
         weights: the parameters at its end.
         start: those at its beginning.
-        trained: whether each was given a gradient that is not zero.
+        trained: whether each was given a gradient that is more than the rounding of the others.
         before: the loss at the beginning.
         after: the loss at the end.
         said: what was warned of.
@@ -172,11 +173,8 @@ class Loop:
         """One step."""
         with self.listening():
             one(self, batch)
-        for number, parameter in enumerate(self.watched.parameters()):
-            gradient = parameter.grad
-            if gradient is not None and not self.trained[number]:
-                gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-                self.trained[number] = bool((gradient != 0).any())
+        sizes = [0.0 if value.grad is None else _largest(value.grad) for value in self.watched.parameters()]
+        self.trained = [before or size > _NOISE * max(sizes) for before, size in zip(self.trained, sizes, strict=True)]
 
     def run(self, one: One, batches: Sequence[Batch] | None = None, steps: int = STEPS) -> Course:
         """A step for each batch; those of the bench if none are given."""
@@ -208,6 +206,11 @@ class _Listening:
     def __exit__(self, *error: Any) -> None:
         self.said += [str(each.message) for each in self.heard]
         self.caught.__exit__(*error)
+
+
+def _largest(gradient: Tensor) -> float:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _copies(model: nn.Module) -> list[Tensor]:

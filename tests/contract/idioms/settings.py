@@ -50,13 +50,13 @@ def constant_schedule(bench: Bench) -> Outcome:
 def schedule_to_zero(bench: Bench) -> Outcome:
     """At a factor of zero nothing is stepped; the weights are those of a run that ended there."""
     loop = Loop(bench, symmetries=())
-    scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: float(step < MIDDLE))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: float(step < STEPS))
 
     def scheduled(loop: Loop, batch: Batch) -> None:
         plain(loop, batch)
         scheduler.step()
 
-    return Outcome(loop.run(scheduled), (bench.plain(steps=MIDDLE, symmetries=()),))
+    return Outcome(loop.run(scheduled, steps=STEPS + 5), (bench.plain(symmetries=()),))
 
 
 @idiom("cosine schedule with warm-up")
