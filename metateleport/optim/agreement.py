@@ -93,7 +93,7 @@ def _is_rough(recorded: RecordedPass) -> bool:
     """Whether a module has worked in half precision, of its own or under autocast."""
     half = (torch.float16, torch.bfloat16)
     return any(
-        run.input.dtype in half or (run.output is not None and run.output.dtype in half)
+        run.input.dtype in half or (run.output is not None and run.output[1] in half)
         for runs in recorded.runs.values()
         for run in runs
     )

@@ -159,7 +159,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._recorder = PassRecorder(self.model, modules, replays=rebuilds)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """One step.
 
         Args:
