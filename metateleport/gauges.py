@@ -81,8 +81,7 @@ def gauge_symmetries(symmetries: Sequence[Symmetry], linearised: bool) -> tuple[
     """
     found: dict[Any, Symmetry] = {}
     for symmetry in symmetries:
-        # The heads of an attention share their parameters.
-        key: Any = (symmetry.kind, symmetry.where)
+        key: Any = symmetry.key
         chosen: Symmetry | None = symmetry if symmetry.exactness == "exact" and not symmetry.buffers else None
         if isinstance(symmetry, Pair):
             key = symmetry.modules

@@ -130,8 +130,8 @@ def restored_parts(fresh: MetaState, saved: Mapping[str, Tensor]) -> MetaState:
         plain = StandIn(like, like, like, {})
         changes["stand_in"] = dataclasses.replace(unflattened(plain, saved, "stand_in"), change=change)
     if "accepted/loss" in saved:
-        parts = (_under(saved, f"accepted/{name}/", like) for name in _KEPT)
-        changes["accepted"] = Point(*parts, loss=saved["accepted/loss"].to(like))
+        parts: dict[str, Any] = {name: _under(saved, f"accepted/{name}/", like) for name in _KEPT}
+        changes["accepted"] = Point(**parts, loss=saved["accepted/loss"].to(like))
     return dataclasses.replace(fresh, **changes)
 
 
