@@ -341,7 +341,7 @@ class MetaOptimizer(nn.Module):
         stand_in = state.stand_in
         if self.rule.divides_by_loss and not loss_fits:
             stand_in = StandIn.begin(point) if stand_in is None else stand_in.seen(point.gradients)
-            point = point.replace(loss=stand_in.value.to(point.loss.dtype))
+            point = point.replace(loss=stand_in.value(point.gradients))
         base = point
         if state.accepted is not None and not bool(accepted.all()):
             # The only task's own point may be of a batch of another size.

@@ -151,7 +151,7 @@ class Progress:
             stuck = (row >= _PATIENT) & (loss <= self.seen)
             level = torch.where(stuck, loss, before)
             spread = torch.where(stuck, (kept * spread.square() + new * (level - before).square()).sqrt(), spread)
-            last = torch.where(stuck, kept * before + new * level, last)
+            last = torch.where(stuck, (before + level) / 2, last)
             start = torch.where(stuck, start.maximum(last), start)
             damped = torch.where(row > _PATIENT, self.damping, damped)
         damping = torch.where(accepted, (self.damping * 3).clamp_max(1.0), damped)

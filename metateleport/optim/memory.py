@@ -125,7 +125,7 @@ def restored_parts(fresh: MetaState, saved: Mapping[str, Tensor]) -> MetaState:
     changes: dict[str, Any] = {
         name: unflattened(getattr(fresh, name), saved, name) for name in ("progress", "teleporter", "gauge")
     }
-    if "stand_in/value" in saved:
+    if "stand_in/length" in saved:
         change = _under(saved, "stand_in/change/", like)
         plain = StandIn(like, like, like, {})
         changes["stand_in"] = dataclasses.replace(unflattened(plain, saved, "stand_in"), change=change)

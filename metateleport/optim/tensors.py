@@ -87,8 +87,12 @@ def write(parameter: Tensor, value: Tensor, state: dict[str, Tensor]) -> None:
         parameter.copy_(torch.view_as_complex(flat.contiguous()).reshape(parameter.shape))
         return
     flat = flat.reshape(parameter.shape)
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    if half:
+        largest = torch.finfo(parameter.dtype).max
+        flat = flat.clamp(-largest, largest)
     parameter.copy_(flat)
-    if parameter.dtype in (torch.float16, torch.bfloat16):
+    if half:
         state[COMPENSATION] = (flat - parameter.to(flat.dtype)).to(parameter.dtype)
 
 
