@@ -83,6 +83,8 @@ class PassRecorder:
         self._newest: RecordedPass | None = None
         self._running: RecordedPass | None = None
         self._awaiting: list[weakref.ref[RecordedPass]] = []
+        # The backward pass that last came by a recorded one, as the engine counts them.
+        self._reached_in = -1
         self._hooks = [_Hook(self, "_begin"), _Hook(self, "_end"), *(_Hook(self, "_see", name) for name in named)]
         self._handles = [model.register_forward_pre_hook(self._hooks[0], prepend=True, with_kwargs=True)]
         for hook, module in zip(self._hooks[2:], named.values(), strict=True):
@@ -276,13 +278,7 @@ class PassRecorder:
 
     def _recomputing(self) -> bool:
         """Whether the backward pass of a pass that was recorded is under way: what runs now repeats it."""
-        return _in_backward() and self._last is not None and self._last is self._backward_of()
-
-    def _backward_of(self) -> RecordedPass | None:
-        found = self._task
-        return found[1]() if found is not None and found[0] == torch._C._current_graph_task_id() else None
-
-    _task: tuple[int, weakref.ref[RecordedPass]] | None = None
+        return _in_backward() and self._reached_in == torch._C._current_graph_task_id()
 
     def _see(self, name: str, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         recorded = self._running
@@ -350,7 +346,7 @@ class PassRecorder:
             recorder = own()
             if recorder is None or recorder._begun != begun:
                 return
-            recorder._task = (torch._C._current_graph_task_id(), weakref.ref(recorded))
+            recorder._reached_in = torch._C._current_graph_task_id()
             recorder.reached += not recorded.reached
             recorded.reached = True
             recorder._last, recorder._newest = recorded, None
