@@ -112,7 +112,7 @@ class _Dict(_Outer):
         return {"logits": self.inner(*inputs)}
 
 
-def _either(bench: Bench, tried: Course) -> Outcome:
+def either(bench: Bench, tried: Course) -> Outcome:
     """Equal to the bare model with its symmetries, or to the one without them if it was said that it goes without."""
     without = bench.plain(symmetries=())
     if tried.said or apart(bench.plain().weights, without.weights) <= 1e-6:
@@ -122,24 +122,24 @@ def _either(bench: Bench, tried: Course) -> Outcome:
 
 @idiom("model in a wrapper")
 def wrapped(bench: Bench) -> Outcome:
-    return _either(bench, Loop(bench, model=_Outer(bench.model())).run(plain))
+    return either(bench, Loop(bench, model=_Outer(bench.model())).run(plain))
 
 
 @idiom("outputs in a dict")
 def outputs_in_a_dict(bench: Bench) -> Outcome:
-    return _either(bench, Loop(bench, model=_Dict(bench.model())).run(plain))
+    return either(bench, Loop(bench, model=_Dict(bench.model())).run(plain))
 
 
 @idiom("DataParallel")
 def data_parallel(bench: Bench) -> Outcome:
     devices = [0] if bench.device == "cuda" else []
-    return _either(bench, Loop(bench, model=nn.DataParallel(bench.model(), devices)).run(plain))
+    return either(bench, Loop(bench, model=nn.DataParallel(bench.model(), devices)).run(plain))
 
 
 @idiom("compiled model")
 def compiled(bench: Bench) -> Outcome:
     torch.compiler.reset()
-    return _either(bench, Loop(bench, model=torch.compile(bench.model(), backend="eager")).run(plain))  # type: ignore[arg-type]
+    return either(bench, Loop(bench, model=torch.compile(bench.model(), backend="eager")).run(plain))  # type: ignore[arg-type]
 
 
 @idiom("compiled after the optimizer was made")
@@ -147,7 +147,7 @@ def compiled_later(bench: Bench) -> Outcome:
     torch.compiler.reset()
     loop = Loop(bench)
     loop.watched, loop.model = loop.model, torch.compile(loop.model, backend="eager")  # type: ignore[assignment]
-    return _either(bench, loop.run(plain))
+    return either(bench, loop.run(plain))
 
 
 def _pieces(model: nn.Module) -> tuple[Any, Any]:

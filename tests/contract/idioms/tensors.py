@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..loops import Bench, Loop, by_closure, by_loss, plain
 from ..models import Batch
 from ..registry import Outcome, idiom
+from .life import either
 
 
 @idiom("weights in bfloat16", precision=True)
@@ -30,12 +31,13 @@ def float32(bench: Bench) -> Outcome:
 
 @idiom("activation checkpointing")
 def activation_checkpointing(bench: Bench) -> Outcome:
-    """Every part of the model runs once more in the backward pass."""
+    """Every part of the model runs once more in the backward pass. Its forward is no longer its class's own, which may
+    hide a symmetry."""
     model = bench.model()
     for part in model.children():
         if not isinstance(part, nn.ModuleList):
             part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
-    return Outcome(Loop(bench, model=model, **bench.found()).run(plain), (bench.plain(),))
+    return either(bench, Loop(bench, model=model, **bench.found()).run(plain))
 
 
 @idiom("activation checkpointing, reentrant")
