@@ -67,8 +67,6 @@ class _Case:
 
     def state(self) -> int:
         """Numbers that the update remembers; the last accepted point of a learned optimizer is not counted."""
-        if isinstance(self.optimizer, mt.LearnedOptimizer):
-            return _numbers(dict(self.optimizer.state))
         return _numbers(dict(self.optimizer.state))
 
 

@@ -312,7 +312,7 @@ def test_a_spoilt_task_spoils_no_other(mode: str, tmp_path: Path) -> None:
 def test_a_task_that_diverges_on_its_way_spoils_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation after the second step is not finite for the first task."""
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4))
+    meta, stack = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4)), family.stack(range(3))
     own, steps = mt.TaskStack.batch, []
 
     def batch(self: mt.TaskStack, step: int) -> Any:
@@ -325,7 +325,7 @@ def test_a_task_that_diverges_on_its_way_spoils_no_other(monkeypatch: pytest.Mon
         return inputs, targets
 
     monkeypatch.setattr(mt.TaskStack, "batch", batch)
-    losses = Unroll(family.stack(range(3)), meta).window(4)
+    losses = Unroll(stack, meta).window(4)
     assert (~losses.isfinite()).nonzero().tolist() == [[1, 0]]
     torch.where(losses.isfinite(), losses, 0.0).sum().backward()
     for name, value in meta.named_parameters():
@@ -412,8 +412,8 @@ def test_the_horizon_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     own = Unroll.window
 
-    def window(self: Unroll, length: int, track: bool = True) -> Tensor:
-        losses = own(self, length, track)
+    def window(self: Unroll, length: int, track: bool = True, loss_known: bool = True) -> Tensor:
+        losses = own(self, length, track, loss_known)
         if track:
             if self.steps == length:
                 lengths.append(0)

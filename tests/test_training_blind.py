@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from metateleport.learned.optimizer import StackOptimizer
+from metateleport.learned.stack_optimizer import StackOptimizer
 from torch import Tensor, nn
 from training_cases import small as config
 

@@ -78,6 +78,7 @@ class PassRecorder:
         """Number of forward passes with gradients since `clear`."""
         self.reached = 0
         """Number of them that a backward pass has come by."""
+        self._renewed = False
         self._begun = 0
         self._last: RecordedPass | None = None
         self._newest: RecordedPass | None = None
@@ -128,6 +129,21 @@ class PassRecorder:
         self.passes, self.reached = 0, 0
         self._begun += 1
         self._awaiting = []
+        self._renewed = False
+
+    def renew(self) -> None:
+        """Forgets what was recorded when the next pass begins, if one does: a closure need not run the model.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> recorder = PassRecorder(model, [""], replays=False)
+            >>> for _ in range(2):
+            ...     recorder.renew()
+            ...     _ = model(torch.ones(3, 2))
+            >>> recorder.passes
+            1
+        """
+        self._renewed = True
 
     def activations(self, recorded: RecordedPass) -> Tensors:
         """Inputs of the modules, samples in rows, of several runs one below the other.
@@ -274,6 +290,8 @@ class PassRecorder:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         unwanted = is_repetition() or transformed or not torch.is_grad_enabled()
         if self.wanted and not unwanted and not self._recomputing():
+            if self._renewed:
+                self.clear()
             self._running = self._snapshot(positional, keywords)
 
     def _recomputing(self) -> bool:

@@ -29,6 +29,9 @@ _RECENT_MEMORY = 0.95
 _START = 1.25
 """Length of the first steps, of all layers together, over the weights' size."""
 
+_ROUNDINGS = 16.0
+"""So many spacings of numbers, over the largest gradients of the model, are taken for rounding."""
+
 _SMALLEST_SCALE = 1e-2
 """Stands for the root mean square of a layer whose weights are smaller: one that starts at zero has to move."""
 
@@ -156,6 +159,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             weights[name] = _mean(known, torch.ones_like(known), memories[index], progress.accepted)
             means[name] = momentum[name] / fit(weights[name].clamp_min(1e-6), gradient)
         raised = precondition(gauges, means, point)
+        loud = self._loudness(normal)
         gauged = {name for gauge in gauges for name in gauge.names}
         moved = dict(point.parameters)
         for index, (name, mean) in enumerate(means.items()):
@@ -166,7 +170,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             size = _rms(adaptive)
             young = 1 - _RECENT_MEMORY ** seen[name].clamp_min(1.0)
             steady = _rms(mean) / (recent[name] / young + torch.finfo(point.loss.dtype).tiny).sqrt()
-            length = size ** calms[index] * steady ** (1 - calms[index])
+            length = loud[name] * size ** calms[index] * steady ** (1 - calms[index])
             directions = {0: adaptive * fit(length / size, adaptive)}
             if mean.ndim > 2:
                 polar = self.polar(mean.detach() if self.detach else mean)
@@ -183,6 +187,20 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
         return {**state, **carried_moments(state, moves, point, detach=False)}
+
+    def _loudness(self, normal: Tensors) -> Tensors:
+        """Whether a tensor's gradients are more than rounding of the model's, in [0, 1], `(tasks,)`.
+
+        A bias in front of a batch norm has no gradient but rounding, and a direction of unit length made of that would
+        carry it away.
+        """
+        levels = {name: value.detach().flatten(1).mean(1).sqrt() for name, value in normal.items()}
+        largest = torch.stack(list(levels.values())).amax(0)
+        quiet = _ROUNDINGS * torch.finfo(largest.dtype).eps * largest
+        return {
+            name: (level / quiet.clamp_min(torch.finfo(level.dtype).tiny) - 1).clamp(0.0, 1.0)
+            for name, level in levels.items()
+        }
 
     def _outputs(
         self, point: Point, progress: Progress, state: dict[str, Any], normal: Tensors

@@ -174,7 +174,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             if self._recorder is not None:
-                self._recorder.clear()
+                self._recorder.renew()
             with torch.enable_grad():
                 loss = closure()
         told = None if loss is None else _scalar(loss)
@@ -273,6 +273,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 return False
             if not rates[name] or name not in point.gradients:
                 return False
+        if any(name not in point.activations for name in symmetry.modules):
+            self._say(
+                "this step goes without what a pass through the model tells, teleports and bounds on the curvature: no "
+                "recorded pass agrees with the gradients. So it is after several passes, with gradients clipped entry "
+                "by entry, in compiled models and where several processes train together"
+            )
+            return False
         return symmetry.exactness == "exact" or point.pullback is not None
 
     def _go(self, taken: Step, named: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
@@ -470,7 +477,7 @@ def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, A
 
 
 def _scalar(loss: Any) -> Tensor:
-    found = torch.as_tensor(loss).detach()
+    found = torch.as_tensor(loss, dtype=torch.float64 if isinstance(loss, float) else None).detach()
     if found.numel() != 1:
         raise ValueError(f"a step is told a scalar loss; this one has shape {tuple(found.shape)}")
     return found.reshape(()).real if found.is_complex() else found.reshape(())

@@ -302,7 +302,7 @@ class TeleportingOptimizer(Wrapping):
             check_loss(self.teleporter, loss)
             value: Any = None if callable(loss) else loss
             if closure is not None:
-                self._recorder.clear()
+                self._recorder.renew()
                 with torch.enable_grad():
                     value = closure()
             self._judge_last()
