@@ -28,8 +28,8 @@ def test_state_and_seconds_of_every_update(tmp_path: Path, capsys: pytest.Captur
     tensors, hidden = 4, 32
     # Two moments; Adam also counts its steps, one for each tensor.
     assert cases["adam"]["state_per_parameter"] == pytest.approx(2 + tensors / parameters)
-    # A velocity, a second moment, and the two numbers of an LSTM unit for every unit of a tensor's LSTM; and how long its
-    # steps may be.
+    # A velocity, a second moment, the two numbers of an LSTM unit for every unit of a tensor's LSTM, and the longest
+    # step of a tensor.
     own = (2 * hidden + 1) * tensors / parameters
     assert cases["tensor"]["state_per_parameter"] == pytest.approx(2 + own)
     # Beside the same a momentum, and two layers of twenty units at every coordinate.

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from metateleport.learned.stack_optimizer import StackOptimizer
 from torch import Tensor, nn
 from training_cases import small as config
 
 import metateleport as mt
+from metateleport.learned.stack_optimizer import StackOptimizer
 from metateleport.training import MetaTrainer, TrainConfig, TrainingError, Unroll, default_settings, log_losses
 from metateleport.training.unroll import runs_blind
 
