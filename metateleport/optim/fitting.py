@@ -89,10 +89,8 @@ def fitting_symmetries(
             else:
                 found = tuple(symmetries_of(model))
         except Unsuitable as error:
-            advice = "" if example_input is not None else "give example_input= to have them found in any model, or "
             warnings.warn(
-                f"LearnedOptimizer goes on without symmetries: {error}. To teleport, {advice}name them with "
-                "symmetries=; symmetries=[] says that none are wanted",
+                f"LearnedOptimizer goes on without symmetries: {error}. symmetries=[] says that none are wanted",
                 stacklevel=4,
             )
             return ()

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from metateleport.capture import PassRecorder, unwrapped
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer, Step
+from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.optim.agreement import Evidence, evidence_of
+from metateleport.optim.checks import is_averaged
 from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated, say_what_fits
 from metateleport.optim.memory import (
     flattened,
@@ -39,6 +41,9 @@ from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 
 __all__ = ["LearnedOptimizer"]
+
+_MAX_STRETCH = 10.0
+"""Bound on how far all teleports together may stretch anything, where a checkpoint has none of its own."""
 
 _OWN = "learned/"
 """What entries of a state dict begin with that are not of one parameter alone."""
@@ -132,6 +137,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if next(meta.parameters()).device != device:
             # A loaded checkpoint may serve several models, on several devices.
             meta = copy.deepcopy(meta).to(device)
+        if isinstance(meta.teleporter, LearnedTeleporter) and meta.teleporter.max_stretch is None and not deterministic:
+            # Where nothing is taken back for certain, a bound on each teleport does not bound where they lead.
+            meta = copy.deepcopy(meta)
+            meta.teleporter.max_stretch = _MAX_STRETCH  # type: ignore[union-attr]
         self.meta = meta
         self.total_steps = total_steps
         self.deterministic = deterministic
@@ -208,6 +217,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._keep(named)
             return
         along = [each for each in self.symmetries if self._may_move(each, named, point, rates)]
+        # Without a pass nothing is known of how layers follow one another but what their weights tell.
+        self.loop.symmetries = tuple(each for each in self.symmetries if evidence.activations or not each.modules)
         recorded = None if self._recorder is None else self._recorder.last
         replays = 0 if recorded is None else recorded.replays
         fits = evidence.loss_fits or (self.deterministic and not evidence.checked)
@@ -220,6 +231,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._go(taken, named, rates)
         self._keep(named)
         self.last_step = taken
+        if self.model is not None and self.steps in (0, 10, 100) and bool(taken.size > 0) and is_averaged(self.model):
+            self._say(
+                "an AveragedModel averages the weights of this model: a mean of weights before and after a teleport is "
+                "no mean of equal networks; average without teleports, symmetries=[]"
+            )
         self.steps += 1
 
     def _named(self) -> dict[str, Tensor]:
