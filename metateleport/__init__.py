@@ -14,6 +14,7 @@ from metateleport.learned import (
 from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
 from metateleport.point import Point
+from metateleport.probed import ProbedLosses
 from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.stack import StackedModel
 from metateleport.symmetries import (
@@ -69,6 +70,7 @@ __all__ = [
     "Orthogonal",
     "Point",
     "PositiveDiagonal",
+    "ProbedLosses",
     "QuadraticRotation",
     "RandomTeleporter",
     "Refused",

@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
-from metateleport.point import Point, Tensors, pullback_through
+from metateleport.point import Point, Tensors
+from metateleport.probed import ProbedLosses
 from metateleport.symmetries import Symmetry
 
 __all__ = ["Batch", "StackedModel"]
@@ -80,7 +81,6 @@ class StackedModel(nn.Module):
             )
         self._has_channels = channel_modules(models[0], self.watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
-        self.evaluation: _Evaluation | None = None
         self.batched = True
         """Whether one set of batched kernels serves all tasks; where a model does not go through `vmap`, none does."""
 
@@ -128,17 +128,15 @@ class StackedModel(nn.Module):
             for name in (*self.names, *self.moved_buffers):
                 getattr(self, _key(name)).copy_(parameters[name])
 
-    def forward(self, batch: Batch, probe: bool = False) -> Tensor:
+    def forward(self, batch: Batch, probe: bool = False) -> Tensor | ProbedLosses:
         """The loss of every task, `(tasks,)`.
 
         Args:
             batch: inputs and targets, each with the task dimension in front.
-            probe: also makes the evaluation that `point` reads: activations, and gradients on module outputs.
+            probe: return the losses with what a step is taken from: activations, and gradients on module outputs.
         """
         parameters = self.tensors()
-        losses, activations, probes = self._run(parameters, batch, probe)
-        self.evaluation = _Evaluation(parameters, losses, activations, probes, self._layout) if probe else None
-        return losses
+        return self._probed(parameters, batch) if probe else self._run(parameters, batch, probe=False)[0]
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         """Outputs of every task at the given parameters, without a graph, `(tasks, ...)`."""
@@ -160,14 +158,18 @@ class StackedModel(nn.Module):
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.names}
         leaves.update({name: parameters[name].detach() for name in self.moved_buffers})
         with torch.enable_grad():
-            losses, activations, probes = self._run(leaves, batch, probe=True)
-        point = _Evaluation(leaves, losses, activations, probes, self._layout).point(in_graph=False)
+            seen = self._probed(leaves, batch)
+        point = seen.point(in_graph=False)
         fixed = point.parameters
 
         def loss_at(moved: Mapping[str, Tensor]) -> Tensor:
             return self._run({**fixed, **moved}, batch, probe=False)[0]
 
         return point.replace(loss_at=loss_at)
+
+    def _probed(self, parameters: Tensors, batch: Batch) -> ProbedLosses:
+        losses, activations, probes = self._run(parameters, batch, probe=True)
+        return ProbedLosses(losses, parameters, activations, probes, self._layout)
 
     def _layout(self, cotangents: Mapping[str, Tensor]) -> Tensors:
         return Recording(self._has_channels).layout(cotangents, batch=1)
@@ -201,48 +203,6 @@ class StackedModel(nn.Module):
             name: like.new_zeros(self.tasks, *shape).requires_grad_()
             for name, shape in self._output_shapes[key].items()
         }
-
-
-class _Evaluation:
-    """One forward pass with its graph, from which a point is made."""
-
-    def __init__(
-        self,
-        parameters: Tensors,
-        losses: Tensor,
-        activations: Tensors,
-        probes: Tensors,
-        layout: Callable[[Mapping[str, Tensor]], Tensors],
-    ) -> None:
-        self.parameters, self.losses, self.activations, self.probes = parameters, losses, activations, probes
-        self.layout = layout
-
-    def point(self, in_graph: bool, second_order: bool | None = None) -> Point:
-        """Gradients of every task, from one backward pass.
-
-        Args:
-            in_graph: keep parameters, activations and losses in the graph of an unroll.
-            second_order: keep the gradients in it too; as `in_graph` if not given.
-        """
-        second_order = in_graph if second_order is None else second_order
-        wanted = {name: value for name, value in self.parameters.items() if value.requires_grad}
-        targets = [*wanted.values(), *self.probes.values()]
-        ones = torch.ones_like(self.losses)
-        # What the loss does not depend on has a gradient of zero: it stays, as under torch's optimizers.
-        found = torch.autograd.grad(
-            self.losses, targets, ones, create_graph=second_order, retain_graph=True, materialize_grads=True
-        )
-        gradients = dict(zip(wanted, found, strict=False))
-        cotangents = dict(zip(self.probes, found[len(wanted) :], strict=True))
-        point = Point(
-            parameters=self.parameters,
-            gradients=gradients,
-            activations=self.activations,
-            cotangents=self.layout(cotangents),
-            loss=self.losses,
-        )
-        pullback = pullback_through(self.activations, wanted, self.probes, self.layout)
-        return (point if in_graph else point.detach()).replace(pullback=pullback)
 
 
 def _key(name: str) -> str:

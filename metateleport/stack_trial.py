@@ -67,9 +67,7 @@ def try_twice(model: StackedModel, batch: Batch) -> None:
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
-            model(batch, probe=True)
-            assert model.evaluation is not None
-            gradients = model.evaluation.point(in_graph=True).gradients
+            gradients = model(batch, probe=True).point(in_graph=True).gradients
             total = sum(value.square().sum() for value in gradients.values())
             if isinstance(total, Tensor) and total.requires_grad:
                 # All of the graph: towards some weights alone, a function that has one derivative only is left out.
@@ -81,7 +79,6 @@ def try_twice(model: StackedModel, batch: Batch) -> None:
                 "torch.backends.cudnn.flags(enabled=False) for recurrent layers"
             ) from error
         finally:
-            model.evaluation = None
             model.zero_grad()
 
 

@@ -159,9 +159,7 @@ def test_what_a_point_does_not_tell_is_zero() -> None:
 
 def test_detached_unless_told_otherwise() -> None:
     stacked, batch = case("linear pair").stack(2)
-    stacked(batch, probe=True)
-    assert stacked.evaluation is not None
-    point = stacked.evaluation.point(in_graph=True)
+    point = stacked(batch, probe=True).point(in_graph=True)
     assert not observe(stacked.symmetries[0], point).basis.requires_grad
     assert observe(stacked.symmetries[0], point, detach=False).basis.requires_grad
 

@@ -82,7 +82,7 @@ def twin_run(problem: Case, meta: mt.MetaOptimizer, tasks: int, track: bool) -> 
     with unroll_context(model, StackOptimizer(model, meta), track) as (patched, differentiable):
         assert isinstance(differentiable, DifferentiableLearnedOptimizer)
         for _ in range(STEPS):
-            differentiable.step(patched(batch, probe=True).sum())
+            differentiable.step(patched(batch, probe=True))
             course.append({name: value.detach().clone() for name, value in patched.tensors().items()})
     return course
 
@@ -295,23 +295,46 @@ def test_a_stack_is_stepped_by_a_probing_closure() -> None:
     optimizer = StackOptimizer(model, meta_optimizer("lr"))
     with pytest.raises(RuntimeError, match="probe=True"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match="probe=True"):
+    with pytest.raises(TypeError, match=r"probe=True.* not a Tensor"):
         optimizer.step(lambda: model(batch))
-    with unroll_context(model, optimizer) as (patched, differentiable):
-        with pytest.raises(RuntimeError, match="probe=True"):
-            differentiable.step(patched(batch).sum())
-        loss = patched(batch, probe=True).sum()
+    other, _ = case("linear pair").stack(2)
+    with pytest.raises(ValueError, match="other parameters"):
+        optimizer.step(lambda: other(batch, probe=True))
+    before = {name: value.detach().clone() for name, value in model.tensors().items()}
+    losses = optimizer.step(lambda: model(batch, probe=True))
+    assert torch.equal(losses, other(batch))
+    assert not any(torch.equal(value, before[name]) for name, value in model.tensors().items())
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_an_unroll_is_stepped_by_what_its_model_saw_last(track: bool) -> None:
+    model, batch = case("linear pair").stack(2)
+    with unroll_context(model, StackOptimizer(model, meta_optimizer("lr")), track) as (patched, differentiable):
+        for losses in (patched(batch), patched(batch).sum()):
+            with pytest.raises(TypeError, match=r"probe=True.* not a Tensor"):
+                differentiable.step(losses)
+        seen = patched(batch, probe=True)
         with pytest.raises(ValueError, match="override"):
-            differentiable.step(loss, override={"lr": [1.0]})
+            differentiable.step(seen, override={"lr": [1.0]})
         with pytest.raises(ValueError, match="params"):
-            differentiable.step(loss, params=[])
+            differentiable.step(seen, params=[])
+        with pytest.raises(ValueError, match="other parameters"):
+            differentiable.step(model(batch, probe=True))
+        # A pass in between, at other data, is not what the step is taken from.
+        (inputs,), targets = batch
+        patched(((inputs + 1,), targets), probe=True)
+        moved = [value.detach().clone() for value in differentiable.step(seen)]
+        with pytest.raises(ValueError, match="other parameters"):
+            differentiable.step(seen)
+    plainly = stacked_run(case("linear pair"), meta_optimizer("lr"), 2, steps=1)[0]
+    assert_close(dict(zip(model.names, moved, strict=True)), plainly, 1e-12)
 
 
 def test_an_unroll_leaves_the_stack_where_it_was() -> None:
     model, batch = case("linear pair").stack(2)
     before = {name: value.detach().clone() for name, value in model.tensors().items()}
     with unroll_context(model, StackOptimizer(model, meta_optimizer("lr+tele"))) as (patched, differentiable):
-        differentiable.step(patched(batch, probe=True).sum())
+        differentiable.step(patched(batch, probe=True))
     assert_close(dict(model.tensors()), before, 0.0)
 
 

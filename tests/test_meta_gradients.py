@@ -89,13 +89,13 @@ def unrolled(
     with unroll_context(model, optimizer, track) as (patched, differentiable):
         current = patched(batch, probe=True)
         for _ in range(steps):
-            differentiable.step(current.sum())
+            differentiable.step(current)
             taken = differentiable.loop.last_step
             smooth = smooth and bool(taken.accepted.all()) and not bool(taken.refused.any())
             current = patched(batch, probe=True)
-            losses.append(current)
+            losses.append(current.losses)
         # The last point has to be one that the next step would accept, too.
-        smooth = smooth and bool((current <= differentiable.loop.state.progress.last).all())
+        smooth = smooth and bool((current.losses <= differentiable.loop.state.progress.last).all())
     return torch.stack(losses).log().mean(), smooth
 
 
@@ -312,11 +312,12 @@ def test_first_order_leaves_the_derivative_of_gradients_out() -> None:
         optimizer = StackOptimizer(model, meta)
         optimizer.first_order = first_order
         with unroll_context(model, optimizer) as (patched, differentiable):
-            losses = [patched(batch, probe=True)]
+            seen, losses = patched(batch, probe=True), []
             for _ in range(3):
-                differentiable.step(losses[-1].sum())
-                losses.append(patched(batch, probe=True))
-        found = torch.autograd.grad(torch.stack(losses[1:]).log().mean(), list(meta.rule.parameters()))
+                differentiable.step(seen)
+                seen = patched(batch, probe=True)
+                losses.append(seen.losses)
+        found = torch.autograd.grad(torch.stack(losses).log().mean(), list(meta.rule.parameters()))
         gradients.append(torch.cat([each.flatten() for each in found]))
     exact, cheap = gradients
     assert not torch.allclose(exact, cheap, rtol=1e-3)

@@ -53,17 +53,29 @@ def test_pullback_gives_the_gradients_below(case: Case) -> None:
 
 def test_probing_gives_the_same_point_in_the_graph() -> None:
     stacked, batch = case("chain of rescalings").stack(TASKS)
-    losses = stacked(batch, probe=True)
-    assert stacked.evaluation is not None
-    point = stacked.evaluation.point(in_graph=True)
+    seen = stacked(batch, probe=True)
+    point = seen.point(in_graph=True)
     fresh = stacked.point_at(stacked.tensors(), batch)
-    assert point.loss is losses
+    assert point.loss is seen.losses
+    assert torch.equal(seen.losses, stacked(batch))
     assert_close(point.gradients, fresh.gradients, 1e-12)
     assert_close(point.cotangents, fresh.cotangents, 1e-12)
     assert all(value.requires_grad for value in point.gradients.values())
     assert not any(value.requires_grad for value in fresh.gradients.values())
-    stacked(batch)
-    assert stacked.evaluation is None
+
+
+def test_what_was_seen_stays_as_it_was_seen() -> None:
+    """Passes leave nothing in the stack: later ones change neither it nor what earlier ones returned."""
+    stacked, batch = case("rescaling").stack(TASKS)
+    (inputs,), targets = batch
+    before = set(vars(stacked))
+    first = stacked(batch, probe=True)
+    expected = first.point(in_graph=False).gradients
+    second = stacked(((2 * inputs,), targets), probe=True)
+    assert_close(first.point(in_graph=False).gradients, expected, 0.0)
+    assert not torch.allclose(second.losses, first.losses)
+    assert set(vars(stacked)) == before
+    assert not any(isinstance(value, mt.ProbedLosses) for value in vars(stacked).values())
 
 
 def test_evaluating_elsewhere_leaves_the_stack_where_it_is() -> None:
@@ -82,9 +94,9 @@ def test_batches_of_another_shape() -> None:
     stacked, (inputs, targets) = case("rescaling").stack(TASKS)
     for samples in (6, 2, 6):
         part = (inputs[0][:, :samples],), (targets[0][:, :samples],)
-        assert stacked(part, probe=True).shape == (TASKS,)
-        assert stacked.evaluation is not None
-        assert stacked.evaluation.point(in_graph=False).cotangents["2"].shape == (TASKS, samples, 2)
+        seen = stacked(part, probe=True)
+        assert seen.losses.shape == (TASKS,)
+        assert seen.point(in_graph=False).cotangents["2"].shape == (TASKS, samples, 2)
 
 
 @pytest.mark.parametrize("name", ["rescaling", "rescaling, convolution to linear", "quadratic"])
@@ -137,9 +149,7 @@ def test_points_of_an_unroll_carry_its_graph() -> None:
         optimizer = torch.optim.SGD(stacked.parameters(), lr=1.0)
         with higher.innerloop_ctx(stacked, optimizer, override={"lr": [rate]}) as (patched, inner):
             inner.step(patched(batch).sum())
-            patched(batch, probe=True)
-            assert patched.evaluation is not None
-            point = patched.evaluation.point(in_graph=True)
+            point = patched(batch, probe=True).point(in_graph=True)
             for symmetry in reversed(stacked.symmetries):
                 element = symmetry.group.random(TASKS, size=0.3, seed=1, dtype=torch.float64)
                 point = symmetry.act(element, point)

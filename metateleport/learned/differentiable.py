@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metateleport.learned.stack_optimizer import StackOptimizer
+from metateleport.probed import ProbedLosses
 from metateleport.stack import StackedModel
 
 __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
@@ -20,13 +21,13 @@ __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
 class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     """Takes the learned optimizer's steps inside a graph, so that an unroll can be differentiated.
 
-    Made by `higher` for a `StackOptimizer`; its model is a patched `StackedModel` whose last forward pass was run
-    with `probe=True`.
+        Made by `higher` for a `StackOptimizer`; its model is a patched `StackedModel`.
 
-    Example:
-        >>> from metateleport.learned.stack_optimizer import StackOptimizer
-        >>> StackOptimizer in higher.optim._opt_mapping
-        True
+        Example:
+            >>> from metateleport.learned.stack_optimizer import StackOptimizer
+    from metateleport.probed import ProbedLosses
+            >>> StackOptimizer in higher.optim._opt_mapping
+            True
     """
 
     def __init__(self, other: StackOptimizer, *args: Any, **keywords: Any) -> None:
@@ -34,25 +35,29 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         self.loop = dataclasses.replace(other.loop)
         self.loss_known, self.first_order = other.loss_known, other.first_order
 
-    def step(self, loss: Tensor, params: Any = None, **keywords: Any) -> list[Tensor]:
-        """One inner step; `loss` is the stack's losses or their sum, already in the recorded evaluation.
+    def step(self, loss: ProbedLosses, params: Any = None, **keywords: Any) -> list[Tensor]:
+        """One inner step.
+
+        Args:
+            loss: what the patched model gave with `probe=True`, at its fast weights of now.
+            params: of `higher`; not taken.
+            keywords: overrides and callbacks of `higher`; not taken.
+
+        Returns:
+            The fast weights after the step.
 
         Raises:
-            ValueError: for `higher`'s overrides and callbacks, which have no meaning for a learned optimizer.
-            RuntimeError: if the forward pass was not probed.
+            TypeError: if it is given anything else, losses alone for example.
+            ValueError: if they were seen at other weights, or for `higher`'s overrides and callbacks, which have no
+                meaning for a learned optimizer.
         """
         if params is not None or any(value is not None for value in keywords.values()):
             raise ValueError(
                 "a learned optimizer steps its patched model: params, override and callbacks are not taken"
             )
-        if self._fmodel is None or self._fmodel.evaluation is None:
-            raise RuntimeError("run the patched model with probe=True before the step")
-        self._update([])
-        return list(self._fmodel.fast_params)
-
-    def _update(self, grouped_grads: Any, **keywords: Any) -> None:
-        model = self._fmodel
-        point = model.evaluation.point(self._track_higher_grads, self._track_higher_grads and not self.first_order)
+        model: Any = self._fmodel
+        seen = ProbedLosses.checked(loss, dict(zip(model.names, model.fast_params, strict=True)))
+        point = seen.point(self._track_higher_grads, self._track_higher_grads and not self.first_order)
         # Untracked, the networks' states would still tie all steps of an unroll together.
         with torch.set_grad_enabled(self._track_higher_grads):
             taken = self.loop.advance(point, self.loss_known)
@@ -62,6 +67,11 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
         else:
             moved = list(_Bounded.apply(*(value.detach() for value in model.fast_params), *moved))
         model.update_params(moved)
+        return list(model.fast_params)
+
+    def _update(self, grouped_grads: Any, **keywords: Any) -> None:
+        # Abstract in `higher`, which calls it from its own step().
+        raise NotImplementedError("a learned optimizer does not step from gradients alone: use step()")
 
 
 class _Bounded(torch.autograd.Function):

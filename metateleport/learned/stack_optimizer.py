@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.probed import ProbedLosses
 from metateleport.stack import StackedModel
 from metateleport.teleporters import Teleporter
 
@@ -48,27 +49,29 @@ class StackOptimizer(torch.optim.Optimizer):
         self.loss_known = True
         self.first_order = False
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], ProbedLosses] | None = None) -> Tensor:  # type: ignore[override]
         """One step on every task.
 
         Args:
-            closure: runs the stack with `probe=True` and returns its losses; no backward pass is needed.
+            closure: returns what the stack gives with `probe=True`; no backward pass is needed.
 
         Returns:
             The losses before the step, `(tasks,)`.
 
         Raises:
-            RuntimeError: without a closure, or if it does not probe the stack.
+            RuntimeError: without a closure.
+            TypeError: if the closure returns anything else, losses alone for example.
+            ValueError: if it runs another stack.
         """
         if closure is None:
-            raise RuntimeError("a stack's step needs a closure that runs it with probe=True and returns the losses")
+            raise RuntimeError("a stack's step needs a closure that returns what the stack gives with probe=True")
         with torch.enable_grad():
-            losses = closure()
-        if self.model.evaluation is None:
-            raise RuntimeError("the closure has to run the stack with probe=True")
+            given = closure()
+        tensors = self.model.tensors()
+        seen = ProbedLosses.checked(given, {name: tensors[name] for name in self.model.names})
         with torch.no_grad():
-            point = self.model.evaluation.point(in_graph=False)
+            point = seen.point(in_graph=False)
             # Copies, as the point is remembered and the parameters are overwritten.
             point = point.update({name: value.clone() for name, value in point.parameters.items()})
             self.model.load(self.loop.advance(point, self.loss_known).parameters)
-        return losses.detach()
+        return seen.losses.detach()

@@ -125,12 +125,12 @@ class LearnedTeleporter(Teleporter, nn.Module):
         Example:
             >>> progress = Progress.begin(torch.ones(2))
             >>> places = {"reached": {"0 2": torch.tensor([[2.0], [3.0]])}, "departed": {"0 2": torch.ones(2, 1)}}
-            >>> teleporter = LearnedTeleporter(hidden=2)
+            >>> teleporter = LearnedTeleporter(hidden=2, max_stretch=10.0)
             >>> teleporter.judged(places, progress, torch.tensor([True, False]))["reached"]["0 2"].tolist()
             [[2.0], [1.0]]
         """
         state = {**state, "progress": progress}
-        if "reached" in state:
+        if self.max_stretch is not None:
             places = {}
             for key, place in state["reached"].items():
                 mask = accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim))
@@ -140,14 +140,14 @@ class LearnedTeleporter(Teleporter, nn.Module):
 
     def refused(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state with the model where it was on its orbit; see `Teleporter.refused`."""
-        return {**state, "reached": state["departed"]} if "reached" in state else state
+        return state if self.max_stretch is None else {**state, "reached": state["departed"]}
 
     def travel(
         self, point: Point, symmetries: Sequence[Symmetry], state: dict[str, Any], allowed: Tensor | None
     ) -> tuple[Point, list[Move], dict[str, Any]]:
         """Moves a point and remembers where on the orbit it has got to; see `Teleporter.travel`."""
         point, moves, state = super().travel(point, symmetries, state, allowed)
-        if "reached" in state:
+        if self.max_stretch is not None:
             before = state["reached"]
             places = {
                 each.symmetry.key: each.symmetry.group.compose(each.element.detach(), before[each.symmetry.key])

@@ -110,11 +110,9 @@ class TeleportingLearner(nn.Module):
             return self.learner(*inputs, **keywords)
         module = self.module
         if isinstance(module, StackedModel):
-            losses = module(*inputs, **keywords, probe=True)
-            assert module.evaluation is not None
-            found = module.evaluation
-            self._seen = _Seen(found.parameters, found.activations, found.probes, found.layout, losses)
-            return losses
+            found = module(*inputs, **keywords, probe=True)
+            self._seen = _Seen(found.parameters, found.activations, found.probes, found.layout, found.losses)
+            return found.losses
         # The model goes on with a copy: an activation in place would turn the recorded output into its own.
         with record(module, modules_of(self.symmetries), lambda _, output: output.clone()) as recording:
             outputs = self.learner(*inputs, **keywords)

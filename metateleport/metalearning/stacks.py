@@ -54,7 +54,6 @@ def on_stack(learner: Any, stack: TaskStack) -> Any:
     for name, value in named.items():
         own = stacked._parameters if name in trained else stacked._buffers
         own[name.replace(".", "/")] = value.expand(len(stack), *value.shape)
-    stacked.evaluation = None
     inner.module = stacked
     return clone
 

@@ -20,6 +20,7 @@ from metateleport.families import TaskFamily, TaskStack
 from metateleport.files import replacing_folder, write_json
 from metateleport.metalearning.learners import TeleportingLearner
 from metateleport.metalearning.stacks import adapt, on_stack
+from metateleport.optim.saved import sources_of
 
 __all__ = ["MetaProgress", "MetaTraining", "MetaTrainingConfig", "MetaTrainingError"]
 
@@ -196,9 +197,7 @@ class MetaTraining:
         tensors.update({f"best/{name}": value for name, value in self.best.items()})
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors.update({f"adam/{index}/{name}": value for name, value in state.items()})
-        source = self._source()
-        if source is not None:
-            tensors["source"] = source.get_state()
+        tensors.update({f"source/{name}": source.get_state() for name, source in self._sources()})
         progress = dataclasses.asdict(self.progress)
         progress["best"] = min(progress["best"], 1e300)
         with replacing_folder(folder) as temporary:
@@ -234,11 +233,10 @@ class MetaTraining:
             )
 
     def _load(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"learner": {}, "best": {}, "adam": {}}
+        parts: dict[str, dict[str, Tensor]] = {"learner": {}, "best": {}, "adam": {}, "source": {}}
         for name, value in tensors.items():
-            if name != "source":
-                part, _, rest = name.partition("/")
-                parts[part][rest] = value
+            part, _, rest = name.partition("/")
+            parts[part][rest] = value
         self.learner.load_state_dict(parts["learner"])
         self.best = parts["best"]
         state: dict[int, dict[str, Tensor]] = {}
@@ -246,15 +244,11 @@ class MetaTraining:
             index, _, key = name.partition("/")
             state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        source = self._source()
-        if source is not None:
-            source.set_state(tensors["source"])
+        for name, source in self._sources():
+            source.set_state(parts["source"][name])
         progress["validations"] = [tuple(each) for each in progress["validations"]]
         self.progress = MetaProgress(**progress)
 
-    def _source(self) -> torch.Generator | None:
+    def _sources(self) -> list[tuple[str, torch.Generator]]:
         """Where a random teleporter draws from."""
-        if not isinstance(self.learner, TeleportingLearner):
-            return None
-        source = getattr(self.learner.teleporter, "source", None)
-        return source if isinstance(source, torch.Generator) else None
+        return sources_of(self.learner.teleporter) if isinstance(self.learner, TeleportingLearner) else []

@@ -27,6 +27,7 @@ from metateleport.optim.memory import (
     unflattened,
     update_entries,
 )
+from metateleport.optim.saved import merged
 from metateleport.optim.tensors import (
     dense_gradient,
     master,
@@ -370,8 +371,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if before is None:
             self.loop.state = dataclasses.replace(fresh, rule=rule)
         else:
-            teleporter = _joined(fresh.teleporter, before.teleporter)
-            gauge = _joined(fresh.gauge, before.gauge)
+            teleporter = merged(fresh.teleporter, before.teleporter)
+            gauge = merged(fresh.gauge, before.gauge)
             self.loop.state = dataclasses.replace(before, rule=rule, teleporter=teleporter, gauge=gauge)
 
     def _keep(self, named: Mapping[str, Tensor]) -> None:
@@ -504,10 +505,3 @@ def _finite(told: Tensor | None, gradients: Tensors) -> bool:
     if told is not None:
         seen.append(told.isfinite().to(seen[0].device))
     return bool(torch.stack(seen).all())
-
-
-def _joined(fresh: Any, before: Any) -> Any:
-    """What is remembered, and for what is new the state that it starts from."""
-    if isinstance(fresh, dict) and isinstance(before, dict):
-        return {**fresh, **{key: _joined(fresh.get(key), value) for key, value in before.items()}}
-    return before

@@ -60,7 +60,7 @@ def restored(like: Any, saved: Any, entry: str) -> Any:
 
 
 def merged(fresh: Any, state: Any) -> Any:
-    """A teleporter's state, with what a fresh one has for symmetries that it has not met yet.
+    """What a teleporter or a gauge remembers, with what a fresh one has for symmetries that it has not met yet.
 
     Example:
         >>> merged({"a": 0, "places": {"a": 0, "b": 0}}, {"a": 1, "places": {"a": 1}})

@@ -119,27 +119,27 @@ class Unroll:
         optimizer.loss_known = loss_known
         stays, opened = self.meta.teleporter is not None, []
         with unroll_context(self.stack.model, optimizer, track) as (model, differentiable):
-            losses = [model(self.stack.batch(self.steps), probe=True)]
+            seen = model(self.stack.batch(self.steps), probe=True)
             if self.start is None:
-                self.start = losses[0].detach()
+                self.start = seen.losses.detach()
+            along = []
             for _ in range(length):
-                differentiable.step(losses[-1].sum())
+                differentiable.step(seen)
                 self.steps += 1
                 taken = differentiable.loop.last_step
                 assert taken is not None
                 with torch.set_grad_enabled(track and self.priced):
                     opened.append(openness_of(taken, stays))
-                if not track:
-                    losses[-1] = losses[-1].detach()
-                losses.append(model(self.stack.batch(self.steps), probe=True))
+                seen = model(self.stack.batch(self.steps), probe=True)
+                along.append(seen.losses if track else seen.losses.detach())
             moved = dict(zip(self.stack.model.names, model.fast_params, strict=True))
             assert differentiable.loop.state is not None
             self.state = differentiable.loop.state.map(Tensor.detach)
         self.stack.model.load(moved)
         found = [each for each in opened if each is not None]
         self.openness = torch.stack(found) if found else None
-        along = torch.stack(losses[1:])
-        return log_losses(along, self.start, self._scale(along.detach()))
+        losses = torch.stack(along)
+        return log_losses(losses, self.start, self._scale(losses.detach()))
 
     def _scale(self, losses: Tensor) -> Tensor | None:
         r"""$\|\nabla L\| \|w\|$ at the start of each task, where a loss is not positive; None where all are.
