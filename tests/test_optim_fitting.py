@@ -1,0 +1,169 @@
+"""Whether a checkpoint, a model and its parameters go together is said once, when the optimizer is made."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from learned_cases import backward, meta_of, mlp
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.optim import fitting
+from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
+
+
+def said(make: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make()
+    return [str(each.message) for each in caught]
+
+
+def plain(wide: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, wide), nn.LeakyReLU(0.1), nn.Linear(wide, 3))
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+def test_digits_on_a_perceptron_is_said_nothing_of() -> None:
+    assert said(lambda: mt.LearnedOptimizer(plain(), "digits")) == []
+    assert said(lambda: mt.LearnedOptimizer(plain().parameters(), "digits")) == []
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [
+        ("leaky_mlp", "data sets that every step sees whole, which deterministic=True promises"),
+        ("bottleneck_digits", "models with symmetries of GL, of which there is none"),
+    ],
+)
+def test_a_checkpoint_that_is_not_for_this_says_why_in_one_warning(checkpoint: str, words: str) -> None:
+    (text,) = said(lambda: mt.LearnedOptimizer(plain(), checkpoint))
+    assert text.startswith(f"'{checkpoint}' is not made for this: ")
+    assert words in text
+    assert text.endswith("'digits' is made for any model, on minibatches")
+
+
+def test_groups_that_no_network_serves_are_named() -> None:
+    (text,) = said(
+        lambda: mt.LearnedOptimizer(plain(), meta_of(mode="update+tele", groups=("GL",)), deterministic=True)
+    )
+    assert "this meta-optimizer is not made for this" in text
+    assert "symmetries of GL, and this model's are of diagonal: it steps without teleports and gauges" in text
+
+
+def test_the_promise_of_equal_data_is_what_takes_the_warning_away() -> None:
+    assert said(lambda: mt.LearnedOptimizer(plain(), "leaky_mlp", deterministic=True)) == []
+
+
+def test_a_bound_that_holds_few_of_the_weights_is_told_in_percent() -> None:
+    meta = meta_of(mode="lr")
+    model = plain()
+    pair = mt.symmetries_of(model)
+    parameters = {**dict(model.named_parameters()), "words.weight": torch.ones(201, 1)}
+    inside = sum(value.numel() for value in model.parameters())
+    (text,) = said(lambda: say_what_fits(meta, "x", {}, pair, parameters, False))
+    assert f"holds {inside / (inside + 201):.0%} of these weights" in text
+    assert said(lambda: say_what_fits(meta, "x", {}, pair, dict(model.named_parameters()), False)) == []
+    # A rule that needs no bound is not asked.
+    assert said(lambda: say_what_fits(meta_of(), "x", {}, (), parameters, False)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "served"),
+    [
+        ({"mode": "update"}, True),
+        ({"mode": "update+tele", "groups": ("diagonal",)}, True),
+        ({"mode": "update+tele", "groups": ("GL",)}, False),
+        ({"mode": "lr+tele", "groups": ("GL",), "stays": False, "gauge": "linearised"}, True),
+        ({"mode": "lr+tele", "groups": ("GL",), "stays": False, "gauge": "exact"}, False),
+        ({"mode": "lr+tele", "groups": ("diagonal",), "stays": False, "gauge": "exact"}, True),
+    ],
+)
+def test_networks_for_a_rescaling(config: dict[str, Any], served: bool) -> None:
+    model = plain()
+    text = said(lambda: mt.LearnedOptimizer(model, meta_of(**config), [mt.Rescaling(model, "0", "2")]))
+    assert ("it has networks for symmetries of" in "".join(text)) == (not served)
+
+
+# --- symmetries ------------------------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A model that only an example finds the symmetries of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_where_none_can_be_found_one_warning_says_what_to_give() -> None:
+    meta = meta_of(mode="update+tele", groups=("diagonal",))
+    (text,) = said(lambda: mt.LearnedOptimizer(Own(), meta))
+    assert "give example_input= to have them found in any model, or name them with symmetries=" in text
+    assert said(lambda: mt.LearnedOptimizer(Own(), meta, [])) == []
+    assert said(lambda: mt.LearnedOptimizer(Own(), meta, example_input=torch.ones(5, 4))) == []
+
+
+def test_a_meta_optimizer_that_reads_none_looks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "symmetries_of", lambda *_: pytest.fail("it was looked for symmetries"))
+    assert fitting_symmetries(plain(), meta_of(), None, None) == ()
+
+
+def test_given_symmetries_are_kept_and_checked() -> None:
+    model, meta = plain(), meta_of(mode="update+tele", groups=("diagonal",))
+    pair = mt.Rescaling(model, "0", "2")
+    assert fitting_symmetries(model, meta, [pair], None) == (pair,)
+    other = nn.Sequential(plain())
+    with pytest.raises(ValueError, match=r"names '0\.0\.weight', which the model does not have"):
+        fitting_symmetries(model, meta, [mt.Rescaling(other, "0.0", "0.2")], None)
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_on_several_devices_are_refused_by_name() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]}]
+    with pytest.raises(ValueError, match=r"several devices \(cpu, meta\).*for the parameters of each device"):
+        check_parameters(groups)
+    check_parameters([{"params": groups[0]["params"][:1]}, {"params": [nn.Parameter(torch.ones(1))]}])
+    with pytest.raises(ValueError, match="several devices"):
+        mt.LearnedOptimizer(groups[0]["params"], "digits")
+
+
+class FlatParameter(nn.Parameter):
+    """Stands in for that of FSDP, which needs a process group."""
+
+
+def test_sharded_parameters_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"are sharded.*DistributedDataParallel"):
+        mt.LearnedOptimizer([FlatParameter(torch.ones(2))], "digits")
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", nn.Parameter)
+    with pytest.raises(ValueError, match="are sharded"):
+        mt.LearnedOptimizer([nn.Parameter(torch.ones(2))], "digits")
+
+
+def test_nothing_moves_before_a_refusal() -> None:
+    model = mlp()
+    backward(model)
+    before = [value.detach().clone() for value in model.parameters()]
+    with pytest.raises(ValueError, match="several devices"):
+        mt.LearnedOptimizer([*model.parameters(), nn.Parameter(torch.ones(1, device="meta"))], "digits")
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("initialised", "ranks", "expected"), [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_replicas_are_several_processes(
+    initialised: bool, ranks: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    assert fitting.replicated() == expected
