@@ -1,4 +1,4 @@
-"""Every example in a docstring runs and says what it claims."""
+"""Every example in a docstring runs and says what it claims; so does the code of the pages."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import doctest
 import importlib
 import importlib.util
 import pkgutil
+import re
+import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import metateleport
+from metateleport.checkpoint import shipped_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path for path in (ROOT / "tasks").glob("*.py") if not path.name.startswith("_"))
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(metateleport.__path__, "metateleport.") if "__main__" not in info.name
 )
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training-loops.md"]
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -61,3 +66,31 @@ def test_a_wrong_example_is_noticed() -> None:
 @pytest.mark.parametrize("name", metateleport.__all__)
 def test_every_public_name_says_what_it_is(name: str) -> None:
     assert getattr(metateleport, name).__doc__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_code_of_a_page_runs(page: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("name", shipped_checkpoints())
+def test_the_page_tells_what_a_checkpoint_is_not_made_for(name: str) -> None:
+    """Word for word, and no more reasons than there are."""
+    rows = [line.split("|") for line in PAGES[1].read_text().splitlines() if line.startswith('| "')]
+    told = {row[1].strip().strip('"') for row in rows if f"`{name}`" in row[2]}
+    said: set[str] = set()
+    relu = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    linear = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3))
+    cases: list[tuple[nn.Module, dict[str, Any]]] = [(relu, {}), (linear, {}), (relu, {"symmetries": []})]
+    for model, keywords in cases:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            metateleport.LearnedOptimizer(model, name, **keywords)
+        for each in heard:
+            reasons = str(each.message).partition(f"{name!r} is not made for this: ")[2].rpartition(". 'digits' is")[0]
+            said |= set(re.split("; (?=it )", reasons))
+    assert told == said
