@@ -108,7 +108,8 @@ class Own(nn.Module):
 def test_where_none_can_be_found_one_warning_says_what_to_give() -> None:
     meta = meta_of(mode="update+tele", groups=("diagonal",))
     (text,) = said(lambda: mt.LearnedOptimizer(Own(), meta))
-    assert "give example_input= to have them found in any model, or name them with symmetries=" in text
+    assert text.startswith("LearnedOptimizer goes on without symmetries")
+    assert text.count("give example_input=") == text.count("name them with symmetries=") == 1
     assert said(lambda: mt.LearnedOptimizer(Own(), meta, [])) == []
     assert said(lambda: mt.LearnedOptimizer(Own(), meta, example_input=torch.ones(5, 4))) == []
 

@@ -21,13 +21,12 @@ __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
 class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     """Takes the learned optimizer's steps inside a graph, so that an unroll can be differentiated.
 
-        Made by `higher` for a `StackOptimizer`; its model is a patched `StackedModel`.
+    Made by `higher` for a `StackOptimizer`; its model is a patched `StackedModel`.
 
-        Example:
-            >>> from metateleport.learned.stack_optimizer import StackOptimizer
-    from metateleport.probed import ProbedLosses
-            >>> StackOptimizer in higher.optim._opt_mapping
-            True
+    Example:
+        >>> from metateleport.learned.stack_optimizer import StackOptimizer
+        >>> StackOptimizer in higher.optim._opt_mapping
+        True
     """
 
     def __init__(self, other: StackOptimizer, *args: Any, **keywords: Any) -> None:

@@ -62,6 +62,9 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
     dtype = next(iter(gradients.values())).dtype
     activations = _stacked(recorder.activations(recorded), dtype)
     cotangents = _stacked(recorder.cotangents(recorded), dtype)
+    if any(not value.shape[-2] for value in activations.values()):
+        # An empty batch.
+        return Evidence()
     tolerance = _ROUGH if _is_rough(recorded) else math.sqrt(torch.finfo(dtype).eps)
     factors: dict[str, float] = {}
     agree, whole = True, True

@@ -17,6 +17,9 @@ from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
 __all__ = ["check_parameters", "fitting_symmetries", "replicated", "say_what_fits"]
 
+_FOR_ANY = "digits"
+"""The checkpoint that warnings point to."""
+
 _MOST = 0.5
 """Share of the weights that a bound on the curvature has to be known for."""
 
@@ -152,10 +155,8 @@ def say_what_fits(
                 "weights; the others take Polyak's step"
             )
     if reasons:
-        warnings.warn(
-            f"{called} is not made for this: {'; '.join(reasons)}. 'digits' is made for any model, on minibatches",
-            stacklevel=4,
-        )
+        other = "" if called == repr(_FOR_ANY) else f". {_FOR_ANY!r} is made for any model, on minibatches"
+        warnings.warn(f"{called} is not made for this: {'; '.join(reasons)}{other}", stacklevel=4)
 
 
 def _serves(meta: MetaOptimizer, symmetries: Sequence[Symmetry]) -> bool:

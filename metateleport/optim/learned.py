@@ -229,7 +229,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if bool(taken.stayed):
             self.skipped += 1
             self._say("a learned step was not finite: it was left out, and is counted in `skipped`")
-        self._go(taken, named, rates)
+        self._go(taken, gradients, named, rates)
         self._keep(named)
         self.last_step = taken
         if self.model is not None and self.steps in (0, 10, 100) and bool(taken.size > 0) and is_averaged(self.model):
@@ -299,14 +299,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return False
         return symmetry.exactness == "exact" or point.pullback is not None
 
-    def _go(self, taken: Step, named: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+    def _go(self, taken: Step, gradients: Tensors, named: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
         """Writes what a step led to."""
         decay = {id(value): group["weight_decay"] for group in self.param_groups for value in group["params"]}
         moved = {name for move in taken.moves for name in move.symmetry.parameters}
+        state = self.loop.state
+        # What has no gradient is no part of the step: neither decay nor a factor touches it.
+        stepped = set(gradients if state is None or state.accepted is None else state.accepted.gradients) | moved
         proposed, taken_squares = torch.zeros(()), torch.zeros(())
         for name, value in taken.parameters.items():
             rate = rates.get(name, 0.0)
-            if name not in named or not (rate or name in moved):
+            if name not in named or name not in stepped or not (rate or name in moved):
                 continue
             parameter, start = named[name], taken.teleported[name]
             goal = within(start, value, self.state[parameter]) if self._bounds_steps else value
@@ -317,7 +320,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if rate != 1 or shrunk:
                 goal = (1 - shrunk) * start + rate * (goal - start)
             write(parameter, goal, self.state[parameter])
-        state = self.loop.state
         if state is not None and state.stand_in is not None:
             # A step that was shortened on purpose says nothing of a length that was too short.
             share = math.sqrt(float(taken_squares / proposed)) if float(proposed) else 0.0
@@ -417,6 +419,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ValueError: if the parameters are not as many; at the next step, if it does not fit the model and its
                 symmetries.
         """
+        if any("lr" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "this state dict is of a version whose LearnedOptimizer had no lr, or of another optimizer, and cannot "
+                "be gone on from: start anew with the weights that were reached"
+            )
         super().load_state_dict(state_dict)
         given = state_dict["state"]
         loaded: dict[str, Tensor] = {}
