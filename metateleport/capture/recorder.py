@@ -30,6 +30,11 @@ from metateleport.point import Tensors, pullback_through
 __all__ = ["PassRecorder"]
 
 
+def _take_off(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class PassRecorder:
     """Hooks on a model that keep the forward pass with gradients that its parameters' gradients came from.
 
@@ -91,6 +96,8 @@ class PassRecorder:
         for hook, module in zip(self._hooks[2:], named.values(), strict=True):
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._hooks[1], with_kwargs=True))
+        # Hooks of recorders that are gone would slow the model down for ever.
+        weakref.finalize(self, _take_off, self._handles)
 
     @property
     def last(self) -> RecordedPass | None:

@@ -76,6 +76,12 @@ class StandIn:
         norm = weights.sqrt().clamp_min(_SMALLEST * count**0.5)
         return cls(_FIRST * norm / _squares(point.gradients, zero).sqrt(), zero, zero, {})
 
+    @classmethod
+    def none(cls, like: Tensor) -> StandIn:
+        """One that stands for nothing yet, of length zero, for tasks of the shape of `like`."""
+        zero = torch.zeros_like(like)
+        return cls(zero, zero, zero, {})
+
     def value(self, gradients: Tensors) -> Tensor:
         """What stands for the loss at an evaluation with these gradients, `(tasks,)`, positive."""
         return (self.length * _squares(gradients, self.slope)).clamp_min(torch.finfo(self.slope.dtype).tiny)

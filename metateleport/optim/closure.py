@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["known_at_first", "scalar", "scalar_or_none"]
+__all__ = ["known_at_first", "scalar", "scalar_or_none", "told_loss"]
 
 
 def scalar(loss: Any) -> Tensor:
@@ -19,8 +20,27 @@ def scalar(loss: Any) -> Tensor:
     """
     loss = torch.as_tensor(loss).detach()
     if loss.numel() != 1:
-        raise ValueError(f"the closure has to return a scalar loss; it returned shape {tuple(loss.shape)}")
+        raise ValueError(f"a step is told a scalar loss; this one has shape {tuple(loss.shape)}")
     return loss.reshape(())
+
+
+def told_loss(loss: Any) -> Tensor | None:
+    """The loss that a step is told, detached and without dimensions; None for what is no number.
+
+    A closure may return what its caller needs, as `torch.optim`'s own hand through.
+
+    Raises:
+        ValueError: if it is a tensor of several entries, or of none.
+
+    Example:
+        >>> told_loss(0.5), told_loss({"logits": torch.ones(3)})
+        (tensor(0.5000, dtype=torch.float64), None)
+    """
+    if isinstance(loss, bool) or not isinstance(loss, Tensor | int | float | np.number | np.ndarray):
+        return None
+    found = torch.as_tensor(loss, dtype=torch.float64 if isinstance(loss, float) else None)
+    found = scalar(found.real if found.is_complex() else found)
+    return found if found.is_floating_point() else found.double()
 
 
 def scalar_or_none(result: Any) -> Tensor | None:

@@ -37,6 +37,10 @@ def check_parameters(groups: Sequence[dict[str, Any]]) -> None:
         groups: parameter groups, as `torch.optim` makes them.
     """
     parameters: list[Tensor] = [value for group in groups for value in group["params"]]
+    if any(isinstance(value, nn.parameter.UninitializedParameter) for value in parameters):
+        raise ValueError("a lazy module has no weights yet: run one forward pass, then make the optimizer")
+    if any(value.is_meta for value in parameters):
+        raise ValueError("the parameters are on the device 'meta' and hold no numbers: materialise the model first")
     for value in parameters:
         kind = type(value).__name__
         if kind == "FlatParameter" or _is_sharded(value):

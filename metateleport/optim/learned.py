@@ -7,6 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 from metateleport.capture import PassRecorder, unwrapped
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer, Step
+from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.optim.agreement import Evidence, evidence_of
 from metateleport.optim.checks import is_averaged
+from metateleport.optim.closure import told_loss
 from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated, say_what_fits
 from metateleport.optim.memory import (
+    fingerprint,
     flattened,
+    renamed,
     restored_parts,
     rule_state,
     saved_parts,
@@ -42,6 +47,12 @@ from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 
 __all__ = ["LearnedOptimizer"]
+
+_BLAMED = 2
+"""So many evaluations in a row that are not finite are blamed on the step before them."""
+
+_TAKEN_BACK = 10
+"""So many steps in a row that are taken back break the promise that every step sees the same data."""
 
 _MAX_STRETCH = 10.0
 """Bound on how far all teleports together may stretch anything, where a checkpoint has none of its own."""
@@ -133,7 +144,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         elif symmetries or example_input is not None:
             raise ValueError("symmetries are those of a model: give the model itself in the place of its parameters")
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
-        check_parameters(self.param_groups)
         device = self.param_groups[0]["params"][0].device
         if next(meta.parameters()).device != device:
             # A loaded checkpoint may serve several models, on several devices.
@@ -151,6 +161,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         say_what_fits(meta, called, made_for, self.symmetries, self._named(), deterministic)
         self.steps = 0
         self.skipped = 0
+        self._in_a_row = 0
         self.last_step: Step | None = None
         self.loop = InnerLoop(meta, self.symmetries, deterministic)
         self._loaded: Tensors = {}
@@ -167,6 +178,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
             # Part of a backward pass has to be made anew where a teleport is no linear action.
             rebuilds = any(each.exactness == "batch-exact" for each in self.symmetries)
             self._recorder = PassRecorder(self.model, modules, replays=rebuilds)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters to train, with `lr` and `weight_decay` of its own or the defaults.
+
+        Raises:
+            ValueError: if one of its numbers cannot be, or its parameters are of a kind that no step is taken on.
+        """
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            _check_numbers(options["lr"], options["weight_decay"])
+        super().add_param_group(param_group)
+        check_parameters(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
@@ -187,7 +210,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._recorder.renew()
             with torch.enable_grad():
                 loss = closure()
-        told = None if loss is None else _scalar(loss)
+        told = told_loss(loss)
         try:
             self._step(told)
         finally:
@@ -199,6 +222,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         named = self._named()
         held = {name: value for name, value in named.items() if trainable(value)}
         if not held:
+            self._say_what_is_new(self._whole(named), named)
             return
         alone = not replicated()
         if not alone:
@@ -209,17 +233,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not _finite(told, gradients):
             self._skip(named)
             return
+        self._in_a_row = 0
         evidence = evidence_of(self._recorder, gradients) if self._recorder is not None and alone else Evidence()
         point = self._point(named, gradients, evidence, told)
         rates = self._rates(named)
         self._recall(point, named)
         if not any(rates[name] for name in held) and not any(bool(each.any()) for each in gradients.values()):
-            # So `torch.distributed.checkpoint` asks for a state before the first step: nothing is to be stepped.
+            # So `torch.distributed.checkpoint` asks for a state before the first step: nothing is to be stepped. It
+            # loads what has an entry then.
             self._keep(named)
+            if not self.steps:
+                self.state.update(
+                    {each: {**self.state_dict()["state"].get(index, {})} for index, each in self._order()}
+                )
             return
         along = [each for each in self.symmetries if self._may_move(each, named, point, rates)]
         # Without a pass nothing is known of how layers follow one another but what their weights tell.
-        self.loop.symmetries = tuple(each for each in self.symmetries if evidence.activations or not each.modules)
+        self.loop.symmetries = tuple(
+            each
+            for each in self.symmetries
+            if (evidence.activations or not each.modules) and all(name in point.parameters for name in each.parameters)
+        )
         recorded = None if self._recorder is None else self._recorder.last
         replays = 0 if recorded is None else recorded.replays
         fits = evidence.loss_fits or (self.deterministic and not evidence.checked)
@@ -229,6 +263,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if bool(taken.stayed):
             self.skipped += 1
             self._say("a learned step was not finite: it was left out, and is counted in `skipped`")
+            taken = dataclasses.replace(taken, teleported=taken.parameters, moves=())
+            if self.meta.teleporter is not None and self.loop.state is not None:
+                places = self.meta.teleporter.refused(self.loop.state.teleporter)
+                self.loop.state = dataclasses.replace(self.loop.state, teleporter=places)
+        if self.deterministic and self.loop.state is not None and bool(self.loop.state.progress.row >= _TAKEN_BACK):
+            self._say(
+                f"{_TAKEN_BACK} steps in a row were taken back, as the loss rose each time: where steps see other "
+                "data, or dropout, leave deterministic=True out"
+            )
         self._go(taken, gradients, named, rates)
         self._keep(named)
         self.last_step = taken
@@ -238,6 +281,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "no mean of equal networks; average without teleports, symmetries=[]"
             )
         self.steps += 1
+
+    def _order(self) -> list[tuple[int, Tensor]]:
+        """The parameters, by their numbers in a state dict."""
+        return list(enumerate(value for group in self.param_groups for value in group["params"]))
 
     def _named(self) -> dict[str, Tensor]:
         """All parameters that it holds, by the model's names; the others by their place."""
@@ -252,9 +299,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _point(self, named: Mapping[str, Tensor], gradients: Tensors, evidence: Evidence, told: Tensor | None) -> Point:
         """Where the model stands, as a stack of one task."""
         like = next(iter(gradients.values()))
+        whole = self._whole(named)
+        self._say_what_is_new(whole, named)
         needed = dict.fromkeys(gradients)
-        needed.update(dict.fromkeys(name for each in self.symmetries for name in each.parameters))
-        whole = named if self.model is None else {**named, **dict(self.model.named_parameters())}
+        needed.update(dict.fromkeys(name for each in self.symmetries for name in each.parameters if name in whole))
         parameters = {name: master(whole[name], like.dtype, self.state.get(whole[name], {})) for name in needed}
         loss = like.new_ones(1)
         if told is not None:
@@ -278,6 +326,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._say(f"all of total_steps={self.total_steps} are taken: from now on no step moves anything")
         names = {id(value): name for name, value in named.items()}
         return {names[id(value)]: float(group["lr"]) * left for group in self.param_groups for value in group["params"]}
+
+    def _whole(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All parameters that it holds and all of the model, by name."""
+        return {**named, **({} if self.model is None else dict(self.model.named_parameters()))}
+
+    def _say_what_is_new(self, whole: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+        """Names what the model has got since the optimizer was made: nobody trains it."""
+        held = {id(value) for value in named.values()}
+        new = [name for name, value in whole.items() if id(value) not in held and value.grad is not None]
+        if new:
+            self._say(
+                f"{new[0]!r} of the model has a gradient and is not held by this optimizer, as it was made later: it "
+                "is not trained; give it to add_param_group"
+            )
 
     def _may_move(
         self, symmetry: Symmetry, named: Mapping[str, Tensor], point: Point, rates: Mapping[str, float]
@@ -328,9 +390,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _skip(self, named: Mapping[str, Tensor]) -> None:
         """Leaves out a step whose loss or gradient is not finite; a step that led there is taken back."""
         self.skipped += 1
+        self._in_a_row += 1
         self._say("a loss or a gradient was not finite: that step was left out, and is counted in `skipped`")
         state = self.loop.state
-        if state is None or state.accepted is None:
+        # One batch may be to blame; where the next one is no better, it is the step that led here.
+        if state is None or state.accepted is None or self._in_a_row != _BLAMED:
             return
         progress, accepted = state.progress.judge(
             torch.full_like(state.progress.last, math.nan), state.deterministic, self.meta.rule.tolerance
@@ -346,6 +410,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Makes the inner loop's state that of the tensors of this step."""
         fresh = self.meta.initial_state(point, self.symmetries, self.deterministic)
         before, rest = self.loop.state, None
+        working = fresh.progress.start.dtype
+        if before is not None and before.progress.start.dtype != working:
+            # The model has been moved to another precision.
+            before = before.map(partial(_in_dtype, dtype=working))
+            for entries in self.state.values():
+                entries.update({key: _in_dtype(value, working) for key, value in entries.items()})
         if before is not None:
             rest = before.rule
         elif self._loaded:
@@ -394,13 +464,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The state dict: what is remembered of each parameter, and under the first one's entry what is remembered of
         all of them, tensors alone. The networks are in the checkpoint, not here."""
         packed = super().state_dict()
-        state = self.loop.state
-        if state is None and not self._loaded:
+        if self.loop.state is None and not self._loaded:
             return packed
-        rest = dict(self._loaded)
-        if state is not None:
-            rest = {**saved_parts(state), **flattened(state.rule, "rule")}
+        rest = dict(self._loaded) if self.loop.state is None else self._rest()
         rest |= flattened({"steps": self.steps, "skipped": self.skipped}, "count")
+        rest["checkpoint"] = fingerprint(self.meta)
         parameters = [value for group in self.param_groups for value in group["params"]]
         entries = {index: dict(packed["state"].get(index, {})) for index in range(len(parameters))}
         first = next((index for index, value in enumerate(parameters) if value.requires_grad), 0)
@@ -412,18 +480,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
         packed["state"] = {index: each for index, each in entries.items() if each}
         return packed
 
+    def _rest(self) -> Tensors:
+        """What is remembered of all parameters together, those that are named in it by their places."""
+        state = self.loop.state
+        assert state is not None
+        if self.meta.rule.divides_by_loss and state.stand_in is None:
+            # So that the entries are the same from the first step on, which `torch.distributed.checkpoint` goes by.
+            state = dataclasses.replace(state, stand_in=StandIn.none(state.progress.start))
+        rest = {**saved_parts(state), **flattened(state.rule, "rule")}
+        numbers = {name: str(number) for number, name in enumerate(self._named())}
+        return {renamed(path, numbers): value for path, value in rest.items()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave. What is remembered of symmetries takes its form at the next step.
 
         Raises:
-            ValueError: if the parameters are not as many; at the next step, if it does not fit the model and its
-                symmetries.
+            ValueError: if the parameters are not as many, or it is of another optimizer or checkpoint; at the next step,
+                if it does not fit the model and its symmetries.
         """
-        if any("lr" not in group for group in state_dict["param_groups"]):
-            raise ValueError(
-                "this state dict is of a version whose LearnedOptimizer had no lr, or of another optimizer, and cannot "
-                "be gone on from: start anew with the weights that were reached"
-            )
+        self._check_loaded(state_dict)
         super().load_state_dict(state_dict)
         given = state_dict["state"]
         loaded: dict[str, Tensor] = {}
@@ -441,10 +516,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.state.pop(parameter, None)
             if kept:
                 self.state[parameter] = kept
+        names = {str(number): name for number, name in enumerate(self._named())}
+        loaded = {renamed(path, names): value for path, value in loaded.items() if path != "checkpoint"}
         self.steps = int(loaded.pop("count/steps", torch.tensor(0)))
         self.skipped = int(loaded.pop("count/skipped", torch.tensor(0)))
         self.loop.state, self.last_step, self._loaded = None, None, loaded
         self._stepped = None
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Raises a `ValueError` for the state dict of another optimizer, or of another checkpoint."""
+        own = [each[_OWN + "checkpoint"] for each in state_dict["state"].values() if _OWN + "checkpoint" in each]
+        foreign = any({"betas", "momentum"} & set(group) or "lr" not in group for group in state_dict["param_groups"])
+        if foreign or (state_dict["state"] and not own):
+            raise ValueError(
+                "this state dict is not a LearnedOptimizer's, or of a version whose states cannot be gone on from: "
+                "start anew with the weights that were reached"
+            )
+        if own and int(own[0]) != int(fingerprint(self.meta)):
+            raise ValueError(
+                "this state dict was saved with another checkpoint, whose networks remember other things: make the "
+                "optimizer with the one that it was saved with"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the hooks, which a copy sets on its own model."""
@@ -480,11 +572,14 @@ def places(parameters: Sequence[Tensor], number: int) -> list[str]:
     return names
 
 
-def _check_numbers(lr: Any, weight_decay: Any, total_steps: Any) -> None:
-    if not float(lr) >= 0:
-        raise ValueError(f"lr is a factor on the learned step, at least zero; not {lr!r}")
-    if not float(weight_decay) >= 0:
-        raise ValueError(f"weight_decay is at least zero, not {weight_decay!r}")
+def _check_numbers(lr: Any, weight_decay: Any, total_steps: Any = None) -> None:
+    for name, value, what in (("lr", lr, "a factor on the learned step"), ("weight_decay", weight_decay, "a share")):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} is {what}, a number of at least zero; not {value!r}")
     whole = total_steps is None or (isinstance(total_steps, int) and total_steps >= 1 and total_steps is not True)
     if not whole:
         raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
@@ -500,11 +595,9 @@ def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, A
     return meta_optimizer_of(loaded), repr(loaded.name), loaded.card.get("made_for", {})
 
 
-def _scalar(loss: Any) -> Tensor:
-    found = torch.as_tensor(loss, dtype=torch.float64 if isinstance(loss, float) else None).detach()
-    if found.numel() != 1:
-        raise ValueError(f"a step is told a scalar loss; this one has shape {tuple(found.shape)}")
-    return found.reshape(()).real if found.is_complex() else found.reshape(())
+def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the working precision what was in another one; what the networks remember is in theirs."""
+    return value.to(dtype) if value.dtype == torch.float64 else value
 
 
 def _finite(told: Tensor | None, gradients: Tensors) -> bool:

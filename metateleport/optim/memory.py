@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metateleport.learned.meta_optimizer import MetaState
 from metateleport.learned.rules import UpdateRule
 from metateleport.learned.stand_in import StandIn
 from metateleport.point import Point, Tensors
 
-__all__ = ["flattened", "restored_parts", "rule_state", "saved_parts", "unflattened", "update_entries"]
+__all__ = [
+    "fingerprint",
+    "flattened",
+    "renamed",
+    "restored_parts",
+    "rule_state",
+    "saved_parts",
+    "unflattened",
+    "update_entries",
+]
 
 Entries = MutableMapping[str, Tensor]
 
@@ -128,13 +138,38 @@ def restored_parts(fresh: MetaState, saved: Mapping[str, Tensor]) -> MetaState:
     if "stand_in/length" in saved:
         change = _under(saved, "stand_in/change/", like)
         plain = StandIn(like, like, like, {})
-        changes["stand_in"] = dataclasses.replace(unflattened(plain, saved, "stand_in"), change=change)
+        found = dataclasses.replace(unflattened(plain, saved, "stand_in"), change=change)
+        changes["stand_in"] = found if bool((found.length > 0).all()) else None
     if "accepted/loss" in saved:
         parts: dict[str, Any] = {name: _under(saved, f"accepted/{name}/", like) for name in _KEPT}
         changes["accepted"] = Point(**parts, loss=saved["accepted/loss"].to(like))
     return dataclasses.replace(fresh, **changes)
 
 
+def renamed(path: str, names: Mapping[str, str]) -> str:
+    """A path of `saved_parts` with the parameter that it ends with under another name, where it has one.
+
+    Example:
+        >>> renamed("accepted/gradients/0.weight", {"0.weight": "3"})
+        'accepted/gradients/3'
+    """
+    for place in _BY_PARAMETER:
+        name = path.removeprefix(place)
+        if name != path and name in names:
+            return place + names[name]
+    return path
+
+
+def fingerprint(meta: nn.Module) -> Tensor:
+    """A number that tells networks apart by their weights."""
+    digest = hashlib.blake2b(digest_size=7)
+    for name, value in meta.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().double().numpy().tobytes())
+    return torch.tensor(int.from_bytes(digest.digest(), "little"))
+
+
+_BY_PARAMETER = ("accepted/parameters/", "accepted/gradients/", "stand_in/change/")
 _KEPT = ("parameters", "gradients", "activations", "cotangents")
 
 

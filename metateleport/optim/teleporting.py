@@ -22,7 +22,7 @@ from metateleport.optim.checks import (
     is_averaged,
     try_symmetries,
 )
-from metateleport.optim.closure import known_at_first, scalar, scalar_or_none
+from metateleport.optim.closure import known_at_first, scalar_or_none, told_loss
 from metateleport.optim.judge import Judge, held_out_loss
 from metateleport.optim.loss import Known, check_loss, know_loss
 from metateleport.optim.orbit import Orbit, travel_along
@@ -307,7 +307,7 @@ class TeleportingOptimizer(Wrapping):
                     value = closure()
             self._judge_last()
             function = loss if callable(loss) else None
-            report = self._teleport(self._recorder, None if value is None else scalar(value), function)
+            report = self._teleport(self._recorder, told_loss(value), function)
             self.reports.append(report)
             self._recorder.clear()
             self._judge.start()
@@ -470,7 +470,13 @@ class TeleportingOptimizer(Wrapping):
                     raise
                 return start, [], f"the teleporter could not choose an element ({error})"
             if not self.teleporter.needs_symmetries:
-                return arrived, moves, ""
+                reason = self._orbit.unbalanced(start, arrived)
+                if reason:
+                    self._warn_once(
+                        f"all teleports together have come to the bound max_stretch={self._orbit.max_stretch:g}: those "
+                        "that lead beyond it are refused"
+                    )
+                return (start, [], reason) if reason else (arrived, moves, "")
             if recorder.replicas is not None:
                 moves = chosen_by_first(moves, recorder.replicas)
                 arrived, moves = travel_along(self.teleporter, start, moves, {})
