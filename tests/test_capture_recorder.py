@@ -209,6 +209,24 @@ def test_without_replays_nothing_is_copied() -> None:
     assert recorder.last is None
 
 
+def test_what_is_renewed_is_forgotten_when_the_next_pass_begins_and_not_before() -> None:
+    model = build()
+    recorder = PassRecorder(model, MODULES)
+    model(batch()).sum().backward()
+    recorder.renew()
+    # A closure that runs nothing leaves what there was.
+    assert (recorder.passes, recorder.reached) == (1, 1)
+    model.zero_grad()
+    for seed in (1, 2):
+        model(batch(seed=seed)).sum().backward()
+    assert (recorder.passes, recorder.reached) == (2, 2)
+    recorder.renew()
+    recorder.clear()
+    for seed in (1, 2):
+        model(batch(seed=seed)).sum().backward()
+    assert recorder.reached == 2
+
+
 def test_accumulation_is_counted() -> None:
     model = build()
     recorder = PassRecorder(model, MODULES)

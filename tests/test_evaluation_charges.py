@@ -117,6 +117,42 @@ def test_a_learned_step_is_charged_one_evaluation_and_what_its_teleport_rebuilds
     assert float(found.max()) < BUDGET + 2
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_learned_step_is_credited_once_the_evaluation_at_it_is_paid_for(
+    batch: int | None, silent: list[Silent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, paid, told = stack_of(Counted(), batch=batch), [], []
+    record, loop = Silent.record, learned.InnerLoop
+
+    def noted(self: Silent, parameters: Any, *rest: Any) -> None:
+        paid.append({name: value.clone() for name, value in parameters.items()})
+        record(self, parameters, *rest)
+
+    def made(*given: Any) -> Any:
+        told.append(given[2])
+        return loop(*given)
+
+    monkeypatch.setattr(Silent, "record", noted)
+    monkeypatch.setattr(learned, "InnerLoop", made)
+    evaluated: list[dict[str, Tensor]] = []
+    point_at = stack.model.point_at
+
+    def seen(parameters: Any, *rest: Any) -> Any:
+        evaluated.append({name: value.detach().clone() for name, value in parameters.items()})
+        return point_at(parameters, *rest)
+
+    monkeypatch.setattr(stack.model, "point_at", seen)
+    charged(Learned("learned", meta()), stack, silent)
+    assert len(paid) == len(evaluated) > 3
+    for number, parameters in enumerate(paid):
+        before = evaluated[: number + 1]
+        for task in range(TASKS):
+            own = {name: value[task] for name, value in parameters.items()}
+            assert any(all(torch.equal(value, each[name][task]) for name, value in own.items()) for each in before)
+    # Whether losses of two steps may be compared is the tasks' matter.
+    assert told == [batch is None]
+
+
 def test_a_gauge_is_free_and_an_off_teleport_costs_nothing(silent: list[Silent]) -> None:
     for method in (
         Learned("learned", meta(stays=False, gauge="exact")),

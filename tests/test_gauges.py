@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from symmetry_cases import CASES, Case, assert_close, case, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.gauges import TensorGroup, step_in_gauges, tensor_groups, undo
+from metateleport.gauges import TensorGroup, gauge_symmetries, step_in_gauges, tensor_groups, undo
 from metateleport.teleporters import travel
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -143,6 +143,15 @@ def test_tasks_that_may_not_move_are_stepped_as_they_are() -> None:
         assert torch.allclose(value[1], plain[name][1], rtol=0, atol=0)
         assert name == "2.bias" or not torch.allclose(value[0], plain[name][0])
     assert stepped.evaluations[1] == 0
+
+
+def test_of_two_symmetries_of_one_pair_of_layers_the_first_is_stepped_in() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    linear, rescaling = mt.LinearPair(model, "0", "1"), mt.Rescaling(model, "0", "1")
+    for both in ([linear, rescaling], [rescaling, linear]):
+        for linearised in (True, False):
+            (chosen,) = gauge_symmetries(both, linearised)
+            assert chosen is both[0] or (linearised and both[0] is rescaling)
 
 
 def test_a_point_without_gradients_is_refused() -> None:

@@ -192,6 +192,24 @@ def test_units_that_are_never_on_spoil_nothing() -> None:
     assert all(bool(value.isfinite().all()) for value in analytic(meta, (stacked, batch), 4))
 
 
+def test_gradients_that_are_only_rounding_move_nothing() -> None:
+    """A bias in front of a batch norm, and a tensor whose gradient is zero, beside others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = mt.LearnedOptimizer(model, meta_optimizer().float(), [])
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 3)) - 1).square().mean().backward()
+        model[3].weight.grad.zero_()  # type: ignore[union-attr]
+        optimizer.step()
+    far = {name: float((value - before[name]).norm()) for name, value in model.named_parameters()}
+    assert far["0.bias"] < 1e-3 * far["1.bias"]
+    assert far["3.weight"] == 0
+    assert min(far[name] for name in ("0.weight", "1.bias", "3.bias")) > 1e-4
+    assert optimizer.skipped == 0
+
+
 def test_on_minibatches_it_allows_what_a_narrower_test_takes_back() -> None:
     calm = torch.ones(1)
     progress = Progress.begin(calm).judge(calm, deterministic=False)[0]

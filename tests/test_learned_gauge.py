@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from symmetry_cases import case
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -418,3 +419,40 @@ def test_configurations_that_cannot_work_say_so() -> None:
             mt.MetaOptimizerConfig(metric_memory=memory)
     with pytest.raises(ValueError, match="goes with a learned step"):
         mt.MetaOptimizerConfig(mode="tele", gauge="exact")
+
+
+def test_the_metric_of_a_head_is_its_own_and_not_its_layer_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer holds several heads, and may be one of a pair of layers beside: that one's curvature is of all units."""
+    own = case("attention").problem()
+    point, symmetries = own.point(), gauge_symmetries(own.symmetries, linearised=False)
+    assert len(symmetries) == 4
+    assert point.loss is not None
+    one = mt.Point(
+        **{
+            name: {key: value.unsqueeze(0) for key, value in getattr(point, name).items()}
+            for name in ("parameters", "gradients", "activations", "cotangents")
+        },
+        loss=point.loss.reshape(1),
+    )
+    learned = LearnedGauge(("GL",), hidden=4).double()
+    assert one.loss is not None
+    progress, _ = Progress.begin(one.loss).judge(one.loss, deterministic=True)
+
+    def chosen() -> list[Gauge]:
+        return learned.choose(one, symmetries, progress, learned.initial_state(one, symmetries), deterministic=True)[0]
+
+    alone = chosen()
+    assert len(alone) == 8
+    assert len({gauge.symmetry.key for gauge in alone}) == 4
+    layers = {name: value.shape[-1] for name, value in one.activations.items()}
+    curvatures = {name: torch.diag(torch.arange(1.0, width + 1)).double()[None] for name, width in layers.items()}
+    monkeypatch.setattr("metateleport.learned.gauge.output_curvatures", lambda *_: curvatures)
+    for first, second in zip(alone, chosen(), strict=True):
+        assert torch.equal(first.element, second.element)
+
+
+def test_where_no_pass_was_seen_there_is_no_gauge() -> None:
+    model, point = problem()
+    learned, symmetries = LearnedGauge(("GL",), hidden=4), gauge_symmetries(model.symmetries, linearised=True)
+    assert len(learned.places(point, symmetries)) == 2
+    assert learned.places(point.replace(activations={}), symmetries) == []

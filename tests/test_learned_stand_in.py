@@ -69,3 +69,43 @@ def test_gradients_of_zero_leave_a_finite_stand_in() -> None:
     assert bool(stand_in.value(point.gradients) > 0)
     same = stand_in.stepped(point.parameters, point.parameters, point.gradients).seen(point.gradients)
     assert bool(same.length == stand_in.length)
+
+
+def begun() -> StandIn:
+    """A stand-in after a step of minus one along each of two weights, at a gradient of one."""
+    weights, gradients = {"a": torch.ones(1, 2)}, {"a": torch.ones(1, 2)}
+    stand_in = StandIn.begin(Point(weights, gradients, loss=torch.ones(1)))
+    return stand_in.stepped(weights, {"a": torch.zeros(1, 2)}, gradients)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5])
+@pytest.mark.parametrize("end", [0.8, -0.5, 0.0])
+def test_a_part_of_a_step_tells_what_the_whole_one_would(end: float, factor: float) -> None:
+    """Along a parabola a gradient that is `end` at the end of the step is so far from one after a part of it."""
+    whole = begun().seen({"a": torch.full((1, 2), end)})
+    part = dataclasses.replace(begun(), factor=factor).seen({"a": torch.full((1, 2), 1 + factor * (end - 1))})
+    torch.testing.assert_close(part.length, whole.length)
+
+
+def test_a_step_that_was_not_taken_tells_nothing() -> None:
+    still = dataclasses.replace(begun(), factor=0.0)
+    assert still.seen({"a": torch.full((1, 2), -5.0)}) is still
+
+
+def test_a_step_uphill_tells_nothing() -> None:
+    weights, gradients = {"a": torch.ones(1, 2)}, {"a": torch.ones(1, 2)}
+    uphill = begun().stepped(weights, {"a": torch.full((1, 2), 2.0)}, gradients)
+    for end in (-3.0, 3.0):
+        assert torch.equal(uphill.seen({"a": torch.full((1, 2), end)}).length, uphill.length)
+
+
+def test_a_step_that_led_out_of_the_finite_was_too_long() -> None:
+    after = begun().seen({"a": torch.full((1, 2), -3e38)})
+    assert bool(after.length.isfinite())
+    assert float(after.length) < float(begun().length)
+
+
+def test_weights_that_start_at_zero_are_stepped() -> None:
+    point = Point({"a": torch.zeros(1, 4)}, {"a": torch.full((1, 4), 3.0)}, loss=torch.ones(1))
+    step = StandIn.begin(point).value(point.gradients) / point.gradients["a"].norm()
+    assert float(step) == pytest.approx(0.02 * 0.01 * 4**0.5)

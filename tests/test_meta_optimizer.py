@@ -262,6 +262,20 @@ def test_a_first_loss_that_is_not_finite_does_not_count() -> None:
         assert bool(progress.features().isfinite().all())
 
 
+@pytest.mark.parametrize("mode", ["lr+tele", "update+tele"])
+def test_a_task_that_is_not_finite_leaves_the_others_meta_gradient_finite(mode: str) -> None:
+    model, ((inputs,), targets) = square("rescalings").stack(3)
+    spoilt = inputs.clone()
+    spoilt[1] = float("nan")
+    meta = meta_optimizer(mode)
+    point = model.point_at(model.tensors(), ((spoilt,), targets))
+    taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries))
+    sum(value[[0, 2]].square().sum() for value in taken.parameters.values()).backward()  # type: ignore[union-attr]
+    gradients = [value.grad for value in meta.parameters() if value.grad is not None]
+    assert any(bool(value.any()) for value in gradients)
+    assert all(bool(value.isfinite().all()) for value in gradients)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_never_a_nan_in_the_weights(mode: str, deterministic: bool) -> None:

@@ -77,15 +77,24 @@ def test_moments_of_half_precision_weights_are_loaded_in_single_precision() -> N
 
 
 def test_what_is_loaded_is_no_view_of_what_was_given() -> None:
-    _, optimizer = halfway({})
-    saved = optimizer.state_dict()
+    _, optimizer = halfway(RULES[1])
+    saved = copy.deepcopy(optimizer.state_dict())
     kept = copy.deepcopy(saved["state"])
-    other = mlp()
-    again = made(other)
-    again.load_state_dict(saved)
-    list(trained(other, again, 2))
-    for index, entries in saved["state"].items():
-        assert all(torch.equal(value, kept[index][name]) for name, value in entries.items())
+    ends = []
+    for overwritten in (False, True):
+        other = mlp()
+        again = made(other, RULES[1])
+        again.load_state_dict(saved)
+        if overwritten:
+            # As who loads a file into the same tensors once more.
+            for entries in saved["state"].values():
+                for value in entries.values():
+                    value.zero_()
+        ends.append(list(trained(other, again, 2))[-1])
+        if not overwritten:
+            for index, entries in saved["state"].items():
+                assert all(torch.equal(value, kept[index][name]) for name, value in entries.items())
+    assert torch.equal(*ends)
 
 
 def test_a_saved_state_holds_tensors_alone_and_an_entry_for_each_parameter() -> None:
@@ -116,6 +125,27 @@ def test_the_interface_of_distributed_checkpoints(begun: bool, flat: bool, confi
     assert again.steps == optimizer.steps
     ours, theirs = list(trained(other, again, 3)), list(trained(model, optimizer, 3))
     assert torch.equal(ours[-1], theirs[-1])
+
+
+def test_a_stand_in_remembers_the_step_and_not_the_teleport_before_it() -> None:
+    model, meta = mlp(), teleporting(mode="lr+tele")
+    optimizer = mt.LearnedOptimizer(model, meta)
+    step, seen = meta.rule.step, []
+
+    def noted(point: mt.Point, *rest: Any) -> Any:
+        start = {name: value.clone() for name, value in point.parameters.items()}
+        moved, state = step(point, *rest)
+        seen.append({name: value - start[name] for name, value in moved.items()})
+        return moved, state
+
+    meta.rule.step = noted  # type: ignore[method-assign]
+    list(trained(model, optimizer, 1))
+    assert optimizer.last_step is not None
+    assert float(optimizer.last_step.size) > 0
+    assert optimizer.loop.state is not None
+    assert optimizer.loop.state.stand_in is not None
+    for name, change in optimizer.loop.state.stand_in.change.items():
+        torch.testing.assert_close(change, seen[0][name])
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -164,12 +194,16 @@ def two(seed: int = 0) -> nn.ModuleDict:
         return nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}).double()
 
 
-def feed(model: nn.ModuleDict, optimizer: mt.LearnedOptimizer, uses: list[str]) -> None:
+def feed(
+    model: nn.ModuleDict, optimizer: mt.LearnedOptimizer, uses: list[str], told: bool = False, factor: float = 1.0
+) -> None:
+    """A step for each of `uses`, which name the layers that it uses; its loss times a factor is told or is not."""
     for number, use in enumerate(uses):
         optimizer.zero_grad()
         x = torch.randn(6, 3, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-        sum((model[name](x) - x.sum(1, keepdim=True)).square().mean() for name in use).backward()  # type: ignore[union-attr]
-        optimizer.step()
+        loss = torch.stack([(model[name](x) - x.sum(1, keepdim=True)).square().mean() for name in use]).sum()
+        loss.backward()
+        optimizer.step(loss=factor * loss.detach() if told else None)
 
 
 def test_a_parameter_without_a_gradient_keeps_its_moments_and_stays() -> None:
@@ -200,6 +234,30 @@ def test_a_parameter_that_appears_later_has_moments_of_its_own_from_then_on() ->
     b, fresh = optimizer.state[model["b"].weight], first.state[alone["b"].weight]
     for name in ("squares", "recent", "seen"):
         assert torch.equal(b[name], fresh[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*not made for this", "ignore:.*without symmetries")
+def test_secants_of_other_tensors_are_dropped() -> None:
+    """A pair of the steps of some tensors says nothing of those of others."""
+    model = two()
+    optimizer = made(model, {"mode": "lr", "secants": 3}, deterministic=True)
+    known = []
+    for use in ["ab", "ab", "ab", "a", "a", "ab"]:
+        feed(model, optimizer, [use], told=True)
+        assert optimizer.loop.state is not None
+        known.append(len(optimizer.loop.state.rule["secants"]))
+    assert known == [0, 1, 2, 0, 1, 0]
+
+
+def test_a_step_is_taken_back_with_tensors_that_have_no_gradient_now() -> None:
+    model = two()
+    optimizer = made(model, deterministic=True)
+    start = weights(model)
+    feed(model, optimizer, ["ab"], told=True)
+    once = weights(model) - start
+    feed(model, optimizer, ["a"], told=True, factor=1e3)
+    # Damped; the network sees that it is.
+    torch.testing.assert_close(weights(model) - start, 0.3 * once, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("uses", [["ab", "a", "b", "ab"], ["a", "ab", "b"], ["b", "a"]])

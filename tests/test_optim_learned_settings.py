@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learned_cases import backward, meta_of, mlp, teleporting, trained, weights
+from learned_cases import backward, loss_of, meta_of, mlp, teleporting, trained, weights
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -167,16 +167,70 @@ def test_a_loss_that_is_told_is_read() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*not made for this")
 @pytest.mark.parametrize("recorded", [True, False])
-def test_gradients_that_were_clipped_make_no_longer_steps_than_those_that_were_not(recorded: bool) -> None:
+def test_gradients_that_were_clipped_make_no_longer_steps(recorded: bool) -> None:
     """A rule that divides by the loss would be told one that the gradients are not of."""
 
     def run(clip: float) -> Tensor:
-        model = mlp()
-        optimizer = made(model, meta_of(mode="lr")) if recorded else mt.LearnedOptimizer(model, meta_of(mode="lr"), [])
+        model, meta = mlp(), meta_of(mode="lr")
+        optimizer = made(model, meta) if recorded else mt.LearnedOptimizer(model, meta, [])
         before = weights(model)
         loss = backward(model)
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step(loss=loss)
-        return (weights(model) - before).norm()
+        return weights(model) - before
 
-    assert float(run(1e-4)) < 2 * float(run(1e6))
+    assert float(run(1e-3).norm()) < 0.1 * float(weights(mlp()).norm())
+    torch.testing.assert_close(run(1e-3), run(1e-5), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_bounded_step_is_at_most_half_of_its_tensor_unless_it_can_be_taken_back_at_once(deterministic: bool) -> None:
+    model = mlp()
+    optimizer = made(model, meta_of(mode="lr"), deterministic=deterministic)
+    before = [value.detach().clone() for value in model.parameters()]
+    backward(model)
+    step = optimizer.meta.rule.step
+
+    def far(point: mt.Point, *rest: Any) -> Any:
+        moved, state = step(point, *rest)
+        return {name: value + 100 for name, value in moved.items()}, state
+
+    optimizer.meta.rule.step = far  # type: ignore[method-assign]
+    optimizer.step()
+    for value, start in zip(model.parameters(), before, strict=True):
+        far_off = float((value - start).norm())
+        assert far_off > 50 if deterministic else far_off == pytest.approx(0.5 * float(start.norm()))
+
+
+@pytest.mark.parametrize("config", RULES)
+def test_gradients_that_are_kept_and_zeroed_are_as_good_as_new_ones(config: dict[str, Any]) -> None:
+    """Where a step is taken back, the gradients of before are needed once more."""
+
+    def run(to_none: bool) -> Tensor:
+        model = mlp()
+        optimizer = made(model, meta_of(**config), deterministic=True)
+        for number, factor in ((0, 1.0), (1, 1e3), (0, 1.0)):
+            optimizer.zero_grad(set_to_none=to_none)
+            loss = loss_of(model, number)
+            loss.backward()
+            optimizer.step(loss=factor * loss.detach())
+        assert optimizer.loop.state is not None
+        assert float(optimizer.loop.state.progress.rejected) >= 1
+        return weights(model)
+
+    assert torch.equal(run(False), run(True))
+
+
+@pytest.mark.parametrize("config", RULES)
+def test_a_scaled_loss_that_is_not_told_changes_no_step(config: dict[str, Any]) -> None:
+    def run(scale: float) -> Tensor:
+        model = mlp()
+        optimizer = made(model, meta_of(**config))
+        for number in range(4):
+            optimizer.zero_grad()
+            (scale * loss_of(model, number)).backward()
+            optimizer.step()
+        return weights(model)
+
+    assert not torch.allclose(run(1.0), weights(mlp()), atol=1e-2)
+    torch.testing.assert_close(run(1e3), run(1.0), rtol=1e-4, atol=1e-5)

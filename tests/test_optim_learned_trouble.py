@@ -122,6 +122,22 @@ def test_a_step_that_would_put_a_nan_into_a_weight_is_left_out_and_counted() -> 
     assert not torch.equal(weights(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*not made for this")
+@pytest.mark.parametrize("config", [*RULES, {"mode": "update", "update": "coordinate"}, {"update": "tensor"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_zero_does_not_hold_up_the_others(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    model = mlp(dtype)
+    optimizer = mt.LearnedOptimizer(model, meta_of(**config), [])
+    before = [value.detach().clone() for value in model.parameters()]
+    for number in range(3):
+        backward(model, number)
+        model[2].weight.grad.zero_()
+        optimizer.step()
+    moved = [not torch.equal(value, start) for value, start in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, True, False, True]
+    assert optimizer.skipped == 0
+
+
 def test_without_gradients_nothing_happens() -> None:
     model = mlp()
     optimizer = made(model, meta_of())
@@ -181,8 +197,16 @@ def test_the_recorded_pass_is_forgotten_after_each_step_and_before_each_closure(
     recorder = optimizer._recorder
     assert isinstance(recorder, PassRecorder)
     backward(model, 0)
+    reached = []
+
+    def closure() -> Tensor:
+        loss = backward(model, 1)
+        reached.append(recorder.reached)
+        return loss
+
+    optimizer.step(closure)
     # The pass of before belongs to no closure.
-    optimizer.step(lambda: backward_in(model, 1))
+    assert reached == [1]
     assert optimizer.last_step is not None
     assert float(optimizer.last_step.size) > 0
     assert recorder.last is None
@@ -191,13 +215,6 @@ def test_the_recorded_pass_is_forgotten_after_each_step_and_before_each_closure(
     with pytest.raises(TypeError):
         optimizer.step()
     assert recorder.last is None
-
-
-def backward_in(model: nn.Module, seed: int) -> Tensor:
-    model.zero_grad()
-    loss = loss_of(model, seed)
-    loss.backward()
-    return loss
 
 
 # --- replicas --------------------------------------------------------------------------------------------------------

@@ -110,6 +110,11 @@ def test_values_come_back_with_their_types() -> None:
     assert_same(unflattened(like, flattened(value, "x"), "x"), value)
 
 
+def test_a_number_has_the_type_of_the_fresh_one() -> None:
+    saved = {"x/0": torch.tensor(3.0), "x/1": torch.tensor(1), "x/2": torch.tensor(2)}
+    assert_same(unflattened((0, False, 0.0), saved, "x"), (3, True, 2.0))
+
+
 def test_a_loaded_tensor_has_the_dtype_of_the_fresh_one() -> None:
     found = unflattened(torch.zeros(2, dtype=torch.float64), {"x": torch.ones(2)}, "x")
     assert found.dtype == torch.float64
