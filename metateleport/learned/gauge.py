@@ -119,11 +119,11 @@ class LearnedGauge(nn.Module):
         self.observe: Callable[..., tuple[GaugeBasis, Tensor]] = _observe
         self.networks = nn.ModuleDict({group: GaugeNetwork(hidden) for group in groups if group != "O"})
 
-    def places(self, point: Point, symmetries: Sequence[Symmetry]) -> list[Place]:
-        """The sides of the symmetries that have a network and tensors with a gradient."""
+    def places(self, point: Point, symmetries: Sequence[Symmetry], seen: bool = True) -> list[Place]:
+        """The sides of the symmetries that have a network and tensors with a gradient; of those that are `seen` now."""
         found: list[Place] = []
         for symmetry in symmetries:
-            if symmetry.group.name not in self.networks or not _is_seen(symmetry, point):
+            if symmetry.group.name not in self.networks or (seen and not _is_seen(symmetry, point)):
                 continue
             for side in ("in", "out"):
                 names = tuple(n for n in symmetry.parameters if symmetry.side(n) == side and n in point.gradients)
@@ -136,7 +136,7 @@ class LearnedGauge(nn.Module):
         like = next(self.parameters())
         assert point.loss is not None
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=like.dtype, device=point.loss.device)
-        places = self.places(point, symmetries)
+        places = self.places(point, symmetries, seen=False)
         # There from the start, so that a saved state fits a fresh one.
         covariances = {
             f"{_key(place)}/{what}": point.loss.new_zeros(*point.loss.shape, place[0].group.size, place[0].group.size)

@@ -289,7 +289,9 @@ class MetaOptimizer(nn.Module):
         chosen = teleporter or self.teleporter or NoTeleport()
         linear = self._linear(symmetries)
         return MetaState(
-            progress=Progress.begin(point.loss.detach() if self.detach else point.loss),
+            progress=dataclasses.replace(
+                Progress.begin(point.loss.detach() if self.detach else point.loss), deterministic=deterministic
+            ),
             accepted=None,
             teleporter=chosen.initial_state(point, symmetries),
             rule=self.rule.initial_state(point),

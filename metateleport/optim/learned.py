@@ -243,9 +243,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             # loads what has an entry then.
             self._keep(named)
             if not self.steps:
-                self.state.update(
-                    {each: {**self.state_dict()["state"].get(index, {})} for index, each in self._order()}
-                )
+                self._fill(named, point)
             return
         along = [each for each in self.symmetries if self._may_move(each, named, point, rates)]
         # Without a pass nothing is known of how layers follow one another but what their weights tell.
@@ -282,6 +280,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         self.steps += 1
 
+    def _fill(self, named: Mapping[str, Tensor], point: Point) -> None:
+        """Puts an entry there for all that will be remembered."""
+        for name in point.gradients if self._bounds_steps else ():
+            within(point.parameters[name], point.parameters[name], self.state[named[name]])
+        packed = self.state_dict()["state"]
+        for index, value in self._order():
+            self.state[value] = dict(packed.get(index, {}))
+
     def _order(self) -> list[tuple[int, Tensor]]:
         """The parameters, by their numbers in a state dict."""
         return list(enumerate(value for group in self.param_groups for value in group["params"]))
@@ -305,10 +311,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         needed.update(dict.fromkeys(name for each in self.symmetries for name in each.parameters if name in whole))
         parameters = {name: master(whole[name], like.dtype, self.state.get(whole[name], {})) for name in needed}
         loss = like.new_ones(1)
-        if told is not None:
+        if told is not None or self.deterministic:
             # It may be gone back to, when the weights have been overwritten and the gradients cleared.
             parameters = {name: value.clone() for name, value in parameters.items()}
             gradients = {name: value.clone() for name, value in gradients.items()}
+        if told is not None:
             loss = told.to(loss).reshape(1)
         point = Point(parameters, gradients, evidence.activations, evidence.cotangents, loss=loss)
         recorder = self._recorder
@@ -486,7 +493,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         assert state is not None
         if self.meta.rule.divides_by_loss and state.stand_in is None:
             # So that the entries are the same from the first step on, which `torch.distributed.checkpoint` goes by.
-            state = dataclasses.replace(state, stand_in=StandIn.none(state.progress.start))
+            like = state.progress.start
+            change = {
+                name: torch.zeros_like(raised(value.detach(), like.dtype)) for name, value in self._named().items()
+            }
+            state = dataclasses.replace(state, stand_in=dataclasses.replace(StandIn.none(like), change=change))
         rest = {**saved_parts(state), **flattened(state.rule, "rule")}
         numbers = {name: str(number) for number, name in enumerate(self._named())}
         return {renamed(path, numbers): value for path, value in rest.items()}
@@ -495,8 +506,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Loads what `state_dict` gave. What is remembered of symmetries takes its form at the next step.
 
         Raises:
-            ValueError: if the parameters are not as many, or it is of another optimizer or checkpoint; at the next step,
-                if it does not fit the model and its symmetries.
+            ValueError: if the parameters are not as many, or it is of another optimizer or checkpoint; at the next
+                step, if it does not fit the model and its symmetries.
         """
         self._check_loaded(state_dict)
         super().load_state_dict(state_dict)

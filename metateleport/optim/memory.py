@@ -40,6 +40,8 @@ def rule_state(
         entries: what is kept of each tensor, by its name.
         fresh: the rule's initial state for all of the tensors.
     """
+    # Fresh entries may share memory, and a checkpoint that is read in place would write one over the other.
+    fresh = _copied(fresh)
     state = {**fresh, **(whole or {})}
     for entry in rule.per_tensor:
         kept = {}
@@ -52,6 +54,16 @@ def rule_state(
                 kept[name] = entries[name].get(entry, own)
         state[entry] = kept
     return state
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(each) for each in value)
+    return value
 
 
 def update_entries(rule: UpdateRule, state: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
@@ -75,7 +87,7 @@ def flattened(value: Any, prefix: str) -> Tensors:
     if value is None:
         return {}
     if isinstance(value, Tensor):
-        return {prefix: value.detach()}
+        return {prefix: value.detach().clone()}
     if isinstance(value, bool | int | float):
         return {prefix: torch.tensor(value)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
