@@ -123,7 +123,8 @@ def test_a_step_is_taken_back_to_the_point_that_was_saved() -> None:
     saved = through_a_file(optimizer.state_dict())
     place = "learned/accepted/parameters/"
     own = saved["state"][0]
-    accepted = {key.removeprefix(place): value for key, value in own.items() if key.startswith(place)}
+    names = {str(number): name for number, (name, _) in enumerate(problem.model.named_parameters())}
+    accepted = {names[key.removeprefix(place)]: value for key, value in own.items() if key.startswith(place)}
     with torch.no_grad():
         for each in problem.model.parameters():
             each.add_(10.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from typing import Any
 
@@ -128,9 +129,9 @@ def test_the_interface_of_distributed_checkpoints(begun: bool, flat: bool, confi
 
 
 def test_a_stand_in_remembers_the_step_and_not_the_teleport_before_it() -> None:
-    model, meta = mlp(), teleporting(mode="lr+tele")
-    optimizer = mt.LearnedOptimizer(model, meta)
-    step, seen = meta.rule.step, []
+    model = mlp()
+    optimizer = mt.LearnedOptimizer(model, teleporting(mode="lr+tele"))
+    step, seen = optimizer.meta.rule.step, []
 
     def noted(point: mt.Point, *rest: Any) -> Any:
         start = {name: value.clone() for name, value in point.parameters.items()}
@@ -138,7 +139,7 @@ def test_a_stand_in_remembers_the_step_and_not_the_teleport_before_it() -> None:
         seen.append({name: value - start[name] for name, value in moved.items()})
         return moved, state
 
-    meta.rule.step = noted  # type: ignore[method-assign]
+    optimizer.meta.rule.step = noted  # type: ignore[method-assign]
     list(trained(model, optimizer, 1))
     assert optimizer.last_step is not None
     assert float(optimizer.last_step.size) > 0
@@ -280,3 +281,74 @@ def test_copies_go_on_by_themselves() -> None:
     assert again.model is other
     expected = list(trained(model, optimizer, 2))[-1]
     assert torch.equal(list(trained(other, again, 2))[-1], expected)
+
+
+# --- state dicts of something else, models that change ---------------------------------------------------------------
+
+
+def test_a_state_of_another_checkpoint_or_optimizer_is_refused_before_anything_moves() -> None:
+    model = mlp()
+    optimizer = made(model)
+    list(trained(model, optimizer, 2))
+    before = [value.clone() for value in model.parameters()]
+    other = mt.LearnedOptimizer(model, "digits")
+    with pytest.raises(ValueError, match="another checkpoint"):
+        other.load_state_dict(optimizer.state_dict())
+    for foreign in (torch.optim.AdamW(model.parameters()), torch.optim.SGD(model.parameters(), 0.1)):
+        with pytest.raises(ValueError, match="not a LearnedOptimizer's"):
+            optimizer.load_state_dict(foreign.state_dict())
+    assert all(torch.equal(value, each) for value, each in zip(model.parameters(), before, strict=True))
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_the_same_parameters_under_other_names_go_on() -> None:
+    model, again = mlp(), mlp()
+    optimizer = mt.LearnedOptimizer(list(model.parameters()), meta_of())
+    for _ in range(3):
+        optimizer.step(loss=backward(model))
+    saved = optimizer.state_dict()
+    again.load_state_dict(model.state_dict())
+    resumed = mt.LearnedOptimizer(again, meta_of(), [])
+    resumed.load_state_dict(saved)
+    resumed.step(loss=backward(again))
+    assert resumed.steps == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*not made for this", "ignore:.*without what a pass")
+def test_what_a_model_got_later_is_named_and_what_it_lost_does_not_stop_it() -> None:
+    model = mlp()
+    optimizer = mt.LearnedOptimizer(model, "leaky_mlp_mixture")
+    optimizer.step(loss=backward(model))
+    model[0].bias = None
+    optimizer.step(loss=backward(model))
+    assert optimizer.steps == 2
+    model[2] = torch.nn.Linear(model[2].in_features, model[2].out_features)
+    with pytest.warns(UserWarning, match=r"'2\.weight' of the model has a gradient and is not held.*add_param_group"):
+        optimizer.step(loss=backward(model))
+
+
+def test_hooks_go_with_their_optimizer() -> None:
+    model = mlp()
+
+    def hooks() -> int:
+        return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
+
+    for _ in range(3):
+        optimizer = mt.LearnedOptimizer(model, "digits")
+        assert hooks() > 0
+        del optimizer
+        gc.collect()
+        assert hooks() == 0
+
+
+def test_a_model_that_changes_its_precision_goes_on() -> None:
+    model = mlp()
+    optimizer = mt.LearnedOptimizer(model, "digits")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        x = torch.ones(4, model[0].in_features, dtype=dtype)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+    assert optimizer.steps == 8

@@ -64,12 +64,30 @@ def test_a_step_that_led_to_a_loss_that_is_not_finite_is_taken_back_and_damped(c
     start = weights(model)
     optimizer.step(loss=backward(model))
     assert not torch.equal(weights(model), start)
+    after = weights(model)
+    backward(model)
+    optimizer.step(loss=torch.tensor(math.nan))
+    # One batch may be to blame by itself.
+    assert torch.equal(weights(model), after)
     backward(model)
     optimizer.step(loss=torch.tensor(math.nan))
     assert torch.equal(weights(model), start)
     assert optimizer.loop.state is not None
     assert float(optimizer.loop.state.progress.damping) == pytest.approx(0.3)
-    assert optimizer.skipped == 1
+    assert optimizer.skipped == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite")
+def test_every_second_batch_that_is_not_finite_undoes_nothing() -> None:
+    with_them, without = mlp(), mlp()
+    spoilt, clean = made(with_them, meta_of()), made(without, meta_of())
+    for _ in range(5):
+        clean.step(loss=backward(without))
+        spoilt.step(loss=backward(with_them))
+        backward(with_them)
+        spoilt.step(loss=torch.tensor(math.nan))
+    assert torch.equal(weights(with_them), weights(without))
+    assert (spoilt.steps, spoilt.skipped) == (5, 5)
 
 
 @pytest.mark.filterwarnings("ignore:.*not finite")
@@ -79,9 +97,12 @@ def test_a_step_that_was_taken_back_leaves_frozen_weights_alone() -> None:
     optimizer.step(loss=backward(model))
     model[0].weight.requires_grad_(False)
     kept = model[0].weight.clone()
-    backward(model)
-    optimizer.step(loss=math.nan)
+    moved = model[2].weight.clone()
+    for _ in range(2):
+        backward(model)
+        optimizer.step(loss=math.nan)
     assert torch.equal(model[0].weight, kept)
+    assert not torch.equal(model[2].weight, moved)
 
 
 def test_a_worse_loss_is_taken_back_where_it_is_told_and_not_where_it_is_not() -> None:

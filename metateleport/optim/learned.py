@@ -433,6 +433,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "rule",
             )
             self._loaded = {}
+        if before is not None and before.accepted is not None and not before.accepted.gradients.keys() <= named.keys():
+            # Of a model that has lost a parameter, or is called otherwise.
+            before = dataclasses.replace(before, accepted=None)
         names = set(point.gradients)
         if before is not None and before.accepted is not None:
             names |= before.accepted.gradients.keys()
