@@ -91,6 +91,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
     tolerance: ClassVar[Tolerance] = Tolerance(spreads=5.0, share=1.0, memory=0.9, start=0.5, ceiling=2.0)
 
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "momentum", "squares", "weights", "recent", "seen")
+    void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
         super().__init__()

@@ -28,13 +28,15 @@ class UpdateRule(abc.ABC):
     `tolerance` says when its steps on minibatches are taken back, `divides_by_loss` whether the length of its steps
     goes with the loss, so that where that is not known a stand-in is needed. A state is a dict: `per_tensor` names the
     entries that are themselves dicts by parameter name, and `void_on_change` those that mean nothing where other
-    tensors are stepped than the time before.
+    tensors are stepped than the time before, and `void_on_growth` those that are made anew where some are stepped for
+    the first time.
     """
 
     tolerance: ClassVar[Tolerance] = Tolerance()
     divides_by_loss: ClassVar[bool] = False
     per_tensor: ClassVar[tuple[str, ...]] = ()
     void_on_change: ClassVar[tuple[str, ...]] = ()
+    void_on_growth: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def initial_state(self, point: Point) -> Any:

@@ -447,15 +447,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
         if rest is not None and self._stepped != frozenset(point.gradients):
             rest = {key: value for key, value in rest.items() if key not in self.meta.rule.void_on_change}
+        rule = self.meta.rule
+        if rest is not None and self._stepped is not None and any(not self.state[named[name]] for name in names):
+            rest = {key: value for key, value in rest.items() if key not in rule.void_on_growth}
         self._stepped = frozenset(point.gradients)
         entries = {name: self.state[named[name]] for name in names}
-        rule = rule_state(self.meta.rule, rest, entries, fresh.rule)
+        remembered = rule_state(rule, rest, entries, fresh.rule)
         if before is None:
-            self.loop.state = dataclasses.replace(fresh, rule=rule)
+            self.loop.state = dataclasses.replace(fresh, rule=remembered)
         else:
             teleporter = merged(fresh.teleporter, before.teleporter)
             gauge = merged(fresh.gauge, before.gauge)
-            self.loop.state = dataclasses.replace(before, rule=rule, teleporter=teleporter, gauge=gauge)
+            self.loop.state = dataclasses.replace(before, rule=remembered, teleporter=teleporter, gauge=gauge)
 
     def _keep(self, named: Mapping[str, Tensor]) -> None:
         """Puts what is remembered by tensor where `torch.optim` keeps it."""

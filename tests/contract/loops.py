@@ -20,7 +20,9 @@ from .stand_in import ADAMW, StandIn
 __all__ = ["MIDDLE", "STEPS", "Bench", "Course", "Loop", "by_closure", "by_loss", "plain"]
 
 STEPS, MIDDLE, ROWS = 16, 6, 16
-_NOISE = 1e-12
+_NOISE = 1e3
+"""So many spacings of numbers, over the largest gradient, are rounding."""
+
 _BATCHES = 4
 
 One = Callable[["Loop", Batch], None]
@@ -174,7 +176,8 @@ class Loop:
         with self.listening():
             one(self, batch)
         sizes = [0.0 if value.grad is None else _largest(value.grad) for value in self.watched.parameters()]
-        self.trained = [before or size > _NOISE * max(sizes) for before, size in zip(self.trained, sizes, strict=True)]
+        noise = _NOISE * torch.finfo(self.dtype).eps * max(sizes)
+        self.trained = [before or size > noise for before, size in zip(self.trained, sizes, strict=True)]
 
     def run(self, one: One, batches: Sequence[Batch] | None = None, steps: int = STEPS) -> Course:
         """A step for each batch; those of the bench if none are given."""
