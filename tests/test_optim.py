@@ -547,22 +547,33 @@ def test_a_step_without_a_forward_pass_says_so() -> None:
     problem = case("linear pair").problem()
     optimizer = wrap(problem)
     before = everything(problem, optimizer)
-    with pytest.raises(RuntimeError, match=r"no forward pass of the model since the last step.*example_input="):
+    with pytest.warns(UserWarning, match=r"no forward pass of the model since the last step.*example_input="):
         optimizer.step()
     with torch.no_grad():
         problem.model(*problem.inputs)
-    with pytest.raises(RuntimeError, match=r"under torch.no_grad\(\) do not count"):
-        optimizer.step()
-    backward(problem, optimizer)
-    problem.model.eval()
-    with pytest.raises(RuntimeError, match="in training mode and the model now is in evaluation mode"):
-        optimizer.step()
-    problem.model.train()
-    optimizer.zero_grad()
+    optimizer.step()
     assert same(before, everything(problem, optimizer))
+    # The inner optimizer steps as ever, and the report says why there was no teleport.
+    bare = case("linear pair").problem()
+    inner = torch.optim.SGD(bare.model.parameters(), lr=0.1)
+    optimizer = wrap(problem, torch.optim.SGD(problem.model.parameters(), lr=0.1), every=1)
+    for each, stepping in ((problem, optimizer), (bare, inner)):
+        each.loss_of(each.model(*each.inputs)).backward()
+        each.model.eval()
+        if stepping is optimizer:
+            with pytest.warns(UserWarning, match="in training mode and the model now is in evaluation mode"):
+                stepping.step()
+        else:
+            stepping.step()
+    assert optimizer.last_report is not None
+    assert not optimizer.last_report.accepted
+    assert "in evaluation mode" in optimizer.last_report.reason
+    for value, expected in zip(problem.model.parameters(), bare.model.parameters(), strict=True):
+        assert torch.equal(value, expected)
     ascending = wrap(problem, teleporter=mt.GradientAscentTeleporter())
-    problem.model(*problem.inputs)
-    with pytest.raises(RuntimeError, match=r"call backward\(\) before step"):
+    problem.model.train()(*problem.inputs)
+    ascending.zero_grad()
+    with pytest.warns(UserWarning, match=r"call backward\(\) before step"):
         ascending.step()
 
 
@@ -571,8 +582,9 @@ def test_a_pass_is_good_for_one_step_only() -> None:
     optimizer = wrap(problem, every=1)
     backward(problem, optimizer)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="no forward pass"):
+    with pytest.warns(UserWarning, match="no forward pass"):
         optimizer.step()
+    assert [each.accepted for each in optimizer.reports] == [True, False]
 
 
 def test_an_example_stands_in_for_a_forward_pass() -> None:

@@ -16,14 +16,26 @@ from metateleport.symmetries import Pair, Symmetry
 from metateleport.teleporters import Teleporter
 from metateleport.teleporters.once import relative_change, split_inputs
 
-__all__ = ["Consequences", "Start", "consequences_of", "pass_to_start_from", "relative_drift", "start_of"]
+__all__ = [
+    "Consequences",
+    "NothingSeen",
+    "Start",
+    "consequences_of",
+    "pass_to_start_from",
+    "relative_drift",
+    "start_of",
+]
+
+
+class NothingSeen(RuntimeError):
+    """There is no pass, or no gradient, for a teleport to start from."""
 
 
 def pass_to_start_from(recorder: PassRecorder, example_input: Any) -> RecordedPass:
     """The last pass that a backward pass has come by, else the last forward pass, or one on the example.
 
     Raises:
-        RuntimeError: if there is none of them.
+        NothingSeen: if there is none of them.
     """
     recorded, problem = recorder.last, ""
     if recorded is None:
@@ -43,7 +55,7 @@ def pass_to_start_from(recorder: PassRecorder, example_input: Any) -> RecordedPa
             recorder.complete(recorded)
         return recorded
     if example_input is None:
-        raise RuntimeError(
+        raise NothingSeen(
             f"cannot teleport: {problem}. Call the model and backward() before step(), or give example_input="
         )
     return recorder.evaluate(*split_inputs(example_input))

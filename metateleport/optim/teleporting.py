@@ -28,7 +28,7 @@ from metateleport.optim.loss import Known, check_loss, know_loss
 from metateleport.optim.orbit import Orbit, travel_along
 from metateleport.optim.replicas import all_agree, all_can, check_replicas, chosen_by_first, group_of
 from metateleport.optim.saved import OWN, merged, plain, restored, sources_of, without
-from metateleport.optim.start import Consequences, Start, consequences_of, pass_to_start_from, start_of
+from metateleport.optim.start import Consequences, NothingSeen, Start, consequences_of, pass_to_start_from, start_of
 from metateleport.optim.state import cannot_carry, carry_state
 from metateleport.optim.wrapper import Wrapping
 from metateleport.point import Point
@@ -36,6 +36,7 @@ from metateleport.schedules import Schedule, schedule_of
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TeleportReport, failures_of, gain_of, travel
 from metateleport.teleporters.once import gradient_norm, half_squared_norm, moved_names, now, split_inputs, summary_of
+from metateleport.teleporters.report import not_made
 
 __all__ = ["TeleportingOptimizer"]
 
@@ -292,8 +293,6 @@ class TeleportingOptimizer(Wrapping):
             TypeError: if `loss` is neither a function nor a value that is enough.
             ValueError: if it is time to teleport and the teleporter needs `loss` and there is none, or it is not the
                 closure's.
-            RuntimeError: if it is time to teleport and there was no forward pass to start from, or no backward pass
-                for a teleporter that looks at gradients.
         """
         if closure is None and self._only_sets_up():
             return self.optimizer.step()
@@ -307,7 +306,11 @@ class TeleportingOptimizer(Wrapping):
                     value = closure()
             self._judge_last()
             function = loss if callable(loss) else None
-            report = self._teleport(self._recorder, told_loss(value), function)
+            try:
+                report = self._teleport(self._recorder, told_loss(value), function)
+            except NothingSeen as error:
+                self._warn_once(str(error))
+                report = not_made(self.teleporter.name, str(error), self.state_mode)
             self.reports.append(report)
             self._recorder.clear()
             self._judge.start()
@@ -364,7 +367,7 @@ class TeleportingOptimizer(Wrapping):
         begun = self._allowed_from(recorder, start_of(recorder, recorded, named, self.symmetries, told), named)
         point, free, reason = begun.point, not self.teleporter.needs_symmetries, begun.reason
         if self.teleporter.needs_gradient and not point.gradients:
-            raise RuntimeError(
+            raise NothingSeen(
                 f"{type(self.teleporter).__name__} looks at gradients and there are none: call backward() before step()"
             )
         known = Known(point)

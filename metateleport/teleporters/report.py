@@ -28,6 +28,7 @@ __all__ = [
     "gradient_norm",
     "half_squared_norm",
     "moved_names",
+    "not_made",
     "relative_change",
     "summary_of",
 ]
@@ -89,6 +90,31 @@ class TeleportReport:
     held_out_drift: float = _NAN
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stretch: float = _NAN
+
+
+def not_made(teleporter: str, reason: str, state: str = "") -> TeleportReport:
+    """The report of a teleport that there was nothing to start from for.
+
+    Example:
+        >>> report = not_made("random", "there was no forward pass")
+        >>> report.accepted, report.size, report.reason
+        (False, 0.0, 'there was no forward pass')
+    """
+    return TeleportReport(
+        teleporter=teleporter,
+        accepted=False,
+        reason=reason,
+        loss_before=_NAN,
+        loss_after=_NAN,
+        drift=0.0,
+        gradient_norm_before=_NAN,
+        gradient_norm_after=_NAN,
+        size=0.0,
+        sizes=(),
+        weight_decay_change=0.0,
+        evaluations=0.0,
+        state=state,
+    )
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
