@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder, unwrapped
 from metateleport.learned.inner_loop import InnerLoop
-from metateleport.learned.meta_optimizer import MetaOptimizer, Step
+from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.optim.agreement import Evidence, evidence_of
@@ -25,6 +25,7 @@ from metateleport.optim.fitting import check_parameters, fitting_symmetries, rep
 from metateleport.optim.memory import (
     fingerprint,
     flattened,
+    known_state,
     renamed,
     restored_parts,
     rule_state,
@@ -415,6 +416,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _recall(self, point: Point, named: Mapping[str, Tensor]) -> None:
         """Makes the inner loop's state that of the tensors of this step."""
+        state = self.loop.state
+        if state is not None and self._same_as_before(state, point):
+            entries = {name: self.state[named[name]] for name in point.gradients}
+            self.loop.state = dataclasses.replace(state, rule=known_state(self.meta.rule, state.rule, entries))
+            return
         fresh = self.meta.initial_state(point, self.symmetries, self.deterministic)
         before, rest = self.loop.state, None
         working = fresh.progress.start.dtype
@@ -459,6 +465,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             teleporter = merged(fresh.teleporter, before.teleporter)
             gauge = merged(fresh.gauge, before.gauge)
             self.loop.state = dataclasses.replace(before, rule=remembered, teleporter=teleporter, gauge=gauge)
+
+    def _same_as_before(self, state: MetaState, point: Point) -> bool:
+        """Whether the tensors of this step are those of the last one, in the same precision."""
+        names = point.gradients.keys()
+        accepted = names if state.accepted is None else state.accepted.gradients.keys()
+        same = self._stepped == names and accepted == names
+        return same and point.loss is not None and state.progress.start.dtype == point.loss.dtype
 
     def _keep(self, named: Mapping[str, Tensor]) -> None:
         """Puts what is remembered by tensor where `torch.optim` keeps it."""

@@ -18,6 +18,7 @@ from metateleport.point import Point, Tensors
 __all__ = [
     "fingerprint",
     "flattened",
+    "known_state",
     "renamed",
     "restored_parts",
     "rule_state",
@@ -52,6 +53,26 @@ def rule_state(
                 kept[name] = tuple(entries[name][part] for part in parts) if known else own
             else:
                 kept[name] = entries[name].get(entry, own)
+        state[entry] = kept
+    return state
+
+
+def known_state(rule: UpdateRule, whole: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
+    """A rule's state for tensors that have all been stepped before.
+
+    Args:
+        rule: says which entries of its state are kept for each tensor.
+        whole: its entries that are not.
+        entries: what is kept of each tensor, by its name.
+    """
+    state = dict(whole)
+    for entry in rule.per_tensor:
+        kept: dict[str, Any] = {}
+        for name, own in entries.items():
+            kept[name] = own.get(entry)
+            if kept[name] is None:
+                count = sum(key.startswith(f"{entry}.") for key in own)
+                kept[name] = tuple(own[f"{entry}.{index}"] for index in range(count))
         state[entry] = kept
     return state
 
