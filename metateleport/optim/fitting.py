@@ -39,8 +39,6 @@ def check_parameters(groups: Sequence[dict[str, Any]]) -> None:
     parameters: list[Tensor] = [value for group in groups for value in group["params"]]
     if any(isinstance(value, nn.parameter.UninitializedParameter) for value in parameters):
         raise ValueError("a lazy module has no weights yet: run one forward pass, then make the optimizer")
-    if any(value.is_meta for value in parameters):
-        raise ValueError("the parameters are on the device 'meta' and hold no numbers: materialise the model first")
     for value in parameters:
         kind = type(value).__name__
         if kind == "FlatParameter" or _is_sharded(value):
@@ -55,6 +53,8 @@ def check_parameters(groups: Sequence[dict[str, Any]]) -> None:
             f"the parameters are on several devices ({names}), and one learned step reads them together: make one "
             "LearnedOptimizer for the parameters of each device"
         )
+    if any(value.is_meta for value in parameters):
+        raise ValueError("the parameters are on the device 'meta' and hold no numbers: materialise the model first")
 
 
 def _is_sharded(value: Tensor) -> bool:
