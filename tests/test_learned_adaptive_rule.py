@@ -307,3 +307,17 @@ def test_the_rate_of_a_configuration_reaches_the_rule_and_may_differ_from_its_st
     assert isinstance(meta.rule, AdaptiveRule)
     assert meta.rule.cooling == 0.04
     meta.load_state_dict(meta_optimizer().state_dict())
+
+
+def test_tables_of_embeddings_do_not_lengthen_the_steps_of_other_layers() -> None:
+    torch.manual_seed(0)
+    weights = {"a.weight": 0.1 * torch.randn(2, 6, 4), "b.weight": 0.1 * torch.randn(2, 3, 6)}
+    table = {"words.weight": torch.randn(2, 50, 4)}
+
+    def scale(parameters: dict[str, Tensor]) -> Tensor:
+        point = mt.Point(parameters, gradients=parameters, loss=torch.ones(2))
+        return AdaptiveRule(hidden=4).initial_state(point)["scale"]
+
+    torch.testing.assert_close(scale({**weights, **table}) * 3, scale(weights) * 2)
+    # A model of nothing else has its own size.
+    assert bool((scale(table) > 0.9).all())

@@ -32,6 +32,9 @@ _START = 1.25
 _ROUNDINGS = 16.0
 """So many spacings of numbers, over the largest gradients of the model, are taken for rounding."""
 
+_TABLE = 0.5
+"""A matrix whose root mean square is above this at the start is taken for a table of embeddings."""
+
 _SMALLEST_SCALE = 1e-2
 """Stands for the root mean square of a layer whose weights are smaller: one that starts at zero has to move."""
 
@@ -53,9 +56,9 @@ class AdaptiveRule(nn.Module, UpdateRule):
       \lambda = \mathrm{rms}(D_1)^\kappa \left(\frac{\mathrm{rms}(\hat v)}{\sqrt{\hat r}}\right)^{1 - \kappa}.$$
 
     Hats correct for a start at zero, $P$ is the gauge of the tensor, $d \le 1$ the task's damping, $\rho$ the geometric
-    mean over the $\ell$ layers of their weights' root mean square at the start. A vector has no polar factor of its
-    own, and some tensors no gauge: those directions then have no share. An LSTM for each tensor (weights shared, state
-    its own) puts out $m$, $\beta$, $\kappa$ and the shares $c$, which sum up to one.
+    mean over the $\ell$ layers of their weights' root mean square at the start, tables of embeddings left out. A vector
+    has no polar factor of its own, and some tensors no gauge: those directions then have no share. An LSTM for each
+    tensor (weights shared, state its own) puts out $m$, $\beta$, $\kappa$ and the shares $c$, which sum up to one.
 
     `StepRule` divides by a curvature bound of the batch at hand. On a fixed set of data that is what makes it fast; on
     minibatches the bound goes with the batch's loss, which differs by factors where few samples are still wrong, and
@@ -111,7 +114,6 @@ class AdaptiveRule(nn.Module, UpdateRule):
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
         moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
         none = torch.zeros_like(point.loss)
-        layers = torch.stack(list(_layer_scales(point).values()))
         return {
             "cells": dict.fromkeys(point.gradients, (zero, zero)),
             "momentum": moments,
@@ -119,7 +121,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             "weights": dict.fromkeys(point.gradients, none),
             "recent": dict.fromkeys(point.gradients, none),
             "seen": dict.fromkeys(point.gradients, none),
-            "scale": layers.log().mean(0).exp() / len(layers),
+            "scale": _usual_scale(point),
         }
 
     def step(
@@ -233,6 +235,24 @@ def _mean(before: Tensor, now: Tensor, memory: float | Tensor, accepted: Tensor)
 def _rms(tensor: Tensor) -> Tensor:
     """Root mean square of each task's tensor; its derivative is finite at zero."""
     return (tensor.flatten(1).square().mean(1) + torch.finfo(tensor.dtype).tiny).sqrt()
+
+
+def _usual_scale(point: Point) -> Tensor:
+    """Geometric mean of the layers' sizes over their number, `(tasks,)`; tables of embeddings do not count in the mean.
+
+    Their entries are of order one whatever the model is like, and with them in the mean steps would be longer than the
+    other layers' weights.
+    """
+    layers = _layer_scales(point)
+    counted = dict.fromkeys(layers, torch.ones_like(next(iter(layers.values())), dtype=torch.bool))
+    for name in point.gradients:
+        value = point.parameters[name].detach()
+        if value.ndim > 2:
+            counted[_layer(name)] = counted[_layer(name)] & (_rms(value) <= _TABLE)
+    mask = torch.stack(list(counted.values()))
+    mask = torch.where(mask.any(0), mask, True)
+    logs = torch.stack(list(layers.values())).log()
+    return (torch.where(mask, logs, 0.0).sum(0) / mask.sum(0)).exp() / len(layers)
 
 
 def _layer_scales(point: Point) -> Tensors:
