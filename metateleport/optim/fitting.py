@@ -128,7 +128,8 @@ def say_what_fits(
     Args:
         meta: the meta-optimizer.
         called: the checkpoint's name, as warnings call it.
-        made_for: the entry of its card: whether it has learned on `minibatches`, and on symmetries of which `groups`.
+        made_for: the entry of its card: whether it has learned on `minibatches`, on which
+            `losses` and on symmetries of which `groups`.
         symmetries: that it goes on with.
         parameters: that it trains, by name.
         deterministic: whether every step sees the same data.
@@ -144,6 +145,10 @@ def say_what_fits(
         reasons.append(
             "it has learned on data sets that every step sees whole, which deterministic=True promises; on minibatches "
             "it is behind AdamW"
+        )
+    if not deterministic and made_for.get("losses"):
+        reasons.append(
+            f"it has learned on {made_for['losses']} alone, and on minibatches with another loss may end behind AdamW"
         )
     if made_for.get("groups") and not own & set(made_for["groups"]):
         reasons.append(
