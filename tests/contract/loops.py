@@ -176,7 +176,7 @@ class Loop:
         with self.listening():
             one(self, batch)
         sizes = [0.0 if value.grad is None else _largest(value.grad) for value in self.watched.parameters()]
-        noise = _NOISE * torch.finfo(self.dtype).eps * max(sizes)
+        noise = min(_NOISE * torch.finfo(self.dtype).eps, 1e-3) * max(sizes)
         self.trained = [before or size > noise for before, size in zip(self.trained, sizes, strict=True)]
 
     def run(self, one: One, batches: Sequence[Batch] | None = None, steps: int = STEPS) -> Course:
