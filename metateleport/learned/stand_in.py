@@ -25,7 +25,7 @@ _LEAST = 0.05
 """Of a step that was shortened by more than this the gradients say nothing about the whole one."""
 
 _RATE = 0.4
-"""Log of the factor that it changes by at most, from step to step."""
+"""Log of the largest factor that it grows by from step to step; it may fall by twice that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StandIn:
         >>> StandIn.begin(point).value(point.gradients)
         tensor([0.0400])
 
-    Source: the sign of $r$ is that of hypergradient descent, Baydin et al., ICLR 2018 (arXiv 1703.04782), equation 4.
+    Source: the sign of $x$ is that of hypergradient descent, Baydin et al., ICLR 2018 (arXiv 1703.04782), equation 4.
     """
 
     length: Tensor

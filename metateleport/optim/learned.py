@@ -228,6 +228,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         alone = not replicated()
         if not alone:
             # Each rank has seen data of its own: what is decided by them would part the replicas.
+            if told is not None:
+                self._say("several processes train together: the loss that steps are told is not read")
             told = None
         dtype = working_dtype(held)
         gradients = {name: raised(dense_gradient(value), dtype) for name, value in held.items()}
