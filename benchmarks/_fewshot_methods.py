@@ -19,7 +19,7 @@ from metateleport import (
     WhiteningTeleporter,
     load,
 )
-from metateleport.metalearning import (
+from metateleport.fewshot import (
     TeleportingLearner,
     TeleportingMAML,
     TeleportingMetaSGD,

@@ -245,7 +245,7 @@ def _lora() -> nn.Module:
 
 
 def _peft() -> nn.Module:
-    from metateleport._learn2learn import define_torchvision_operators
+    from metateleport.fewshot.learn2learn import define_torchvision_operators
 
     # PEFT imports torchvision where it is installed.
     define_torchvision_operators()

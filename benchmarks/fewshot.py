@@ -29,8 +29,8 @@ from benchmarks._fewshot_methods import METHODS, Meta, base_of, build, standing,
 from benchmarks._fewshot_report import compare, page_of, words_of
 from metateleport import TaskFamily, TaskStack, load_family
 from metateleport.checkpoint import shipped_checkpoints
+from metateleport.fewshot import Adaptation, MetaTraining, MetaTrainingConfig, TeleportingLearner, adapt
 from metateleport.files import write_json, write_text
-from metateleport.metalearning import Adaptation, MetaTraining, MetaTrainingConfig, TeleportingLearner, adapt
 
 __all__ = ["main", "run"]
 

@@ -1,9 +1,11 @@
 """metateleport: learns to teleport along the symmetries of a network's loss."""
 
 from metateleport.checkpoint import Checkpoint, CheckpointError, load, load_checkpoint
-from metateleport.detect import symmetries_of
 from metateleport.detection import Certificate, Refused, Symmetries, certify, find_symmetries
+from metateleport.detection.chain import symmetries_of
 from metateleport.families import FamilyError, Measure, Task, TaskFamily, TaskStack, load_family
+from metateleport.families.probed import ProbedLosses
+from metateleport.families.stack import StackedModel
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.learned import (
     GaugeTeleporter,
@@ -13,10 +15,8 @@ from metateleport.learned import (
 )
 from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
 from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
+from metateleport.optim.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.point import Point
-from metateleport.probed import ProbedLosses
-from metateleport.schedules import AtSteps, Every, Schedule, WhenStalled
-from metateleport.stack import StackedModel
 from metateleport.symmetries import (
     BatchPair2022,
     BatchPair2024,
@@ -39,8 +39,9 @@ from metateleport.teleporters import (
     WhiteningTeleporter,
     teleport,
 )
+from metateleport.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "AtSteps",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from metateleport import FamilyError, LinearPair, Rescaling, Symmetry, load_family
-from metateleport.classification import ClassificationFamily, linear
-from metateleport.labelled import LabelledData
+from metateleport.families.classification import ClassificationFamily, linear
+from metateleport.families.labelled import LabelledData
 from metateleport.symmetries import AttentionQK, AttentionVO
 
 # An image is eight tokens, its rows, of eight pixels each.

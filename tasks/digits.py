@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from metateleport import FamilyError
-from metateleport.classification import PerceptronFamily
-from metateleport.labelled import LabelledData, read_once, share_out, standardised
+from metateleport.families.classification import PerceptronFamily
+from metateleport.families.labelled import LabelledData, read_once, share_out, standardised
 
 
 @read_once

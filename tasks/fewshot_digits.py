@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metateleport import FamilyError, Task
 from metateleport.families import Split, split_of
-from metateleport.metalearning import Episodes, FewShotFamily, MissingLearn2Learn
+from metateleport.fewshot import Episodes, FewShotFamily, MissingLearn2Learn
 
 PIXELS = 64
 TURNS = 2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metateleport import FamilyError, Task
 from metateleport.families import SPLITS, Split, split_of
-from metateleport.metalearning import Episodes, FewShotFamily, MissingLearn2Learn, omniglot
+from metateleport.fewshot import Episodes, FewShotFamily, MissingLearn2Learn, omniglot
 
 TURNS = 4
 IMAGES = 20

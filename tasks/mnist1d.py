@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from metateleport import FamilyError
-from metateleport.classification import PerceptronFamily
-from metateleport.labelled import LabelledData, read_once, share_out, standardised
+from metateleport.families.classification import PerceptronFamily
+from metateleport.families.labelled import LabelledData, read_once, share_out, standardised
 
 
 @read_once

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from metateleport import FamilyError
-from metateleport.classification import PerceptronFamily
-from metateleport.labelled import LabelledData, read_once, share_out, standardised
+from metateleport.families.classification import PerceptronFamily
+from metateleport.families.labelled import LabelledData, read_once, share_out, standardised
 
 Side = Literal[28, 14, 7]
 SIDES: tuple[Side, ...] = (28, 14, 7)

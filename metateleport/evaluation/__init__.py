@@ -2,22 +2,22 @@
 
 from metateleport.evaluation.ablation import ablated_methods, basis_of, parts_of, without
 from metateleport.evaluation.attribution import ABLATED, attribution_of, words_of
-from metateleport.evaluation.baselines import SCHEDULES, FirstOrder, GradientAscent
 from metateleport.evaluation.card import record_result
-from metateleport.evaluation.lbfgs import LBFGS
 from metateleport.evaluation.marks import REFERENCE_MARKS, marks
 from metateleport.evaluation.meta_seeds import meta_seeds_of
+from metateleport.evaluation.methods.first_order import SCHEDULES, FirstOrder, GradientAscent
+from metateleport.evaluation.methods.lbfgs import LBFGS
+from metateleport.evaluation.methods.registry import BASELINES, REFERENCES
+from metateleport.evaluation.methods.second_order import GaussNewton, PerTask
+from metateleport.evaluation.methods.whitening import Whitening
 from metateleport.evaluation.paired import PairedRatio, paired_ratio, ratio_over_seeds
 from metateleport.evaluation.plot import plot
-from metateleport.evaluation.recipes import BASELINES, REFERENCES
 from metateleport.evaluation.report import report_of, write_report
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result, Seed, SeedResults, evaluate
-from metateleport.evaluation.second_order import GaussNewton, PerTask
 from metateleport.evaluation.table import ratios_table_of, table_of
 from metateleport.evaluation.target import Target, target_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
 from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
-from metateleport.evaluation.whitening import Whitening
 
 __all__ = [
     "ABLATED",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metateleport.checkpoint import Checkpoint
 from metateleport.evaluation.attribution import ABLATED
-from metateleport.evaluation.learned import Learned
+from metateleport.evaluation.methods.learned import Learned
 from metateleport.evaluation.run import EvaluationError
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.basis import BASIS, Observation

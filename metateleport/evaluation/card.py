@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metateleport.checkpoint import CARD, update_card
+from metateleport.checkpoint.checkpoint import CARD, update_card
 from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.marks import marks
 

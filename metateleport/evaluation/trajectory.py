@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metateleport.families import TaskStack
-from metateleport.stack import Batch
+from metateleport.families.stack import Batch
 
 __all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
@@ -19,6 +18,7 @@ import torch
 from metateleport.evaluation.trajectory import Method, ends_only
 from metateleport.families import TaskFamily, TaskStack
 from metateleport.files import write_text
+from metateleport.version import VERSION
 
 __all__ = ["Choice", "Lattice", "Recipe", "cache_folder", "score", "search", "tune"]
 
@@ -230,7 +230,7 @@ def _key(recipe: Recipe, family: TaskFamily, steps: int, dtype: torch.dtype | No
         source = ""
     parts = [
         _VERSION,
-        importlib.metadata.version("metateleport"),
+        VERSION,
         recipe.name,
         recipe.grid(),
         recipe.tasks,

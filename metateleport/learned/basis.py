@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from metateleport.groups import Group
+from metateleport.linalg import diagonal_spectrum, relative_shift, symmetric_log
 from metateleport.point import Point
-from metateleport.spectral import diagonal_spectrum, relative_shift, symmetric_log
 from metateleport.symmetries import Symmetry
 
 __all__ = ["BASIS", "FEATURES", "Observation", "observe", "symmetric_log"]

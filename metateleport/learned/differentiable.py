@@ -11,9 +11,9 @@ import higher
 import torch
 from torch import Tensor
 
+from metateleport.families.probed import ProbedLosses
+from metateleport.families.stack import StackedModel
 from metateleport.learned.stack_optimizer import StackOptimizer
-from metateleport.probed import ProbedLosses
-from metateleport.stack import StackedModel
 
 __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
 

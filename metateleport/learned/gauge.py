@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.gauges import Gauge, Names, Side
+from metateleport.gauges.step import Gauge, Names, Side
 from metateleport.learned.curvature import output_curvatures
 from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.linalg import Spectrum, diagonal_spectrum, relative_shift, symmetric_spectrum
 from metateleport.point import Point, Tensors
-from metateleport.spectral import Spectrum, diagonal_spectrum, relative_shift, symmetric_spectrum
 from metateleport.symmetries import Pair, Symmetry
 
 __all__ = ["GAUGE_BASIS", "GaugeBasis", "GaugeChoice", "GaugeNetwork", "LearnedGauge"]

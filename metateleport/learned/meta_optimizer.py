@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, gauge_symmetries
-from metateleport.learned.adaptive_rule import AdaptiveRule
-from metateleport.learned.coordinate_rule import CoordinateRule
-from metateleport.learned.flat import FlatRule, FlatTeleporter
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import BaseRule, UpdateRule
+from metateleport.learned.rules.adaptive import AdaptiveRule
+from metateleport.learned.rules.coordinate import CoordinateRule
+from metateleport.learned.rules.flat import FlatRule, FlatTeleporter
+from metateleport.learned.rules.step import StepRule
+from metateleport.learned.rules.tensor import TensorRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.learned.step_rule import StepRule
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.learned.tensor_rule import TensorRule
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metateleport.families.probed import ProbedLosses
+from metateleport.families.stack import StackedModel
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.probed import ProbedLosses
-from metateleport.stack import StackedModel
 from metateleport.teleporters import Teleporter
 
 __all__ = ["StackOptimizer"]

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 
 from metateleport.capture import PassRecorder
-from metateleport.detect import symmetries_of
 from metateleport.detection import exact_symmetries
+from metateleport.detection.chain import symmetries_of
 from metateleport.optim.start import relative_drift, start_of
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter

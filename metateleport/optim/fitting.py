@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport.detect import symmetries_of
 from metateleport.detection import exact_symmetries
+from metateleport.detection.chain import symmetries_of
 from metateleport.gauges import gauge_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.symmetries import Pair, Symmetry, Unsuitable

@@ -28,11 +28,11 @@ from metateleport.optim.loss import Known, check_loss, know_loss
 from metateleport.optim.orbit import Orbit, travel_along
 from metateleport.optim.replicas import all_agree, all_can, check_replicas, chosen_by_first, group_of
 from metateleport.optim.saved import OWN, merged, plain, restored, sources_of, without
+from metateleport.optim.schedules import Schedule, schedule_of
 from metateleport.optim.start import Consequences, NothingSeen, Start, consequences_of, pass_to_start_from, start_of
 from metateleport.optim.state import cannot_carry, carry_state
 from metateleport.optim.wrapper import Wrapping
 from metateleport.point import Point
-from metateleport.schedules import Schedule, schedule_of
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TeleportReport, failures_of, gain_of, travel
 from metateleport.teleporters.once import gradient_norm, half_squared_norm, moved_names, now, split_inputs, summary_of

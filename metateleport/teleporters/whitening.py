@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metateleport.groups import Group
+from metateleport.linalg import symmetric_log
 from metateleport.point import Point
-from metateleport.spectral import symmetric_log
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.base import Teleporter, TrustRegion
 from metateleport.teleporters.simple import no_motion

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from metateleport.checkpoint import load_checkpoint
-from metateleport.checkpoint_seeds import combine_meta_seeds
+from metateleport.checkpoint.seeds import combine_meta_seeds
 from metateleport.training.config import TrainConfig, TrainingError, default_settings
 from metateleport.training.progression import Progression
 from metateleport.training.train import resume_folder, settings_known, settings_that_count, train
@@ -33,7 +33,7 @@ def train_meta_seeds(
     """Meta-trains from several seeds, one after another, and writes one checkpoint.
 
     On top of the checkpoint lies the seed with the best validation score; see
-    `metateleport.checkpoint_seeds.combine_meta_seeds`.
+    `metateleport.checkpoint.seeds.combine_meta_seeds`.
 
     Args:
         config: the settings; the seeds are `config.seed`, `config.seed + 1`, and so on. A limit of time is of each.

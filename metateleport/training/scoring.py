@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metateleport.families import TaskFamily, TaskStack
+from metateleport.families.task import Split
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.task import Split
 from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.unroll import Unroll
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from metateleport.families import TaskFamily, TaskStack
+from metateleport.families.trial import try_twice
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.stack_trial import try_twice
 from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, priced, score

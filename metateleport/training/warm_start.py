@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from metateleport.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from metateleport.learned.adaptive_rule import AdaptiveRule
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned.rules.adaptive import AdaptiveRule
 from metateleport.training.config import TrainingError
 
 __all__ = ["warm_start", "warm_start_checkpoint"]

@@ -3,9 +3,9 @@
     python tests/golden/record.py                 # all entries
     python tests/golden/record.py digits          # those of one checkpoint
 
-A change that keeps the behaviour keeps these numbers to 1e-10 (`tests/test_golden.py`); one that changes it on purpose
-says so in its commit and records them anew. The networks are in float64 too: in float32 another processor's exponential
-is 1e-8 away after one step.
+A change that keeps the behaviour keeps these numbers to 1e-10 (`test_golden.py` beside it); one that changes it on
+purpose says so in its commit and records them anew. The networks are in float64 too: in float32 another processor's
+exponential is 1e-8 away after one step.
 
 Some trajectories amplify rounding: those of `leaky_mlp` and `leaky_mlp_stays` on uniform data, whose covariances are
 badly conditioned, and all of them at a loss that is down to rounding. So each entry is also run from starts that are

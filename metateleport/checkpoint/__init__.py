@@ -1,0 +1,30 @@
+"""Checkpoints: weights and a card, written whole, loaded by name or path without running code."""
+
+from metateleport.checkpoint.checkpoint import (
+    SCHEMA,
+    Checkpoint,
+    CheckpointError,
+    MetaSeed,
+    load,
+    load_checkpoint,
+    meta_optimizer_of,
+    save_checkpoint,
+    shipped_checkpoints,
+    update_card,
+)
+from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
+
+__all__ = [
+    "SCHEMA",
+    "Checkpoint",
+    "CheckpointError",
+    "MetaSeed",
+    "combine_meta_seeds",
+    "each_meta_seed",
+    "load",
+    "load_checkpoint",
+    "meta_optimizer_of",
+    "save_checkpoint",
+    "shipped_checkpoints",
+    "update_card",
+]

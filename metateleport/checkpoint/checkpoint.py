@@ -1,0 +1,298 @@
+"""Checkpoints: a folder with the weights in safetensors and a JSON card. Loading one runs no code."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from metateleport.files import replacing_folder, search_folders, write_json
+from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.teleporters import Teleporter, TrustRegion
+from metateleport.version import VERSION
+
+__all__ = [
+    "SCHEMA",
+    "Checkpoint",
+    "CheckpointError",
+    "MetaSeed",
+    "load",
+    "load_checkpoint",
+    "meta_optimizer_of",
+    "save_checkpoint",
+    "shipped_checkpoints",
+    "update_card",
+]
+
+SCHEMA = 1
+WEIGHTS, CARD, SEEDS = "weights.safetensors", "card.json", "meta_seeds"
+_LEARNED, _STEP_ONLY = "learned.", "step-only."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another version or of another mode; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaSeed:
+    """One of the trainings that a checkpoint is chosen from.
+
+    Args:
+        seed: of its networks and training tasks.
+        validation: its score on the validation tasks, which are the same for all; the smaller, the better.
+        path: a folder that `load_checkpoint` takes; the checkpoint's own for the seed that was chosen.
+    """
+
+    seed: int
+    validation: float
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Args:
+        path: its folder.
+        card: what it was trained on and how, its results, and where it fails.
+        learned: the meta-optimizer.
+        step_only: the same recipe meta-trained without teleports, for attribution; None in mode `tele` and in modes
+            without a teleport.
+        meta_seeds: all the trainings it was chosen from, by their seeds, this one among them; empty where there was
+            but one.
+    """
+
+    path: Path
+    card: dict[str, Any]
+    learned: MetaOptimizer
+    step_only: MetaOptimizer | None
+    meta_seeds: tuple[MetaSeed, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def mode(self) -> str:
+        """What is learned: one of `metateleport.learned.MODES`."""
+        return self.learned.config.mode
+
+
+def shipped_checkpoints() -> dict[str, Path]:
+    """The checkpoint folders that bare names resolve to, wherever the process runs.
+
+    `METATELEPORT_CHECKPOINTS` names a further folder; then come the working folder's `checkpoints/` and the project's.
+    """
+    found: dict[str, Path] = {}
+    for folder in search_folders("checkpoints", "_checkpoints", "METATELEPORT_CHECKPOINTS"):
+        for card in sorted(folder.glob(f"*/{CARD}")) if folder.is_dir() else ():
+            found.setdefault(card.parent.name, card.parent)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    return {
+        "metateleport": VERSION,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save_checkpoint(
+    path: str | Path, learned: MetaOptimizer, step_only: MetaOptimizer | None, card: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        path: the folder; one that exists is replaced.
+        learned: the meta-optimizer.
+        step_only: the same recipe without teleports, or None.
+        card: what the card says beside what is written here (schema, shape, versions, hash of the weights).
+
+    Returns:
+        The folder.
+    """
+    tensors = {_LEARNED + name: value.detach().cpu().contiguous() for name, value in learned.state_dict().items()}
+    if step_only is not None:
+        state = step_only.state_dict()
+        tensors.update({_STEP_ONLY + name: value.detach().cpu().contiguous() for name, value in state.items()})
+    weights = save_tensors(tensors)
+    whole = {
+        "schema": SCHEMA,
+        "meta_optimizer": dataclasses.asdict(learned.config),
+        "step_only": None if step_only is None else dataclasses.asdict(step_only.config),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "versions": versions(),
+        **card,
+    }
+    with replacing_folder(path) as temporary:
+        (temporary / WEIGHTS).write_bytes(weights)
+        write_json(temporary / CARD, whole)
+    return Path(path)
+
+
+def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
+    """Exchanges some entries of a checkpoint's card, whole or not at all."""
+    file = Path(path) / CARD
+    write_json(file, {**json.loads(file.read_text()), **changes})
+
+
+def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Loads a checkpoint: its card and both of its networks, on the CPU.
+
+    Args:
+        name_or_path: a folder, or the bare name of a shipped checkpoint.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: if it is not there, damaged, or of another version.
+    """
+    path = _resolve(name_or_path)
+    card = _read_card(path)
+    try:
+        weights = (path / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} has no readable {WEIGHTS}: copy the whole folder again ({error})") from error
+    if hashlib.sha256(weights).hexdigest() != card.get("weights_sha256"):
+        raise CheckpointError(f"{path / WEIGHTS} is truncated or changed (its hash is not the card's): copy it again")
+    try:
+        tensors = load_tensors(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / WEIGHTS} is not a safetensors file ({error}): copy it again") from error
+    learned = _build(path, card.get("meta_optimizer"), tensors, _LEARNED)
+    step_only = None
+    if card.get("step_only") is not None:
+        step_only = _build(path, card["step_only"], tensors, _STEP_ONLY)
+    return Checkpoint(path, card, learned, step_only, _meta_seeds(path, card))
+
+
+def load(name_or_path: str | Path) -> Teleporter:
+    """Loads the learned teleporter of a checkpoint, for use with any optimizer.
+
+    Where the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
+
+    Args:
+        name_or_path: a folder, or the bare name of a shipped checkpoint.
+
+    Returns:
+        The teleporter, in eval mode, on the CPU: a `LearnedTeleporter` or a `GaugeTeleporter`.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or its mode learns no group element.
+
+    Example:
+        >>> load("leaky_mlp").name
+        'learned'
+    """
+    checkpoint = load_checkpoint(name_or_path)
+    teleporter, gauge = checkpoint.learned.teleporter, checkpoint.learned.gauge
+    if isinstance(teleporter, LearnedTeleporter):
+        return teleporter.eval()
+    if teleporter is not None:
+        raise CheckpointError(f"{checkpoint.name} has flat networks, which serve only the shapes they were made for")
+    if gauge is not None:
+        return GaugeTeleporter(gauge, TrustRegion(max_size=checkpoint.learned.config.max_size)).eval()
+    raise CheckpointError(
+        f"{checkpoint.name} is of mode {checkpoint.mode!r}, which learns a step and no teleport: use "
+        f"metateleport.LearnedOptimizer(model, {checkpoint.name!r}), or a checkpoint of a mode with 'tele'"
+    )
+
+
+def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
+    """The meta-optimizer of a checkpoint that has a learned step.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or its mode learns no step.
+    """
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+    if not loaded.learned.config.steps:
+        raise CheckpointError(
+            f"{loaded.name} is of mode 'tele', which learns a teleport and no step: use "
+            f"metateleport.TeleportingOptimizer(optimizer, model, metateleport.load({loaded.name!r}))"
+        )
+    return loaded.learned.eval()
+
+
+def _resolve(name_or_path: str | Path) -> Path:
+    path, known = Path(name_or_path), shipped_checkpoints()
+    # A folder that only happens to have a checkpoint's name does not hide it.
+    if str(name_or_path) in known and not (path / CARD).is_file():
+        return known[str(name_or_path)]
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise CheckpointError(f"a checkpoint is a folder, and {path} is a file: give the folder that holds it")
+    raise CheckpointError(
+        f"there is no checkpoint {str(name_or_path)!r}: known by name are {', '.join(known) or 'none'}; "
+        "any other is given by the path of its folder"
+    )
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads((path / CARD).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {CARD}: it is not a checkpoint, or was not copied whole") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / CARD} is truncated or not JSON ({error}): copy it again") from error
+    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
+        card = card if isinstance(card, dict) else {}
+        wrote = card.get("versions")
+        version = wrote.get("metateleport", "unknown") if isinstance(wrote, dict) else "unknown"
+        raise CheckpointError(
+            f"{path} is a checkpoint of schema {card.get('schema')!r}, and this version reads {SCHEMA}: use the "
+            f"version of metateleport that wrote it ({version})"
+        )
+    return card
+
+
+def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
+    try:
+        listed = [
+            MetaSeed(
+                int(each["seed"]),
+                float(each["validation"]),
+                path if each["chosen"] else path / SEEDS / str(int(each["seed"])),
+            )
+            for each in card.get(SEEDS, ())
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the meta-seeds in the card of {path} cannot be read ({error!r}): copy it again"
+        ) from error
+    return tuple(sorted(listed, key=lambda each: each.seed))
+
+
+def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:
+    try:
+        values = dict(shape)
+        values["groups"] = tuple(values["groups"])
+        values["shapes"] = tuple((name, tuple(size)) for name, size in values["shapes"])
+        # The initial weights are overwritten: they shall take no random numbers of the caller's.
+        with torch.random.fork_rng(devices=[]):
+            meta = MetaOptimizer(MetaOptimizerConfig(**values))
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the card of {path} does not describe a meta-optimizer of this version ({error})"
+        ) from error
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    try:
+        meta.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {path} do not fit its card: {error}") from error
+    return meta.eval()

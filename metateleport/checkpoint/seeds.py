@@ -1,0 +1,102 @@
+"""One checkpoint of several meta-seeds: the best of them on top, the others beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metateleport.checkpoint.checkpoint import CARD, SEEDS, WEIGHTS, Checkpoint, CheckpointError, load_checkpoint
+from metateleport.files import replacing_folder, write_json
+
+__all__ = ["combine_meta_seeds", "each_meta_seed"]
+
+# Where and on what device a training ran does not make it another recipe.
+_MAY_DIFFER = ("seed", "device")
+
+
+def combine_meta_seeds(
+    paths: Sequence[str | Path], into: str | Path, defaults: Mapping[str, Any] | None = None
+) -> Path:
+    """Makes one checkpoint of several that were trained by the same recipe from different seeds.
+
+    The one with the best validation score lies on top, where `load` finds it; the others lie in `meta_seeds/SEED`, each
+    a whole checkpoint. All are listed in the card on top, with their scores. Results in the cards are left out: they
+    are of single seeds.
+
+    Args:
+        paths: folders or bare names of checkpoints; those of several meta-seeds bring all of them.
+        into: the folder to write, whole or not at all; one that exists is replaced. It may be one of `paths`.
+        defaults: what settings count as where a card does not have them: the version that wrote it did not know them,
+            and trained as their defaults do.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: if one cannot be loaded, was not made by `metateleport train`, two have the same seed, or
+            their recipes differ.
+    """
+    found = [seed for path in paths for seed in each_meta_seed(load_checkpoint(path))]
+    if not found:
+        raise CheckpointError("there are no checkpoints to combine: give the folders of at least one")
+    by_seed: dict[int, Checkpoint] = {}
+    first = _recipe(found[0], defaults)
+    for each in found:
+        seed, recipe = _seed(each), _recipe(each, defaults)
+        if seed in by_seed:
+            raise CheckpointError(f"{by_seed[seed].path} and {each.path} are both of seed {seed}: give one of them")
+        for name in first.keys() | recipe.keys():
+            if first.get(name) != recipe.get(name):
+                raise CheckpointError(
+                    f"{found[0].path} and {each.path} are not of one recipe: {name} is {first.get(name)!r} in one and "
+                    f"{recipe.get(name)!r} in the other"
+                )
+        by_seed[seed] = each
+    by_seed = dict(sorted(by_seed.items()))
+    best = min(by_seed, key=lambda seed: (_validation(by_seed[seed]), seed))
+    listed = [{"seed": seed, "validation": _validation(each), "chosen": seed == best} for seed, each in by_seed.items()]
+    into = Path(into)
+    with replacing_folder(into) as temporary:
+        for seed, each in by_seed.items():
+            folder = temporary if seed == best else temporary / SEEDS / str(seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(each.path / WEIGHTS, folder / WEIGHTS)
+            card = {**each.card, "results": {}}
+            card.pop(SEEDS, None)
+            write_json(folder / CARD, {**card, "name": into.name, SEEDS: listed} if seed == best else card)
+    return into
+
+
+def each_meta_seed(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """All the trainings that a checkpoint was chosen from, loaded, by their seeds; itself where there was but one.
+
+    Raises:
+        CheckpointError: if one cannot be loaded.
+    """
+    if not checkpoint.meta_seeds:
+        return [checkpoint]
+    return [
+        checkpoint if seed.path == checkpoint.path else load_checkpoint(seed.path) for seed in checkpoint.meta_seeds
+    ]
+
+
+def _training(checkpoint: Checkpoint) -> dict[str, Any]:
+    training = checkpoint.card.get("training")
+    if not isinstance(training, dict):
+        raise CheckpointError(f"the card of {checkpoint.path} does not say how it was trained: train it anew")
+    return training
+
+
+def _seed(checkpoint: Checkpoint) -> int:
+    return int(_training(checkpoint)["config"]["seed"])
+
+
+def _validation(checkpoint: Checkpoint) -> float:
+    return float(_training(checkpoint)["runs"]["learned"]["validation"])
+
+
+def _recipe(checkpoint: Checkpoint, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = {**(defaults or {}), **_training(checkpoint)["config"]}
+    return {name: value for name, value in known.items() if name not in _MAY_DIFFER}

@@ -1,0 +1,244 @@
+"""Second-order references: what the same linear algebra buys without teleportation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from metateleport.evaluation.run import EvaluationError
+from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
+from metateleport.families import TaskStack
+from metateleport.families.stack import Batch, StackedModel
+from metateleport.point import Tensors
+
+__all__ = ["GaussNewton", "PerTask", "soap"]
+
+
+class PerTask(Method):
+    """An optimizer that looks at whole matrices: every task of a stack has one of its own.
+
+    A task whose parameters are not finite stays where it was.
+
+    Args:
+        name: of the method.
+        optimizer: makes an optimizer from one task's parameters and the settings.
+        settings: keyword arguments of `optimizer`.
+
+    Example:
+        >>> PerTask("gd", torch.optim.SGD, lr=0.1).settings
+        {'lr': 0.1}
+    """
+
+    def __init__(self, name: str, optimizer: Callable[..., torch.optim.Optimizer], **settings: Any) -> None:
+        super().__init__(name, settings)
+        self.optimizer = optimizer
+
+    def run(self, stack: TaskStack, budget: int) -> Trajectory:
+        tensors = {name: value.detach() for name, value in stack.model.tensors().items()}
+        tasks = [{name: value[task].clone() for name, value in tensors.items()} for task in range(len(stack))]
+        optimizers = [self.optimizer(list(each.values()), **self.settings) for each in tasks]
+        lost = [False] * len(stack)
+        recorder = Recorder(stack, budget)
+        for step in range(budget):
+            point = stack.model.point_at(tensors, stack.batch(step))
+            recorder.charge(1.0)
+            for task, (own, optimizer) in enumerate(zip(tasks, optimizers, strict=True)):
+                for name, value in own.items():
+                    value.grad = point.gradients[name][task].clone()
+                lost[task] = lost[task] or not all(bool(value.grad.isfinite().all()) for value in own.values())  # type: ignore[union-attr]
+                if not lost[task]:
+                    optimizer.step()
+            tensors = {name: torch.stack([own[name] for own in tasks]) for name in tensors}
+            recorder.record(tensors)
+        return recorder.trajectory()
+
+
+def soap(**settings: Any) -> Method:
+    """SOAP of `pytorch_optimizer`, without weight decay.
+
+    Raises:
+        ImportError: if `pytorch_optimizer` is not installed.
+
+    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321).
+    """
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ImportError("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'") from error
+    return PerTask("soap", SOAP, weight_decay=0.0, **settings)
+
+
+class GaussNewton(Method):
+    r"""Levenberg-Marquardt with the generalised Gauss-Newton matrix, for small problems, one batch a step.
+
+    $$d = -(J^\top H J + \mu 1)^{-1} J^\top \nabla_z L, \qquad H = \nabla^2_z L,$$
+
+    with $z$ the outputs and $J$ their Jacobian. A step that lowers the loss on its batch is taken and divides $\mu$
+    by 3; another one is not, and multiplies $\mu$ by 4. On data that does not change the Jacobian is then kept.
+
+    What a Jacobian costs is counted by its multiplications, over those of a gradient; each trial of a step is a
+    forward pass, a third. Models have to treat their samples one by one.
+
+    Args:
+        lr: length of the step, 1 for the full one.
+        damping: $\mu$ at the start, over the mean of the diagonal of $J^\top H J$.
+
+    Source: Nocedal and Wright, Numerical Optimization, section 10.3; Martens, JMLR 2020 (arXiv 1412.1193), section 8.
+    """
+
+    def __init__(self, lr: float = 1.0, damping: float = 1e-3) -> None:
+        super().__init__("gauss-newton", {"lr": lr, "damping": damping})
+        self.lr, self.damping = lr, damping
+
+    def run(self, stack: TaskStack, budget: int) -> Trajectory:
+        model = stack.model
+        tensors = {name: value.detach() for name, value in model.tensors().items()}
+        count = len(stack)
+        recorder = Recorder(stack, budget)
+        price = jacobian_cost(model, tensors, stack.batch(0))
+        damping = torch.full((count,), self.damping, device=stack.device, dtype=next(iter(tensors.values())).dtype)
+        known: _System | None = None
+        fresh = torch.ones(count, dtype=torch.bool, device=stack.device)
+        number = 0
+        with torch.no_grad():
+            while bool(recorder.affords(1 / 3).any()):
+                batch = stack.batch(number)
+                if bool(fresh.any()):
+                    recorder.charge(torch.where(fresh, price, 0.0))
+                    known = _System.at(model, tensors, batch, fresh, known)
+                assert known is not None
+                step = known.step(damping)
+                trial = {name: value + self.lr * step[name] for name, value in tensors.items()}
+                after = model.losses_at(trial, batch)
+                recorder.charge(1 / 3)
+                better = after < known.losses
+                tensors = {name: _where(better, trial[name], value) for name, value in tensors.items()}
+                damping = torch.where(better, damping / 3, damping * 4).clamp(1e-16, 1e16)
+                recorder.record(tensors)
+                fresh = better if stack.deterministic else torch.ones_like(better)
+                number += 1
+        return recorder.trajectory()
+
+
+def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
+    """Multiplications of the Jacobian of the outputs, over those of one gradient of the loss.
+
+    At least one: a Jacobian contains the gradient.
+
+    Raises:
+        EvaluationError: if the model does not give the Jacobian of every sample by itself.
+    """
+    (inputs, targets), template = batch, model.template
+    one = {name: value[0].detach() for name, value in tensors.items()}
+    fixed = {name: value[0] for name, value in model.fixed().items()}
+    given, wanted = tuple(value[0] for value in inputs), tuple(value[0] for value in targets)
+
+    def loss(values: Tensors) -> Tensor:
+        return model.loss(torch.func.functional_call(template, {**fixed, **values}, given), *wanted)
+
+    counts = []
+    for function in (lambda: torch.func.grad(loss)(one), lambda: _jacobian(model, one, fixed, given)):
+        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+            try:
+                function()
+            except Exception as error:
+                raise EvaluationError(
+                    "gauss-newton differentiates the outputs of every sample by itself, and the tasks' model does not "
+                    f"give that ({type(error).__name__}: {str(error)[:120]}): leave gauss-newton out of --methods"
+                ) from error
+        counts.append(counter.get_total_flops())
+    return max(counts[1] / max(counts[0], 1), 1.0)
+
+
+def _jacobian(model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
+    """Derivatives of every output of every sample by every parameter, `(samples, outputs, *parameter)`."""
+
+    def single(parameters: Tensors, sample: tuple[Tensor, ...]) -> Tensor:
+        inputs = tuple(each.unsqueeze(0) for each in sample)
+        return torch.func.functional_call(model.template, {**fixed, **parameters}, inputs).flatten()
+
+    return torch.func.vmap(torch.func.jacrev(single), (None, 0))(values, given)
+
+
+class _System:
+    """The linear systems of a stack: factors K with `K^T K` the Gauss-Newton matrix, and `q` with `K^T q` the gradient.
+
+    Args:
+        factors: `(tasks, rows, parameters)`.
+        rights: `(tasks, rows)`.
+        losses: on the batch, `(tasks,)`.
+        shapes: of one task's parameters, by name.
+    """
+
+    def __init__(self, factors: Tensor, rights: Tensor, losses: Tensor, shapes: dict[str, torch.Size]) -> None:
+        self.factors, self.rights, self.losses, self.shapes = factors, rights, losses, shapes
+
+    @classmethod
+    def at(cls, model: StackedModel, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
+        """The systems at some parameters, those of tasks where `where` is false as they are known.
+
+        Tasks are gone through one by one, to keep the memory small.
+        """
+        parts = []
+        for task, wanted in enumerate(where.tolist()):
+            if known is not None and not wanted:
+                parts.append((known.factors[task], known.rights[task], known.losses[task]))
+                continue
+            values = {name: value[task] for name, value in tensors.items()}
+            given, targets = (tuple(value[task] for value in part) for part in batch)
+            fixed = {name: value[task] for name, value in model.fixed().items()}
+            parts.append(cls._of_one(model, values, fixed, given, targets))
+        factors, rights, losses = (torch.stack(each) for each in zip(*parts, strict=True))
+        return cls(factors, rights, losses, {name: value.shape[1:] for name, value in tensors.items()})
+
+    @staticmethod
+    def _of_one(
+        model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = torch.func.functional_call(model.template, {**fixed, **values}, given)
+
+        def loss(flat: Tensor) -> Tensor:
+            return model.loss(flat.reshape(outputs.shape), *wanted)
+
+        jacobian = torch.cat(
+            [value.reshape(outputs.numel(), -1) for value in _jacobian(model, values, fixed, given).values()], 1
+        )
+        flat = outputs.flatten()
+        slope = torch.func.grad(loss)(flat)
+        curvature = torch.func.hessian(loss)(flat)
+        finite = bool(curvature.isfinite().all()) and bool(jacobian.isfinite().all())
+        if not finite:
+            return torch.zeros_like(jacobian), torch.zeros_like(slope), loss(flat)
+        tiny = torch.finfo(flat.dtype).tiny
+        diagonal = torch.diagonal(curvature)
+        if torch.equal(curvature, torch.diag(diagonal)):
+            roots = diagonal.clamp_min(1e-12 * diagonal.max().clamp_min(tiny)).sqrt()
+            return roots.unsqueeze(1) * jacobian, slope / roots, loss(flat)
+        eigenvalues, vectors = torch.linalg.eigh(curvature)
+        roots = eigenvalues.clamp_min(1e-12 * eigenvalues[-1].clamp_min(tiny)).sqrt()
+        return roots.unsqueeze(1) * (vectors.mT @ jacobian), (vectors.mT @ slope) / roots, loss(flat)
+
+    def step(self, damping: Tensor) -> Tensors:
+        """The step of every task, by parameter name."""
+        rows, columns = self.factors.shape[1:]
+        scale = self.factors.square().sum((1, 2)) / columns
+        shift = (damping * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+        dual = rows <= columns
+        gram = self.factors @ self.factors.mT if dual else self.factors.mT @ self.factors
+        gram = gram + shift[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        right = self.rights.unsqueeze(-1)
+        solved, _ = torch.linalg.solve_ex(gram, right if dual else self.factors.mT @ right)
+        whole = -(self.factors.mT @ solved if dual else solved).squeeze(-1)
+        parts = whole.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {
+            name: part.reshape(len(part), *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *(1,) * (no.ndim - 1)), yes, no)

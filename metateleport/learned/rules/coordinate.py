@@ -1,0 +1,119 @@
+"""The learned update of every coordinate, for small models: a two-layer LSTM that all coordinates share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.gauges import Gauge
+from metateleport.learned.finite import finite_gradient
+from metateleport.learned.progress import Progress
+from metateleport.learned.rules.base import carried_moments, fit, rms, subtracted
+from metateleport.learned.rules.step import StepRule
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Move
+
+__all__ = ["CoordinateRule"]
+
+
+class CoordinateRule(StepRule):
+    r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
+
+    $$W \mapsto W - \left(2\sigma(o_2)\,\Delta + \mathrm{rms}(\Delta)\tanh(o_1)\right)$$
+
+    with $\Delta$ the learned step and $o_1, o_2$ the LSTM's outputs at the coordinate, from scale-free
+    inputs: the gradient over its root mean square, the momentum over the root of the second moment, the log of the
+    second moment over its mean, and the time. At the start of meta-training this is the learned step alone.
+
+    Args:
+        hidden: units of the per-tensor LSTM.
+        coordinate_hidden: units of each layer of the coordinate-wise LSTM.
+        secants: number of secant pairs.
+        longest, cooling: as of `StepRule`.
+
+    Source: Andrychowicz et al., NeurIPS 2016 (arXiv 1606.04474), section 2.1.
+    """
+
+    _FEATURES = 4
+    per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "layers", "momentum", "squares")
+
+    def __init__(
+        self,
+        hidden: int = 32,
+        coordinate_hidden: int = 20,
+        secants: int = 0,
+        longest: float = 1.5,
+        cooling: float = 0.0,
+    ) -> None:
+        super().__init__(hidden, secants, longest, cooling)
+        self.coordinate_hidden = coordinate_hidden
+        self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _coordinate_features
+        self.first = nn.LSTMCell(self._FEATURES, coordinate_hidden)
+        self.second = nn.LSTMCell(coordinate_hidden, coordinate_hidden)
+        self.coordinate_head = nn.Linear(coordinate_hidden, 2)
+        with torch.no_grad():
+            self.coordinate_head.weight.mul_(0.1)
+            self.coordinate_head.bias.zero_()
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        own = self.coordinate_head.weight
+        layers = {}
+        for name, gradient in point.gradients.items():
+            zero = torch.zeros(gradient.numel(), self.coordinate_hidden, dtype=own.dtype, device=own.device)
+            layers[name] = (zero,) * 4
+        moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {**super().initial_state(point), "layers": layers, "momentum": moments, "squares": moments}
+
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, dict[str, Any]]:
+        steps, remembered = self._changes(point, symmetries, progress, state, gauges)
+        own = self.coordinate_head.weight.dtype
+        momentum, squares, inputs, sizes = {}, {}, [], {}
+        for name, gradient in point.gradients.items():
+            fixed = gradient.detach() if self.detach else gradient
+            # What a task remembers where its last step is taken back belongs to a place that it has left.
+            kept = fit(progress.accepted, gradient).to(gradient.dtype)
+            momentum[name] = 0.9 * kept * state["momentum"][name] + 0.1 * fixed
+            squares[name] = 0.95 * kept * state["squares"][name] + 0.05 * fixed.square()
+            sizes[name] = rms(steps[name])
+            inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
+        flat = torch.cat(inputs)
+        before = [torch.cat(parts) for parts in zip(*(state["layers"][name] for name in point.gradients), strict=True)]
+        first = self.first(flat, (before[0], before[1]))
+        second = self.second(first[0], (before[2], before[3]))
+        outputs = finite_gradient(self.coordinate_head(second[0]))
+        changes, start = {}, 0
+        for name, gradient in point.gradients.items():
+            own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
+            start += gradient.numel()
+            shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
+            changes[name] = 2 * gain.sigmoid() * steps[name] + fit(sizes[name], gradient) * shift.tanh()
+        moved = {**point.parameters, **subtracted(point.parameters, changes)}
+        counts = [gradient.numel() for gradient in point.gradients.values()]
+        after = zip(*(part.split(counts) for part in (*first, *second)), strict=True)
+        layers = dict(zip(point.gradients, after, strict=True))
+        return moved, {**remembered, "layers": layers, "momentum": momentum, "squares": squares}
+
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+        # The moments are features here, and features are kept out of the graph.
+        return {**super().carry(state, moves, point, accepted), **carried_moments(state, moves, point, self.detach)}
+
+
+def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:
+    tiny = torch.finfo(gradient.dtype).tiny
+    normal = gradient / fit(rms(gradient), gradient)
+    adaptive = momentum / (squares.sqrt() + tiny)
+    mean = squares.reshape(squares.shape[0], -1).mean(-1).clamp_min(tiny)
+    relative = (squares / fit(mean, squares)).clamp_min(1e-12).log() / 10
+    stacked = torch.stack((normal, adaptive, relative, torch.full_like(normal, time / (time + 10))), -1)
+    return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(0, -2)

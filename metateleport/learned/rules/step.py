@@ -1,0 +1,293 @@
+"""The learned step: descent with a step and a momentum for each tensor, bounded by the curvature."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.gauges import Gauge, precondition
+from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.finite import finite_gradient
+from metateleport.learned.progress import PROGRESS_FEATURES, Progress
+from metateleport.learned.rules.base import UpdateRule, fit, subtracted
+from metateleport.learned.secants import Secant, secant_between, with_secants
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Move
+
+__all__ = ["StepRule"]
+
+Cell = tuple[Tensor, Tensor]
+_TENSOR_FEATURES = 7
+_PLACE = 3.0
+"""How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
+
+_PATIENCE = 10.0
+"""Rest at which steps begin to cool down: without noise too a loss may lie still for a while."""
+
+_AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
+
+
+class StepRule(nn.Module, UpdateRule):
+    r"""Gradient descent with momentum, step and momentum of each tensor learned.
+
+    $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,s\,d\,P v / \kappa, \qquad \sum s = 1$$
+
+    $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
+    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights shared, state its
+    own) puts out its share $s$ of the step, at the start the same for all, $m \in (0, m_{\max})$, at the start one, and
+    $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that each take what
+    they could alone overshoot together; with shares they do not. For residuals with the Jacobian
+    $(J_1, \dots, J_n)$, by Cauchy and Schwarz,
+
+    $$\Big|\sum_i J_i \delta_i\Big|^2 \le \sum_i |J_i \delta_i|^2 / s_i,$$
+
+    so that where the bounds hold $\kappa_i / s_i$ bound the curvature jointly, and a step with $m = 1$ lowers the
+    Gauss-Newton model. Much above that it pays only in what a gauge has left uneven, and keeps the gauge from learning
+    to even it out.
+
+    The velocity is a covector and moves with a teleport; a task that goes back to its last accepted point starts with
+    $v = G$. Tensors without a bound take Polyak's step $L / \langle G, P G \rangle$, summed over all such, in the place
+    of $s / \kappa$.
+
+    The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
+    `detach` to False, or put another function in the place of `observe`.
+
+    With `secants` the last so many steps and changes of the gradient are built around $m P / \kappa$ as limited-memory
+    BFGS does around its scaled identity; what they tell is kept out of the graph, and a learned trust in (0, 1) mixes
+    that step with the one above, tensor by tensor. Only where all data are seen at every evaluation: the gradients of
+    two minibatches have no secant.
+
+    With a `cooling` rate $a$ steps on minibatches get shorter where the loss is down to its noise, by
+    $1 / (1 + a\,e^{o} (r - 10)_+)$ with $r$ the rest (`Progress`) and $o \in (-2, 2)$ put out for each tensor: Robbins
+    and Monro's sequence, which averages noise away, begun where the loss has all but stopped to fall. Without it a step
+    that is long enough for data without noise keeps up the error that it makes from noise.
+
+    Args:
+        hidden: units of the LSTM.
+        secants: number of secant pairs.
+        longest: $m_{\max}$, above one. From two on a step overshoots where the bound is met.
+        cooling: $a$, the rate at the start of training; zero for steps that never get shorter by themselves.
+
+    Example:
+        >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
+        731
+
+    Source: Robbins and Monro, "A stochastic approximation method", Ann. Math. Stat. 1951, for the cooling.
+    """
+
+    divides_by_loss: ClassVar[bool] = True
+    per_tensor: ClassVar[tuple[str, ...]] = ("cells", "velocity")
+    void_on_change: ClassVar[tuple[str, ...]] = ("secants", "from")
+
+    def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5, cooling: float = 0.0) -> None:
+        super().__init__()
+        self.hidden, self.secants, self.longest, self.cooling = hidden, secants, longest, cooling
+        self.detach = True
+        self.observe: Callable[..., Tensor] = _observe
+        self.secant: Callable[..., Secant] = secant_between
+        self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
+        # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
+        start = [-math.log(longest - 1), -3.0, 0.0, *([0.0] if cooling else []), *([-3.0] if secants else [])]
+        self.head = nn.Linear(hidden, len(start))
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.copy_(torch.tensor(start))
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        assert point.loss is not None
+        own = self.head.weight
+        zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
+        still = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {"cells": dict.fromkeys(point.gradients, (zero, zero)), "velocity": still, **_AT_REST}
+
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, dict[str, Any]]:
+        changes, remembered = self._changes(point, symmetries, progress, state, gauges)
+        return {**point.parameters, **subtracted(point.parameters, changes)}, remembered
+
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+        velocity, secants = dict(state["velocity"]), list(state["secants"])
+        if state["from"] is not None:
+            now = point.detach()
+            own = {name: now.parameters[name] for name in now.gradients}
+            secants = [*secants, self.secant(state["from"], (own, now.gradients), accepted)][-self.secants :]
+        for move in moves:
+            velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
+            secants = [_carried_secant(Secant(*each), move, point) for each in secants]
+        return {**state, "velocity": velocity, "secants": tuple(secants)}
+
+    def _changes(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """What to subtract from each tensor with a gradient, and what is remembered of the step."""
+        scales, velocity, trusts, cells = self._velocities(point, symmetries, progress, state, gauges)
+
+        def inner(direction: Tensors) -> Tensors:
+            raised = precondition(gauges, direction, point)
+            return {name: fit(scales[name], value) * value for name, value in raised.items()}
+
+        remembered = {"cells": cells, "velocity": velocity, "moving": True, "secants": (), "from": None}
+        changes = inner(velocity)
+        if self.secants and progress.deterministic:
+            bent = with_secants([Secant(*each) for each in state["secants"]], velocity, inner)
+            changes = {name: value + fit(trusts[name], value) * (bent[name] - value) for name, value in changes.items()}
+            fixed = point.detach()
+            own = {name: fixed.parameters[name] for name in fixed.gradients}
+            remembered |= {"secants": state["secants"], "from": (own, fixed.gradients)}
+        return {name: fit(progress.damping, value) * value for name, value in changes.items()}, remembered
+
+    def _velocities(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge],
+    ) -> tuple[Tensors, Tensors, Tensors, dict[str, Cell]]:
+        """Of each tensor the factor on its step in its gauge, `(tasks,)`, the velocity and the trust in secants."""
+        assert point.loss is not None
+        bounds = curvature_bounds(point, symmetries, gauges)
+        polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
+        names = list(point.gradients)
+        own = self.head.weight.dtype
+        if self.detach:
+            fixed = {name: value.detach() for name, value in bounds.items()}
+            still = [dataclasses.replace(gauge, element=gauge.element.detach()) for gauge in gauges]
+            inputs = self.observe(point.detach(), fixed, progress, still, symmetries)
+        else:
+            inputs = self.observe(point, bounds, progress, gauges, symmetries)
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        cells = state["cells"]
+        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
+        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        size = (len(names), *point.loss.shape)
+        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
+        memories = outputs[..., 1].sigmoid()
+        shares = _shares(outputs[..., 2], [name in bounds for name in names])
+        multipliers = self.longest * outputs[..., 0].sigmoid() * shares
+        # Polyak's step is as long as a step may be; what is longest in units of a bound says nothing of it.
+        whole = torch.tensor([[name in bounds] for name in names], device=shares.device)
+        multipliers = torch.where(whole, multipliers, multipliers.clamp_max(1.0))
+        if self.cooling:
+            rest = (progress.rest - _PATIENCE).clamp_min(0)
+            multipliers = multipliers / (1 + self.cooling * (2 * outputs[..., 3].tanh()).exp() * rest)
+        hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
+        trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
+        scales, velocity, after = {}, {}, {}
+        for index, name in enumerate(names):
+            gradient = point.gradients[name]
+            reach = _reciprocal(bounds[name]) if name in bounds else polyak
+            scales[name] = multipliers[index] * reach
+            kept = gradient
+            if state["moving"]:
+                kept = torch.where(fit(progress.accepted, gradient), finite_gradient(state["velocity"][name]), gradient)
+            share = fit(memories[index], gradient)
+            velocity[name] = share * kept + (1 - share) * gradient
+            after[name] = (hidden[index], memory[index])
+        return scales, velocity, trusts, after
+
+
+def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
+    """What part of a step each tensor with a bound takes, adding up to one, `(tensors, tasks)`; one for the others."""
+    if not any(bounded):
+        return torch.ones_like(logits)
+    inside = torch.tensor(bounded, device=logits.device).unsqueeze(-1)
+    return torch.where(inside, logits.masked_fill(~inside, -torch.inf).softmax(0), 1.0)
+
+
+def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
+    """A secant pair moved along; void where its teleport has no linear action to move it by."""
+    moved = move.size > 0
+    if not bool(moved.any()):
+        return secant
+    if move.symmetry.exactness != "exact":
+        return secant._replace(weight=torch.where(moved, 0.0, secant.weight))
+    element = move.element.detach()
+    step = {**secant.step, **move.symmetry.carry_vectors(element, secant.step, point)}
+    return Secant(
+        step, {**secant.change, **move.symmetry.carry_covectors(element, secant.change, point).tensors}, secant.weight
+    )
+
+
+def _reciprocal(bound: Tensor) -> Tensor:
+    """One over a bound; zero where there is no curvature, as there is no gradient either."""
+    flat = bound <= 1e3 * torch.finfo(bound.dtype).tiny
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, bound).reciprocal())
+
+
+def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tensor:
+    """Polyak's step over some tensors together, in their gauges, `(tasks,)`."""
+    assert point.loss is not None
+    own = {name: point.gradients[name] for name in names}
+    raised = precondition(gauges, own, point)
+    products = [(own[name] * raised[name]).flatten(point.loss.ndim).sum(-1) for name in names]
+    total = sum(products, torch.zeros_like(point.loss))
+    return point.loss.abs() / total.clamp_min(torch.finfo(point.loss.dtype).tiny)
+
+
+def _observe(
+    point: Point, bounds: Tensors, progress: Progress, gauges: Sequence[Gauge], symmetries: Sequence[Symmetry]
+) -> Tensor:
+    """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
+    shared = progress.features()
+    raised = precondition(gauges, point.gradients, point)
+    lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
+    shares = {name: _share(point, name, bounds[name], raised[name]) for name in point.gradients if name in bounds}
+    # Layers that each could take the same error overshoot together; one that sees this sum can make room for the rest.
+    promised = sum(shares.values(), torch.full_like(shared[..., 0], 1e-17)).log() / 5
+    rows = []
+    for name in point.gradients:
+        place = _place_features(point, name, lower)
+        own = _tensor_features(point, name, shares.get(name))
+        rows.append(torch.cat((promised.unsqueeze(-1), own, place, shared), -1))
+    return torch.stack(rows)
+
+
+def _share(point: Point, name: str, bound: Tensor, raised: Tensor) -> Tensor:
+    """The share of the loss that one step along this tensor alone could take; at most one for squared errors."""
+    assert point.loss is not None
+    product = (point.gradients[name] * raised).flatten(point.loss.ndim).sum(-1)
+    return product / (2 * bound * point.loss.abs()).clamp_min(torch.finfo(product.dtype).tiny)
+
+
+def _tensor_features(point: Point, name: str, share: Tensor | None) -> Tensor:
+    """How uneven a tensor's inputs are, how steep it is in its gauge, and whether its curvature is known."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    tiny = torch.finfo(point.loss.dtype).tiny
+    uneven, steep = torch.zeros_like(point.loss), torch.zeros_like(point.loss)
+    if layer in point.activations and kind == "weight":
+        inputs = point.activations[layer]
+        mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
+        uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
+    if share is not None:
+        steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
+    known = torch.full_like(point.loss, float(share is not None))
+    return torch.stack((uneven / 2, steep, known), -1)
+
+
+def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
+    """Whether a tensor is a bias, whether a layer follows it, and how many samples there are for its inputs."""
+    assert point.loss is not None
+    layer, _, kind = name.rpartition(".")
+    inputs = point.activations.get(layer)
+    ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1])
+    place = (_PLACE * (kind == "bias"), _PLACE * (layer in lower), ratio)
+    return point.loss.new_tensor(place).expand(*point.loss.shape, 3)

@@ -1,0 +1,137 @@
+"""The update for large models: an LSTM for each tensor steers a small network that every coordinate goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.gauges import Gauge
+from metateleport.learned.finite import finite_gradient
+from metateleport.learned.progress import Progress
+from metateleport.learned.rules.base import fit, rms
+from metateleport.learned.rules.step import StepRule
+from metateleport.point import Point, Tensors
+from metateleport.symmetries import Symmetry
+from metateleport.teleporters import Move
+
+__all__ = ["TensorRule"]
+
+_FEATURES = 5
+_SQUARES_MEMORY = 0.99
+
+
+class TensorRule(StepRule):
+    r"""A learned update for every coordinate whose memory is the tensor's, on top of the learned step.
+
+    $$W \mapsto W - \left(2\sigma(o_2)\,\Delta + \mathrm{rms}(\Delta)\tanh(o_1)\right)$$
+
+    $$\phi = \tanh((1 + \gamma) \odot A f + \delta), \qquad o_1 = a_1^\top \phi + k^\top f, \qquad
+      o_2 = a_2^\top \phi + b$$
+
+    with $\Delta$ the learned step. $f$ are scale-free features of a coordinate: gradient,
+    velocity, velocity over the root of the second moment, and weight, each over its root mean square in the tensor,
+    and the log of the second moment over its mean. $A, a_1, a_2$ are shared by all coordinates of all tensors;
+    $\gamma, \delta, k, b$ come from the hidden state of the tensor's LSTM, so that a tensor can be stepped like
+    gradient descent, like Adam or by the sign, and differently as time goes on. At the start of meta-training they are
+    near zero, and this is the learned step alone.
+
+    It remembers a velocity and a second moment for each parameter, and one LSTM state for each tensor. A coordinate's
+    step is at most twice its learned step and once the root mean square of the tensor's.
+
+    Args:
+        hidden: units of the LSTM of each tensor.
+        units: of the network that every coordinate goes through.
+        secants: number of secant pairs, which remember two more numbers a parameter each.
+        longest, cooling: as of `StepRule`.
+
+    Example:
+        >>> rule = TensorRule(hidden=8, units=4)
+        >>> weights = {"weight": torch.zeros(1, 30, 30)}
+        >>> state = rule.initial_state(Point(weights, gradients=weights, loss=torch.ones(1)))
+        >>> [tuple(state[name]["weight"].shape) for name in ("velocity", "squares")]
+        [(1, 30, 30), (1, 30, 30)]
+
+    Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned optimizers", CoLLAs
+    2022 (arXiv 2203.11860), section 3: a tensor's LSTM over small networks of its coordinates.
+    """
+
+    per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "squares")
+
+    def __init__(
+        self, hidden: int = 32, units: int = 8, secants: int = 0, longest: float = 1.5, cooling: float = 0.0
+    ) -> None:
+        super().__init__(hidden, secants, longest, cooling)
+        self.units = units
+        self.observe_coordinates: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _coordinate_features
+        self.steering = nn.Linear(hidden, 2 * units + _FEATURES + 1)
+        self.first = nn.Linear(_FEATURES, units, bias=False)
+        self.second = nn.Linear(units, 2, bias=False)
+        with torch.no_grad():
+            self.steering.weight.mul_(0.1)
+            self.steering.bias.zero_()
+            self.second.weight.mul_(0.1)
+
+    def initial_state(self, point: Point) -> dict[str, Any]:
+        squares = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
+        return {**super().initial_state(point), "squares": squares}
+
+    def step(
+        self,
+        point: Point,
+        symmetries: Sequence[Symmetry],
+        progress: Progress,
+        state: dict[str, Any],
+        gauges: Sequence[Gauge] = (),
+    ) -> tuple[Tensors, dict[str, Any]]:
+        steps, remembered = self._changes(point, symmetries, progress, state, gauges)
+        moved, squares = dict(point.parameters), {}
+        for name, step in steps.items():
+            seen = (point.gradients[name], remembered["velocity"][name], point.parameters[name])
+            gradient, fixed, weight = (each.detach() for each in seen) if self.detach else seen
+            # What a task remembers where its last step is taken back belongs to a place that it has left.
+            kept = torch.where(fit(progress.accepted, gradient), state["squares"][name], 0.0)
+            squares[name] = _SQUARES_MEMORY * kept + (1 - _SQUARES_MEMORY) * gradient.square()
+            features = self.observe_coordinates(gradient, fixed, squares[name], weight)
+            shift, gain = self._outputs(features, remembered["cells"][name][0], step)
+            change = 2 * gain.sigmoid() * step + fit(rms(step), step) * shift.tanh()
+            moved[name] = point.parameters[name] - change
+        return moved, {**remembered, "squares": squares}
+
+    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+        squares = dict(state["squares"])
+        for move in moves:
+            # Second moments are features here, and features are kept out of the graph.
+            element = move.element.detach() if self.detach else move.element
+            squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
+        return {**super().carry(state, moves, point, accepted), "squares": squares}
+
+    def _outputs(self, features: Tensor, hidden: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The two outputs at every coordinate, in the shape and dtype of `like`.
+
+        Args:
+            features: `(tasks, coordinates, features)`.
+            hidden: of the tensor's LSTM, `(tasks, hidden)`.
+            like: the tensor.
+        """
+        sizes = (self.units, self.units, _FEATURES, 1)
+        gamma, delta, skip, bias = self.steering(hidden).unsqueeze(-2).split(sizes, -1)
+        features = features.to(gamma.dtype)
+        inner = torch.tanh((1 + gamma) * self.first(features) + delta)
+        first, second = self.second(inner).unbind(-1)
+        outputs = torch.stack((first + (skip * features).sum(-1), second + bias.squeeze(-1)))
+        shift, gain = finite_gradient(outputs).to(like.dtype).reshape(2, *like.shape)
+        return shift, gain
+
+
+def _coordinate_features(gradient: Tensor, velocity: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
+    """Features of every coordinate, of order one, `(tasks, coordinates, features)`."""
+    tiny = torch.finfo(gradient.dtype).tiny
+    mean = squares.reshape(squares.shape[0], -1).mean(-1).clamp_min(tiny)
+    relative = squares / fit(mean, squares) + 1e-12
+    adaptive = velocity / relative.sqrt()
+    normal = [each / fit(rms(each), each) for each in (gradient, velocity, adaptive, weight)]
+    stacked = torch.stack((*normal, relative.log() / 10), -1)
+    return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(1, -2)

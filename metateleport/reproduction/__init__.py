@@ -1,7 +1,0 @@
-"""The source paper's learned teleportation, done again with what it is to be compared with."""
-
-from metateleport.reproduction.figure_6 import NETWORKS, Figure6, figure_6
-from metateleport.reproduction.picture import draw
-from metateleport.reproduction.summary import sentences_of, tables_of
-
-__all__ = ["NETWORKS", "Figure6", "draw", "figure_6", "sentences_of", "tables_of"]

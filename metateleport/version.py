@@ -1,0 +1,5 @@
+"""The package's version: the one place that states it."""
+
+__all__ = ["VERSION"]
+
+VERSION = "0.1.0"
