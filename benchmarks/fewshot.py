@@ -27,8 +27,9 @@ import torch
 
 from benchmarks._fewshot_methods import METHODS, Meta, base_of, build, standing, switched_off
 from benchmarks._fewshot_report import compare, page_of, words_of
-from metateleport import TaskFamily, TaskStack, load_family
+from metateleport import TaskFamily, load_family
 from metateleport.checkpoint import shipped_checkpoints
+from metateleport.families import TaskStack
 from metateleport.fewshot import Adaptation, MetaTraining, MetaTrainingConfig, TeleportingLearner, adapt
 from metateleport.files import write_json, write_text
 

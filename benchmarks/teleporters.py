@@ -25,7 +25,9 @@ from benchmarks._timing import conditions
 from metateleport.evaluation.paired import paired_ratio
 from metateleport.families import TaskStack
 from metateleport.files import write_json, write_text
-from metateleport.teleporters import Move, travel
+from metateleport.objectives import Curvature, Sharpness, SquaredGradientNorm
+from metateleport.point import Point
+from metateleport.teleporters import LevelSetTeleporter, Move, NullSpaceTeleporter, travel
 
 __all__ = ["main"]
 
@@ -46,21 +48,21 @@ TELEPORTERS: dict[str, Maker] = {
         steps=STEPS, step_size=0.02, direction="descent", line_search=True
     ),
     "sharpness, descent": lambda _: mt.GradientAscentTeleporter(
-        mt.Sharpness(radii=(0.1,), directions=3), steps=STEPS, step_size=0.05, direction="descent"
+        Sharpness(radii=(0.1,), directions=3), steps=STEPS, step_size=0.05, direction="descent"
     ),
     "sharpness, ascent": lambda _: mt.GradientAscentTeleporter(
-        mt.Sharpness(radii=(0.1,), directions=3), steps=STEPS, step_size=0.05
+        Sharpness(radii=(0.1,), directions=3), steps=STEPS, step_size=0.05
     ),
     "curvature, descent": lambda symmetries: mt.GradientAscentTeleporter(
-        mt.Curvature(symmetries, curves=3), steps=STEPS, step_size=0.05, direction="descent"
+        Curvature(symmetries, curves=3), steps=STEPS, step_size=0.05, direction="descent"
     ),
     "curvature, ascent": lambda symmetries: mt.GradientAscentTeleporter(
-        mt.Curvature(symmetries, curves=3), steps=STEPS, step_size=0.05
+        Curvature(symmetries, curves=3), steps=STEPS, step_size=0.05
     ),
     "whitening, features": lambda _: mt.WhiteningTeleporter("features"),
     "whitening, balanced": lambda _: mt.WhiteningTeleporter("balanced"),
-    "null space": lambda _: mt.NullSpaceTeleporter(steps=STEPS),
-    "level set": lambda _: mt.LevelSetTeleporter(steps=STEPS),
+    "null space": lambda _: NullSpaceTeleporter(steps=STEPS),
+    "level set": lambda _: LevelSetTeleporter(steps=STEPS),
     "learned": lambda _: mt.load("leaky_mlp"),
 }
 
@@ -100,12 +102,12 @@ def timed(work: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-class _Counted(mt.SquaredGradientNorm):
+class _Counted(SquaredGradientNorm):
     """The objective, and how often it was looked at."""
 
     made = 0
 
-    def __call__(self, point: mt.Point) -> Tensor:
+    def __call__(self, point: Point) -> Tensor:
         self.made += 1
         return super().__call__(point)
 
@@ -169,7 +171,7 @@ def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, 
     start = stack.model.point_at(stack.model.tensors(), batch)
     teleporters = {kind: make(stack.symmetries) for kind, make in TELEPORTERS.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in teleporters}
-    arrivals: dict[str, tuple[mt.Point, list[Move]]] = {}
+    arrivals: dict[str, tuple[Point, list[Move]]] = {}
     for number in range(rounds + 1):
         for kind, teleporter in teleporters.items():
             began = time.process_time()
@@ -207,7 +209,7 @@ def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, 
 _FACTORS = (4.0, 1.0, 0.25)
 
 
-def descend(stack: TaskStack, batch: Any, point: mt.Point, spent: Tensor, budget: int) -> Tensor:
+def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: int) -> Tensor:
     """Gradient descent with a step size searched for in every step, until each task has spent its budget.
 
     Args:

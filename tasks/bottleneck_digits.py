@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport import FamilyError, LinearPair, Rescaling, Symmetry, load_family
+from metateleport import LinearPair, Rescaling, Symmetry, load_family
+from metateleport.families import FamilyError
 from metateleport.families.classification import ClassificationFamily, linear
 from metateleport.families.labelled import LabelledData
 from metateleport.symmetries import AttentionQK, AttentionVO

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from metateleport import FamilyError
+from metateleport.families import FamilyError
 from metateleport.families.classification import PerceptronFamily
 from metateleport.families.labelled import LabelledData, read_once, share_out, standardised
 

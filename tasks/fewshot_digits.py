@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metateleport import FamilyError, Task
-from metateleport.families import Split, split_of
+from metateleport import Task
+from metateleport.families import FamilyError, Split, split_of
 from metateleport.fewshot import Episodes, FewShotFamily, MissingLearn2Learn
 
 PIXELS = 64

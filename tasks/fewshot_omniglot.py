@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metateleport import FamilyError, Task
-from metateleport.families import SPLITS, Split, split_of
+from metateleport import Task
+from metateleport.families import SPLITS, FamilyError, Split, split_of
 from metateleport.fewshot import Episodes, FewShotFamily, MissingLearn2Learn, omniglot
 
 TURNS = 4

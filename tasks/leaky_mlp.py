@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport import BatchPair2022, BatchPair2024, FamilyError, LinearPair, Rescaling, Symmetry, Task, TaskFamily
+from metateleport import LinearPair, Rescaling, Symmetry, Task, TaskFamily
+from metateleport.families import FamilyError
+from metateleport.symmetries import BatchPair2022, BatchPair2024
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.1),

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport import FamilyError, LinearPair, Measure, Task, TaskFamily
+from metateleport import LinearPair, Task, TaskFamily
+from metateleport.families import FamilyError, Measure
 
 # Eight times as many measurements as the width times the rank: four for each unknown.
 OVERSAMPLING = 8

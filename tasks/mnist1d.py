@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from metateleport import FamilyError
+from metateleport.families import FamilyError
 from metateleport.families.classification import PerceptronFamily
 from metateleport.families.labelled import LabelledData, read_once, share_out, standardised
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from metateleport import FamilyError, QuadraticRotation, Task, TaskFamily
+from metateleport import Task, TaskFamily
+from metateleport.families import FamilyError
+from metateleport.symmetries import QuadraticRotation
 
 # Beyond this the smallest eigenvalue drowns in the rounding of the others, and A is not surely positive any more.
 LARGEST_CONDITION = 1e12

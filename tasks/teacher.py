@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport import FamilyError, Rescaling, Task, TaskFamily
+from metateleport import Rescaling, Task, TaskFamily
+from metateleport.families import FamilyError
 
 HELD_OUT_SAMPLES = 500
 

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.learned import StackOptimizer
-from metateleport.learned.differentiable import unroll_context
+from metateleport.families import StackedModel
+from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.adaptive import AdaptiveRule
 from metateleport.learned.rules.coordinate import CoordinateRule
 from metateleport.learned.rules.step import StepRule
 from metateleport.learned.rules.tensor import TensorRule
+from metateleport.symmetries import BatchPair2022
+from metateleport.training import StackOptimizer
+from metateleport.training.differentiable import unroll_context
 
 MODES = ["lr", "lr+tele", "update", "update+tele", "tele"]
 TASKS, WIDTH = 2, 3
@@ -34,7 +37,7 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum() / 2
 
 
-def stack(kind: str) -> tuple[mt.StackedModel, Batch]:
+def stack(kind: str) -> tuple[StackedModel, Batch]:
     """Tasks whose covariances have eigenvalues far apart, so that `eigh` has a derivative."""
     source = torch.Generator().manual_seed(3)
 
@@ -56,17 +59,17 @@ def stack(kind: str) -> tuple[mt.StackedModel, Batch]:
     elif kind == "rescaling":
         symmetries = [mt.Rescaling(models[0], "0", "2")]
     else:
-        symmetries = [mt.BatchPair2022(models[0], "0", "2", nn.LeakyReLU(0.1))]
+        symmetries = [BatchPair2022(models[0], "0", "2", nn.LeakyReLU(0.1))]
     samples = 3 if kind == "2022 form" else 6
     batch = ((draw(TASKS, samples, 4),), (draw(TASKS, samples, 4),))
-    return mt.StackedModel(models, half_squared_error, symmetries), batch
+    return StackedModel(models, half_squared_error, symmetries), batch
 
 
-def meta_optimizer(mode: str, base: str = "momentum") -> mt.MetaOptimizer:
+def meta_optimizer(mode: str, base: str = "momentum") -> MetaOptimizer:
     torch.manual_seed(0)
-    config = mt.MetaOptimizerConfig(mode=mode, hidden=4, coordinate_hidden=3, base=base, base_lr=1e-4)  # type: ignore[arg-type]
-    meta = mt.MetaOptimizer(config).double()
-    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+    config = MetaOptimizerConfig(mode=mode, hidden=4, coordinate_hidden=3, base=base, base_lr=1e-4)  # type: ignore[arg-type]
+    meta = MetaOptimizer(config).double()
+    if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
             for network in meta.teleporter.networks.values():
                 # Open enough that the teleport matters, and small enough that no step makes a task worse.
@@ -78,9 +81,7 @@ def meta_optimizer(mode: str, base: str = "momentum") -> mt.MetaOptimizer:
     return meta
 
 
-def unrolled(
-    meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int, track: bool
-) -> tuple[Tensor, bool]:
+def unrolled(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int, track: bool) -> tuple[Tensor, bool]:
     """Mean log loss along an unroll, and whether every step was accepted and none of its teleports refused."""
     model, batch = problem
     optimizer = StackOptimizer(model, meta)
@@ -98,7 +99,7 @@ def unrolled(
     return torch.stack(losses).log().mean(), smooth
 
 
-def analytic(meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int) -> list[Tensor]:
+def analytic(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int) -> list[Tensor]:
     loss, smooth = unrolled(meta, problem, steps, track=True)
     assert smooth
     found = torch.autograd.grad(loss, list(meta.parameters()), allow_unused=True)
@@ -108,7 +109,7 @@ def analytic(meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], ste
     ]
 
 
-def difference(evaluate: Callable[[], Tensor], meta: mt.MetaOptimizer, direction: list[Tensor]) -> float:
+def difference(evaluate: Callable[[], Tensor], meta: MetaOptimizer, direction: list[Tensor]) -> float:
     """Central difference along a direction of the networks' parameters."""
     start = [value.detach().clone() for value in meta.parameters()]
     values = []
@@ -123,7 +124,7 @@ def difference(evaluate: Callable[[], Tensor], meta: mt.MetaOptimizer, direction
     return (values[0] - values[1]) / 4e-6
 
 
-def error(gradient: list[Tensor], evaluate: Callable[[], Tensor], meta: mt.MetaOptimizer) -> float:
+def error(gradient: list[Tensor], evaluate: Callable[[], Tensor], meta: MetaOptimizer) -> float:
     """Largest difference between a meta-gradient and central differences along random directions, relative."""
     norm = torch.cat([each.flatten() for each in gradient]).norm()
     assert float(norm) > 1e-4
@@ -141,7 +142,7 @@ def error(gradient: list[Tensor], evaluate: Callable[[], Tensor], meta: mt.MetaO
 
 
 def compare(
-    meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int, evaluate: Callable[[], Tensor]
+    meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int, evaluate: Callable[[], Tensor]
 ) -> float:
     return error(analytic(meta, problem, steps), evaluate, meta)
 
@@ -169,11 +170,11 @@ class Tape:
         return taped
 
 
-def gauged(secants: int) -> mt.MetaOptimizer:
+def gauged(secants: int) -> MetaOptimizer:
     """Steps in learned gauges and no teleport that stays."""
     torch.manual_seed(0)
-    config = mt.MetaOptimizerConfig(hidden=4, stays=False, gauge="linearised", secants=secants)
-    meta = mt.MetaOptimizer(config).double()
+    config = MetaOptimizerConfig(hidden=4, stays=False, gauge="linearised", secants=secants)
+    meta = MetaOptimizer(config).double()
     with torch.no_grad():
         assert isinstance(meta.rule, StepRule)
         # Short steps, so that none is taken back, and enough trust in the secants that they matter.
@@ -182,10 +183,10 @@ def gauged(secants: int) -> mt.MetaOptimizer:
     return meta
 
 
-def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
+def taped(meta: MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
     """Puts all that the networks see on one tape."""
     tape = Tape()
-    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+    if isinstance(meta.teleporter, LearnedTeleporter):
         meta.teleporter.observe = tape(meta.teleporter.observe)
     if isinstance(meta.rule, StepRule | AdaptiveRule):
         meta.rule.observe = tape(meta.rule.observe)
@@ -201,17 +202,17 @@ def taped(meta: mt.MetaOptimizer, monkeypatch: pytest.MonkeyPatch) -> Tape:
     return tape
 
 
-def attached(meta: mt.MetaOptimizer) -> mt.MetaOptimizer:
+def attached(meta: MetaOptimizer) -> MetaOptimizer:
     """Leaves all that the networks see in the graph."""
     meta.detach = False
-    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+    if isinstance(meta.teleporter, LearnedTeleporter):
         meta.teleporter.detach = False
     if isinstance(meta.rule, StepRule | AdaptiveRule):
         meta.rule.detach = False
     return meta
 
 
-def plain(meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int) -> Callable[[], Tensor]:
+def plain(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int) -> Callable[[], Tensor]:
     def evaluate() -> Tensor:
         loss, smooth = unrolled(meta, problem, steps, track=False)
         assert smooth
@@ -221,7 +222,7 @@ def plain(meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps:
 
 
 def recorded(
-    meta: mt.MetaOptimizer, problem: tuple[mt.StackedModel, Batch], steps: int, monkeypatch: pytest.MonkeyPatch
+    meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], Tensor]:
     """Evaluates with the basis and the features that were seen at the parameters which `meta` has now."""
     tape = taped(meta, monkeypatch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
@@ -38,16 +39,16 @@ def backward(model: nn.Module, seed: int = 1) -> Tensor:
     return loss.detach()
 
 
-def meta_of(**config: Any) -> mt.MetaOptimizer:
+def meta_of(**config: Any) -> MetaOptimizer:
     """A meta-optimizer for minibatches that has learned nothing: it starts with sensible steps."""
     torch.manual_seed(3)
-    return mt.MetaOptimizer(mt.MetaOptimizerConfig(**{"mode": "update", "update": "adaptive", "hidden": 4, **config}))
+    return MetaOptimizer(MetaOptimizerConfig(**{"mode": "update", "update": "adaptive", "hidden": 4, **config}))
 
 
-def teleporting(**config: Any) -> mt.MetaOptimizer:
+def teleporting(**config: Any) -> MetaOptimizer:
     """A meta-optimizer whose teleport is large enough to be seen."""
     meta = meta_of(**{"mode": "update+tele", "groups": ("diagonal",), **config})
-    assert isinstance(meta.teleporter, mt.LearnedTeleporter)
+    assert isinstance(meta.teleporter, LearnedTeleporter)
     with torch.no_grad():
         for each in meta.teleporter.networks.values():
             each.head.bias[-1] = 0.0

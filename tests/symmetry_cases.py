@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
+from metateleport.families import StackedModel
+from metateleport.point import Point
+from metateleport.symmetries import BatchPair2022, BatchPair2024, QuadraticRotation
 
 
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ class Problem:
         model.load_state_dict({name: value.detach() for name, value in parameters.items()}, strict=False)
         return model
 
-    def point(self, parameters: Mapping[str, Tensor] | None = None) -> mt.Point:
+    def point(self, parameters: Mapping[str, Tensor] | None = None) -> Point:
         """A fresh evaluation of the model, or of the model at other parameters."""
         model = self.model if parameters is None else self.at(parameters)
         return point_of(model, self.symmetries, self.inputs, None, self.loss_of)[0]
@@ -93,10 +96,10 @@ class Case:
     def fresh_inputs(self) -> tuple[Tensor, ...]:
         return (torch.randn(self.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64),)
 
-    def stack(self, tasks: int = 3) -> tuple[mt.StackedModel, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    def stack(self, tasks: int = 3) -> tuple[StackedModel, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Problems of different seeds in one graph, and their data."""
         problems = [self.problem(seed) for seed in range(tasks)]
-        stacked = mt.StackedModel([each.model for each in problems], problems[0].loss, problems[0].symmetries)
+        stacked = StackedModel([each.model for each in problems], problems[0].loss, problems[0].symmetries)
         inputs = tuple(torch.stack(values) for values in zip(*(each.inputs for each in problems), strict=True))
         targets = tuple(torch.stack(values) for values in zip(*(each.targets for each in problems), strict=True))
         return stacked, (inputs, targets)
@@ -157,8 +160,8 @@ def _conv_conv() -> nn.Module:
 def _mixed(model: nn.Module) -> Sequence[mt.Symmetry]:
     return [
         mt.Rescaling(model, "0", "2"),
-        mt.BatchPair2024(model, "2", "4", nn.LeakyReLU(0.1)),
-        mt.BatchPair2022(model, "4", "6", nn.LeakyReLU(0.1)),
+        BatchPair2024(model, "2", "4", nn.LeakyReLU(0.1)),
+        BatchPair2022(model, "4", "6", nn.LeakyReLU(0.1)),
     ]
 
 
@@ -351,12 +354,10 @@ CASES: list[Case] = [
     Case("rescaling, PReLU", _mlp(3, 4, 2, activation=nn.PReLU), lambda m: [mt.Rescaling(m, "0", "2")], (6, 3)),
     Case("rescaling, convolution to linear", _conv_linear, lambda m: [mt.Rescaling(m, "0", "4")], (5, 2, 6, 6)),
     Case("rescaling, convolutions", _conv_conv, lambda m: [mt.Rescaling(m, "0", "2")], (4, 2, 7)),
-    Case("2022 form", _mlp(6, 5, 3, activation=_leaky), _batch(mt.BatchPair2022, 0), (4, 6)),
-    Case(
-        "2022 form, samples at width", _mlp(5, 5, 3, activation=_leaky, bias=False), _batch(mt.BatchPair2022, 0), (5, 5)
-    ),
-    Case("2024 form", _mlp(3, 7, 3, activation=nn.Tanh), _batch(mt.BatchPair2024, 0), (4, 3), group_law=False),
-    Case("2024 form, samples at width", _mlp(4, 4, 3, activation=nn.Tanh), _batch(mt.BatchPair2024, 0), (4, 4)),
+    Case("2022 form", _mlp(6, 5, 3, activation=_leaky), _batch(BatchPair2022, 0), (4, 6)),
+    Case("2022 form, samples at width", _mlp(5, 5, 3, activation=_leaky, bias=False), _batch(BatchPair2022, 0), (5, 5)),
+    Case("2024 form", _mlp(3, 7, 3, activation=nn.Tanh), _batch(BatchPair2024, 0), (4, 3), group_law=False),
+    Case("2024 form, samples at width", _mlp(4, 4, 3, activation=nn.Tanh), _batch(BatchPair2024, 0), (4, 4)),
     Case(
         "chain of linear pairs",
         _mlp(3, 4, 5, 2, activation=None),
@@ -364,16 +365,16 @@ CASES: list[Case] = [
         (6, 3),
     ),
     Case("chain of rescalings", _mlp(3, 4, 5, 2, activation=_leaky), mt.symmetries_of, (6, 3)),
-    Case("chain of 2022 forms", _mlp(5, 6, 4, 3, activation=_leaky), _batch(mt.BatchPair2022, 0, 2), (3, 5)),
+    Case("chain of 2022 forms", _mlp(5, 6, 4, 3, activation=_leaky), _batch(BatchPair2022, 0, 2), (3, 5)),
     Case(
         "chain of 2024 forms",
         _mlp(4, 6, 6, 3, activation=nn.Tanh),
-        _batch(mt.BatchPair2024, 0, 2),
+        _batch(BatchPair2024, 0, 2),
         (4, 4),
         group_law=False,
     ),
     Case("mixed chain", _mlp(4, 6, 6, 6, 3, activation=_leaky), _mixed, (4, 4), group_law=False),
-    QuadraticCase("quadratic", lambda: Quadratic(4), lambda m: [mt.QuadraticRotation(m)], (4, 4), conditioned=False),
+    QuadraticCase("quadratic", lambda: Quadratic(4), lambda m: [QuadraticRotation(m)], (4, 4), conditioned=False),
     _found_case("rescaling, grouped and depthwise convolutions", _grouped, (3, 2, 7, 7), ["rescaling"] * 3),
     _found_case("rescaling, residual stream and concatenated skip", _Streams, (3, 3), ["rescaling"] * 2),
     _found_case("batch norm, evaluation", _batch_normed, (4, 2, 6, 6), ["before batch norm", "after batch norm"] * 2),
@@ -414,7 +415,7 @@ def assert_close(new: Mapping[str, Tensor], old: Mapping[str, Tensor], tolerance
 
 def largest_drift(model: nn.Module, symmetries: Sequence[mt.Symmetry], *inputs: Tensor, size: float = 0.7) -> float:
     """The largest relative change of a float64 model's output under a random element of each of some symmetries."""
-    point = mt.Point({name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())})
+    point = Point({name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())})
     with torch.no_grad():
         before = model(*inputs)
         worst = 0.0

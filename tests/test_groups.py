@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import metateleport as mt
-from metateleport.groups import random_source
+from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal, random_source
 
-GROUPS = [mt.GeneralLinear(4), mt.Orthogonal(4), mt.PositiveDiagonal(4), mt.GeneralLinear(1), mt.Orthogonal(1)]
+GROUPS = [GeneralLinear(4), Orthogonal(4), PositiveDiagonal(4), GeneralLinear(1), Orthogonal(1)]
 BATCHES = [(), (3,), (2, 3)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -17,8 +16,8 @@ each_batch = pytest.mark.parametrize("batch", BATCHES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-def full(group: mt.Group, element: torch.Tensor) -> torch.Tensor:
-    return torch.diag_embed(element) if isinstance(group, mt.PositiveDiagonal) else element
+def full(group: Group, element: torch.Tensor) -> torch.Tensor:
+    return torch.diag_embed(element) if isinstance(group, PositiveDiagonal) else element
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -29,7 +28,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 @each_group
 @each_batch
 @each_dtype
-def test_group_laws(group: mt.Group, batch: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_group_laws(group: Group, batch: tuple[int, ...], dtype: torch.dtype) -> None:
     t = group.random_generator(*batch, size=0.7, seed=1, dtype=dtype)
     a, b, c = group.exp(t), group.random(*batch, seed=2, dtype=dtype), group.random(*batch, seed=3, dtype=dtype)
     one = group.identity(*batch, dtype=dtype)
@@ -46,21 +45,21 @@ def test_group_laws(group: mt.Group, batch: tuple[int, ...], dtype: torch.dtype)
 
 @each_group
 @each_batch
-def test_elements_lie_in_their_group(group: mt.Group, batch: tuple[int, ...]) -> None:
+def test_elements_lie_in_their_group(group: Group, batch: tuple[int, ...]) -> None:
     generator = group.random_generator(*batch, size=1.5, seed=4, dtype=torch.float64)
     matrix = full(group, group.exp(generator))
     # det exp T = exp tr T, which is positive: the identity component.
     trace = full(group, generator).diagonal(dim1=-2, dim2=-1).sum(-1)
     assert close(torch.linalg.det(matrix), trace.exp())
-    if isinstance(group, mt.Orthogonal):
+    if isinstance(group, Orthogonal):
         assert close(matrix @ matrix.mT, group.identity(dtype=torch.float64))
-    if isinstance(group, mt.PositiveDiagonal):
+    if isinstance(group, PositiveDiagonal):
         assert bool((group.exp(generator) > 0).all())
 
 
 @each_group
 @each_batch
-def test_projection_is_the_nearest_generator(group: mt.Group, batch: tuple[int, ...]) -> None:
+def test_projection_is_the_nearest_generator(group: Group, batch: tuple[int, ...]) -> None:
     matrix = torch.randn(*batch, group.size, group.size, dtype=torch.float64)
     projected = full(group, group.project(matrix))
     assert close(full(group, group.project(projected)), projected)
@@ -78,7 +77,7 @@ def test_dimension_counts_independent_generators() -> None:
 
 
 def test_rotations_project_what_they_exponentiate() -> None:
-    group = mt.Orthogonal(3)
+    group = Orthogonal(3)
     matrix = torch.randn(3, 3, dtype=torch.float64)
     assert torch.equal(group.exp(matrix), group.exp(group.project(matrix)))
     antisymmetric = group.project(matrix)
@@ -90,7 +89,7 @@ def test_rotations_project_what_they_exponentiate() -> None:
 @each_dtype
 @pytest.mark.parametrize("size", [0.0, 1e-8, 0.3, 40.0])
 def test_random_generators_have_the_size_asked(
-    group: mt.Group, batch: tuple[int, ...], dtype: torch.dtype, size: float
+    group: Group, batch: tuple[int, ...], dtype: torch.dtype, size: float
 ) -> None:
     drawn = group.random_generator(*batch, size=size, seed=6, dtype=dtype)
     expected = size if group.dimension else 0.0
@@ -100,14 +99,14 @@ def test_random_generators_have_the_size_asked(
 
 
 def test_directions_are_uniform() -> None:
-    group = mt.PositiveDiagonal(3)
+    group = PositiveDiagonal(3)
     drawn = group.random_generator(20000, seed=0, dtype=torch.float64)
     assert float(drawn.mean(0).abs().max()) < 0.02
     assert torch.allclose(drawn.mT @ drawn / 20000, torch.eye(3, dtype=torch.float64) / 3, atol=0.01)
 
 
 @each_group
-def test_seeds_and_generators_reproduce(group: mt.Group) -> None:
+def test_seeds_and_generators_reproduce(group: Group) -> None:
     first, again = group.random_generator(2, seed=7), group.random_generator(2, seed=7)
     assert torch.equal(first, again)
     source = torch.Generator().manual_seed(7)
@@ -122,7 +121,7 @@ def test_seeds_and_generators_reproduce(group: mt.Group) -> None:
 
 
 @each_group
-def test_exponential_and_inverse_have_right_derivatives(group: mt.Group) -> None:
+def test_exponential_and_inverse_have_right_derivatives(group: Group) -> None:
     generator = group.random_generator(2, size=0.8, seed=9, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(group.exp, generator)
     assert torch.autograd.gradcheck(lambda t: group.inverse(group.exp(t)), generator)
@@ -132,7 +131,7 @@ def test_exponential_and_inverse_have_right_derivatives(group: mt.Group) -> None
 @pytest.mark.parametrize("size", [0.3, 0.6, 0.99, 1.5])
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_a_step_is_the_exponential_where_it_is_not_short(size: float, shape: tuple[int, ...]) -> None:
-    group = mt.GeneralLinear(6)
+    group = GeneralLinear(6)
     element, step = (group.random_generator(*shape, size=size, seed=seed, dtype=torch.float64) for seed in (1, 2))
     # In one direction alone the powers of a generator are largest.
     straight = size * torch.diag(torch.eye(6, dtype=torch.float64)[0]).expand_as(step)
@@ -144,7 +143,7 @@ def test_a_step_is_the_exponential_where_it_is_not_short(size: float, shape: tup
 
 @each_group
 @each_batch
-def test_condition_numbers(group: mt.Group, batch: tuple[int, ...]) -> None:
+def test_condition_numbers(group: Group, batch: tuple[int, ...]) -> None:
     element = group.random(*batch, size=2.0, seed=10, dtype=torch.float64)
     found = group.condition(element)
     assert found.shape == batch
@@ -152,8 +151,8 @@ def test_condition_numbers(group: mt.Group, batch: tuple[int, ...]) -> None:
     assert torch.allclose(group.condition(group.identity(*batch)), torch.ones(batch))
 
 
-@pytest.mark.parametrize("group", [mt.GeneralLinear(2), mt.PositiveDiagonal(2)], ids=repr)
-def test_condition_is_infinite_where_an_element_is_lost_and_only_there(group: mt.Group) -> None:
+@pytest.mark.parametrize("group", [GeneralLinear(2), PositiveDiagonal(2)], ids=repr)
+def test_condition_is_infinite_where_an_element_is_lost_and_only_there(group: Group) -> None:
     good = group.identity()
     bad = [torch.full_like(good, value) for value in (float("nan"), float("inf"), 0.0)]
     found = group.condition(torch.stack([*bad, good.clone()]))
@@ -163,7 +162,7 @@ def test_condition_is_infinite_where_an_element_is_lost_and_only_there(group: mt
 
 
 @each_group
-def test_a_bound_on_the_condition_number_decides_as_the_number_does(group: mt.Group) -> None:
+def test_a_bound_on_the_condition_number_decides_as_the_number_does(group: Group) -> None:
     """With bounds right below and above the number, far from it, and beyond what the dtype resolves."""
     for size in (0.1, 2.0, 20.0):
         element = group.random(4, size=size, seed=11, dtype=torch.float64)
@@ -176,25 +175,25 @@ def test_a_bound_on_the_condition_number_decides_as_the_number_does(group: mt.Gr
 
 
 def test_equality_is_of_kind_and_size() -> None:
-    assert mt.GeneralLinear(3) == mt.GeneralLinear(3)
-    assert hash(mt.GeneralLinear(3)) == hash(mt.GeneralLinear(3))
-    assert mt.GeneralLinear(3) != mt.GeneralLinear(4)
-    assert mt.GeneralLinear(3) != mt.Orthogonal(3)
+    assert GeneralLinear(3) == GeneralLinear(3)
+    assert hash(GeneralLinear(3)) == hash(GeneralLinear(3))
+    assert GeneralLinear(3) != GeneralLinear(4)
+    assert GeneralLinear(3) != Orthogonal(3)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "3"])
 def test_a_size_that_is_none_is_refused(size: object) -> None:
     with pytest.raises(ValueError, match="positive integer"):
-        mt.GeneralLinear(size)  # type: ignore[arg-type]
+        GeneralLinear(size)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [-1.0, float("inf"), float("nan")])
 def test_a_norm_that_is_none_is_refused(size: float) -> None:
     with pytest.raises(ValueError, match="Frobenius norm"):
-        mt.GeneralLinear(2).random_generator(size=size)
+        GeneralLinear(2).random_generator(size=size)
 
 
 def test_a_seed_and_a_generator_are_refused_together() -> None:
     with pytest.raises(ValueError, match="not both"):
-        mt.GeneralLinear(2).random_generator(seed=0, generator=torch.Generator())
+        GeneralLinear(2).random_generator(seed=0, generator=torch.Generator())
     assert random_source(None, None) is None

@@ -1,8 +1,7 @@
-"""The learned side: networks, the learned teleporter, the meta-optimizer and its differentiable twin."""
+"""The learned side: networks, the learned teleporter, the learned gauge and the meta-optimizer."""
 
 from metateleport.learned.gauge_teleporter import GaugeTeleporter
 from metateleport.learned.meta_optimizer import MODES, MetaOptimizer, MetaOptimizerConfig, MetaState, Step
-from metateleport.learned.stack_optimizer import StackOptimizer
 from metateleport.learned.teleporter import LearnedTeleporter
 
 __all__ = [
@@ -12,6 +11,5 @@ __all__ = [
     "MetaOptimizer",
     "MetaOptimizerConfig",
     "MetaState",
-    "StackOptimizer",
     "Step",
 ]

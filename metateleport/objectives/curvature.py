@@ -33,7 +33,7 @@ class Curvature(Objective):
         ValueError: if there is no symmetry, or no curve.
 
     Example:
-        >>> from metateleport import QuadraticRotation
+        >>> from metateleport.symmetries import QuadraticRotation
         >>> model = torch.nn.Module()
         >>> model.x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> circle = Point({"x": model.x.detach()}, activations={"": torch.eye(2)})
@@ -86,7 +86,7 @@ def curve_derivatives(
         Tensors shaped like the parameters, by name.
 
     Example:
-        >>> from metateleport import QuadraticRotation
+        >>> from metateleport.symmetries import QuadraticRotation
         >>> model = torch.nn.Module()
         >>> model.x = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
         >>> circle = Point({"x": model.x.detach()}, activations={"": torch.eye(2)})

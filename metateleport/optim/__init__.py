@@ -1,6 +1,7 @@
-"""What a person holds: optimizers for a training loop of their own."""
+"""What a person holds: optimizers for a training loop of their own, and when a teleport is due."""
 
 from metateleport.optim.learned import LearnedOptimizer
+from metateleport.optim.schedules import AtSteps, Every, Schedule, WhenStalled
 from metateleport.optim.teleporting import TeleportingOptimizer
 
-__all__ = ["LearnedOptimizer", "TeleportingOptimizer"]
+__all__ = ["AtSteps", "Every", "LearnedOptimizer", "Schedule", "TeleportingOptimizer", "WhenStalled"]

@@ -198,7 +198,7 @@ class Calling(Schedule):
 
     def __init__(self, function: Callable[[int], bool]) -> None:
         if not callable(function):
-            raise TypeError(f"a schedule is a metateleport.Schedule or a function of the step, not {function!r}")
+            raise TypeError(f"a schedule is a metateleport.optim.Schedule or a function of the step, not {function!r}")
         self.function = function
 
     def due(self, step: int) -> bool:

@@ -87,7 +87,7 @@ class TeleportingOptimizer(Wrapping):
 
     **Averages of weights** that are kept outside (`torch.optim.swa_utils.AveragedModel`, EMA): a mean of two points on
     an orbit is not on it, so average between teleports only: start anew after each `last_report` with a size above
-    zero, or let teleports end before averaging begins (`schedule=metateleport.AtSteps([0])`).
+    zero, or let teleports end before averaging begins (`schedule=metateleport.optim.AtSteps([0])`).
 
     **Wrapped models.** `nn.DataParallel`, `DistributedDataParallel` and `torch.compile` may stand around the model, or
     be given as the model. Names are those of the model inside. In a compiled model, whose inner hooks never run, the
@@ -122,8 +122,8 @@ class TeleportingOptimizer(Wrapping):
             no forward pass.
         state: what becomes of the optimizer's state: `transport`, `keep` or `reset` (of the moved parameters). If not
             given it is transported along symmetries, and kept where the teleporter moves along none.
-        schedule: says before which steps to teleport, instead of `every`: a `metateleport.Schedule`, or a function of
-            the step's number.
+        schedule: says before which steps to teleport, instead of `every`: a `metateleport.optim.Schedule`, or a
+            function of the step's number.
         held_out: evaluates the loss on held-out data and returns it. It is called before and after each teleport and
             once more `window` steps later, without gradients, and is not counted in a report's evaluations.
         window: number of steps on either side of a teleport that failures are looked for in.

@@ -6,6 +6,7 @@ from metateleport.symmetries.axes import AxisSymmetry, Leg
 from metateleport.symmetries.base import Carried, Pair, Symmetry, Unsuitable
 from metateleport.symmetries.batch_norm import AfterBatchNorm, BeforeBatchNorm
 from metateleport.symmetries.batch_pair import BatchPair2022, BatchPair2024
+from metateleport.symmetries.certificate import Certificate
 from metateleport.symmetries.channel_rescaling import ChannelRescaling
 from metateleport.symmetries.gated import GatedMLP
 from metateleport.symmetries.layer_scale import LayerScale
@@ -31,6 +32,7 @@ __all__ = [
     "BeforeBatchNorm",
     "BiasTranslation",
     "Carried",
+    "Certificate",
     "ChannelRescaling",
     "GatedMLP",
     "LayerScale",

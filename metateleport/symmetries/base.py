@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from metateleport.groups import Group
 from metateleport.point import Point
 from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope
-
-if TYPE_CHECKING:
-    from metateleport.detection.certificate import Certificate
+from metateleport.symmetries.certificate import Certificate
 
 __all__ = ["Carried", "Pair", "Symmetry", "Unsuitable"]
 

@@ -59,7 +59,8 @@ class WhiteningTeleporter(Teleporter):
         ValueError: if the side is unknown, or the damping is negative or not finite.
 
     Example:
-        >>> from metateleport import LinearPair, Point
+        >>> from metateleport import LinearPair
+        >>> from metateleport.point import Point
         >>> pair = LinearPair(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)), "0", "1")
         >>> weights = {"0.weight": torch.zeros(2, 3), "1.weight": torch.zeros(1, 2)}
         >>> features = torch.tensor([[4.0, 0.0], [0.0, 0.5]])

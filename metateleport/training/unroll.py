@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from metateleport.families import TaskStack
-from metateleport.learned.differentiable import unroll_context
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState
-from metateleport.learned.stack_optimizer import StackOptimizer
 from metateleport.point import Tensors
 from metateleport.training.cost import openness_of
+from metateleport.training.differentiable import unroll_context
+from metateleport.training.stack_optimizer import StackOptimizer
 
 __all__ = ["Unroll", "log_losses", "runs_blind"]
 

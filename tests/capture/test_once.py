@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import channel_modules, modules_of, point_of, record, rows
+from metateleport.point import Point
 
 
 def hooks(model: nn.Module) -> int:
@@ -195,8 +196,8 @@ def test_pullback_is_the_backward_pass_below_a_module() -> None:
 
 
 def test_choosing_between_points_takes_whole_tasks() -> None:
-    a = mt.Point({"w": torch.ones(3, 2)}, {"w": torch.ones(3, 2)}, loss=torch.ones(3), stale=frozenset({"w"}))
-    b = mt.Point({"w": torch.zeros(3, 2)}, {"w": torch.zeros(3, 2)}, loss=torch.zeros(3))
+    a = Point({"w": torch.ones(3, 2)}, {"w": torch.ones(3, 2)}, loss=torch.ones(3), stale=frozenset({"w"}))
+    b = Point({"w": torch.zeros(3, 2)}, {"w": torch.zeros(3, 2)}, loss=torch.zeros(3))
     chosen = a.choose(torch.tensor([True, False, True]), b)
     assert chosen.parameters["w"].tolist() == [[1, 1], [0, 0], [1, 1]]
     assert chosen.loss is not None

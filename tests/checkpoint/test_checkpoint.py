@@ -19,31 +19,33 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.checkpoint import (
     SCHEMA,
+    CheckpointError,
     load_checkpoint,
     meta_optimizer_of,
     save_checkpoint,
     shipped_checkpoints,
     update_card,
 )
-from metateleport.learned import MODES, StackOptimizer
+from metateleport.learned import MODES, MetaOptimizer, MetaOptimizerConfig
+from metateleport.training import StackOptimizer
 
 WEIGHTS, CARD = "weights.safetensors", "card.json"
 
 
-def meta_optimizer(mode: str = "lr+tele", **settings: Any) -> mt.MetaOptimizer:
+def meta_optimizer(mode: str = "lr+tele", **settings: Any) -> MetaOptimizer:
     torch.manual_seed(3)
-    return mt.MetaOptimizer(mt.MetaOptimizerConfig(mode=mode, hidden=5, **settings))  # type: ignore[arg-type]
+    return MetaOptimizer(MetaOptimizerConfig(mode=mode, hidden=5, **settings))  # type: ignore[arg-type]
 
 
 def saved(path: Path, mode: str = "lr+tele", **settings: Any) -> Path:
     learned = meta_optimizer(mode, **settings)
     twin = None
     if "+tele" in mode:
-        twin = mt.MetaOptimizer(learned.config.without_teleport())
+        twin = MetaOptimizer(learned.config.without_teleport())
     return save_checkpoint(path, learned, twin, {"name": path.name})
 
 
-def steps(meta: mt.MetaOptimizer) -> dict[str, Tensor]:
+def steps(meta: MetaOptimizer) -> dict[str, Tensor]:
     model, batch = case("linear pair").stack(2)
     optimizer = StackOptimizer(model, meta)
     for _ in range(4):
@@ -65,7 +67,7 @@ def test_flat_networks_travel_too(tmp_path: Path) -> None:
     shapes = tuple((name, tuple(value.shape[1:])) for name, value in case("linear pair").stack(1)[0].tensors().items())
     path = saved(tmp_path / "a", network="flat", shapes=shapes)
     assert_close(steps(load_checkpoint(path).learned), steps(meta_optimizer(network="flat", shapes=shapes)), 0.0)
-    with pytest.raises(mt.CheckpointError, match="flat networks"):
+    with pytest.raises(CheckpointError, match="flat networks"):
         mt.load(path)
 
 
@@ -135,7 +137,7 @@ def test_damage_is_named(number: int, tmp_path: Path) -> None:
     load_checkpoint(path)
     damage(path)
     for use in (load_checkpoint, mt.load, meta_optimizer_of):
-        with pytest.raises(mt.CheckpointError, match=words) as caught:
+        with pytest.raises(CheckpointError, match=words) as caught:
             use(path)
         assert str(path) in str(caught.value)
 
@@ -145,28 +147,28 @@ def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
     content = b"not tensors at all"
     (path / WEIGHTS).write_bytes(content)
     recard(path, weights_sha256=hashlib.sha256(content).hexdigest())
-    with pytest.raises(mt.CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_checkpoint(path)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoints" / "known")
-    with pytest.raises(mt.CheckpointError, match=r"no checkpoint 'nowhere'.*known"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'nowhere'.*known"):
         mt.load("nowhere")
     (tmp_path / "file.safetensors").write_text("")
-    with pytest.raises(mt.CheckpointError, match=r"a checkpoint is a folder.*is a file"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint is a folder.*is a file"):
         mt.load(tmp_path / "file.safetensors")
 
 
 def test_modes_that_cannot_serve(tmp_path: Path) -> None:
     for mode in ("lr", "update"):
         path = saved(tmp_path / mode, mode)
-        with pytest.raises(mt.CheckpointError, match=f"{mode} is of mode '{mode}'.*LearnedOptimizer"):
+        with pytest.raises(CheckpointError, match=f"{mode} is of mode '{mode}'.*LearnedOptimizer"):
             mt.load(path)
     path = saved(tmp_path / "only", "tele")
     assert mt.load(path).name == "learned"
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    with pytest.raises(mt.CheckpointError, match=r"only is of mode 'tele'.*TeleportingOptimizer"):
+    with pytest.raises(CheckpointError, match=r"only is of mode 'tele'.*TeleportingOptimizer"):
         mt.LearnedOptimizer(model, path)
 
 

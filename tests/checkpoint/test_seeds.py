@@ -14,9 +14,10 @@ from training_cases import tiny as config
 
 import metateleport as mt
 from metateleport import cli
-from metateleport.checkpoint import load_checkpoint
+from metateleport.checkpoint import CheckpointError, load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
 from metateleport.evaluation import EvaluationError, FirstOrder, Seed, evaluate
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, default_settings, train
 from metateleport.training.meta_seeds import seeds_folder, train_meta_seeds
 
@@ -82,30 +83,30 @@ def test_a_setting_that_a_card_does_not_have_counts_as_its_default(singles: list
     card = json.loads((older / "card.json").read_text())
     del card["training"]["config"]["search"]
     (older / "card.json").write_text(json.dumps(card))
-    with pytest.raises(mt.CheckpointError, match="not of one recipe: search is None in one and 0"):
+    with pytest.raises(CheckpointError, match="not of one recipe: search is None in one and 0"):
         combine_meta_seeds([older, singles[1]], tmp_path / "c")
     command = ["combine", str(older), str(singles[1]), "--out", str(tmp_path / "c")]
     assert cli.main(command) == 0
     assert len(load_checkpoint(tmp_path / "c").meta_seeds) == 2
     searched = train(config(seed=9, search=1), tmp_path / "searched")
-    with pytest.raises(mt.CheckpointError, match="not of one recipe: search is 0 in one and 1"):
+    with pytest.raises(CheckpointError, match="not of one recipe: search is 0 in one and 1"):
         combine_meta_seeds([older, searched], tmp_path / "d", default_settings())
 
 
 def test_what_cannot_be_combined(singles: list[Path], tmp_path: Path) -> None:
     other = train(config(seed=9, meta_steps=3), tmp_path / "other")
-    with pytest.raises(mt.CheckpointError, match=r"not of one recipe: meta_steps is 2 in one and 3"):
+    with pytest.raises(CheckpointError, match=r"not of one recipe: meta_steps is 2 in one and 3"):
         combine_meta_seeds([singles[0], other], tmp_path / "c")
-    with pytest.raises(mt.CheckpointError, match="both of seed 4"):
+    with pytest.raises(CheckpointError, match="both of seed 4"):
         combine_meta_seeds([singles[0], singles[0]], tmp_path / "c")
-    with pytest.raises(mt.CheckpointError, match="no checkpoints to combine"):
+    with pytest.raises(CheckpointError, match="no checkpoints to combine"):
         combine_meta_seeds([], tmp_path / "c")
-    with pytest.raises(mt.CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
         combine_meta_seeds([singles[0], tmp_path / "gone"], tmp_path / "c")
     card = json.loads((other / "card.json").read_text())
     del card["training"]
     (other / "card.json").write_text(json.dumps(card))
-    with pytest.raises(mt.CheckpointError, match="how it was trained"):
+    with pytest.raises(CheckpointError, match="how it was trained"):
         combine_meta_seeds([other], tmp_path / "c")
     assert [each.name for each in tmp_path.iterdir()] == ["other"]
 
@@ -115,7 +116,7 @@ def test_a_list_of_seeds_that_cannot_be_read_is_named(listed: Any, together: Pat
     path = combine_meta_seeds([together], tmp_path / "c")
     card = json.loads((path / "card.json").read_text())
     (path / "card.json").write_text(json.dumps({**card, "meta_seeds": listed}))
-    with pytest.raises(mt.CheckpointError, match=r"meta-seeds in the card of .*cannot be read"):
+    with pytest.raises(CheckpointError, match=r"meta-seeds in the card of .*cannot be read"):
         load_checkpoint(path)
 
 
@@ -124,7 +125,7 @@ def test_a_seed_that_was_not_copied_is_named_and_the_top_still_loads(together: P
     beside = next(each for each in load_checkpoint(path).meta_seeds if each.path != path)
     (beside.path / "weights.safetensors").unlink()
     mt.load(path)
-    with pytest.raises(mt.CheckpointError, match=str(beside.path)):
+    with pytest.raises(CheckpointError, match=str(beside.path)):
         each_meta_seed(load_checkpoint(path))
 
 
@@ -170,7 +171,7 @@ def test_all_seeds_are_scored_on_the_same_tasks() -> None:
     scores = set()
     for seed in (0, 1, 7):
         torch.manual_seed(3)
-        meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=3))
+        meta = MetaOptimizer(MetaOptimizerConfig(hidden=3))
         scores.add(MetaTrainer(config(seed=seed), family, meta, 1, None).validation_score())
     assert len(scores) == 1
 

@@ -12,6 +12,8 @@ import pytest
 import metateleport as mt
 from metateleport import cli
 from metateleport.checkpoint import save_checkpoint
+from metateleport.cli import ui
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +157,7 @@ def test_ui_serves_the_store_that_runs_are_written_to(monkeypatch: pytest.Monkey
         seen.append(command)
         return 0
 
-    monkeypatch.setattr(cli, "_become", become)
+    monkeypatch.setattr(ui, "_become", become)
     assert cli.main(["ui", "--port", "5050"]) == 0
     assert f"sqlite:///{away / 'mlflow.db'}" in seen[0]
     assert seen[0][-1] == "5050"
@@ -181,7 +183,7 @@ def test_it_starts_without_mlflow_and_matplotlib() -> None:
 
 def test_flat_networks_tell_a_shape_they_were_not_made_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = (("0.weight", (6, 6)), ("2.weight", (6, 6)))
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(network="flat", hidden=4, groups=("GL",), shapes=shape))
+    meta = MetaOptimizer(MetaOptimizerConfig(network="flat", hidden=4, groups=("GL",), shapes=shape))
     save_checkpoint(tmp_path / "flat", meta, None, {})
     settings = ["--set", "width=8", "--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]
     assert cli.main(["evaluate", str(tmp_path / "flat"), "leaky_mlp", *settings]) == 2
@@ -189,7 +191,7 @@ def test_flat_networks_tell_a_shape_they_were_not_made_for(tmp_path: Path, capsy
 
 
 def test_a_result_is_written_into_the_card(tmp_path: Path) -> None:
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
     path = save_checkpoint(tmp_path / "small", meta, None, {"results": {}})
     for width in (3, 4):
         settings = ["--set", f"width={width}", "--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]

@@ -15,6 +15,7 @@ import metateleport as mt
 from metateleport.capture import point_of
 from metateleport.detection.draws import random_element
 from metateleport.detection.trace import observables
+from metateleport.point import Point
 
 
 def _pair(function: Callable[..., Any]) -> nn.Module:
@@ -222,7 +223,7 @@ def test_what_remains_is_claimed_and_holds(name: str) -> None:
     parameters = dict(model.named_parameters())
     for symmetry in found:
         element = random_element(symmetry.group, 1.0, torch.Generator().manual_seed(3), torch.float64)
-        moved = symmetry.act(element, mt.Point({name: value.detach() for name, value in parameters.items()}))
+        moved = symmetry.act(element, Point({name: value.detach() for name, value in parameters.items()}))
         with torch.no_grad():
             for key in symmetry.parameters:
                 parameters[key].copy_(moved.parameters[key])

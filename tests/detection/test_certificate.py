@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.detection.draws import fresh_inputs, random_element, randomise
 from metateleport.detection.rules import RULES
-from metateleport.groups import GeneralLinear, PositiveDiagonal
+from metateleport.groups import GeneralLinear, Group, PositiveDiagonal
 from metateleport.symmetries import axes
 from metateleport.symmetries.lora import LoRAPair
 from metateleport.symmetries.translation import Absorber, BiasTranslation
@@ -164,7 +164,7 @@ def test_randomised_copies_leave_nothing_at_zero_or_one() -> None:
 
 
 @pytest.mark.parametrize("group", [GeneralLinear(3), PositiveDiagonal(7)], ids=repr)
-def test_random_elements_have_the_size_asked_for(group: mt.Group) -> None:
+def test_random_elements_have_the_size_asked_for(group: Group) -> None:
     element = random_element(group, 0.7, torch.Generator().manual_seed(0), torch.float64)
     if element.ndim == 1:
         assert float(element.log().norm()) == pytest.approx(0.7)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import metateleport as mt
+from metateleport.symmetries import Unsuitable
 
 
 def names(model: nn.Module) -> list[tuple[str, str, str]]:
@@ -49,7 +50,7 @@ def test_nested_chains_convolutions_and_flattening() -> None:
 def test_pairs_that_cannot_move_are_left_out() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(mt.Unsuitable, match="no two layers"):
+    with pytest.raises(Unsuitable, match="no two layers"):
         mt.symmetries_of(model)
     frozen = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     frozen[0].requires_grad_(False)
@@ -66,12 +67,12 @@ def test_a_flattened_sequence_is_not_taken_for_channels() -> None:
     [nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), nn.Sequential()],
 )
 def test_a_chain_without_symmetries_is_refused(model: nn.Module) -> None:
-    with pytest.raises(mt.Unsuitable, match="no two layers"):
+    with pytest.raises(Unsuitable, match="no two layers"):
         mt.symmetries_of(model)
 
 
 def test_any_other_module_is_told_how_to_name_its_symmetries() -> None:
-    with pytest.raises(mt.Unsuitable, match=r"nn.Sequential.*this is a Transformer.*symmetries=\["):
+    with pytest.raises(Unsuitable, match=r"nn.Sequential.*this is a Transformer.*symmetries=\["):
         mt.symmetries_of(nn.TransformerEncoderLayer(4, 2))
 
 
@@ -223,7 +224,7 @@ def test_nothing_is_taken_across_what_is_not_understood(name: str) -> None:
     if shape is not None:
         model = model.double()
     if expected == []:
-        with pytest.raises(mt.Unsuitable, match=r"no two layers.*example_input=.*symmetries=\["):
+        with pytest.raises(Unsuitable, match=r"no two layers.*example_input=.*symmetries=\["):
             mt.symmetries_of(model)
         return
     found = mt.symmetries_of(model)
@@ -258,13 +259,13 @@ def test_global_hooks_and_forwards_of_the_whole_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        with pytest.raises(mt.Unsuitable, match="global forward hook"):
+        with pytest.raises(Unsuitable, match="global forward hook"):
             mt.symmetries_of(model)
     finally:
         handle.remove()
     assert len(mt.symmetries_of(model)) == 1
     for wrong in (Skip(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), Backwards(nn.Linear(4, 4), nn.Linear(4, 4))):
-        with pytest.raises(mt.Unsuitable, match=r"forward of its own: .*example_input=.*symmetries=\["):
+        with pytest.raises(Unsuitable, match=r"forward of its own: .*example_input=.*symmetries=\["):
             mt.symmetries_of(wrong)
 
 
@@ -295,5 +296,5 @@ def test_models_that_are_not_ready_are_told_what_to_do(model: nn.Module, says: s
         lambda: mt.find_symmetries(model, torch.randn(6, 4)),
         lambda: mt.certify(model, [mt.LinearPair(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), "0", "1")], ()),
     ):
-        with pytest.raises(mt.Unsuitable, match=says):
+        with pytest.raises(Unsuitable, match=says):
             look()

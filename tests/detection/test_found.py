@@ -15,6 +15,7 @@ from module_cases import Written
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.symmetries import BatchPair2022, BatchPair2024
 
 
 def kinds(found: mt.Symmetries) -> dict[str, int]:
@@ -181,7 +182,7 @@ def test_batch_forms_are_found_where_the_samples_are_few() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2))
     few = mt.find_symmetries(model, x(4, 6))
     assert [(each.exactness, each.dimension) for each in few] == [("exact", 5), ("batch-exact", 25)]
-    assert isinstance(few[1], mt.BatchPair2022)
+    assert isinstance(few[1], BatchPair2022)
     many = mt.find_symmetries(model, x(7, 6))
     assert [each.exactness for each in many] == ["exact"]
     reasons = [each.reason for each in many.refused]
@@ -202,7 +203,7 @@ def test_the_2024_form_is_found_through_any_activation_and_holds_on_its_batch_on
     model = nn.Sequential(nn.Linear(6, 8), unit, nn.Dropout(0.5), nn.Linear(8, 2)).double().eval()
     inputs, fresh = x(5, 6).double(), x(5, 6).double()
     (found,) = (each for each in mt.find_symmetries(model, inputs) if each.exactness == "batch-exact")
-    assert isinstance(found, mt.BatchPair2024)
+    assert isinstance(found, BatchPair2024)
     assert found.dimension == 64
     assert 0 < found.drift <= 1e-10
     expected, elsewhere = model(inputs).detach(), model(fresh).detach()

@@ -19,6 +19,7 @@ from torch.nn import functional
 import metateleport as mt
 from metateleport.detection.draws import fresh_inputs, seeded
 from metateleport.detection.given import copied, inside, mapped
+from metateleport.symmetries import Unsuitable
 
 
 def pair(function: Callable[..., Any], **others: nn.Module) -> nn.Module:
@@ -255,7 +256,7 @@ def test_a_model_that_runs_in_no_other_precision_is_told() -> None:
         return through(m, x)
 
     model = pair(forward).to(torch.bfloat16)
-    with pytest.raises(mt.Unsuitable, match=r"neither in float64 nor in float32.*bfloat16"):
+    with pytest.raises(Unsuitable, match=r"neither in float64 nor in float32.*bfloat16"):
         mt.certify(model, [mt.Rescaling(model, "a", "b")], (torch.randn(6, 4, dtype=torch.bfloat16),))
 
 
@@ -265,7 +266,7 @@ def test_what_a_model_keeps_is_copied_or_told() -> None:
     assert len(mt.find_symmetries(model, x).exact) == 1
     assert model.kept["last"][0].grad_fn is not None
     model.lock = threading.Lock()
-    with pytest.raises(mt.Unsuitable, match=r"cannot be copied by copy.deepcopy \(TypeError"):
+    with pytest.raises(Unsuitable, match=r"cannot be copied by copy.deepcopy \(TypeError"):
         mt.certify(model, [mt.Rescaling(model, "a", "b")], (x,))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.detection.draws import fresh_inputs, random_element
 from metateleport.detection.trace import observables, split
+from metateleport.point import Point
 from metateleport.symmetries.rotary import PlaneScaling
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,7 +235,7 @@ def test_finding_takes_the_memory_of_two_copies_of_the_model() -> None:
 
 def _move(symmetry: mt.Symmetry, element: Tensor, tensors: dict[str, Tensor]) -> None:
     names = (*symmetry.parameters, *symmetry.buffers)
-    moved = symmetry.act(element, mt.Point({name: tensors[name] for name in names}))
+    moved = symmetry.act(element, Point({name: tensors[name] for name in names}))
     for name in names:
         tensors[name].copy_(moved.parameters[name])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import metateleport as mt
+from metateleport.symmetries import BatchPair2022, BatchPair2024, Unsuitable
 from metateleport.symmetries._memory import overlaps
 
 
@@ -218,7 +219,7 @@ def test_memory_that_two_look_at_holds_both() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight.data = model[0].weight.data
     assert not mt.find_symmetries(model, torch.randn(6, 4)).exact
-    with pytest.raises(mt.Unsuitable, match="shares the memory of"):
+    with pytest.raises(Unsuitable, match="shares the memory of"):
         mt.Rescaling(model, "0", "2")
 
 
@@ -267,7 +268,7 @@ def test_a_folded_network_moves_with_its_frozen_biases() -> None:
     nothing = mt.find_symmetries(model, x)
     assert len(nothing.exact) == 0
     assert [each.parameters for each in nothing.refused if "frozen=True" in each.reason] == [("0.bias",)]
-    with pytest.raises(mt.Unsuitable, match=r"example_input=.*symmetries=\[.*frozen=True"):
+    with pytest.raises(Unsuitable, match=r"example_input=.*symmetries=\[.*frozen=True"):
         mt.teleport(model, mt.RandomTeleporter(size=1.0, seed=0), x)
     assert held(model, 3, 2, 8, 8, frozen=True) == ["Rescaling PositiveDiagonal(3)"]
     bias, outputs = model[0].bias.clone(), model(x).detach()
@@ -290,11 +291,11 @@ def test_the_switch_is_for_every_kind() -> None:
     assert [each.kind for each in mt.find_symmetries(model, torch.randn(4, 8), frozen=True)] == kinds
     assert any("batch pair" in kind for kind in kinds)
     for make in (mt.Rescaling, mt.LinearPair):
-        with pytest.raises(mt.Unsuitable, match="frozen=True"):
+        with pytest.raises(Unsuitable, match="frozen=True"):
             make(model, "2", "3")
         assert make(model, "2", "3", frozen=True).dimension
-    for form in (mt.BatchPair2022, mt.BatchPair2024):
-        with pytest.raises(mt.Unsuitable, match="frozen=True"):
+    for form in (BatchPair2022, BatchPair2024):
+        with pytest.raises(Unsuitable, match="frozen=True"):
             form(model, "0", "2", nn.LeakyReLU(0.1))
         assert form(model, "0", "2", nn.LeakyReLU(0.1), frozen=True).dimension == 64
 

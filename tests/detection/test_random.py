@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.detection.draws import random_element
+from metateleport.point import Point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +176,9 @@ def _holds(model: nn.Module, found: mt.Symmetries, inputs: Tensor) -> None:
     source = torch.Generator().manual_seed(0)
     for symmetry in found:
         left, right = (random_element(symmetry.group, 1.0, source, torch.float64) for _ in range(2))
-        once = symmetry.act(symmetry.group.compose(left, right), mt.Point(start)).parameters
-        twice = symmetry.act(left, symmetry.act(right, mt.Point(start))).parameters
-        back = symmetry.act(symmetry.group.inverse(left), symmetry.act(left, mt.Point(start))).parameters
+        once = symmetry.act(symmetry.group.compose(left, right), Point(start)).parameters
+        twice = symmetry.act(left, symmetry.act(right, Point(start))).parameters
+        back = symmetry.act(symmetry.group.inverse(left), symmetry.act(left, Point(start))).parameters
         for name in (*symmetry.parameters, *symmetry.buffers):
             assert torch.allclose(once[name], twice[name], rtol=1e-9, atol=1e-11)
             assert torch.allclose(back[name], start[name], rtol=1e-9, atol=1e-11)

@@ -27,6 +27,9 @@ from metateleport.evaluation import (
     words_of,
 )
 from metateleport.evaluation.methods.learned import Learned
+from metateleport.families import TaskStack
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.point import Point
 from metateleport.symmetries import AttentionQK
 from metateleport.teleporters import Teleporter
 
@@ -264,7 +267,7 @@ def test_each_head_gets_a_random_element_of_its_own_size() -> None:
     heads = AttentionQK.of_heads(model, "query", "key", 2)
     assert len({head.parameters for head in heads}) == 1
     x, y = torch.randn(6, 5, 4).double(), torch.randn(6, 5, 4).double()
-    stack = mt.TaskStack([mt.Task(model, nn.functional.mse_loss, (x,), (y,), symmetries=heads)])
+    stack = TaskStack([mt.Task(model, nn.functional.mse_loss, (x,), (y,), symmetries=heads)])
     seen: list[list[tuple[str, float]]] = []
 
     class Own(Teleporter, nn.Module):
@@ -274,13 +277,13 @@ def test_each_head_gets_a_random_element_of_its_own_size() -> None:
             nn.Module.__init__(self)
             Teleporter.__init__(self)
 
-        def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[torch.Tensor, Any]:
+        def generator(self, symmetry: mt.Symmetry, point: Point, state: Any) -> tuple[torch.Tensor, Any]:
             size = 0.1 * (1 + heads.index(symmetry))
             return size * torch.eye(2, dtype=torch.float64).expand(1, 2, 2) / 2**0.5, state
 
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=4, groups=("GL",)))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=4, groups=("GL",)))
     meta.teleporter = Own()
-    step = mt.MetaOptimizer.step
+    step = MetaOptimizer.step
 
     def noted(*arguments: Any, **keywords: Any) -> Any:
         taken = step(*arguments, **keywords)
@@ -288,7 +291,7 @@ def test_each_head_gets_a_random_element_of_its_own_size() -> None:
         return taken
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(mt.MetaOptimizer, "step", noted)
+        patched.setattr(MetaOptimizer, "step", noted)
         Learned("learned/random-teleport", meta, "random").run(stack, 3)
     learned, drawn = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert sorted(size for _, size in learned[0]) == pytest.approx([0.1, 0.2])

@@ -21,7 +21,9 @@ from metateleport.evaluation import (
 from metateleport.evaluation.methods import first_order, lbfgs, learned, second_order, whitening
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
+from metateleport.learned import MetaOptimizerConfig
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import travel
 
 BUDGET, TASKS = 12, 2
@@ -79,7 +81,7 @@ def stack_of(
     for number in range(TASKS):
         model = nn.Sequential(nn.Linear(5, 5, bias=False), between(), nn.Linear(5, 5, bias=False)).double()
         x, y = (torch.randn(samples, 5, generator=source).double() for _ in range(2))
-        pair = mt.LinearPair(model, "0", "2") if between is nn.Identity else mt.BatchPair2022(model, "0", "2", model[1])
+        pair = mt.LinearPair(model, "0", "2") if between is nn.Identity else BatchPair2022(model, "0", "2", model[1])
         tasks.append(mt.Task(model, counted.loss, (x,), (y,), symmetries=[pair], batch_size=batch, seed=number))
     return TaskStack(tasks)
 
@@ -91,7 +93,7 @@ def charged(method: Method, stack: TaskStack, silent: list[Silent]) -> Tensor:
 
 def meta(**changes: Any) -> MetaOptimizer:
     torch.manual_seed(5)
-    return MetaOptimizer(mt.MetaOptimizerConfig(mode="lr+tele", hidden=4, groups=("GL",), **changes))
+    return MetaOptimizer(MetaOptimizerConfig(mode="lr+tele", hidden=4, groups=("GL",), **changes))
 
 
 @pytest.mark.parametrize("batch", [None, 2])

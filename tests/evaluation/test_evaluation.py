@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metateleport import Task, TaskFamily, TaskStack, load_family
+from metateleport import Task, TaskFamily, load_family
 from metateleport.evaluation import (
     BASELINES,
     LBFGS,
@@ -40,6 +40,7 @@ from metateleport.evaluation import (
 )
 from metateleport.evaluation.methods.second_order import _System, jacobian_cost
 from metateleport.evaluation.tuning import score, search
+from metateleport.families import TaskStack
 
 KEYS = {"gradient_evaluations", "mean", "median", "q25", "q75", "final", "diverged", "seconds"}
 

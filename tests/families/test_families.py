@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import SPLITS, Split, gallery, split_of, task_seed
+from metateleport.families import SPLITS, FamilyError, Split, TaskStack, gallery, split_of, task_seed
 
 TASKS = Path(__file__).resolve().parents[2] / "tasks"
 LINE = '''
@@ -110,12 +110,12 @@ def test_own_folders_come_before_the_gallery(line: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_name_lists_the_gallery() -> None:
-    with pytest.raises(mt.FamilyError, match=r"'nothing'.*leaky_mlp.*ending in \.py"):
+    with pytest.raises(FamilyError, match=r"'nothing'.*leaky_mlp.*ending in \.py"):
         mt.load_family("nothing")
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(mt.FamilyError, match=r"there is no file .*absent\.py"):
+    with pytest.raises(FamilyError, match=r"there is no file .*absent\.py"):
         mt.load_family(tmp_path / "absent.py")
 
 
@@ -137,21 +137,21 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_files_that_cannot_be_loaded(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(text.replace("from __future__ import annotations", ""))
-    with pytest.raises(mt.FamilyError, match=message) as caught:
+    with pytest.raises(FamilyError, match=message) as caught:
         mt.load_family(path)
     assert "own.py" in str(caught.value)
 
 
 def test_a_family_that_is_only_imported_is_not_the_files_own(line: Path, tmp_path: Path) -> None:
     line.rename(tmp_path / "elsewhere_line.py")
-    with pytest.raises(mt.FamilyError, match="defines none"):
+    with pytest.raises(FamilyError, match="defines none"):
         mt.load_family(write(tmp_path, "from elsewhere_line import Line"))
     wider = "from elsewhere_line import Line\n" + LINE.replace("Line(TaskFamily)", "Wider(Line)")
     assert mt.load_family(write(tmp_path, wider.replace("from __future__ import annotations", ""))).name == "own"
 
 
 def test_a_file_that_raises_leaves_no_module_behind(tmp_path: Path) -> None:
-    with pytest.raises(mt.FamilyError):
+    with pytest.raises(FamilyError):
         mt.load_family(write(tmp_path, "raise ValueError"))
     assert "metateleport_family_own" not in sys.modules
 
@@ -206,7 +206,7 @@ def test_settings_are_read_in_their_type(setting: str, given: object, wanted: ob
     ],
 )
 def test_settings_that_cannot_be_read(setting: str, given: object, message: str, line: Path) -> None:
-    with pytest.raises(mt.FamilyError, match=f"line.*{message}"):
+    with pytest.raises(FamilyError, match=f"line.*{message}"):
         mt.load_family(line, {setting: given})
 
 
@@ -348,7 +348,7 @@ def test_rows_of_shared_data_equal_a_copy_of_them(batch_size: int | None) -> Non
         dataclasses.replace(task, inputs=(task.inputs[0][row],), targets=(task.targets[0][row],), rows=None)
         for task, row in zip(tasks, rows, strict=True)
     ]
-    stack, alone = mt.TaskStack(tasks), mt.TaskStack(copies)
+    stack, alone = TaskStack(tasks), TaskStack(copies)
     assert torch.equal(stack.full[0][0], alone.full[0][0])
     assert torch.equal(stack.full[1][0], alone.full[1][0])
     assert [task.samples for task in tasks] == [5, 5]
@@ -357,11 +357,11 @@ def test_rows_of_shared_data_equal_a_copy_of_them(batch_size: int | None) -> Non
             assert torch.equal(one[0], other[0])
     assert torch.equal(stack.measured(stack.model.tensors()), alone.measured(alone.model.tensors()))
     with pytest.raises(ValueError, match="only tasks of one shape"):
-        mt.TaskStack([tasks[0], dataclasses.replace(tasks[1], rows=torch.tensor([1]))])
+        TaskStack([tasks[0], dataclasses.replace(tasks[1], rows=torch.tensor([1]))])
 
 
 def test_data_that_all_tasks_have_are_not_copied() -> None:
-    stack = mt.TaskStack(sharing(None, [None] * 16))
+    stack = TaskStack(sharing(None, [None] * 16))
     assert stack.full[0][0].shape == (16, 12, 2)
     assert stack.full[0][0].untyped_storage().nbytes() == 12 * 2 * 4
     batch = tuple(tuple(value.clone() for value in part) for part in stack.full)
@@ -371,9 +371,9 @@ def test_data_that_all_tasks_have_are_not_copied() -> None:
 
 def test_stacks_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="at least one task"):
-        mt.TaskStack([])
+        TaskStack([])
     with pytest.raises(ValueError, match="only tasks of one shape"):
-        mt.TaskStack([counting(5, None), counting(6, None)])
+        TaskStack([counting(5, None), counting(6, None)])
     wide = mt.Task(nn.Linear(2, 1), nn.functional.mse_loss, (), ())
     with pytest.raises(ValueError, match="only models of one architecture"):
-        mt.TaskStack([counting(5, None), wide])
+        TaskStack([counting(5, None), wide])

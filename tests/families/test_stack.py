@@ -8,7 +8,7 @@ import torch
 from symmetry_cases import CASES, Case, assert_close, case
 from torch import Tensor, nn
 
-import metateleport as mt
+from metateleport.families import ProbedLosses, StackedModel
 
 TASKS = 3
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -75,7 +75,7 @@ def test_what_was_seen_stays_as_it_was_seen() -> None:
     assert_close(first.point(in_graph=False).gradients, expected, 0.0)
     assert not torch.allclose(second.losses, first.losses)
     assert set(vars(stacked)) == before
-    assert not any(isinstance(value, mt.ProbedLosses) for value in vars(stacked).values())
+    assert not any(isinstance(value, ProbedLosses) for value in vars(stacked).values())
 
 
 def test_evaluating_elsewhere_leaves_the_stack_where_it_is() -> None:
@@ -174,14 +174,12 @@ def test_buffers_and_dropout_are_each_tasks_own() -> None:
             return self.layer(x) + self.shift
 
     models = [Shifted(value) for value in (1.0, 5.0)]
-    stacked = mt.StackedModel(models, nn.functional.mse_loss)
+    stacked = StackedModel(models, nn.functional.mse_loss)
     x = torch.randn(2, 4, 2)
     found = stacked.outputs(stacked.tensors(), (x,))
     assert torch.allclose(found, torch.stack([model(each) for model, each in zip(models, x, strict=True)]))
     assert set(stacked.tensors()) == {"layer.weight", "layer.bias"}
-    dropped = mt.StackedModel(
-        [nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5)) for _ in range(2)], nn.functional.mse_loss
-    )
+    dropped = StackedModel([nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5)) for _ in range(2)], nn.functional.mse_loss)
     kept = dropped.outputs(dropped.tensors(), (torch.ones(2, 1, 2),)) != 0
     assert not torch.equal(kept[0], kept[1])
 
@@ -198,8 +196,8 @@ def test_the_template_is_neither_trained_nor_listed() -> None:
 
 def test_what_cannot_be_stacked_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one model"):
-        mt.StackedModel([], nn.functional.mse_loss)
+        StackedModel([], nn.functional.mse_loss)
     with pytest.raises(ValueError, match="one architecture"):
-        mt.StackedModel([nn.Linear(2, 1), nn.Linear(3, 1)], nn.functional.mse_loss)
+        StackedModel([nn.Linear(2, 1), nn.Linear(3, 1)], nn.functional.mse_loss)
     with pytest.raises(ValueError, match="one architecture"):
-        mt.StackedModel([nn.Linear(2, 1), nn.Linear(2, 1, bias=False)], nn.functional.mse_loss)
+        StackedModel([nn.Linear(2, 1), nn.Linear(2, 1, bias=False)], nn.functional.mse_loss)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.evaluation import BASELINES, REFERENCES, Method, evaluate
 from metateleport.evaluation.methods.learned import learned_methods
-from metateleport.families import TaskStack
+from metateleport.families import FamilyError, StackedModel, TaskStack
 from metateleport.families.trial import StackError, try_out, try_twice
 from metateleport.training import Unroll
 
@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_evaluated_is_a_family_error(name: str) -> None:
     changes, said = REFUSED[name]
-    with pytest.raises(mt.FamilyError, match=said):
+    with pytest.raises(FamilyError, match=said):
         stack_of(**{"build": lambda: nn.Linear(4, 3), **changes})
 
 
@@ -262,7 +262,7 @@ def test_tasks_that_freeze_different_weights_are_not_stacked() -> None:
     models = [nn.Linear(2, 1), nn.Linear(2, 1)]
     models[1].bias.requires_grad_(False)
     with pytest.raises(ValueError, match="requires_grad"):
-        mt.StackedModel(models, mse)
+        StackedModel(models, mse)
 
 
 def test_a_trial_draws_no_random_numbers_and_is_made_once() -> None:
@@ -285,7 +285,7 @@ def test_gradients_that_have_no_derivative_are_told_before_meta_training() -> No
         def backward(context: Any, gradient: Tensor) -> Tensor:
             return 3 * context.saved_tensors[0] ** 2 * gradient
 
-    model = mt.StackedModel([nn.Linear(4, 3)], lambda out: Once.apply(out).square().mean())
+    model = StackedModel([nn.Linear(4, 3)], lambda out: Once.apply(out).square().mean())
     model.batched = False
     batch = ((torch.randn(1, 5, 4),), ())
     try_out(model, batch)

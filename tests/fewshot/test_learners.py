@@ -25,8 +25,8 @@ from metateleport.fewshot import (
 )
 from metateleport.learned import LearnedTeleporter
 from metateleport.point import Point
-from metateleport.symmetries import Symmetry
-from metateleport.teleporters import Teleporter
+from metateleport.symmetries import BatchPair2022, Symmetry, Unsuitable
+from metateleport.teleporters import Teleporter, TrustRegion
 
 SLOPE = 0.1
 
@@ -194,7 +194,7 @@ def test_batch_forms_rebuild_the_gradient_and_are_counted() -> None:
             nn.Linear(3, 7), nn.LeakyReLU(SLOPE), nn.Linear(7, 6), nn.LeakyReLU(SLOPE), nn.Linear(6, 3)
         )
     model = model.double()
-    pair = mt.BatchPair2022(model, "2", "4", model[3])
+    pair = BatchPair2022(model, "2", "4", model[3])
     meta = TeleportingMAML(model, 0.3, Fixed(0.3), [pair])
     _afresh(meta, [pair], Fixed(0.3), 0.3)
     clone = meta.clone()
@@ -394,7 +394,7 @@ def test_adapting_is_measured_before_and_after_every_step(name: str) -> None:
 
 def test_refused_teleports_are_counted_and_the_step_is_taken_all_the_same() -> None:
     teleporter = Fixed(2.0)
-    teleporter.trust_region = mt.TrustRegion(max_size=1.0)
+    teleporter.trust_region = TrustRegion(max_size=1.0)
     stack = Tiny().stack(range(3))
     found = adapt(TeleportingMAML(network(), 0.3, teleporter), stack, steps=2)
     assert found.refused == 3 * 2 * 2
@@ -421,7 +421,7 @@ def test_misuse_is_named() -> None:
         TeleportingMetaSGD(model, 0.1, mt.NoTeleport(), rates="transport")
     with pytest.raises(ValueError, match="'keep' or 'transport'"):
         TeleportingMetaSGD(model, 0.1, mt.NoTeleport(), rates="reset")
-    with pytest.raises(mt.Unsuitable, match=r"nn\.Sequential"):
+    with pytest.raises(Unsuitable, match=r"nn\.Sequential"):
         TeleportingMAML(nn.Linear(2, 2), 0.1, mt.NoTeleport())
     with pytest.raises(ValueError, match="differ in name or shape"):
         on_stack(maml(nn.Linear(2, 2), 0.1), Tiny().stack([0]))

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.gauges import TensorGroup, gauge_symmetries, step_in_gauges, tensor_groups, undo
+from metateleport.point import Point
 from metateleport.teleporters import travel
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def descend(rate: float) -> Any:
-    def step(point: mt.Point, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def step(point: Point, names: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: point.parameters[name] - rate * point.gradients[name] for name in names}
 
     return step
@@ -66,7 +67,7 @@ def test_the_stepped_tensors_gradient_in_the_gauge_is_the_one_there(case: Case) 
     problem = case.problem()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def look(point: mt.Point, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def look(point: Point, names: tuple[str, ...]) -> dict[str, Tensor]:
         fresh = problem.point(point.parameters)
         assert not point.stale & set(names)
         seen.update({name: (point.gradients[name], fresh.gradients[name]) for name in names})

@@ -14,6 +14,7 @@ import metateleport as mt
 from metateleport.capture import point_of
 from metateleport.learned.basis import BASIS, FEATURES, observe, symmetric_log
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.point import Point
 
 every_case = pytest.mark.parametrize("case", LEARNED, ids=str)
 
@@ -148,7 +149,7 @@ def test_features_know_no_scale(name: str) -> None:
 
 def test_what_a_point_does_not_tell_is_zero() -> None:
     problem = case("linear pair").problem()
-    bare = mt.Point(parameters=problem.point().parameters)
+    bare = Point(parameters=problem.point().parameters)
     seen = observe(problem.symmetries[0], bare)
     names = BASIS["GL"]
     for name, generator in zip(names, seen.basis, strict=True):

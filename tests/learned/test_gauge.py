@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.evaluation.methods.learned import Learned
+from metateleport.families import StackedModel
 from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_gauges
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.curvature import curvature_bounds, output_curvatures
 from metateleport.learned.gauge import GaugeChoice, LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.step import StepRule
-from metateleport.symmetries import LinearisedPair, Unsuitable
+from metateleport.point import Point
+from metateleport.symmetries import BatchPair2022, LinearisedPair, Unsuitable
 from metateleport.teleporters import Teleporter
 
 TASKS = 3
@@ -29,7 +32,7 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum() / 2
 
 
-def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0) -> tuple[mt.StackedModel, mt.Point]:
+def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0) -> tuple[StackedModel, Point]:
     source = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -44,12 +47,12 @@ def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0)
             for value in model.parameters():
                 value.copy_(draw(*value.shape))
         models.append(model)
-    model = mt.StackedModel(models, half_squared_error, [mt.Rescaling(models[0], "0", "2")])
+    model = StackedModel(models, half_squared_error, [mt.Rescaling(models[0], "0", "2")])
     batch = (draw(TASKS, samples, 4),), (draw(TASKS, samples, 3),)
     return model, model.point_at(model.tensors(), batch)
 
 
-def gauge_of(point: mt.Point, symmetries: tuple[mt.Symmetry, ...], **changes: float) -> list[Gauge]:
+def gauge_of(point: Point, symmetries: tuple[mt.Symmetry, ...], **changes: float) -> list[Gauge]:
     """Gauges of a network whose head is a constant: logits of the parts of a choice."""
     learned = LearnedGauge(("GL", "diagonal"), hidden=4).double()
     with torch.no_grad():
@@ -70,7 +73,7 @@ class Fixed(Teleporter):
         super().__init__()
         self.fixed = generator
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: object) -> tuple[Tensor, object]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: object) -> tuple[Tensor, object]:
         return self.fixed, state
 
 
@@ -152,7 +155,7 @@ def test_layers_share_a_step_that_is_bounded_jointly() -> None:
     source = torch.Generator().manual_seed(0)
     models = [nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).double() for _ in range(TASKS)]
     pairs = [mt.LinearPair(models[0], "0", "1"), mt.LinearPair(models[0], "1", "2")]
-    model = mt.StackedModel(models, half_squared_error, pairs)
+    model = StackedModel(models, half_squared_error, pairs)
     inputs, targets = torch.randn(2, TASKS, 12, 4, generator=source, dtype=torch.float64)
     point = model.point_at(model.tensors(), ((inputs,), (targets,)))
     assert point.loss is not None
@@ -219,8 +222,8 @@ def test_steps_cool_down_with_the_rest_and_only_with_a_cooling_rate(secants: int
     ("mode", "update"), [("lr", "coordinate"), ("update", "coordinate"), ("update", "tensor")], ids=str
 )
 def test_every_rule_that_takes_bounded_steps_takes_their_settings(mode: Any, update: Any) -> None:
-    settings = mt.MetaOptimizerConfig(mode=mode, update=update, hidden=4, secants=2, longest=7.0, cooling=0.3)
-    rule = mt.MetaOptimizer(settings).rule
+    settings = MetaOptimizerConfig(mode=mode, update=update, hidden=4, secants=2, longest=7.0, cooling=0.3)
+    rule = MetaOptimizer(settings).rule
     assert isinstance(rule, StepRule)
     assert (rule.secants, rule.longest, rule.cooling) == (2, 7.0, 0.3)
     assert rule.head.out_features == 5
@@ -341,7 +344,7 @@ def test_the_metric_keeps_up_as_its_memory_says_and_the_gradients_do_not(memory:
 
 def test_a_gauge_leaves_the_model_in_its_place_and_serves_every_width() -> None:
     torch.manual_seed(0)
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
     for width in (3, 8):
         model, point = problem(width)
         taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries))
@@ -363,8 +366,8 @@ def test_the_condition_of_a_gauge_is_bounded() -> None:
 
 def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> None:
     torch.manual_seed(0)
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
-    plain = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
+    plain = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
     plain.rule.load_state_dict(meta.rule.state_dict())  # type: ignore[union-attr]
     stack = mt.load_family("leaky_mlp", {"width": 5, "samples": 8}).stack(range(4), "held-out")
     runs = {kind: Learned(kind, meta, kind) for kind in ("learned", "off", "gauge-off", "random")}  # type: ignore[arg-type]
@@ -394,7 +397,7 @@ def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> No
 
 def test_what_a_gauge_may_act_along() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 4), nn.Linear(4, 2))
-    batch_form, linear = mt.BatchPair2022(model, "0", "2", model[1]), mt.LinearPair(model, "2", "3")
+    batch_form, linear = BatchPair2022(model, "0", "2", model[1]), mt.LinearPair(model, "2", "3")
     assert [each.kind for each in gauge_symmetries([batch_form, linear], linearised=True)] == [
         "linearised pair",
         "linear pair",
@@ -407,18 +410,18 @@ def test_what_a_gauge_may_act_along() -> None:
 
 def test_configurations_that_cannot_work_say_so() -> None:
     with pytest.raises(ValueError, match="a gauge is one of"):
-        mt.MetaOptimizerConfig(gauge="some")  # type: ignore[arg-type]
+        MetaOptimizerConfig(gauge="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give it a gauge"):
-        mt.MetaOptimizerConfig(stays=False)
+        MetaOptimizerConfig(stays=False)
     with pytest.raises(ValueError, match="longest is a number above one"):
-        mt.MetaOptimizerConfig(longest=1.0)
+        MetaOptimizerConfig(longest=1.0)
     with pytest.raises(ValueError, match="cooling is a rate"):
-        mt.MetaOptimizerConfig(cooling=-0.1)
+        MetaOptimizerConfig(cooling=-0.1)
     for memory in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="metric_memory lies between"):
-            mt.MetaOptimizerConfig(metric_memory=memory)
+            MetaOptimizerConfig(metric_memory=memory)
     with pytest.raises(ValueError, match="goes with a learned step"):
-        mt.MetaOptimizerConfig(mode="tele", gauge="exact")
+        MetaOptimizerConfig(mode="tele", gauge="exact")
 
 
 def test_the_metric_of_a_head_is_its_own_and_not_its_layer_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +430,7 @@ def test_the_metric_of_a_head_is_its_own_and_not_its_layer_s(monkeypatch: pytest
     point, symmetries = own.point(), gauge_symmetries(own.symmetries, linearised=False)
     assert len(symmetries) == 4
     assert point.loss is not None
-    one = mt.Point(
+    one = Point(
         **{
             name: {key: value.unsqueeze(0) for key, value in getattr(point, name).items()}
             for name in ("parameters", "gradients", "activations", "cotangents")

@@ -10,8 +10,11 @@ from torch import nn
 
 import metateleport as mt
 from metateleport.checkpoint import save_checkpoint
+from metateleport.families import StackedModel
 from metateleport.gauges import gauge_symmetries
+from metateleport.learned import GaugeTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.gauge import GaugeChoice, LearnedGauge
+from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import travel
 
 
@@ -37,7 +40,7 @@ def problem(activation: nn.Module, samples: int) -> tuple[nn.Sequential, torch.T
 
 KINDS = {
     "linear pair": (nn.Identity, 20, lambda model: mt.LinearPair(model, "0", "2"), "GL"),
-    "batch pair": (lambda: nn.LeakyReLU(0.1), 6, lambda model: mt.BatchPair2022(model, "0", "2", model[1]), "GL"),
+    "batch pair": (lambda: nn.LeakyReLU(0.1), 6, lambda model: BatchPair2022(model, "0", "2", model[1]), "GL"),
     "rescaling": (lambda: nn.LeakyReLU(0.1), 20, lambda model: mt.Rescaling(model, "0", "2"), "diagonal"),
 }
 
@@ -49,7 +52,7 @@ def test_it_whitens_the_features_and_keeps_the_outputs(kind: str) -> None:
     symmetry = make(model)
     before = model(x).detach()
     report = mt.teleport(
-        model, mt.GaugeTeleporter(opened(group)), x, symmetries=[symmetry], loss=lambda z: half_squared_error(z, y)
+        model, GaugeTeleporter(opened(group)), x, symmetries=[symmetry], loss=lambda z: half_squared_error(z, y)
     )
     assert not report.failures
     assert torch.allclose(model(x), before, atol=1e-9)
@@ -67,11 +70,11 @@ def test_it_whitens_the_features_and_keeps_the_outputs(kind: str) -> None:
 def test_it_is_the_element_of_the_upper_side() -> None:
     """One step of descent after the teleport is the step in the gauge, undone."""
     model, x, y = problem(nn.Identity(), 20)
-    stack = mt.StackedModel([model], half_squared_error, [mt.LinearPair(model, "0", "2")])
+    stack = StackedModel([model], half_squared_error, [mt.LinearPair(model, "0", "2")])
     batch = (x.unsqueeze(0),), (y.unsqueeze(0),)
     point = stack.point_at(stack.tensors(), batch)
     gauge = opened("GL")
-    teleporter = mt.GaugeTeleporter(gauge)
+    teleporter = GaugeTeleporter(gauge)
     with torch.no_grad():
         arrived, (move,), _ = travel(teleporter, point, stack.symmetries)
         linear = gauge_symmetries(stack.symmetries, linearised=True)
@@ -90,7 +93,7 @@ def test_symmetries_of_other_groups_are_left_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mt.teleport(
         model,
-        mt.GaugeTeleporter(opened("GL")),
+        GaugeTeleporter(opened("GL")),
         x,
         symmetries=[mt.Rescaling(model, "0", "2")],
         loss=lambda z: half_squared_error(z, y),
@@ -99,10 +102,10 @@ def test_symmetries_of_other_groups_are_left_alone() -> None:
 
 
 def test_a_checkpoint_with_gauges_alone_loads_as_a_teleporter(tmp_path: Path) -> None:
-    shape = mt.MetaOptimizerConfig(stays=False, gauge="linearised", groups=("GL",), hidden=4)
-    path = save_checkpoint(tmp_path / "a", mt.MetaOptimizer(shape), None, {"name": "a", "mode": "lr+tele"})
+    shape = MetaOptimizerConfig(stays=False, gauge="linearised", groups=("GL",), hidden=4)
+    path = save_checkpoint(tmp_path / "a", MetaOptimizer(shape), None, {"name": "a", "mode": "lr+tele"})
     teleporter = mt.load(path)
-    assert isinstance(teleporter, mt.GaugeTeleporter)
+    assert isinstance(teleporter, GaugeTeleporter)
     model, x, y = problem(nn.Identity(), 20)
     optimizer = mt.TeleportingOptimizer(
         torch.optim.Adam(model.parameters(), lr=1e-2), model, teleporter, [mt.LinearPair(model, "0", "2")], every=2

@@ -12,20 +12,22 @@ from symmetry_cases import Case, assert_close, case
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.learned import MODES, MetaState
+from metateleport.families import StackedModel
+from metateleport.learned import MODES, MetaOptimizer, MetaOptimizerConfig, MetaState
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import BaseRule
 from metateleport.learned.rules.coordinate import CoordinateRule
+from metateleport.symmetries import BatchPair2022
 
 Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 TELEPORTING = ["lr+tele", "update+tele", "tele"]
 
 
-def meta_optimizer(mode: str, size: float = 10.0, seed: int = 1, **settings: Any) -> mt.MetaOptimizer:
+def meta_optimizer(mode: str, size: float = 10.0, seed: int = 1, **settings: Any) -> MetaOptimizer:
     """In float64, with heads of a size of their own, whatever training starts from, and an open gate."""
     torch.manual_seed(seed)
     config: Any = {"mode": mode, "hidden": 6, "coordinate_hidden": 4, "base_lr": 1e-3, **settings}
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(**config)).double()
+    meta = MetaOptimizer(MetaOptimizerConfig(**config)).double()
     with torch.no_grad():
         for name, value in meta.named_parameters():
             if "head.weight" in name:
@@ -43,13 +45,13 @@ def square(kind: str) -> Case:
         return nn.Sequential(nn.Linear(4, 4), *between, nn.Linear(4, 4), *between, nn.Linear(4, 4))
 
     def batch_pairs(model: nn.Module) -> list[mt.Symmetry]:
-        return [mt.BatchPair2022(model, a, b, nn.LeakyReLU(0.1)) for a, b in (("0", "2"), ("2", "4"))]
+        return [BatchPair2022(model, a, b, nn.LeakyReLU(0.1)) for a, b in (("0", "2"), ("2", "4"))]
 
     return Case(kind, build, batch_pairs if kind == "2022 forms" else mt.symmetries_of, (4, 4))
 
 
 def course(
-    meta: mt.MetaOptimizer, model: mt.StackedModel, batch: Batch, steps: int, start: dict[str, Tensor] | None = None
+    meta: MetaOptimizer, model: StackedModel, batch: Batch, steps: int, start: dict[str, Tensor] | None = None
 ) -> list[Any]:
     """The steps taken from the stack's parameters."""
     parameters = {name: value.detach().clone() for name, value in (start or model.tensors()).items()}
@@ -395,12 +397,12 @@ def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
 )
 def test_refused_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        mt.MetaOptimizer(mt.MetaOptimizerConfig(**settings))
+        MetaOptimizer(MetaOptimizerConfig(**settings))
 
 
 def test_the_attribution_twin_has_the_same_step() -> None:
     for mode, alone in (("lr+tele", "lr"), ("update+tele", "update")):
-        config = mt.MetaOptimizerConfig(mode=mode, hidden=5, coordinate_hidden=3)  # type: ignore[arg-type]
+        config = MetaOptimizerConfig(mode=mode, hidden=5, coordinate_hidden=3)  # type: ignore[arg-type]
         twin = config.without_teleport()
         assert twin.mode == alone
         assert dataclasses.replace(twin, mode=mode) == config

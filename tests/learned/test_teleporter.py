@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
+from metateleport.groups import GeneralLinear, Orthogonal
+from metateleport.learned import LearnedTeleporter
 from metateleport.learned.basis import BASIS
-from metateleport.teleporters import travel
+from metateleport.teleporters import TrustRegion, travel
 
 
-def teleporter(size: float = 10.0) -> mt.LearnedTeleporter:
+def teleporter(size: float = 10.0) -> LearnedTeleporter:
     torch.manual_seed(2)
-    made = mt.LearnedTeleporter(hidden=6).double()
+    made = LearnedTeleporter(hidden=6).double()
     with torch.no_grad():
         for network in made.networks.values():
             drawn = 2 * torch.rand(network.head.weight.shape, dtype=torch.float64) - 1
@@ -34,7 +36,7 @@ def pair(activation: nn.Module | None) -> tuple[nn.Sequential, mt.Symmetry]:
     return model, mt.Rescaling(model, "0", "2")
 
 
-def generator_at(model: nn.Module, symmetry: mt.Symmetry, chosen: mt.LearnedTeleporter) -> Tensor:
+def generator_at(model: nn.Module, symmetry: mt.Symmetry, chosen: LearnedTeleporter) -> Tensor:
     source = torch.Generator().manual_seed(4)
     inputs = torch.randn(7, 5, generator=source, dtype=torch.float64)
     targets = torch.randn(7, 5, generator=source, dtype=torch.float64)
@@ -77,7 +79,7 @@ def test_a_rotation_conjugates_the_generator_of_gl() -> None:
     model, symmetry = pair(None)
     chosen = teleporter()
     before = generator_at(model, symmetry, chosen)
-    rotation = mt.Orthogonal(5).random(size=2.0, seed=3, dtype=torch.float64)
+    rotation = Orthogonal(5).random(size=2.0, seed=3, dtype=torch.float64)
     changed(model, rotation)
     assert torch.allclose(generator_at(model, symmetry, chosen), rotation @ before @ rotation.mT, atol=1e-9)
 
@@ -87,7 +89,7 @@ def test_another_basis_than_an_orthogonal_one_does_not() -> None:
     model, symmetry = pair(None)
     chosen = teleporter()
     before = generator_at(model, symmetry, chosen)
-    g = mt.GeneralLinear(5).random(size=1.0, seed=3, dtype=torch.float64)
+    g = GeneralLinear(5).random(size=1.0, seed=3, dtype=torch.float64)
     changed(model, g)
     assert not torch.allclose(generator_at(model, symmetry, chosen), g @ before @ torch.linalg.inv(g), atol=1e-2)
 
@@ -110,7 +112,7 @@ def test_one_teleporter_serves_every_symmetry_and_shape(each: Case) -> None:
 def test_generators_stay_within_the_trust_region() -> None:
     problem = case("linear pair").problem()
     chosen = teleporter(size=1e6)
-    chosen.trust_region = mt.TrustRegion(max_size=0.5)
+    chosen.trust_region = TrustRegion(max_size=0.5)
     with torch.no_grad():
         _, (move,), _ = travel(chosen, problem.point(), problem.symmetries)
     assert not bool(move.refused)
@@ -119,7 +121,7 @@ def test_generators_stay_within_the_trust_region() -> None:
 
 def test_groups_without_a_network_are_left_alone() -> None:
     problem = case("rescaling").problem()
-    chosen = mt.LearnedTeleporter(groups=("GL",), hidden=4).double()
+    chosen = LearnedTeleporter(groups=("GL",), hidden=4).double()
     point = problem.point()
     with torch.no_grad():
         moved, (move,), _ = travel(chosen, point, problem.symmetries)
@@ -128,7 +130,7 @@ def test_groups_without_a_network_are_left_alone() -> None:
 
 
 def test_it_starts_small() -> None:
-    chosen = mt.LearnedTeleporter(hidden=8).double()
+    chosen = LearnedTeleporter(hidden=8).double()
     problem = case("linear pair").problem()
     with torch.no_grad():
         _, (move,), _ = travel(chosen, problem.point(), problem.symmetries)
@@ -138,7 +140,7 @@ def test_it_starts_small() -> None:
 def test_weights_keep_their_dtype() -> None:
     """Networks in float32 serve models in float64, and the other way round."""
     for own, theirs in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
-        chosen = mt.LearnedTeleporter(hidden=4).to(own)
+        chosen = LearnedTeleporter(hidden=4).to(own)
         model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(theirs)
         report = mt.teleport(model, chosen, torch.ones(5, 4, dtype=theirs), loss=lambda y: y.square().sum())
         assert report.size > 0
@@ -147,7 +149,7 @@ def test_weights_keep_their_dtype() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=f"no basis for the group 'SL'; there is one for {', '.join(BASIS)}"):
-        mt.LearnedTeleporter(groups=("GL", "SL"))
+        LearnedTeleporter(groups=("GL", "SL"))
     problem = case("linear pair").problem()
     with pytest.raises(ValueError, match="gradients"):
         travel(teleporter(), problem.point().replace(gradients={}), problem.symmetries)

@@ -13,9 +13,14 @@ from symmetry_cases import Case, assert_close, case
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.learned import MODES, StackOptimizer
-from metateleport.learned.differentiable import DifferentiableLearnedOptimizer, unroll_context
+from metateleport.checkpoint import CheckpointError
+from metateleport.families import StackedModel
+from metateleport.learned import MODES, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.rules.step import StepRule
+from metateleport.point import Point
+from metateleport.symmetries import BatchPair2022, BatchPair2024
+from metateleport.training import StackOptimizer
+from metateleport.training.differentiable import DifferentiableLearnedOptimizer, unroll_context
 
 CHAINS = ["chain of linear pairs", "chain of rescalings", "chain of 2022 forms", "chain of 2024 forms", "quadratic"]
 # As many samples as units in every layer: no covariance is singular, whose logarithm would be that of its rounding.
@@ -27,8 +32,8 @@ SQUARE = [
         (4, 4),
     ),
     Case("square chain of rescalings", lambda: chain(nn.LeakyReLU(0.1)), mt.symmetries_of, (4, 4)),
-    Case("square chain of 2022 forms", lambda: chain(nn.LeakyReLU(0.1)), lambda m: pairs(mt.BatchPair2022, m), (4, 4)),
-    Case("square chain of 2024 forms", lambda: chain(nn.Tanh()), lambda m: pairs(mt.BatchPair2024, m), (4, 4)),
+    Case("square chain of 2022 forms", lambda: chain(nn.LeakyReLU(0.1)), lambda m: pairs(BatchPair2022, m), (4, 4)),
+    Case("square chain of 2024 forms", lambda: chain(nn.Tanh()), lambda m: pairs(BatchPair2024, m), (4, 4)),
     case("quadratic"),
 ]
 KINDS = ["equivariant", "flat"]
@@ -39,22 +44,22 @@ def chain(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 4))
 
 
-def pairs(kind: type[mt.BatchPair2022 | mt.BatchPair2024], model: nn.Module) -> list[mt.Symmetry]:
+def pairs(kind: type[BatchPair2022 | BatchPair2024], model: nn.Module) -> list[mt.Symmetry]:
     return [kind(model, first, second, model[1]) for first, second in (("0", "2"), ("2", "4"))]  # type: ignore[index]
 
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def meta_optimizer(mode: str, like: mt.StackedModel | None = None, base: str = "momentum") -> mt.MetaOptimizer:
+def meta_optimizer(mode: str, like: StackedModel | None = None, base: str = "momentum") -> MetaOptimizer:
     """A meta-optimizer that teleports as far as a trained one; flat for the shapes of `like`, where given."""
     torch.manual_seed(1)
     shapes = () if like is None else tuple((name, tuple(value.shape[1:])) for name, value in like.tensors().items())
     network = "equivariant" if like is None else "flat"
-    meta = mt.MetaOptimizer(
-        mt.MetaOptimizerConfig(mode=mode, network=network, hidden=6, shapes=shapes, base=base, base_lr=1e-3)  # type: ignore[arg-type]
+    meta = MetaOptimizer(
+        MetaOptimizerConfig(mode=mode, network=network, hidden=6, shapes=shapes, base=base, base_lr=1e-3)  # type: ignore[arg-type]
     )
-    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+    if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
             for each in meta.teleporter.networks.values():
                 each.head.bias[-1] = 0.0
@@ -66,7 +71,7 @@ def meta_optimizer(mode: str, like: mt.StackedModel | None = None, base: str = "
     return meta.double()
 
 
-def stacked_run(problem: Case, meta: mt.MetaOptimizer, tasks: int, steps: int = STEPS) -> list[dict[str, Tensor]]:
+def stacked_run(problem: Case, meta: MetaOptimizer, tasks: int, steps: int = STEPS) -> list[dict[str, Tensor]]:
     model, batch = problem.stack(tasks)
     optimizer = StackOptimizer(model, meta)
     course = []
@@ -76,7 +81,7 @@ def stacked_run(problem: Case, meta: mt.MetaOptimizer, tasks: int, steps: int = 
     return course
 
 
-def twin_run(problem: Case, meta: mt.MetaOptimizer, tasks: int, track: bool) -> list[dict[str, Tensor]]:
+def twin_run(problem: Case, meta: MetaOptimizer, tasks: int, track: bool) -> list[dict[str, Tensor]]:
     model, batch = problem.stack(tasks)
     course = []
     with unroll_context(model, StackOptimizer(model, meta), track) as (patched, differentiable):
@@ -88,7 +93,7 @@ def twin_run(problem: Case, meta: mt.MetaOptimizer, tasks: int, track: bool) -> 
 
 
 def single_run(
-    problem: Case, meta: mt.MetaOptimizer, steps: int = STEPS
+    problem: Case, meta: MetaOptimizer, steps: int = STEPS
 ) -> tuple[list[dict[str, Tensor]], mt.LearnedOptimizer]:
     own = problem.problem(0)
     optimizer = mt.LearnedOptimizer(own.model, meta, own.symmetries, deterministic=True)
@@ -109,7 +114,7 @@ def closure_of(optimizer: torch.optim.Optimizer, evaluate: Callable[[], Tensor])
     return closure
 
 
-def network_for(kind: str, mode: str, problem: Case, tasks: int) -> mt.MetaOptimizer:
+def network_for(kind: str, mode: str, problem: Case, tasks: int) -> MetaOptimizer:
     return meta_optimizer(mode, problem.stack(tasks)[0] if kind == "flat" else None)
 
 
@@ -187,10 +192,10 @@ def test_gradients_after_a_teleport_are_those_of_the_place_it_led_to() -> None:
     """What the update rule is given, against a fresh evaluation."""
     own = case("chain of 2022 forms").problem(0)
     meta = meta_optimizer("lr+tele")
-    seen: list[mt.Point] = []
+    seen: list[Point] = []
     step = meta.rule.step
 
-    def watched(point: mt.Point, *rest: object) -> object:
+    def watched(point: Point, *rest: object) -> object:
         seen.append(point)
         return step(point, *rest)  # type: ignore[arg-type]
 
@@ -278,7 +283,7 @@ def test_refusals() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"scalar loss.*\(5, 1\)"):
         optimizer.step(lambda: model(x))
-    with pytest.raises(mt.CheckpointError, match="no checkpoint 'nowhere'"):
+    with pytest.raises(CheckpointError, match="no checkpoint 'nowhere'"):
         mt.LearnedOptimizer(model, "nowhere")
 
 

@@ -10,7 +10,10 @@ from symmetry_cases import CASES, Case, case
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.objectives import Curvature
 from metateleport.objectives.curvature import curve_derivatives
+from metateleport.point import Point
+from metateleport.symmetries import QuadraticRotation
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -18,20 +21,20 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 SEED = 2
 
 
-def scalar_chain(u: float, v: float) -> tuple[nn.Module, mt.Point]:
+def scalar_chain(u: float, v: float) -> tuple[nn.Module, Point]:
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.LeakyReLU(0.1), nn.Linear(1, 1, bias=False)).double()
     weights = {
         "0.weight": torch.tensor([[v]], dtype=torch.float64),
         "2.weight": torch.tensor([[u]], dtype=torch.float64),
     }
-    return model, mt.Point(weights)
+    return model, Point(weights)
 
 
 @pytest.mark.parametrize(("u", "v"), [(1.0, 1.0), (3.0, 0.5), (-0.2, 4.0)])
 def test_two_scalar_layers_move_on_a_hyperbola(u: float, v: float) -> None:
     # On (u e^-t, v e^t) the wedge of the derivatives (-u, v) and (u, v) is 2 |u v|.
     model, point = scalar_chain(u, v)
-    found = mt.Curvature([mt.Rescaling(model, "0", "2")], curves=3)(point)
+    found = Curvature([mt.Rescaling(model, "0", "2")], curves=3)(point)
     assert float(found) == pytest.approx(2 * abs(u * v) / math.hypot(u, v) ** 3, rel=1e-12)
 
 
@@ -39,8 +42,8 @@ def test_two_scalar_layers_move_on_a_hyperbola(u: float, v: float) -> None:
 def test_on_a_circle_it_is_one_over_the_radius(radius: float) -> None:
     model = nn.Module()
     model.x = nn.Parameter(radius * torch.tensor([0.6, 0.8], dtype=torch.float64))
-    point = mt.Point({"x": model.x.detach()}, activations={"": torch.eye(2, dtype=torch.float64)})
-    assert float(mt.Curvature([mt.QuadraticRotation(model)])(point)) == pytest.approx(1 / radius, rel=1e-9)
+    point = Point({"x": model.x.detach()}, activations={"": torch.eye(2, dtype=torch.float64)})
+    assert float(Curvature([QuadraticRotation(model)])(point)) == pytest.approx(1 / radius, rel=1e-9)
 
 
 def test_on_an_ellipse_it_is_that_of_the_textbook() -> None:
@@ -48,7 +51,7 @@ def test_on_an_ellipse_it_is_that_of_the_textbook() -> None:
     a, b, t = 3.0, 0.5, 0.7
     model.x = nn.Parameter(torch.tensor([a * math.cos(t), b * math.sin(t)], dtype=torch.float64))
     matrix = torch.diag(torch.tensor([a**-2, b**-2], dtype=torch.float64))
-    found = mt.Curvature([mt.QuadraticRotation(model)])(mt.Point({"x": model.x.detach()}, activations={"": matrix}))
+    found = Curvature([QuadraticRotation(model)])(Point({"x": model.x.detach()}, activations={"": matrix}))
     expected = a * b / ((a * math.sin(t)) ** 2 + (b * math.cos(t)) ** 2) ** 1.5
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
@@ -99,14 +102,14 @@ def test_derivatives_and_curvature_are_those_of_differences(case: Case) -> None:
     for mine, expected in zip(found, (first, second), strict=True):
         flat = torch.cat([value.flatten() for value in mine.values()])
         assert float((flat - expected).norm()) <= 1e-6 * float(first.norm() + second.norm())
-    objective = mt.Curvature(problem.symmetries, curves=1, seed=0)
+    objective = Curvature(problem.symmetries, curves=1, seed=0)
     assert float(objective(problem.point())) == pytest.approx(kappa, rel=1e-5, abs=1e-6)
 
 
 @every_case
 def test_it_is_one_number_for_each_stacked_task(case: Case) -> None:
     stacked, batch = case.stack(3)
-    objective = mt.Curvature(stacked.symmetries, curves=2)
+    objective = Curvature(stacked.symmetries, curves=2)
     found = objective(stacked.point_at(stacked.tensors(), batch))
     expected = [float(objective(case.problem(seed).point())) for seed in range(3)]
     assert found.tolist() == pytest.approx(expected, rel=1e-8)
@@ -115,7 +118,7 @@ def test_it_is_one_number_for_each_stacked_task(case: Case) -> None:
 @every_case
 def test_its_slope_along_the_orbit_is_that_of_differences(case: Case) -> None:
     problem = case.problem()
-    objective, start = mt.Curvature(problem.symmetries, curves=2), problem.point()
+    objective, start = Curvature(problem.symmetries, curves=2), problem.point()
     for symmetry in problem.symmetries:
         direction = symmetry.group.random_generator(size=1.0, seed=7, dtype=torch.float64)
 
@@ -132,19 +135,19 @@ def test_its_slope_along_the_orbit_is_that_of_differences(case: Case) -> None:
 def test_a_straight_curve_and_one_that_stands_still_have_none() -> None:
     problem = case("translations").problem()
     (first, *_) = problem.symmetries
-    assert float(mt.Curvature([first])(problem.point())) == pytest.approx(0, abs=1e-12)
+    assert float(Curvature([first])(problem.point())) == pytest.approx(0, abs=1e-12)
     model, point = scalar_chain(0.0, 0.0)
-    assert float(mt.Curvature([mt.Rescaling(model, "0", "2")])(point)) == 0
+    assert float(Curvature([mt.Rescaling(model, "0", "2")])(point)) == 0
 
 
 def test_its_price_and_what_it_refuses() -> None:
     exact, batch = case("linear pair").problem(), case("2022 form").problem()
-    assert mt.Curvature(exact.symmetries).evaluations(exact.symmetries[0], exact.point()) == 0
+    assert Curvature(exact.symmetries).evaluations(exact.symmetries[0], exact.point()) == 0
     share = batch.symmetries[0].undo_cost(batch.point(), batch.symmetries[0].parameters)
-    objective = mt.Curvature(batch.symmetries, curves=5)
+    objective = Curvature(batch.symmetries, curves=5)
     assert objective.evaluations(batch.symmetries[0], batch.point()) == pytest.approx(60 * share)
     assert share > 0
     with pytest.raises(ValueError, match="there is none"):
-        mt.Curvature([])
+        Curvature([])
     with pytest.raises(ValueError, match="at least one curve"):
-        mt.Curvature(exact.symmetries, curves=0)
+        Curvature(exact.symmetries, curves=0)

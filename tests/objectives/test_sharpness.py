@@ -10,20 +10,22 @@ from symmetry_cases import CASES, Case, case
 from torch import Tensor
 
 import metateleport as mt
+from metateleport.objectives import Sharpness
+from metateleport.point import Point
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def bowl(w: Tensor, curvature: Tensor) -> mt.Point:
+def bowl(w: Tensor, curvature: Tensor) -> Point:
     """A point of the quadratic `1/2 w^T C w`."""
-    return mt.Point({"w": w}, loss_at=lambda moved: moved["w"] @ curvature @ moved["w"] / 2)
+    return Point({"w": w}, loss_at=lambda moved: moved["w"] @ curvature @ moved["w"] / 2)
 
 
 def test_it_is_the_mean_rise_of_a_quadratic_in_all_directions() -> None:
     # The mean of d^T C d over the sphere is tr C / n, and d itself averages out.
     curvature = torch.diag(torch.tensor([1.0, 2.0, 9.0], dtype=torch.float64))
     w = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
-    found = mt.Sharpness(radii=(0.5, 2.0), directions=20000, at_once=10000)(bowl(w, curvature))
+    found = Sharpness(radii=(0.5, 2.0), directions=20000, at_once=10000)(bowl(w, curvature))
     expected = float(w @ curvature @ w) / 2 + (0.25 + 4) / 2 * 12 / 3 / 2
     assert float(found) == pytest.approx(expected, rel=0.02)
 
@@ -35,8 +37,8 @@ def test_every_direction_is_a_unit_vector_of_all_parameters_together() -> None:
         seen.append(math.hypot(float(moved["a"].norm()), float(moved["b"].norm())))
         return moved["a"].sum()
 
-    point = mt.Point({"a": torch.zeros(3, 2).double(), "b": torch.zeros(5).double()}, loss_at=loss_at)
-    mt.Sharpness(radii=(0.1, 3.0), directions=4)(point)
+    point = Point({"a": torch.zeros(3, 2).double(), "b": torch.zeros(5).double()}, loss_at=loss_at)
+    Sharpness(radii=(0.1, 3.0), directions=4)(point)
     assert seen == pytest.approx([0.1, 3.0] * 4)
 
 
@@ -47,8 +49,8 @@ def test_directions_are_spread_evenly_and_come_from_their_seed() -> None:
         places.append(moved["w"])
         return moved["w"].sum()
 
-    point = mt.Point({"w": torch.zeros(4).double()}, loss_at=loss_at)
-    values = [float(mt.Sharpness(radii=(1.0,), directions=2000, seed=seed)(point)) for seed in (0, 0, 1)]
+    point = Point({"w": torch.zeros(4).double()}, loss_at=loss_at)
+    values = [float(Sharpness(radii=(1.0,), directions=2000, seed=seed)(point)) for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
     mean = torch.stack(places[:2000]).mean(0)
     assert float(mean.norm()) < 0.06
@@ -58,15 +60,15 @@ def test_directions_are_spread_evenly_and_come_from_their_seed() -> None:
 @pytest.mark.parametrize("at_once", [2, 3, 100])
 def test_copies_evaluated_together_give_the_same(at_once: int) -> None:
     problem = case("2022 form").problem()
-    one = mt.Sharpness(radii=(0.1, 0.3), directions=5)(problem.point())
-    together = mt.Sharpness(radii=(0.1, 0.3), directions=5, at_once=at_once)(problem.point())
+    one = Sharpness(radii=(0.1, 0.3), directions=5)(problem.point())
+    together = Sharpness(radii=(0.1, 0.3), directions=5, at_once=at_once)(problem.point())
     assert float(together) == pytest.approx(float(one), rel=1e-12)
 
 
 @every_case
 def test_it_is_one_number_for_each_stacked_task(case: Case) -> None:
     stacked, batch = case.stack(3)
-    objective = mt.Sharpness(radii=(0.1,), directions=3, at_once=2)
+    objective = Sharpness(radii=(0.1,), directions=3, at_once=2)
     found = objective(stacked.point_at(stacked.tensors(), batch))
     expected = [float(objective(case.problem(seed).point())) for seed in range(3)]
     assert found.tolist() == pytest.approx(expected, rel=1e-10)
@@ -74,7 +76,7 @@ def test_it_is_one_number_for_each_stacked_task(case: Case) -> None:
 
 @every_case
 def test_its_slope_along_the_orbit_is_that_of_differences(case: Case) -> None:
-    problem, objective = case.problem(), mt.Sharpness(radii=(0.1, 0.2), directions=2)
+    problem, objective = case.problem(), Sharpness(radii=(0.1, 0.2), directions=2)
     start = problem.point()
     for symmetry in problem.symmetries:
         direction = symmetry.group.random_generator(size=1.0, seed=0, dtype=torch.float64)
@@ -99,15 +101,15 @@ def test_buffers_that_a_symmetry_moves_are_not_perturbed() -> None:
         assert all(torch.equal(moved[name], point.parameters[name]) for name in buffers)
         return moved["0.weight"].sum()
 
-    mt.Sharpness(directions=2)(point.replace(loss_at=loss_at))
+    Sharpness(directions=2)(point.replace(loss_at=loss_at))
 
 
 def test_its_price_and_what_it_refuses() -> None:
     problem = case("linear pair").problem()
-    objective = mt.Sharpness(radii=(0.1, 0.2, 0.3), directions=4)
+    objective = Sharpness(radii=(0.1, 0.2, 0.3), directions=4)
     assert objective.evaluations(problem.symmetries[0], problem.point()) == 12
     with pytest.raises(ValueError, match="evaluate the point with a loss"):
-        objective(mt.Point({"w": torch.zeros(2)}))
+        objective(Point({"w": torch.zeros(2)}))
     for wrong in ({"radii": ()}, {"radii": (0.0,)}, {"radii": (0.1, math.inf)}, {"directions": 0}, {"at_once": 0}):
         with pytest.raises(ValueError, match=r"radii|at least one"):
-            mt.Sharpness(**wrong)  # type: ignore[arg-type]
+            Sharpness(**wrong)  # type: ignore[arg-type]

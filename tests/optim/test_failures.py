@@ -12,7 +12,10 @@ from symmetry_cases import Problem, case
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.optim import AtSteps, Every
 from metateleport.optim.judge import Judge, slope
+from metateleport.point import Point
+from metateleport.teleporters import TrustRegion
 from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, WORSE_HELD_OUT
 
 
@@ -20,16 +23,16 @@ class Pushing(mt.Teleporter):
     name = "pushing"
 
     def __init__(self, given: Tensor, **region: Any) -> None:
-        super().__init__(mt.TrustRegion(**region))
+        super().__init__(TrustRegion(**region))
         self.given = given
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[Tensor, Any]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         return self.given.to(point.parameters[symmetry.parameters[0]].dtype), state
 
 
 def wrap(problem: Problem, teleporter: mt.Teleporter, lr: float = 1e-3, **keywords: Any) -> mt.TeleportingOptimizer:
     inner = torch.optim.SGD(problem.model.parameters(), lr=lr)
-    keywords.setdefault("schedule", mt.AtSteps([12]))
+    keywords.setdefault("schedule", AtSteps([12]))
     return mt.TeleportingOptimizer(inner, problem.model, teleporter, problem.symmetries, **keywords)
 
 
@@ -70,7 +73,7 @@ def test_a_slower_descent_shows_once_the_window_is_over_and_a_faster_one_does_no
 
 def test_a_loss_that_is_no_longer_finite_is_no_gain() -> None:
     problem = case("rescaling").problem()
-    optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), schedule=mt.AtSteps([0]), window=5)
+    optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), schedule=AtSteps([0]), window=5)
     train(problem, optimizer, 3)
     train(problem, optimizer, 3, lambda out: out.sum() * math.nan)
     assert "was not finite" in report_of(optimizer).failures[NO_GAIN]
@@ -79,14 +82,14 @@ def test_a_loss_that_is_no_longer_finite_is_no_gain() -> None:
 def test_at_the_first_step_a_loss_that_does_not_fall_is_no_gain() -> None:
     for lr, failed in ((0.0, True), (1e-3, False)):
         problem = case("rescaling").problem()
-        optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=lr, schedule=mt.AtSteps([0]), window=5)
+        optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=lr, schedule=AtSteps([0]), window=5)
         train(problem, optimizer, 6)
         assert (NO_GAIN in report_of(optimizer).failures) is failed
 
 
 def test_the_next_teleport_ends_the_window() -> None:
     problem = case("rescaling").problem()
-    optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=0.0, schedule=mt.AtSteps([6, 12]))
+    optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=0.0, schedule=AtSteps([6, 12]))
     train(problem, optimizer, 13)
     first, second = optimizer.reports
     assert NO_GAIN in first.failures
@@ -101,7 +104,7 @@ def test_without_a_loss_or_with_too_few_nothing_is_said() -> None:
         problem.loss_of(problem.model(*problem.inputs)).backward()
         optimizer.step()
     assert report_of(optimizer).failures == {}
-    optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=0.0, schedule=mt.Every(2))
+    optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), lr=0.0, schedule=Every(2))
     train(problem, optimizer, 9)
     assert all(report.failures == {} for report in optimizer.reports)
 
@@ -165,7 +168,7 @@ def test_a_batch_form_that_harms_other_data_is_seen_at_once() -> None:
         assert not torch.is_grad_enabled()
         return problem.loss(problem.model(others[0]), others[1])
 
-    optimizer = wrap(problem, mt.RandomTeleporter(4.0, seed=0), lr=0.0, schedule=mt.AtSteps([0]), held_out=held_out)
+    optimizer = wrap(problem, mt.RandomTeleporter(4.0, seed=0), lr=0.0, schedule=AtSteps([0]), held_out=held_out)
     before = float(held_out_free(held_out))
     train(problem, optimizer, 1)
     report = report_of(optimizer)
@@ -185,7 +188,7 @@ def test_an_exact_teleport_leaves_the_held_out_loss_and_later_steps_may_raise_it
     for later, failed in ((1.0, False), (1.0005, False), (1.1, True), (0.5, False)):
         problem = case("rescaling").problem()
         held_out, told = scripted(1.0, 1.0, later)
-        optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), schedule=mt.AtSteps([1]), held_out=held_out)
+        optimizer = wrap(problem, mt.RandomTeleporter(0.1, seed=0), schedule=AtSteps([1]), held_out=held_out)
         train(problem, optimizer, 2)
         assert len(told) == 2
         assert WORSE_HELD_OUT not in report_of(optimizer).failures
@@ -199,8 +202,8 @@ def test_an_exact_teleport_leaves_the_held_out_loss_and_later_steps_may_raise_it
 def test_a_refused_teleport_harms_nobody() -> None:
     problem = case("rescaling").problem()
     held_out, told = scripted(1.0, 5.0)
-    teleporter = mt.RandomTeleporter(0.1, seed=0, trust_region=mt.TrustRegion(max_drift=0.0))
-    optimizer = wrap(problem, teleporter, schedule=mt.AtSteps([0]), held_out=held_out)
+    teleporter = mt.RandomTeleporter(0.1, seed=0, trust_region=TrustRegion(max_drift=0.0))
+    optimizer = wrap(problem, teleporter, schedule=AtSteps([0]), held_out=held_out)
     train(problem, optimizer, 1)
     report = report_of(optimizer)
     assert not report.accepted
@@ -263,7 +266,7 @@ def test_an_element_that_is_too_much_is_named(
 ) -> None:
     problem = case("rescaling").problem()
     teleporter = Pushing(torch.tensor(generator, dtype=torch.float64), **region)
-    optimizer = wrap(problem, teleporter, schedule=mt.AtSteps([0]))
+    optimizer = wrap(problem, teleporter, schedule=AtSteps([0]))
     train(problem, optimizer, 1)
     report = report_of(optimizer)
     assert (UNSTABLE in report.failures) is (seen is not None)
@@ -282,7 +285,7 @@ def test_outputs_that_lose_half_of_their_digits_are_named_in_their_own_precision
             tuple(v.to(dtype) for v in each) for each in (problem.inputs, problem.targets)
         )
         teleporter = Pushing(mixing @ generator @ mixing.mT, max_condition=math.inf, max_drift=math.inf)
-        optimizer = wrap(problem, teleporter, lr=0.0, schedule=mt.AtSteps([0]), max_stretch=None)
+        optimizer = wrap(problem, teleporter, lr=0.0, schedule=AtSteps([0]), max_stretch=None)
         train(problem, optimizer, 1)
         assert report_of(optimizer).accepted
         assert (UNSTABLE in report_of(optimizer).failures) is failed
@@ -294,7 +297,7 @@ def test_a_rank_condition_that_fails_is_no_instability() -> None:
     problem = case("2022 form").problem()
     (inputs,) = problem.inputs
     problem.inputs = (inputs[[0, 0, 1, 1]],)
-    optimizer = wrap(problem, mt.RandomTeleporter(0.3, seed=0), schedule=mt.AtSteps([0]))
+    optimizer = wrap(problem, mt.RandomTeleporter(0.3, seed=0), schedule=AtSteps([0]))
     train(problem, optimizer, 1)
     assert not report_of(optimizer).accepted
     assert "condition of the batch pair" in report_of(optimizer).reason

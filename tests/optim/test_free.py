@@ -12,10 +12,13 @@ from symmetry_cases import Problem, assert_close, case
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.objectives import Sharpness
+from metateleport.optim import AtSteps
+from metateleport.teleporters import LevelSetTeleporter, NullSpaceTeleporter, TrustRegion
 
 FREE: dict[str, Callable[[], mt.Teleporter]] = {
-    "level set": lambda: mt.LevelSetTeleporter(steps=3, step_size=0.02, projections=5, tolerance=1e-13),
-    "null space": lambda: mt.NullSpaceTeleporter(steps=3, step_size=0.02),
+    "level set": lambda: LevelSetTeleporter(steps=3, step_size=0.02, projections=5, tolerance=1e-13),
+    "null space": lambda: NullSpaceTeleporter(steps=3, step_size=0.02),
 }
 # More units than samples in every layer, so that the null space has room.
 NAME = "2024 form"
@@ -24,7 +27,7 @@ each_free = pytest.mark.parametrize("teleporter", FREE.values(), ids=FREE)
 
 
 def sharpness() -> mt.Teleporter:
-    objective = mt.Sharpness(radii=(0.1,), directions=2)
+    objective = Sharpness(radii=(0.1,), directions=2)
     return mt.GradientAscentTeleporter(objective, steps=2, step_size=0.05, direction="descent")
 
 
@@ -200,7 +203,7 @@ def test_the_state_stays_or_goes_and_the_report_says_so(
 ) -> None:
     problem = case(NAME).problem()
     inner = momentum(problem)
-    optimizer = wrap(problem, teleporter(), inner, state=state, schedule=mt.AtSteps([2]))
+    optimizer = wrap(problem, teleporter(), inner, state=state, schedule=AtSteps([2]))
     for _ in range(2):
         optimizer.step(closure_of(problem, optimizer))
     before = {p: (p.detach().clone(), inner.state[p]["momentum_buffer"].clone()) for p in problem.model.parameters()}
@@ -225,8 +228,8 @@ def test_the_state_stays_or_goes_and_the_report_says_so(
 def test_lbfgs_starts_anew_and_from_the_loss_that_was_reached() -> None:
     problem = case(NAME).problem()
     inner = torch.optim.LBFGS(problem.model.parameters(), lr=0.1, max_iter=2)
-    loose = mt.LevelSetTeleporter(steps=3, step_size=0.02, projections=0)
-    optimizer = wrap(problem, loose, inner, schedule=mt.AtSteps([3]))
+    loose = LevelSetTeleporter(steps=3, step_size=0.02, projections=0)
+    optimizer = wrap(problem, loose, inner, schedule=AtSteps([3]))
     for _ in range(3):
         optimizer.step(closure_of(problem, optimizer))
     asked: list[float] = []
@@ -300,8 +303,8 @@ def test_a_gradient_that_would_stay_behind_is_refused() -> None:
 @each_free
 def test_out_of_its_trust_region_it_stays_bit_for_bit(teleporter: Callable[[], mt.Teleporter]) -> None:
     for region, seen in (
-        (mt.TrustRegion(max_size=1e-9), "the displacement is larger than 1e-09"),
-        (mt.TrustRegion(max_drift=1e-300), "would change by"),
+        (TrustRegion(max_size=1e-9), "the displacement is larger than 1e-09"),
+        (TrustRegion(max_drift=1e-300), "would change by"),
     ):
         problem, chosen = case(NAME).problem(), teleporter()
         chosen.trust_region = region

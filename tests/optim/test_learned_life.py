@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed
 
 import metateleport as mt
+from metateleport.learned import MetaOptimizer
+from metateleport.point import Point
 
 RULES = [{}, {"mode": "lr+tele", "gauge": "linearised", "groups": ("GL",), "stays": False}, {"mode": "update+tele"}]
 MOMENTS = ("momentum", "squares", "recent", "weights", "seen")
 
 
-def meta_for(config: dict[str, Any]) -> mt.MetaOptimizer:
+def meta_for(config: dict[str, Any]) -> MetaOptimizer:
     return teleporting() if config.get("mode") == "update+tele" else meta_of(**config)
 
 
@@ -133,7 +135,7 @@ def test_a_stand_in_remembers_the_step_and_not_the_teleport_before_it() -> None:
     optimizer = mt.LearnedOptimizer(model, teleporting(mode="lr+tele"))
     step, seen = optimizer.meta.rule.step, []
 
-    def noted(point: mt.Point, *rest: Any) -> Any:
+    def noted(point: Point, *rest: Any) -> Any:
         start = {name: value.clone() for name, value in point.parameters.items()}
         moved, state = step(point, *rest)
         seen.append({name: value - start[name] for name, value in moved.items()})

@@ -11,20 +11,21 @@ from symmetry_cases import Problem, case
 from torch import Tensor
 
 import metateleport as mt
-from metateleport.learned import MODES
+from metateleport.families import StackedModel
+from metateleport.learned import MODES, GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.gauge import LearnedGauge
 
 
-def meta_of(mode: str, network: str = "equivariant", problem: Problem | None = None) -> mt.MetaOptimizer:
+def meta_of(mode: str, network: str = "equivariant", problem: Problem | None = None) -> MetaOptimizer:
     """A meta-optimizer with a teleport large enough to be seen."""
     torch.manual_seed(1)
     shapes: tuple[Any, ...] = ()
     if problem is not None and network == "flat":
-        stack = mt.StackedModel([problem.model], problem.loss, problem.symmetries)
+        stack = StackedModel([problem.model], problem.loss, problem.symmetries)
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in stack.tensors().items())
-    config = mt.MetaOptimizerConfig(mode=mode, network=network, hidden=6, shapes=shapes, base="momentum")  # type: ignore[arg-type]
-    meta = mt.MetaOptimizer(config)
-    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+    config = MetaOptimizerConfig(mode=mode, network=network, hidden=6, shapes=shapes, base="momentum")  # type: ignore[arg-type]
+    meta = MetaOptimizer(config)
+    if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
             for each in meta.teleporter.networks.values():
                 each.head.bias[-1] = 0.0
@@ -81,7 +82,7 @@ def test_it_goes_on_with_the_same_steps(mode: str, network: str, name: str) -> N
 def test_its_gauges_go_on_too(name: str, deterministic: bool) -> None:
     problem, resumed = case(name).problem(), case(name).problem()
     torch.manual_seed(1)
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(stays=False, gauge="exact", hidden=6)).double()
+    meta = MetaOptimizer(MetaOptimizerConfig(stays=False, gauge="exact", hidden=6)).double()
     optimizer = mt.LearnedOptimizer(problem.model, meta, problem.symmetries, deterministic=deterministic)
     train(problem, optimizer, 5)
     saved = through_a_file({"model": problem.model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -100,7 +101,7 @@ def test_its_gauges_go_on_too(name: str, deterministic: bool) -> None:
 def test_a_gauge_that_moves_the_model_goes_on_too() -> None:
     problem, resumed = case("linear pair").problem(), case("linear pair").problem()
     torch.manual_seed(1)
-    teleporter = mt.GaugeTeleporter(LearnedGauge(("GL",), hidden=6)).double()
+    teleporter = GaugeTeleporter(LearnedGauge(("GL",), hidden=6)).double()
 
     def optimizer_of(each: Problem) -> mt.TeleportingOptimizer:
         inner = torch.optim.SGD(each.model.parameters(), lr=1e-3)

@@ -13,17 +13,19 @@ from learned_cases import backward, loss_of, meta_of, mlp, teleporting, trained,
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.learned import MetaOptimizer
 from metateleport.learned.meta_optimizer import Step
+from metateleport.point import Point
 
 # One that divides by nothing, and one that bounds its steps and needs a stand-in for the loss.
 RULES = [{}, {"mode": "lr"}]
 
 
-def made(model: nn.Module, meta: mt.MetaOptimizer, **settings: Any) -> mt.LearnedOptimizer:
+def made(model: nn.Module, meta: MetaOptimizer, **settings: Any) -> mt.LearnedOptimizer:
     return mt.LearnedOptimizer(model, meta, [mt.Rescaling(model, "0", "2")], **settings)
 
 
-def first_step(meta: mt.MetaOptimizer, **settings: Any) -> tuple[Tensor, Step]:
+def first_step(meta: MetaOptimizer, **settings: Any) -> tuple[Tensor, Step]:
     """How far the weights are after one step from where they were, and the step."""
     model = mlp()
     optimizer = made(model, meta, **settings)
@@ -191,7 +193,7 @@ def test_a_bounded_step_is_at_most_half_of_its_tensor_unless_it_can_be_taken_bac
     backward(model)
     step = optimizer.meta.rule.step
 
-    def far(point: mt.Point, *rest: Any) -> Any:
+    def far(point: Point, *rest: Any) -> Any:
         moved, state = step(point, *rest)
         return {name: value + 100 for name, value in moved.items()}, state
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import PassRecorder
+from metateleport.learned import MetaOptimizer
 
 RULES = [{}, {"mode": "lr"}]
 
 
-def made(model: nn.Module, meta: mt.MetaOptimizer, **settings: Any) -> mt.LearnedOptimizer:
+def made(model: nn.Module, meta: MetaOptimizer, **settings: Any) -> mt.LearnedOptimizer:
     return mt.LearnedOptimizer(model, meta, [mt.Rescaling(model, "0", "2")], **settings)
 
 

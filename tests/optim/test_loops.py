@@ -440,7 +440,7 @@ model = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.1), nn.Linear(16, 3))
 ddp = nn.parallel.DistributedDataParallel(model)
 given = ddp if how in ("ddp", "free") else model
 inner = torch.optim.AdamW(given.parameters(), lr=1e-2)
-teleporter = {"seedless": lambda: mt.RandomTeleporter(size=1.0), "free": lambda: mt.LevelSetTeleporter(steps=1)}.get(
+teleporter = {"seedless": lambda: mt.RandomTeleporter(size=1.0), "free": lambda: LevelSetTeleporter(steps=1)}.get(
     how, lambda: mt.load("leaky_mlp_mixture"))()
 if how == "free":
     try:

@@ -21,6 +21,7 @@ from metateleport.optim.memory import (
     unflattened,
     update_entries,
 )
+from metateleport.point import Point
 
 STEP_RULE = {"mode": "lr+tele", "gauge": "linearised", "groups": ("GL", "diagonal")}
 
@@ -130,7 +131,7 @@ def test_what_was_not_saved_is_as_in_a_fresh_state() -> None:
 def test_what_a_rule_keeps_by_tensor_goes_to_the_entries_and_comes_back(config: dict[str, Any]) -> None:
     meta = meta_of(**config)
     weights = {name: torch.randn(1, 3, 2) for name in ("a.weight", "b.weight")}
-    point = mt.Point(weights, dict(weights), loss=torch.ones(1))
+    point = Point(weights, dict(weights), loss=torch.ones(1))
     state = {key: _filled(value) for key, value in meta.rule.initial_state(point).items()}
     entries: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = update_entries(meta.rule, state, entries)
@@ -142,7 +143,7 @@ def test_what_a_rule_keeps_by_tensor_goes_to_the_entries_and_comes_back(config: 
 def test_a_tensor_that_is_new_starts_fresh_beside_one_that_is_known() -> None:
     meta = meta_of()
     weights = {name: torch.randn(1, 3, 2) for name in ("old.weight", "new.weight")}
-    point = mt.Point(weights, dict(weights), loss=torch.ones(1))
+    point = Point(weights, dict(weights), loss=torch.ones(1))
     fresh = meta.rule.initial_state(point)
     filled = {key: _filled(value) for key, value in fresh.items()}
     entries: dict[str, dict[str, Tensor]] = defaultdict(dict)

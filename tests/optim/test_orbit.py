@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.groups import GeneralLinear, Orthogonal, PositiveDiagonal
 from metateleport.optim import TeleportingOptimizer
+from metateleport.point import Point
 from metateleport.symmetries.rotary import PlaneScaling
 from metateleport.symmetries.translation import Translation
 from metateleport.teleporters.reach import shortened, stretch
@@ -60,7 +61,7 @@ class Pushing(mt.Teleporter):
 
     name = "pushing"
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[Tensor, Any]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         return symmetry.group.random_generator(size=0.5, seed=3, dtype=torch.float64), state
 
 

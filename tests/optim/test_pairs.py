@@ -17,20 +17,23 @@ from symmetry_cases import CASES, Case, Problem, case
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.objectives import Curvature, Sharpness
+from metateleport.optim import Every
+from metateleport.teleporters import LevelSetTeleporter, NullSpaceTeleporter
 
 TELEPORTERS: dict[str, Callable[[Sequence[mt.Symmetry]], mt.Teleporter]] = {
     "none": lambda _: mt.NoTeleport(),
     "random": lambda _: mt.RandomTeleporter(size=0.3, seed=0),
     "gradient-ascent": lambda _: mt.GradientAscentTeleporter(steps=3, step_size=0.02, cap=0.3),
     "sharpness": lambda _: mt.GradientAscentTeleporter(
-        mt.Sharpness(radii=(0.1,), directions=2), steps=2, step_size=0.02, cap=0.3, direction="descent"
+        Sharpness(radii=(0.1,), directions=2), steps=2, step_size=0.02, cap=0.3, direction="descent"
     ),
     "curvature": lambda symmetries: mt.GradientAscentTeleporter(
-        mt.Curvature(symmetries, curves=1), steps=1, step_size=0.02, cap=0.3, direction="descent"
+        Curvature(symmetries, curves=1), steps=1, step_size=0.02, cap=0.3, direction="descent"
     ),
     "whitening": lambda _: mt.WhiteningTeleporter(),
-    "level-set": lambda _: mt.LevelSetTeleporter(steps=2, step_size=0.01, projections=20, tolerance=1e-13),
-    "null-space": lambda _: mt.NullSpaceTeleporter(steps=2, step_size=0.01),
+    "level-set": lambda _: LevelSetTeleporter(steps=2, step_size=0.01, projections=20, tolerance=1e-13),
+    "null-space": lambda _: NullSpaceTeleporter(steps=2, step_size=0.01),
 }
 FIRST = 5
 """The step of the first teleport: by then there is a state to be brought along."""
@@ -99,7 +102,7 @@ def run(inner: str, teleporter: str, name: str, steps: int) -> None:
         problem.model,
         chosen,
         problem.symmetries,
-        schedule=mt.Every(steps // 5, start=FIRST),
+        schedule=Every(steps // 5, start=FIRST),
         max_stretch=None,
     )
     certified = [each.certificate.drift for each in problem.symmetries if each.certificate is not None]

@@ -14,6 +14,8 @@ from symmetry_cases import Problem, case, relative
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.optim import AtSteps
+from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import travel
 
@@ -41,7 +43,7 @@ class Pushing(mt.Teleporter):
         super().__init__()
         self.given = given
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: object) -> tuple[Tensor, object]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: object) -> tuple[Tensor, object]:
         return self.given, state
 
 
@@ -96,7 +98,7 @@ def wrapped(
     problem: Problem, optimizer: str, teleporter: mt.Teleporter, at: int = WARM, **settings: object
 ) -> mt.TeleportingOptimizer:
     inner = OPTIMIZERS[optimizer](problem.model, 1.0)
-    schedule = mt.AtSteps([at])
+    schedule = AtSteps([at])
     return mt.TeleportingOptimizer(inner, problem.model, teleporter, problem.symmetries, schedule=schedule, **settings)  # type: ignore[arg-type]
 
 
@@ -362,7 +364,7 @@ def test_weights_in_the_state_move_as_weights_do(keeping: str, how: str, kind: s
     make, key = KEEPING[keeping]
     inner = make(model)
     optimizer = mt.TeleportingOptimizer(
-        inner, model, mt.RandomTeleporter(size=1.0, seed=0), schedule=mt.AtSteps([7]), state=how
+        inner, model, mt.RandomTeleporter(size=1.0, seed=0), schedule=AtSteps([7]), state=how
     )
 
     def outputs() -> Tensor:
@@ -396,7 +398,7 @@ def test_weights_in_the_state_are_not_left_behind() -> None:
     ):
         inner = make(model.parameters(), lr=1e-3)
         optimizer = mt.TeleportingOptimizer(
-            inner, model, mt.RandomTeleporter(size=0.1, seed=0), schedule=mt.AtSteps([3]), **keywords
+            inner, model, mt.RandomTeleporter(size=0.1, seed=0), schedule=AtSteps([3]), **keywords
         )
         for _ in range(4):
             optimizer.zero_grad()

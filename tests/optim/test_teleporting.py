@@ -19,6 +19,9 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.learned import LearnedTeleporter
 from metateleport.optim import TeleportingOptimizer
+from metateleport.point import Point
+from metateleport.symmetries import Unsuitable
+from metateleport.teleporters import TrustRegion
 
 INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
@@ -45,10 +48,10 @@ class Pushing(mt.Teleporter):
     name = "pushing"
 
     def __init__(self, generator: Tensor, **region: Any) -> None:
-        super().__init__(mt.TrustRegion(**region))
+        super().__init__(TrustRegion(**region))
         self.given = generator
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[Tensor, Any]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         return self.given, state
 
 
@@ -57,10 +60,10 @@ class Counting(mt.Teleporter):
 
     name = "counting"
 
-    def initial_state(self, point: mt.Point, symmetries: Any) -> Any:
+    def initial_state(self, point: Point, symmetries: Any) -> Any:
         return {"count": torch.zeros(1, dtype=torch.float64), "pair": (torch.zeros(1), 0)}
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[Tensor, Any]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         count = state["count"] + 1
         generator = symmetry.group.random_generator(size=0.1 * float(count), seed=1, dtype=torch.float64)
         assert isinstance(state["pair"], tuple)
@@ -527,7 +530,7 @@ def test_the_loss_after_is_told_to_first_order() -> None:
     """A symmetry that does not quite hold: the predicted change is the real one, up to the square of the drift."""
 
     class Loose(mt.Rescaling):
-        def act(self, element: Tensor, point: mt.Point) -> mt.Point:
+        def act(self, element: Tensor, point: Point) -> Point:
             moved = super().act(element, point)
             return moved.update({self.first_weight: moved.parameters[self.first_weight] * (1 + 1e-5)})
 
@@ -608,7 +611,7 @@ def test_what_is_refused_leaves_everything_bit_for_bit(name: str, region: dict[s
     inner = torch.optim.Adam(problem.model.parameters(), lr=0.0, betas=(0.9, 0.99))
     optimizer = wrap(problem, inner, mt.NoTeleport(), every=5)
     train(problem, optimizer, 5)
-    optimizer.teleporter = mt.RandomTeleporter(size=0.5, seed=0, trust_region=mt.TrustRegion(**region))
+    optimizer.teleporter = mt.RandomTeleporter(size=0.5, seed=0, trust_region=TrustRegion(**region))
     seen: list[dict[str, Tensor]] = []
     inner.register_step_pre_hook(lambda *_: seen.append(everything(problem, inner)))
     backward(problem, optimizer)
@@ -909,7 +912,7 @@ def test_a_symmetry_that_does_not_hold_is_found_on_the_example() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs = torch.randn(5, 3, dtype=torch.float64)
-    with pytest.raises(mt.Unsuitable, match="does not hold in this model"):
+    with pytest.raises(Unsuitable, match="does not hold in this model"):
         TeleportingOptimizer(inner, model, mt.NoTeleport(), [mt.Rescaling(model, "0", "2")], example_input=inputs)
     assert hooks(model) == 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import metateleport as mt
 from metateleport.capture import point_of
+from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
 from metateleport.papers.experiments import (
     EXPERIMENTS,
     Claim,
@@ -225,10 +226,8 @@ def test_chart_rotations_keep_the_value_and_carry_the_gradient(kind: type[Any]) 
     torch.testing.assert_close(arrived.gradients["x"], gradient(there))
 
 
-@pytest.mark.parametrize(
-    "group", [mt.GeneralLinear(3), mt.Orthogonal(4), mt.PositiveDiagonal(5)], ids=lambda group: group.name
-)
-def test_the_basis_spans_the_algebra(group: mt.Group) -> None:
+@pytest.mark.parametrize("group", [GeneralLinear(3), Orthogonal(4), PositiveDiagonal(5)], ids=lambda group: group.name)
+def test_the_basis_spans_the_algebra(group: Group) -> None:
     basis = algebra_basis(group)
     assert basis.shape == (group.dimension, *group.shape)
     flat = basis.flatten(1)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import metateleport as mt
+from metateleport.optim import AtSteps, Every
 from metateleport.papers.experiments import ExperimentError, ExperimentResult, load_experiment
 from metateleport.papers.experiments._optimizers_claims import REGIMES, along, claims
 from metateleport.papers.experiments.courses import follow
@@ -23,6 +24,7 @@ from metateleport.papers.experiments.intervals import bootstrap, median_interval
 from metateleport.papers.experiments.optimizers import FAMILIES, Optimizers
 from metateleport.papers.experiments.recipes import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.ways import ONCE, PLAIN, THRICE, WHEN, Method, batch_pairs, rescalings
+from metateleport.teleporters import LevelSetTeleporter, TrustRegion
 
 STEPS = 10
 
@@ -264,7 +266,7 @@ def test_a_teleport_between_steps_keeps_its_loss_and_starts_the_optimizer_anew()
     """Teleporters that evaluate the loss at other weights: the step after them is that of a new optimizer."""
     task, step = small_task(), 3
     batches = [task.batch(number) for number in range(step + 1)]
-    method = Method(lambda _: mt.LevelSetTeleporter(steps=3), schedule=mt.AtSteps([step]))
+    method = Method(lambda _: LevelSetTeleporter(steps=3), schedule=AtSteps([step]))
     recipe = OPTIMIZERS["adam"]
     course = follow(task, task.training, batches, recipe, 1e-2, method, [0, step, step + 1])
     assert course.moved == 1
@@ -275,7 +277,7 @@ def test_a_teleport_between_steps_keeps_its_loss_and_starts_the_optimizer_anew()
         inputs, targets = batches[number]
         if number == step:
             report = mt.teleport(
-                other.model, mt.LevelSetTeleporter(steps=3), inputs, lambda out: other.loss(out, *batches[step][1])
+                other.model, LevelSetTeleporter(steps=3), inputs, lambda out: other.loss(out, *batches[step][1])
             )
             assert report.loss_after == pytest.approx(report.loss_before)
             optimizer = recipe.make(other.model, 1e-2)
@@ -295,9 +297,9 @@ def test_a_run_that_diverges_stops_and_stands_at_the_largest_number() -> None:
 
 
 def test_refused_teleports_and_failures_are_counted() -> None:
-    refusing = mt.TrustRegion(max_size=0.1)
+    refusing = TrustRegion(max_size=0.1)
     for symmetries in (rescalings, batch_pairs):
-        method = Method(lambda seed: mt.RandomTeleporter(1.0, seed, trust_region=refusing), symmetries, mt.Every(2))
+        method = Method(lambda seed: mt.RandomTeleporter(1.0, seed, trust_region=refusing), symmetries, Every(2))
         course = run(0.1, method)
         assert (course.moved, course.refused) == (0, 3)
         assert course.failures == {"unstable element": 3}

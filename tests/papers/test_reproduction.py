@@ -14,10 +14,13 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport import cli
 from metateleport.evaluation.methods.learned import Learned
+from metateleport.families import TaskStack
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.rules.flat import FlatRule
 from metateleport.papers.reproduction import NETWORKS, Figure6, draw, figure_6, sentences_of, tables_of
 from metateleport.papers.reproduction.seeds import SeedStack, stack_seeds, unstack_seeds
 from metateleport.papers.reproduction.unguarded import Unguarded
+from metateleport.point import Point
 from metateleport.training import TrainingError, Unroll
 
 SMALL: dict[str, Any] = {
@@ -26,9 +29,9 @@ SMALL: dict[str, Any] = {
 WIDTH = {"width": 4}
 
 
-def metas(mode: str, count: int = 2, kind: type[mt.MetaOptimizer] = Unguarded) -> list[mt.MetaOptimizer]:
+def metas(mode: str, count: int = 2, kind: type[MetaOptimizer] = Unguarded) -> list[MetaOptimizer]:
     shapes = (("0.weight", (4, 4)), ("2.weight", (4, 4)))
-    config = mt.MetaOptimizerConfig(mode=mode, network="flat", hidden=5, groups=("GL",), shapes=shapes)  # type: ignore[arg-type]
+    config = MetaOptimizerConfig(mode=mode, network="flat", hidden=5, groups=("GL",), shapes=shapes)  # type: ignore[arg-type]
     made = []
     for seed in range(count):
         torch.manual_seed(seed)
@@ -60,10 +63,10 @@ def test_seeds_trained_side_by_side_get_the_gradients_they_get_alone(mode: str) 
     family, alone = mt.load_family("leaky_mlp", WIDTH), metas(mode)
     whole = stack_seeds(alone)
     tasks = [[family.task(index, "train", seed) for index in range(3)] for seed in range(2)]
-    together = Unroll(mt.TaskStack(tasks[0] + tasks[1]), whole).window(3)
+    together = Unroll(TaskStack(tasks[0] + tasks[1]), whole).window(3)
     together.sum().backward()
     for number, meta in enumerate(alone):
-        losses = Unroll(mt.TaskStack(tasks[number]), meta).window(3)
+        losses = Unroll(TaskStack(tasks[number]), meta).window(3)
         torch.testing.assert_close(together[:, 3 * number : 3 * number + 3], losses, rtol=1e-4, atol=1e-5)
         losses.sum().backward()
         for name, parameter in meta.named_parameters():
@@ -83,7 +86,7 @@ def test_seeds_trained_side_by_side_get_the_gradients_they_get_alone(mode: str) 
 def test_unguarded_goes_on_from_worse_points() -> None:
     stack = mt.load_family("leaky_mlp", WIDTH).stack(range(2))
     ends = {}
-    for kind in (Unguarded, mt.MetaOptimizer):
+    for kind in (Unguarded, MetaOptimizer):
         (meta,) = metas("update", 1, kind)
         with torch.no_grad():
             for parameter in meta.rule.parameters():  # type: ignore[attr-defined]
@@ -91,7 +94,7 @@ def test_unguarded_goes_on_from_worse_points() -> None:
         loss = Learned("learned", meta).run(stack, 12).loss
         ends[kind] = loss[:, -1] / loss[:, 0]
     assert (ends[Unguarded] > 2).all()
-    assert (ends[mt.MetaOptimizer] <= 1).all()
+    assert (ends[MetaOptimizer] <= 1).all()
 
 
 def test_learning_rates_lie_where_the_sources_do() -> None:
@@ -101,7 +104,7 @@ def test_learning_rates_lie_where_the_sources_do() -> None:
             rule.head.weight.zero_()
             rule.head.bias.fill_(bias)
         gradient = torch.ones(1, 2, 2)
-        point = mt.Point({"w": torch.zeros(1, 2, 2)}, gradients={"w": gradient}, loss=torch.ones(1))
+        point = Point({"w": torch.zeros(1, 2, 2)}, gradients={"w": gradient}, loss=torch.ones(1))
         state = rule.initial_state(point)
         progress = mt.learned.progress.Progress.begin(torch.ones(1))
         moved, _ = rule.step(point, [], progress, state)

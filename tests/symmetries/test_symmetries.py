@@ -12,7 +12,17 @@ from symmetry_cases import CASES, Case, assert_close, case, relative
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.symmetries import HOMOGENEOUS, Pair, inverse_of, slope
+from metateleport.point import Point
+from metateleport.symmetries import (
+    HOMOGENEOUS,
+    BatchPair2022,
+    BatchPair2024,
+    Pair,
+    QuadraticRotation,
+    Unsuitable,
+    inverse_of,
+    slope,
+)
 
 TASKS = 3
 EXACT = [each for each in CASES if each.exact]
@@ -26,7 +36,7 @@ def elements(symmetry: mt.Symmetry, *batch: int, size: float = 1.0, seed: int = 
     return symmetry.group.random(*batch, size=size, seed=seed, dtype=torch.float64)
 
 
-def moved(case: Case, point: mt.Point, size: float = 1.0, seed: int = 0) -> mt.Point:
+def moved(case: Case, point: Point, size: float = 1.0, seed: int = 0) -> Point:
     """The point moved along all symmetries of a case, last layer first."""
     batch = () if point.loss is None else point.loss.shape
     for index, symmetry in enumerate(reversed(case.problem().symmetries)):
@@ -175,7 +185,7 @@ def test_a_covector_keeps_its_pairing_with_a_vector(case: Case) -> None:
         covectors = {name: torch.randn_like(start.parameters[name]) for name in names}
 
         def act(parameters: dict[str, Tensor], symmetry: mt.Symmetry = symmetry, element: Tensor = element) -> dict:
-            point = mt.Point({**start.parameters, **parameters}, activations=start.activations)
+            point = Point({**start.parameters, **parameters}, activations=start.activations)
             return {name: symmetry.act(element, point).parameters[name] for name in symmetry.parameters}
 
         here = {name: start.parameters[name] for name in names}
@@ -323,7 +333,7 @@ def test_a_rank_is_full_as_long_as_a_quarter_of_the_digits_is_left(power: float,
     inputs = (left * torch.logspace(0, 1, rows, base=eps**power, dtype=torch.float64)) @ right[:rows]
     problem = case("2022 form").problem()
     (symmetry,) = problem.symmetries
-    point = mt.Point(problem.point().parameters, activations={"0": inputs.to(dtype)})
+    point = Point(problem.point().parameters, activations={"0": inputs.to(dtype)})
     assert bool(symmetry.holds(point)) is (power < 0.75)
 
 
@@ -334,7 +344,7 @@ def test_conditions_of_the_batch_forms() -> None:
         (symmetry,) = problem.symmetries
 
         def holds(inputs: Tensor, problem=problem, symmetry=symmetry) -> bool:  # type: ignore[no-untyped-def]
-            point = mt.Point(problem.point().parameters, activations={"0": inputs})
+            point = Point(problem.point().parameters, activations={"0": inputs})
             element = elements(symmetry)
             assert bool(symmetry.holds(point)) == bool(symmetry.holds(point, element))
             return bool(symmetry.holds(point))
@@ -357,8 +367,8 @@ def test_the_2024_condition_looks_at_the_moved_features() -> None:
     with torch.no_grad():
         model[0].weight.fill_(1.0)
         model[0].weight[0, 1] = 2.0
-    symmetry = mt.BatchPair2024(model, "0", "2", model[1])
-    point = mt.Point(dict(model.named_parameters()), activations={"0": torch.ones(1, 2, dtype=torch.float64)})
+    symmetry = BatchPair2024(model, "0", "2", model[1])
+    point = Point(dict(model.named_parameters()), activations={"0": torch.ones(1, 2, dtype=torch.float64)})
     assert symmetry.holds(point)
     assert not symmetry.holds(point, -torch.eye(3, dtype=torch.float64))
 
@@ -406,7 +416,7 @@ def test_rebuilding_costs_its_products_at_depth_three() -> None:
     assert upper.rebuild_cost(stacked.point_at(stacked.tensors(), batch)) == upper.rebuild_cost(problem.point())
 
 
-@pytest.mark.parametrize("kind", [mt.BatchPair2022, mt.BatchPair2024])
+@pytest.mark.parametrize("kind", [BatchPair2022, BatchPair2024])
 def test_activations_in_place_are_taken_out_of_place(kind: type) -> None:
     def chain(inplace: bool) -> nn.Sequential:
         torch.manual_seed(0)
@@ -503,19 +513,19 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("frozen bias", lambda: mt.LinearPair(_frozen("0.bias"), "0", "1"), "'0.bias' is frozen"),
     ("weight norm", lambda: mt.LinearPair(_normed(), "0", "1"), "not a plain parameter"),
     ("spectral norm", lambda: mt.LinearPair(_old_normed(), "0", "1"), "not a plain parameter"),
-    ("no inverse", lambda: mt.BatchPair2022(_linear(3, 4, 2), "0", "1", nn.Tanh()), "no known inverse.*2024"),
-    ("half inverse", lambda: mt.BatchPair2022(_linear(3, 4, 2), "0", "1", nn.ReLU()), "no known inverse"),
-    ("no module", lambda: mt.BatchPair2024(_linear(3, 4, 2), "0", "1", torch.tanh), "given as a module"),
-    ("with parameters", lambda: mt.BatchPair2024(_linear(3, 4, 2), "0", "1", nn.PReLU()), "parameters of its own"),
-    ("no vector", lambda: mt.QuadraticRotation(_linear(3, 4), "x"), "no vector named 'x'.*0.weight"),
-    ("a matrix", lambda: mt.QuadraticRotation(_linear(3, 4), "0.weight"), "no vector named"),
-    ("frozen vector", lambda: mt.QuadraticRotation(_frozen("0.bias"), "0.bias"), "frozen"),
+    ("no inverse", lambda: BatchPair2022(_linear(3, 4, 2), "0", "1", nn.Tanh()), "no known inverse.*2024"),
+    ("half inverse", lambda: BatchPair2022(_linear(3, 4, 2), "0", "1", nn.ReLU()), "no known inverse"),
+    ("no module", lambda: BatchPair2024(_linear(3, 4, 2), "0", "1", torch.tanh), "given as a module"),
+    ("with parameters", lambda: BatchPair2024(_linear(3, 4, 2), "0", "1", nn.PReLU()), "parameters of its own"),
+    ("no vector", lambda: QuadraticRotation(_linear(3, 4), "x"), "no vector named 'x'.*0.weight"),
+    ("a matrix", lambda: QuadraticRotation(_linear(3, 4), "0.weight"), "no vector named"),
+    ("frozen vector", lambda: QuadraticRotation(_frozen("0.bias"), "0.bias"), "frozen"),
 ]
 
 
 @pytest.mark.parametrize(("build", "says"), [each[1:] for each in REFUSED], ids=[each[0] for each in REFUSED])
 def test_unsuitable_models_are_refused_by_name(build: Callable[[], object], says: str) -> None:
-    with pytest.raises(mt.Unsuitable, match=f"(?s){says}"):
+    with pytest.raises(Unsuitable, match=f"(?s){says}"):
         build()
 
 

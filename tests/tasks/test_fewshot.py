@@ -17,7 +17,7 @@ from torch import Tensor
 
 import metateleport as mt
 from metateleport.cli import main
-from metateleport.families import SPLITS, Split, TaskStack, task_seed
+from metateleport.families import SPLITS, FamilyError, Split, TaskStack, task_seed
 from metateleport.fewshot import Episodes
 from metateleport.fewshot.learn2learn import learn2learn
 
@@ -179,7 +179,7 @@ def test_digit_tasks_have_the_sizes_and_symmetries_asked_for(bottleneck: int | N
     ],
 )
 def test_digit_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(mt.FamilyError, match=f"fewshot_digits.*{next(iter(settings))}"):
+    with pytest.raises(FamilyError, match=f"fewshot_digits.*{next(iter(settings))}"):
         load("fewshot_digits", **settings)
 
 
@@ -285,7 +285,7 @@ def test_omniglot_turns_and_scales_the_drawing(omniglot_copy: Path) -> None:
 
 
 def test_omniglot_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(mt.FamilyError, match=r"no Omniglot in .*download=true.*images_background\.zip"):
+    with pytest.raises(FamilyError, match=r"no Omniglot in .*download=true.*images_background\.zip"):
         load("fewshot_omniglot", root=str(tmp_path)).task(0)
     learn2learn()
     from torchvision.datasets import omniglot as loader
@@ -294,13 +294,13 @@ def test_omniglot_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.
         raise OSError("network is unreachable")
 
     monkeypatch.setattr(loader, "download_and_extract_archive", unreachable)
-    with pytest.raises(mt.FamilyError, match=r"could not be fetched .*network is unreachable.*images_background\.zip"):
+    with pytest.raises(FamilyError, match=r"could not be fetched .*network is unreachable.*images_background\.zip"):
         load("fewshot_omniglot", root=str(tmp_path), download=True).task(0)
 
 
 def test_omniglot_settings_that_cannot_work_are_refused(omniglot_copy: Path) -> None:
     for settings in ({"ways": 1}, {"shots": 11}, {"queries": 0}, {"size": 0}, {"bottleneck": 0}, {"slope": -1.0}):
-        with pytest.raises(mt.FamilyError, match=next(iter(settings))):
+        with pytest.raises(FamilyError, match=next(iter(settings))):
             load("fewshot_omniglot", **settings)
-    with pytest.raises(mt.FamilyError, match=r"validation split of .* has 4 classes"):
+    with pytest.raises(FamilyError, match=r"validation split of .* has 4 classes"):
         load("fewshot_omniglot", root=str(omniglot_copy), ways=5).task(0, "validation")

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import rows
-from metateleport.families import SPLITS, task_seed
+from metateleport.families import SPLITS, FamilyError, TaskStack, task_seed
 from metateleport.families.classification import subsets
 from metateleport.gauges import TensorGroup, gauge_symmetries, step_in_gauges
+from metateleport.groups import GeneralLinear
+from metateleport.learned import GaugeTeleporter, LearnedTeleporter
 from metateleport.learned.gauge import LearnedGauge
-from metateleport.symmetries import AttentionQK, AttentionVO
+from metateleport.point import Point
+from metateleport.symmetries import AttentionQK, AttentionVO, BatchPair2022, BatchPair2024, Unsuitable
 from metateleport.teleporters import travel
 
 TASKS = Path(__file__).resolve().parents[2] / "tasks"
@@ -268,14 +271,14 @@ def test_leaky_mlp_teachers_can_be_learned_and_noise_cannot() -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "count"),
     [
-        ({}, mt.BatchPair2022, 1),
-        ({"depth": 4}, mt.BatchPair2022, 3),
+        ({}, BatchPair2022, 1),
+        ({"depth": 4}, BatchPair2022, 3),
         ({"samples": 21}, mt.Rescaling, 1),
-        ({"samples": 100, "batch": 20}, mt.BatchPair2022, 1),
+        ({"samples": 100, "batch": 20}, BatchPair2022, 1),
         ({"samples": 100, "batch": 21, "activation": "relu"}, mt.Rescaling, 1),
-        ({"activation": "relu"}, mt.BatchPair2024, 1),
-        ({"activation": "tanh", "samples": 10}, mt.BatchPair2024, 1),
-        ({"activation": "tanh", "samples": 21}, mt.BatchPair2024, 0),
+        ({"activation": "relu"}, BatchPair2024, 1),
+        ({"activation": "tanh", "samples": 10}, BatchPair2024, 1),
+        ({"activation": "tanh", "samples": 21}, BatchPair2024, 0),
         ({"activation": "identity", "samples": 100, "depth": 3}, mt.LinearPair, 2),
     ],
     ids=label,
@@ -549,7 +552,7 @@ def test_data_of_a_package_that_is_not_there(
     name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(mt.FamilyError, match=rf"pip install 'metateleport\[{extra}\]'"):
+    with pytest.raises(FamilyError, match=rf"pip install 'metateleport\[{extra}\]'"):
         load(name).task(0)
 
 
@@ -564,12 +567,10 @@ def test_bottlenecks_name_symmetries_that_are_found_too(heads: int) -> None:
     named = {(each.kind, each.where): each.group for each in task.symmetries}
     assert len(named) == len(task.symmetries) == 2 * heads + 3
     assert named.items() <= found.items()
-    assert {group for (kind, _), group in found.items() if kind.startswith("attention")} == {
-        mt.GeneralLinear(6 // heads)
-    }
+    assert {group for (kind, _), group in found.items() if kind.startswith("attention")} == {GeneralLinear(6 // heads)}
 
 
-def small_bottlenecks() -> tuple[mt.TaskStack, mt.Point]:
+def small_bottlenecks() -> tuple[TaskStack, Point]:
     settings = {"width": 6, "heads": 2, "rank": 3, "hidden": 5, "samples": 100, "batch": 20}
     stack = load("bottleneck_digits", settings).stack([0, 1, 2], dtype=torch.float64)
     return stack, stack.model.point_at(stack.model.tensors(), stack.batch(0))
@@ -581,8 +582,8 @@ TELEPORTERS = {
     "features": lambda: mt.WhiteningTeleporter("features", damping=1e-3),
     "outgoing": lambda: mt.WhiteningTeleporter("outgoing", damping=1e-3),
     "balanced": lambda: mt.WhiteningTeleporter("balanced", damping=1e-3),
-    "learned": lambda: mt.LearnedTeleporter(hidden=4),
-    "learned gauge": lambda: mt.GaugeTeleporter(LearnedGauge(("GL", "diagonal"), hidden=4)),
+    "learned": lambda: LearnedTeleporter(hidden=4),
+    "learned gauge": lambda: GaugeTeleporter(LearnedGauge(("GL", "diagonal"), hidden=4)),
 }
 
 
@@ -661,9 +662,9 @@ def test_bottlenecks_vary_in_training() -> None:
 )
 def test_heads_that_cannot_be(message: str, names: tuple[str, str]) -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 8) for name in ("query", "key", "value")} | {"out": nn.Linear(6, 4)})
-    with pytest.raises(mt.Unsuitable, match=message):
+    with pytest.raises(Unsuitable, match=message):
         AttentionQK.of_heads(model, *names, heads=3)
-    with pytest.raises(mt.Unsuitable, match="'value' has 8, 'out' has 6"):
+    with pytest.raises(Unsuitable, match="'value' has 8, 'out' has 6"):
         AttentionVO.of_heads(model, "value", "out", heads=2)
 
 
@@ -799,5 +800,5 @@ def test_matrix_factorisation_varies_in_training() -> None:
     ids=label,
 )
 def test_settings_that_cannot_work(name: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(mt.FamilyError, match=f"{name}.*{message}"):
+    with pytest.raises(FamilyError, match=f"{name}.*{message}"):
         load(name, settings)

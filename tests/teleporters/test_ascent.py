@@ -10,10 +10,10 @@ from symmetry_cases import case
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.objectives import SquaredGradientNorm
+from metateleport.objectives import Sharpness, SquaredGradientNorm
 from metateleport.symmetries._rows import fitted_to, least_norm_over
 from metateleport.symmetries.translation import Translation
-from metateleport.teleporters import failures_of, travel
+from metateleport.teleporters import TrustRegion, failures_of, travel
 from metateleport.teleporters._ascent import Ascent, Evaluate, differentiated
 
 
@@ -76,8 +76,8 @@ def test_no_gain_is_named() -> None:
 def test_instability_and_drift_are_named() -> None:
     problem = case("linear pair").problem()
     for region, seen in (
-        (mt.TrustRegion(max_size=0.1), "larger than 0.1"),
-        (mt.TrustRegion(max_condition=1.001), "condition number is above 1.0e+00"),
+        (TrustRegion(max_size=0.1), "larger than 0.1"),
+        (TrustRegion(max_condition=1.001), "condition number is above 1.0e+00"),
     ):
         report = mt.teleport(
             problem.model, mt.RandomTeleporter(1.0, 0, trust_region=region), problem.inputs, None, problem.symmetries
@@ -222,8 +222,8 @@ def test_a_teleport_is_charged_for_the_steps_that_were_made() -> None:
 
 def test_a_gain_that_nobody_looks_at_is_not_charged() -> None:
     problem = case("linear pair").problem()
-    sharpness = mt.Sharpness(radii=(0.1,), directions=3)
-    for region, looks in ((mt.TrustRegion(), 2.0), (mt.TrustRegion(max_size=1e-9), 0.0)):
+    sharpness = Sharpness(radii=(0.1,), directions=3)
+    for region, looks in ((TrustRegion(), 2.0), (TrustRegion(max_size=1e-9), 0.0)):
         teleporter = mt.GradientAscentTeleporter(sharpness, steps=2, step_size=0.01, trust_region=region)
         with torch.no_grad():
             _, (move,), _ = travel(teleporter, problem.point(), problem.symmetries)

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import metateleport as mt
+from metateleport.point import Point
+from metateleport.symmetries import Unsuitable
+from metateleport.teleporters import LevelSetTeleporter, TrustRegion
 from metateleport.teleporters.precision import change_of
 
 Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
@@ -52,7 +55,7 @@ SEEKERS: dict[str, Callable[[], mt.Teleporter]] = {
     "random": lambda: mt.RandomTeleporter(size=0.7, seed=0),
     "ascent": mt.GradientAscentTeleporter,
     "whitening": mt.WhiteningTeleporter,
-    "level set": mt.LevelSetTeleporter,
+    "level set": LevelSetTeleporter,
 }
 
 
@@ -81,7 +84,7 @@ def test_any_output_may_drift() -> None:
     class Wrong(mt.Rescaling):
         """Forgets to undo what it does."""
 
-        def act(self, element: Tensor, point: mt.Point) -> mt.Point:
+        def act(self, element: Tensor, point: Point) -> Point:
             weight = point.parameters[self.first_weight] * element.unsqueeze(-1)
             return point.update({self.first_weight: weight})
 
@@ -147,7 +150,7 @@ def test_what_rounding_would_spoil_is_refused() -> None:
     assert "more than 0.0625" in report.reason
     assert torch.equal(pair[0].weight, before)
     # In float32 the bound is the teleporter's own, however strict.
-    strict = mt.RandomTeleporter(size=1.0, seed=0, trust_region=mt.TrustRegion(max_drift=1e-12))
+    strict = mt.RandomTeleporter(size=1.0, seed=0, trust_region=TrustRegion(max_drift=1e-12))
     assert not mt.teleport(pair.float(), strict, torch.randn(12, 8)).accepted
 
 
@@ -204,7 +207,7 @@ def test_what_cannot_be_moved_is_told_beforehand() -> None:
     other = mt.symmetries_of(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Identity(), nn.Linear(6, 3)))
     with pytest.raises(ValueError, match=r"'3\.weight', which this Sequential does not have"):
         mt.teleport(model, mt.RandomTeleporter(seed=0), x, symmetries=other)
-    with pytest.raises(mt.Unsuitable, match="one forward pass"):
+    with pytest.raises(Unsuitable, match="one forward pass"):
         mt.teleport(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), mt.RandomTeleporter(seed=0), x)
 
 

@@ -16,20 +16,22 @@ from training_cases import tiny
 
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
-from metateleport.teleporters import travel
+from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
+from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.teleporters import TrustRegion, travel
 from metateleport.teleporters.reach import stretch, within_reach
 from metateleport.training import TrainingError, train
 
-GROUPS = [mt.GeneralLinear(4), mt.PositiveDiagonal(4), mt.Orthogonal(4)]
+GROUPS = [GeneralLinear(4), PositiveDiagonal(4), Orthogonal(4)]
 BOUND = 0.7
 
 
-def generators(group: mt.Group, seed: int, size: float) -> Tensor:
+def generators(group: Group, seed: int, size: float) -> Tensor:
     return group.random_generator(3, size=size, seed=seed, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=repr)
-def test_a_stretch_is_a_norm_on_the_group(group: mt.Group) -> None:
+def test_a_stretch_is_a_norm_on_the_group(group: Group) -> None:
     one, other = (group.exp(generators(group, seed, 2.0)) for seed in (0, 1))
     here, there = stretch(group, one), stretch(group, other)
     assert torch.allclose(stretch(group, group.inverse(one)), here)
@@ -46,7 +48,7 @@ def test_a_scaling_as_a_whole_is_a_stretch_though_its_condition_is_one() -> None
 
 
 @pytest.mark.parametrize("group", GROUPS[:2], ids=repr)
-def test_what_is_not_finite_or_singular_is_infinitely_far(group: mt.Group) -> None:
+def test_what_is_not_finite_or_singular_is_infinitely_far(group: Group) -> None:
     element = group.identity(2, dtype=torch.float64).clone()
     element[0] = math.nan
     element[1] = 0.0
@@ -55,7 +57,7 @@ def test_what_is_not_finite_or_singular_is_infinitely_far(group: mt.Group) -> No
 
 @pytest.mark.parametrize("group", GROUPS, ids=repr)
 @given(seed=st.integers(0, 10**6), size=st.floats(0.0, 5.0), before=st.floats(0.0, 3.0))
-def test_no_generator_leads_beyond_the_bound(group: mt.Group, seed: int, size: float, before: float) -> None:
+def test_no_generator_leads_beyond_the_bound(group: Group, seed: int, size: float, before: float) -> None:
     """Nor further out, from where a model is beyond it already."""
     reached = group.exp(generators(group, seed, before))
     kept = within_reach(group, generators(group, seed + 1, size), reached, BOUND)
@@ -64,7 +66,7 @@ def test_no_generator_leads_beyond_the_bound(group: mt.Group, seed: int, size: f
 
 
 @pytest.mark.parametrize("group", GROUPS[:2], ids=repr)
-def test_within_the_bound_and_on_the_way_back_nothing_is_changed(group: mt.Group) -> None:
+def test_within_the_bound_and_on_the_way_back_nothing_is_changed(group: Group) -> None:
     out = generators(group, 0, 1.0)
     far = BOUND / torch.linalg.matrix_norm(torch.diag_embed(out) if group.name == "diagonal" else out, 2)
     out = out * group.expand(far)
@@ -77,7 +79,7 @@ def test_within_the_bound_and_on_the_way_back_nothing_is_changed(group: mt.Group
 
 
 def test_of_a_diagonal_each_unit_has_its_own_bound_and_its_own_derivative() -> None:
-    group = mt.PositiveDiagonal(3)
+    group = PositiveDiagonal(3)
     generator = torch.tensor([0.5, 0.5, -0.2], dtype=torch.float64, requires_grad=True)
     kept = within_reach(group, generator, torch.tensor([0.6, 0.0, -0.6], dtype=torch.float64).exp(), BOUND)
     assert torch.allclose(kept, torch.tensor([0.1, 0.5, -0.1], dtype=torch.float64))
@@ -85,10 +87,10 @@ def test_of_a_diagonal_each_unit_has_its_own_bound_and_its_own_derivative() -> N
     assert slope.tolist() == [0.0, 1.0, 0.0]
 
 
-def restless(max_stretch: float | None, hidden: int = 6) -> mt.LearnedTeleporter:
+def restless(max_stretch: float | None, hidden: int = 6) -> LearnedTeleporter:
     """A teleporter that goes on and on in one direction."""
     torch.manual_seed(2)
-    made = mt.LearnedTeleporter(hidden=hidden, max_stretch=max_stretch).double()
+    made = LearnedTeleporter(hidden=hidden, max_stretch=max_stretch).double()
     with torch.no_grad():
         for network in made.networks.values():
             network.head.weight.mul_(0.1)
@@ -159,7 +161,7 @@ def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> No
     """With a step of no length the weights move along the orbit alone, and tell where on it they are."""
     model, x, y = model_and_data()
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=1.5))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=1.5))
     meta.teleporter = restless(1.5)
     optimizer = mt.LearnedOptimizer(model, meta, deterministic=True)
     steps(model, optimizer, x, y, 4)
@@ -177,7 +179,7 @@ def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> No
 
 def test_an_optimizer_that_takes_a_step_back_is_where_it_was_on_the_orbit() -> None:
     model, x, y = model_and_data()
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=10.0, max_stretch=3.0))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=6, base_lr=10.0, max_stretch=3.0))
     meta.teleporter = restless(3.0)
     optimizer = mt.LearnedOptimizer(model, meta, deterministic=True)
     (symmetry,) = optimizer.symmetries
@@ -195,8 +197,8 @@ def test_an_optimizer_that_takes_a_step_back_is_where_it_was_on_the_orbit() -> N
     assert set(verdicts) == {True, False}
 
 
-@pytest.mark.parametrize("region", [mt.TrustRegion(), mt.TrustRegion(max_drift=0.0)])
-def test_a_teleport_that_is_refused_leaves_the_model_where_it_was_on_its_orbit(region: mt.TrustRegion) -> None:
+@pytest.mark.parametrize("region", [TrustRegion(), TrustRegion(max_drift=0.0)])
+def test_a_teleport_that_is_refused_leaves_the_model_where_it_was_on_its_orbit(region: TrustRegion) -> None:
     model, x, y = model_and_data()
     teleporter = restless(3.0)
     teleporter.trust_region = region
@@ -215,7 +217,7 @@ def test_a_step_without_a_teleport_between_two_with_one_is_taken_back_rightly() 
     problem = case("rescaling").problem()
     stacked = problem.point().map(lambda value: torch.stack((value, value)))
     (symmetry,) = problem.symmetries
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=3.0))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=3.0))
     meta.teleporter = restless(3.0)
     assert stacked.loss is not None
     worse = stacked.replace(loss=stacked.loss * torch.tensor([1.0, 9.0], dtype=torch.float64))
@@ -235,7 +237,7 @@ def test_a_step_without_a_teleport_between_two_with_one_is_taken_back_rightly() 
 @pytest.mark.parametrize("value", [1.0, 0.5, math.inf, math.nan])
 def test_a_bound_that_is_none_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="a factor above one"):
-        mt.LearnedTeleporter(max_stretch=value)
+        LearnedTeleporter(max_stretch=value)
     with pytest.raises(TrainingError, match="a factor above one"):
         tiny(max_stretch=value)
 
@@ -255,7 +257,7 @@ def test_where_there_is_nothing_to_bound(changes: dict[str, Any], words: str) ->
 
 def test_the_flat_networks_have_no_bound() -> None:
     with pytest.raises(ValueError, match="do not know where on the orbit"):
-        mt.MetaOptimizerConfig(network="flat", shapes=(("0.weight", (2, 2)),), max_stretch=2.0)
+        MetaOptimizerConfig(network="flat", shapes=(("0.weight", (2, 2)),), max_stretch=2.0)
 
 
 def test_a_checkpoint_keeps_its_bound(tmp_path: Any) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
-from metateleport.teleporters import travel
+from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
+from metateleport.point import Point
+from metateleport.symmetries import BatchPair2022, BatchPair2024, Unsuitable
+from metateleport.teleporters import LevelSetTeleporter, NullSpaceTeleporter, TrustRegion, travel
 
 TASKS = 3
 Make = Callable[[Sequence[mt.Symmetry]], mt.Teleporter]
@@ -25,16 +28,16 @@ TELEPORTERS: dict[str, Make] = {
     "gradient-descent": lambda _: mt.GradientAscentTeleporter(steps=4, step_size=0.02, cap=0.5, direction="descent"),
     "line search": lambda _: mt.GradientAscentTeleporter(steps=3, step_size=0.02, cap=0.5, line_search=True),
     "sharpness": lambda _: mt.GradientAscentTeleporter(
-        mt.Sharpness((0.1,), directions=2), steps=1, step_size=0.02, cap=0.5, direction="descent"
+        Sharpness((0.1,), directions=2), steps=1, step_size=0.02, cap=0.5, direction="descent"
     ),
     "curvature": lambda symmetries: mt.GradientAscentTeleporter(
-        mt.Curvature(symmetries, curves=1), steps=1, step_size=0.005, cap=0.5
+        Curvature(symmetries, curves=1), steps=1, step_size=0.005, cap=0.5
     ),
     "whitening": lambda _: mt.WhiteningTeleporter("features"),
     "whitening-outgoing": lambda _: mt.WhiteningTeleporter("outgoing"),
     "whitening-balanced": lambda _: mt.WhiteningTeleporter("balanced"),
-    "null-space": lambda _: mt.NullSpaceTeleporter(steps=3, step_size=0.02),
-    "level-set": lambda _: mt.LevelSetTeleporter(steps=3, step_size=0.02, projections=20, tolerance=1e-13),
+    "null-space": lambda _: NullSpaceTeleporter(steps=3, step_size=0.02),
+    "level-set": lambda _: LevelSetTeleporter(steps=3, step_size=0.02, projections=20, tolerance=1e-13),
 }
 FREE = ("null-space", "level-set")
 
@@ -56,7 +59,7 @@ class Fixed(mt.Teleporter):
         super().__init__(**region)
         self.propose = propose
 
-    def generator(self, symmetry: mt.Symmetry, point: mt.Point, state: Any) -> tuple[Tensor, Any]:
+    def generator(self, symmetry: mt.Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
         return self.propose(symmetry, () if point.loss is None else tuple(point.loss.shape)), state
 
 
@@ -152,7 +155,7 @@ def _moved_along_symmetries(
                 continue
         # A curve of translations is straight, and a bias may leave the loss around it as it was.
         if isinstance(teleporter, mt.GradientAscentTeleporter) and size == 0:
-            assert not isinstance(teleporter.objective, mt.SquaredGradientNorm)
+            assert not isinstance(teleporter.objective, SquaredGradientNorm)
             continue
         assert not torch.equal(now[symmetry.parameters[0]], before[symmetry.parameters[0]])
     moving = {name for each in problem.symmetries for name in (*each.parameters, *each.buffers)}
@@ -162,7 +165,7 @@ def _moved_along_symmetries(
         assert report.sizes == pytest.approx([0.7] * len(problem.symmetries))
     if isinstance(teleporter, mt.GradientAscentTeleporter):
         assert all(size <= 0.5 + 1e-12 for size in report.sizes)
-        if isinstance(teleporter.objective, mt.SquaredGradientNorm):
+        if isinstance(teleporter.objective, SquaredGradientNorm):
             ratio = report.gradient_norm_after / report.gradient_norm_before
             assert (ratio - 1) * teleporter.ascent.sign > 1e-4
 
@@ -218,18 +221,18 @@ def _nan(symmetry: mt.Symmetry, batch: tuple[int, ...]) -> Tensor:
 
 
 REFUSALS: list[tuple[str, Callable[[], mt.Teleporter], str]] = [
-    ("too large", lambda: mt.RandomTeleporter(5.0, 0, trust_region=mt.TrustRegion(max_size=1.0)), "larger than 1"),
+    ("too large", lambda: mt.RandomTeleporter(5.0, 0, trust_region=TrustRegion(max_size=1.0)), "larger than 1"),
     ("beyond all", lambda: mt.RandomTeleporter(1e4, 0), "larger than 100"),
     (
         "ill conditioned",
-        lambda: mt.RandomTeleporter(2.0, 0, trust_region=mt.TrustRegion(max_condition=1.01)),
+        lambda: mt.RandomTeleporter(2.0, 0, trust_region=TrustRegion(max_condition=1.01)),
         "condition number is above 1.0e\\+00",
     ),
     (
         "overflowing",
         lambda: Fixed(
             lambda symmetry, batch: 2000 * symmetry.group.random_generator(*batch, seed=0, dtype=torch.float64),
-            trust_region=mt.TrustRegion(max_size=1e6),
+            trust_region=TrustRegion(max_size=1e6),
         ),
         "condition number|would change",
     ),
@@ -269,14 +272,14 @@ def test_a_drift_that_is_too_large_is_refused() -> None:
     assert report.loss_after == report.loss_before
     assert report.gradient_norm_after == report.gradient_norm_before
     assert untouched(model, before)
-    generous = mt.RandomTeleporter(seed=0, trust_region=mt.TrustRegion(max_drift=10.0))
+    generous = mt.RandomTeleporter(seed=0, trust_region=TrustRegion(max_drift=10.0))
     report = mt.teleport(model, generous, x, None, claimed)
     assert report.accepted
     assert 0.01 < report.drift < 10
     assert not untouched(model, before)
 
 
-@pytest.mark.parametrize("kind", [mt.BatchPair2022, mt.BatchPair2024])
+@pytest.mark.parametrize("kind", [BatchPair2022, BatchPair2024])
 @along_symmetries
 def test_more_samples_than_width_are_refused(kind: type, make: Make) -> None:
     torch.manual_seed(0)
@@ -316,7 +319,7 @@ def _of_task(task: int, spoil: Callable[[Tensor], Tensor]) -> Fixed:
         generator[task] = spoil(generator[task])
         return generator
 
-    return Fixed(propose, trust_region=mt.TrustRegion(max_size=5000.0))
+    return Fixed(propose, trust_region=TrustRegion(max_size=5000.0))
 
 
 SPOILED: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
@@ -378,7 +381,7 @@ def test_a_refused_task_puts_no_nan_into_the_gradients_of_the_others(case: Case)
         generator = symmetry.group.random_generator(*batch, seed=0, dtype=torch.float64)
         return generator * symmetry.group.expand(knob * scale)
 
-    teleporter = Fixed(propose, trust_region=mt.TrustRegion(max_size=1e6))
+    teleporter = Fixed(propose, trust_region=TrustRegion(max_size=1e6))
     arrived, moves, _ = travel(teleporter, start, stacked.symmetries)
     assert all(move.refused.tolist() == [False, True, False] for move in moves)
     total = sum(value.square().sum() for value in arrived.gradients.values())
@@ -450,11 +453,11 @@ def test_more_ascent_steps_reach_higher_and_descent_goes_down() -> None:
 
 
 def test_an_objective_of_ones_own_is_followed() -> None:
-    class SmallSecondLayer(mt.Objective):
-        def evaluations(self, symmetry: mt.Symmetry, point: mt.Point) -> float:
+    class SmallSecondLayer(Objective):
+        def evaluations(self, symmetry: mt.Symmetry, point: Point) -> float:
             return 0.0
 
-        def __call__(self, point: mt.Point) -> Tensor:
+        def __call__(self, point: Point) -> Tensor:
             return -point.parameters["2.weight"].square().sum()
 
     problem = case("rescaling").problem()
@@ -604,7 +607,7 @@ def test_symmetries_of_a_sequential_are_found() -> None:
 def test_models_without_symmetries_are_told_how_to_name_them() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     before = snapshot(model)
-    with pytest.raises(mt.Unsuitable, match=r"Sequential.*symmetries=\[metateleport.Rescaling\(model, first, second\)"):
+    with pytest.raises(Unsuitable, match=r"Sequential.*symmetries=\[metateleport.Rescaling\(model, first, second\)"):
         mt.teleport(model, mt.RandomTeleporter(seed=0), torch.ones(2, 3))
     with pytest.raises(ValueError, match="no symmetry to move along"):
         mt.teleport(model, mt.RandomTeleporter(seed=0), torch.ones(2, 3), symmetries=[])
@@ -649,14 +652,14 @@ def test_a_frozen_layer_elsewhere_is_no_hindrance() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_trust_region_bounds_the_condition_by_half_the_digits(dtype: torch.dtype) -> None:
-    assert mt.TrustRegion().condition_for(dtype) == pytest.approx(torch.finfo(dtype).eps ** -0.5)
-    assert mt.TrustRegion(max_condition=7.0).condition_for(dtype) == 7
+    assert TrustRegion().condition_for(dtype) == pytest.approx(torch.finfo(dtype).eps ** -0.5)
+    assert TrustRegion(max_condition=7.0).condition_for(dtype) == 7
 
 
 def test_float32_that_overflows_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     before = snapshot(model)
-    teleporter = Fixed(lambda symmetry, _: 60 * torch.ones(symmetry.group.shape), trust_region=mt.TrustRegion(1e3))
+    teleporter = Fixed(lambda symmetry, _: 60 * torch.ones(symmetry.group.shape), trust_region=TrustRegion(1e3))
     report = mt.teleport(model, teleporter, torch.ones(3, 2), symmetries=[mt.LinearPair(model, "0", "1")])
     assert not report.accepted
     assert "condition number" in report.reason

@@ -10,8 +10,8 @@ import pytest
 
 from metateleport import load_family
 from metateleport.evaluation import BASELINES, evaluate, report_of
-from metateleport.tracking import runs as tracking
 from metateleport.tracking import Run, TrackingError, require_mlflow, track_evaluation, tracking_uri
+from metateleport.tracking import runs as tracking
 
 
 class FakeClient:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from training_cases import small as config
 
 import metateleport as mt
-from metateleport.learned.stack_optimizer import StackOptimizer
+from metateleport.families import TaskStack
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training import MetaTrainer, TrainConfig, TrainingError, Unroll, default_settings, log_losses
+from metateleport.training.stack_optimizer import StackOptimizer
 from metateleport.training.unroll import runs_blind
 
 
@@ -54,9 +56,7 @@ def trained(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
 
     family = mt.load_family(settings.family, settings.settings)
     torch.manual_seed(0)
-    trainer = MetaTrainer(
-        settings, family, mt.MetaOptimizer(settings.meta_optimizer_config()), settings.meta_steps, None
-    )
+    trainer = MetaTrainer(settings, family, MetaOptimizer(settings.meta_optimizer_config()), settings.meta_steps, None)
     with monkeypatch.context() as patched:
         patched.setattr(Unroll, "window", noted)
         trainer.run()
@@ -84,7 +84,7 @@ def test_a_window_tells_its_optimizer_whether_the_loss_is_known(monkeypatch: pyt
     monkeypatch.setattr(module, "unroll_context", noted)
     settings = config(mode="lr")
     stack = mt.load_family(settings.family, settings.settings).stack(range(2))
-    run = Unroll(stack, mt.MetaOptimizer(settings.meta_optimizer_config()))
+    run = Unroll(stack, MetaOptimizer(settings.meta_optimizer_config()))
     for known in (True, False):
         run.window(2, track=False, loss_known=known)
     assert told == [True, False]
@@ -119,8 +119,8 @@ def unroll_of(shift: float, factor: float = 1.0) -> Unroll:
         model = nn.Linear(3, 2).double()
         x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
         tasks.append(mt.Task(model, lambda out, y: factor * (out - y).square().mean() + shift, (x,), (y,), seed=seed))
-    settings = mt.MetaOptimizerConfig(mode="tele", hidden=4, base_lr=0.05 / factor)
-    return Unroll(mt.TaskStack(tasks), mt.MetaOptimizer(settings))
+    settings = MetaOptimizerConfig(mode="tele", hidden=4, base_lr=0.05 / factor)
+    return Unroll(TaskStack(tasks), MetaOptimizer(settings))
 
 
 def test_a_loss_below_zero_is_measured_by_its_decrease_whatever_is_added_or_multiplied() -> None:
@@ -161,7 +161,7 @@ def test_a_run_that_goes_on_hides_the_same_windows(monkeypatch: pytest.MonkeyPat
     whole, _ = trained(settings, monkeypatch)
 
     torch.manual_seed(0)
-    stopped = MetaTrainer(settings, family, mt.MetaOptimizer(settings.meta_optimizer_config()), 8, None)
+    stopped = MetaTrainer(settings, family, MetaOptimizer(settings.meta_optimizer_config()), 8, None)
 
     def stop(done: Any) -> None:
         if done.meta_step == 5:
@@ -169,7 +169,7 @@ def test_a_run_that_goes_on_hides_the_same_windows(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(KeyboardInterrupt):
         stopped.run(stop)
-    resumed = MetaTrainer(settings, family, mt.MetaOptimizer(settings.meta_optimizer_config()), 8, None)
+    resumed = MetaTrainer(settings, family, MetaOptimizer(settings.meta_optimizer_config()), 8, None)
     resumed.restore(stopped.boundary)
     resumed.run()
     assert resumed.progression.meta_losses == whole.progression.meta_losses

@@ -15,6 +15,7 @@ from training_cases import small as config
 import metateleport as mt
 from metateleport import cli
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.training import Interrupted, MetaTrainer, TrainConfig, TrainingError, Unroll, train
@@ -30,11 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def trainer(settings: TrainConfig) -> MetaTrainer:
     torch.manual_seed(0)
-    shape = mt.MetaOptimizerConfig(
+    shape = MetaOptimizerConfig(
         mode=settings.mode, hidden=settings.hidden, groups=("GL",), stays=settings.stays, gauge=settings.gauge
     )
     family = mt.load_family(settings.family, settings.settings)
-    return MetaTrainer(settings, family, mt.MetaOptimizer(shape), settings.meta_steps, settings.seconds)
+    return MetaTrainer(settings, family, MetaOptimizer(shape), settings.meta_steps, settings.seconds)
 
 
 def weights(path: Path) -> bytes:

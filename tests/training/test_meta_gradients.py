@@ -22,8 +22,8 @@ from gradient_cases import (
     unrolled,
 )
 
-from metateleport.learned import StackOptimizer
-from metateleport.learned.differentiable import _Bounded, unroll_context
+from metateleport.training import StackOptimizer
+from metateleport.training.differentiable import _Bounded, unroll_context
 
 
 @every_problem

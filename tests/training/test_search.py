@@ -12,19 +12,21 @@ from training_cases import small as config
 
 import metateleport as mt
 from metateleport.cli.train import _bar, _Reporter
+from metateleport.families import TaskStack
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, Unroll, train
 from metateleport.training.search import constants, search_round
 
 
 def trainer(settings: TrainConfig, meta_steps: int = 1) -> MetaTrainer:
     torch.manual_seed(0)
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
     return MetaTrainer(settings, mt.load_family(settings.family, settings.settings), meta, meta_steps, None)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_goes_down_a_valley_from_where_it_starts(seed: int) -> None:
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4, gauge="exact"))
+    meta = MetaOptimizer(MetaOptimizerConfig(hidden=4, gauge="exact"))
     vector = torch.nn.utils.parameters_to_vector(constants(meta)).detach()
     scales = torch.linspace(0.3, 1.0, len(vector))
     aim = vector + torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
@@ -44,7 +46,7 @@ def test_candidates_are_told_by_rank_alone() -> None:
     found = []
     for change in (lambda x: x, lambda x: 1e3 * x - 7, lambda x: x**3):
         torch.manual_seed(0)
-        meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
+        meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
         (bias,) = constants(meta)
         search_round(meta, lambda b=bias, c=change: c(float(b.detach().square().sum())), 0, seed=1)  # type: ignore[misc]
         found.append(bias.detach().clone())
@@ -54,7 +56,7 @@ def test_candidates_are_told_by_rank_alone() -> None:
 
 def test_constants_of_every_kind_of_network() -> None:
     def count(**changes: Any) -> int:
-        return sum(each.numel() for each in constants(mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4, **changes))))
+        return sum(each.numel() for each in constants(MetaOptimizer(MetaOptimizerConfig(hidden=4, **changes))))
 
     step = count(mode="lr")
     assert step == 3
@@ -64,7 +66,7 @@ def test_constants_of_every_kind_of_network() -> None:
     assert count() > step
     assert count(mode="update") == step + 2
     assert count(mode="update", update="adaptive") == 6
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="update", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="update", hidden=4))
     assert {id(each) for each in constants(meta)} <= {id(each) for each in meta.parameters()}
 
 
@@ -99,7 +101,7 @@ def test_a_search_sees_training_tasks_over_the_whole_horizon(monkeypatch: pytest
     seen: list[tuple[str, int, tuple[int, ...]]] = []
     own = mt.TaskFamily.stack
 
-    def stack(self: mt.TaskFamily, indices: Any, split: Any, seed: int, *rest: Any) -> mt.TaskStack:
+    def stack(self: mt.TaskFamily, indices: Any, split: Any, seed: int, *rest: Any) -> TaskStack:
         seen.append((split, seed, tuple(indices)))
         return own(self, indices, split, seed, *rest)
 
@@ -155,7 +157,7 @@ def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, whole: Path, 
 def test_every_start_is_searched_with_candidates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
 
-    def searched(_: mt.MetaOptimizer, __: Any, number: int, seed: int) -> float:
+    def searched(_: MetaOptimizer, __: Any, number: int, seed: int) -> float:
         calls.append((number, seed))
         return 0.0
 
@@ -202,7 +204,7 @@ def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], words: str)
 
 
 def test_a_rule_that_learns_nothing_has_no_constants() -> None:
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="lr", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
     meta.rule.head.bias = None  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="no networks whose constants"):
         search_round(meta, lambda: 0.0, 0, 0)

@@ -16,7 +16,8 @@ from torch import Tensor
 from training_cases import small as config
 
 import metateleport as mt
-from metateleport.families import split_of
+from metateleport.families import FamilyError, TaskStack, split_of
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training import (
     Interrupted,
     MetaTrainer,
@@ -32,7 +33,7 @@ from metateleport.training import (
 
 def trainer(settings: TrainConfig, meta_steps: int | None = None) -> MetaTrainer:
     torch.manual_seed(0)
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
     family = mt.load_family(settings.family, settings.settings)
     return MetaTrainer(settings, family, meta, meta_steps or settings.meta_steps, settings.seconds)
 
@@ -62,7 +63,7 @@ def test_every_mode_trains_and_loads(mode: str, tmp_path: Path) -> None:
     loaded = mt.load_checkpoint(path)
     assert loaded.mode == mode
     assert (loaded.step_only is not None) == (mode == "update+tele")
-    initial = mt.MetaOptimizer(loaded.learned.config)
+    initial = MetaOptimizer(loaded.learned.config)
     assert initial.config.groups == ("GL",)
 
 
@@ -293,7 +294,7 @@ def test_a_spoilt_task_spoils_no_other(mode: str, tmp_path: Path) -> None:
     assert 0 < sum(broken) < 9
     good = family.stack([index for index, bad in enumerate(broken) if not bad])
 
-    def gradient(tasks: mt.TaskStack) -> Tensor:
+    def gradient(tasks: TaskStack) -> Tensor:
         losses = Unroll(tasks, spoilt.meta).window(4)
         finite = losses.isfinite()
         assert int(finite.sum()) == 4 * len(good)
@@ -312,10 +313,10 @@ def test_a_spoilt_task_spoils_no_other(mode: str, tmp_path: Path) -> None:
 def test_a_task_that_diverges_on_its_way_spoils_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation after the second step is not finite for the first task."""
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta, stack = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4)), family.stack(range(3))
-    own, steps = mt.TaskStack.batch, []
+    meta, stack = MetaOptimizer(MetaOptimizerConfig(hidden=4)), family.stack(range(3))
+    own, steps = TaskStack.batch, []
 
-    def batch(self: mt.TaskStack, step: int) -> Any:
+    def batch(self: TaskStack, step: int) -> Any:
         inputs, targets = own(self, step)
         steps.append(step)
         if step == 2:
@@ -324,7 +325,7 @@ def test_a_task_that_diverges_on_its_way_spoils_no_other(monkeypatch: pytest.Mon
             targets = (spoilt,)
         return inputs, targets
 
-    monkeypatch.setattr(mt.TaskStack, "batch", batch)
+    monkeypatch.setattr(TaskStack, "batch", batch)
     losses = Unroll(stack, meta).window(4)
     assert (~losses.isfinite()).nonzero().tolist() == [[1, 0]]
     torch.where(losses.isfinite(), losses, 0.0).sum().backward()
@@ -391,7 +392,7 @@ def test_training_and_validation_never_share_a_task(monkeypatch: pytest.MonkeyPa
     seen: dict[str, set[int]] = {}
     own = mt.TaskFamily.stack
 
-    def stack(self: mt.TaskFamily, indices: Any, split: str = "train", *rest: Any) -> mt.TaskStack:
+    def stack(self: mt.TaskFamily, indices: Any, split: str = "train", *rest: Any) -> TaskStack:
         made = own(self, indices, split, *rest)  # type: ignore[arg-type]
         seen.setdefault(split, set()).update(task.seed for task in made.tasks)
         return made
@@ -431,7 +432,7 @@ def test_the_horizon_grows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_does_not_grow_over_windows() -> None:
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(hidden=4))
 
     def alive() -> int:
         gc.collect()
@@ -451,7 +452,7 @@ def test_memory_does_not_grow_over_windows() -> None:
 
 def test_an_untracked_unroll_keeps_no_graph() -> None:
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="update+tele", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="update+tele", hidden=4))
     tracked, untracked = Unroll(family.stack(range(2)), meta), Unroll(family.stack(range(2)), meta)
     expected, found = tracked.window(4), untracked.window(4, track=False)
     assert torch.equal(expected.detach(), found.detach())
@@ -462,7 +463,7 @@ def test_an_untracked_unroll_keeps_no_graph() -> None:
 
 def test_windows_go_on_where_the_last_one_ended() -> None:
     family = mt.load_family("leaky_mlp", {"width": 4})
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode="update+tele", hidden=4))
+    meta = MetaOptimizer(MetaOptimizerConfig(mode="update+tele", hidden=4))
     whole, parts = Unroll(family.stack(range(2)), meta), Unroll(family.stack(range(2)), meta)
     expected = whole.window(6).detach()
     found = torch.cat((parts.window(2).detach(), parts.window(4).detach()))
@@ -532,7 +533,7 @@ def test_progress_is_reported(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises((TrainingError, mt.FamilyError), match=words):
+    with pytest.raises((TrainingError, FamilyError), match=words):
         train(config(**changes), tmp_path / "a")
     assert names(tmp_path) == []
 

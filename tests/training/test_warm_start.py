@@ -12,6 +12,7 @@ from training_cases import tiny as config
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
+from metateleport.learned import MetaOptimizer
 from metateleport.training import Interrupted, Progression, TrainConfig, TrainingError, train
 from metateleport.training.train import _trainers
 
@@ -23,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return combine_meta_seeds(paths, folder / "both")
 
 
-def started(settings: TrainConfig) -> dict[str, mt.MetaOptimizer]:
+def started(settings: TrainConfig) -> dict[str, MetaOptimizer]:
     family = mt.load_family(settings.family, settings.settings)
     return {name: trainer.meta for name, trainer in _trainers(settings, family).items()}
 
@@ -49,7 +50,7 @@ def test_secants_are_trusted_as_at_the_start_and_the_rest_is_the_checkpoint_s(so
     settings = config(start_from=str(source), seed=1, secants=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        fresh = mt.MetaOptimizer(started(settings)["learned"].config).rule.head  # type: ignore[union-attr]
+        fresh = MetaOptimizer(started(settings)["learned"].config).rule.head  # type: ignore[union-attr]
     head, known = (
         meta.rule.head  # type: ignore[union-attr]
         for meta in (started(settings)["learned"], started(config(start_from=str(source), seed=1))["learned"])

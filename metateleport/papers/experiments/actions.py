@@ -21,7 +21,7 @@ def algebra_basis(group: Group) -> Tensor:
         ValueError: if the group's projections do not span as many dimensions as it says.
 
     Example:
-        >>> from metateleport import Orthogonal
+        >>> from metateleport.groups import Orthogonal
         >>> algebra_basis(Orthogonal(3)).shape
         torch.Size([3, 3, 3])
     """
@@ -48,7 +48,7 @@ def fields(symmetries: Sequence[Symmetry], point: Point, names: Sequence[str]) -
         `(sum of dimensions, number of parameters)`, the parameters flattened in the order of `names`.
 
     Example:
-        >>> from metateleport import QuadraticRotation
+        >>> from metateleport.symmetries import QuadraticRotation
         >>> model = torch.nn.Module()
         >>> model.x = torch.nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64))
         >>> circle = Point({"x": model.x.detach()}, activations={"": torch.eye(2, dtype=torch.float64)})

@@ -13,9 +13,12 @@ from gradient_cases import Batch, analytic, attached, compare, error, plain, rec
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.families import StackedModel
 from metateleport.gauges import Gauge
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.progress import Progress, Tolerance
 from metateleport.learned.rules.adaptive import AdaptiveRule
+from metateleport.point import Point
 
 TOLERANCE = 1e-6
 
@@ -35,10 +38,10 @@ def rule_of(
     return rule
 
 
-def meta_optimizer(mode: str = "update", **config: object) -> mt.MetaOptimizer:
+def meta_optimizer(mode: str = "update", **config: object) -> MetaOptimizer:
     torch.manual_seed(0)
-    shape = mt.MetaOptimizerConfig(mode=mode, update="adaptive", hidden=4, **config)  # type: ignore[arg-type]
-    meta = mt.MetaOptimizer(shape).double()
+    shape = MetaOptimizerConfig(mode=mode, update="adaptive", hidden=4, **config)  # type: ignore[arg-type]
+    meta = MetaOptimizer(shape).double()
     with torch.no_grad():
         assert isinstance(meta.rule, AdaptiveRule)
         meta.rule.head.weight.mul_(10)
@@ -47,7 +50,7 @@ def meta_optimizer(mode: str = "update", **config: object) -> mt.MetaOptimizer:
     return meta
 
 
-def walk(rule: AdaptiveRule, model: mt.StackedModel, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
+def walk(rule: AdaptiveRule, model: StackedModel, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
     """Parameters before and after each of some steps, all of them accepted."""
     along: list[dict[str, Tensor]] = [dict(model.tensors())]
     state, progress = None, None
@@ -142,8 +145,8 @@ def test_in_a_gauge_it_steps_along_the_raised_velocity() -> None:
 @pytest.mark.parametrize("factor", [1e-6, 1e5])
 def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
     model, batch = stack("rescaling")
-    scaled = mt.StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
-    alone = mt.StackedModel([model.template], model.loss, model.symmetries)
+    scaled = StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
+    alone = StackedModel([model.template], model.loss, model.symmetries)
     first = tuple(tuple(value[:1] for value in part) for part in batch)
     ours, theirs = (
         walk(rule_of(mixture=(0.0, 0.0, 0.0), calm=0.0, head=1.0), each, first, 4)[-1] for each in (scaled, alone)
@@ -174,7 +177,7 @@ def test_a_layer_that_starts_at_zero_moves() -> None:
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
     symmetry = mt.Rescaling(model, "0", "2")
-    stacked = mt.StackedModel([model], nn.functional.mse_loss, [symmetry])
+    stacked = StackedModel([model], nn.functional.mse_loss, [symmetry])
     batch = ((torch.randn(1, 8, 3).double(),), (torch.ones(1, 8, 2).double(),))
     moved = walk(rule_of(), stacked, batch, 1)[-1]
     assert float(moved["2.weight"].abs().max()) > 1e-4
@@ -184,7 +187,7 @@ def test_units_that_are_never_on_spoil_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with torch.no_grad():
         model[0].bias[0] = -30.0
-    stacked = mt.StackedModel([model], nn.functional.mse_loss, [mt.Rescaling(model, "0", "2")])
+    stacked = StackedModel([model], nn.functional.mse_loss, [mt.Rescaling(model, "0", "2")])
     batch = ((torch.randn(1, 8, 3).double(),), (torch.randn(1, 8, 2).double(),))
     meta = meta_optimizer()
     with torch.no_grad():
@@ -315,7 +318,7 @@ def test_tables_of_embeddings_do_not_lengthen_the_steps_of_other_layers() -> Non
     table = {"words.weight": torch.randn(2, 50, 4)}
 
     def scale(parameters: dict[str, Tensor]) -> Tensor:
-        point = mt.Point(parameters, gradients=parameters, loss=torch.ones(2))
+        point = Point(parameters, gradients=parameters, loss=torch.ones(2))
         return AdaptiveRule(hidden=4).initial_state(point)["scale"]
 
     torch.testing.assert_close(scale({**weights, **table}) * 3, scale(weights) * 2)

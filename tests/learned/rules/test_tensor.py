@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.families import StackedModel
+from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.step import StepRule
 from metateleport.learned.rules.tensor import TensorRule
+from metateleport.point import Point
 from metateleport.teleporters import travel
 
 TOLERANCE = 1e-6
@@ -32,11 +35,11 @@ def rule_of(size: float = 1.0, seed: int = 0, **sizes: int) -> TensorRule:
     return rule
 
 
-def meta_optimizer(mode: str = "lr", hidden: int = 4) -> mt.MetaOptimizer:
+def meta_optimizer(mode: str = "lr", hidden: int = 4) -> MetaOptimizer:
     torch.manual_seed(0)
-    meta = mt.MetaOptimizer(mt.MetaOptimizerConfig(mode=mode, hidden=hidden)).double()  # type: ignore[arg-type]
+    meta = MetaOptimizer(MetaOptimizerConfig(mode=mode, hidden=hidden)).double()  # type: ignore[arg-type]
     meta.rule = rule_of(hidden=hidden)
-    if isinstance(meta.teleporter, mt.LearnedTeleporter):
+    if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
             for network in meta.teleporter.networks.values():
                 network.head.bias[-1] = -0.5
@@ -44,13 +47,13 @@ def meta_optimizer(mode: str = "lr", hidden: int = 4) -> mt.MetaOptimizer:
     return meta
 
 
-def begun(point: mt.Point) -> Progress:
+def begun(point: Point) -> Progress:
     assert point.loss is not None
     loss = point.loss.detach()
     return Progress.begin(loss).judge(loss, deterministic=True)[0]
 
 
-def walk(rule: StepRule, model: mt.StackedModel, batch: Any, steps: int) -> tuple[dict[str, Tensor], Any]:
+def walk(rule: StepRule, model: StackedModel, batch: Any, steps: int) -> tuple[dict[str, Tensor], Any]:
     """Parameters and state after some steps, all of them accepted."""
     parameters: dict[str, Tensor] = dict(model.tensors())
     state = None
@@ -105,8 +108,8 @@ def test_a_step_is_bounded_whatever_the_networks_say(seed: int, size: float) -> 
 @pytest.mark.parametrize("factor", [1e-6, 1e5])
 def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
     model, batch = stack("rescaling")
-    scaled = mt.StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
-    alone = mt.StackedModel([model.template], model.loss, model.symmetries)
+    scaled = StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
+    alone = StackedModel([model.template], model.loss, model.symmetries)
     first = tuple(tuple(value[:1] for value in part) for part in batch)
     ours, theirs = (walk(rule_of(), each, first, 4)[0] for each in (alone, scaled))
     for name, value in ours.items():
@@ -242,13 +245,13 @@ def test_it_can_be_trained() -> None:
 # Large models
 
 
-def large() -> tuple[mt.StackedModel, Any]:
+def large() -> tuple[StackedModel, Any]:
     """A perceptron of 1.1 million parameters, on noise."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, 10))
     symmetries = [mt.Rescaling(model, "0", "2"), mt.Rescaling(model, "2", "4")]
     batch = ((torch.randn(1, 32, 784),), (torch.randint(10, (1, 32)),))
-    return mt.StackedModel([model], nn.functional.cross_entropy, symmetries), batch
+    return StackedModel([model], nn.functional.cross_entropy, symmetries), batch
 
 
 def test_its_state_is_two_numbers_a_parameter_and_one_lstm_state_a_tensor() -> None:

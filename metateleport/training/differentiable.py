@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metateleport.families.probed import ProbedLosses
 from metateleport.families.stack import StackedModel
-from metateleport.learned.stack_optimizer import StackOptimizer
+from metateleport.training.stack_optimizer import StackOptimizer
 
 __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
 
@@ -24,7 +24,7 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     Made by `higher` for a `StackOptimizer`; its model is a patched `StackedModel`.
 
     Example:
-        >>> from metateleport.learned.stack_optimizer import StackOptimizer
+        >>> from metateleport.training.stack_optimizer import StackOptimizer
         >>> StackOptimizer in higher.optim._opt_mapping
         True
     """

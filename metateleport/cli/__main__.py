@@ -1,0 +1,5 @@
+"""`python -m metateleport.cli`."""
+
+from metateleport.cli.main import main
+
+raise SystemExit(main())
