@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import os
@@ -100,6 +101,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(too_slow)
         else:
             left -= seconds
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests stay in memory for as long as the run; neither collections nor `gc.get_objects` look at them.
+
+    An optimizer looks through all objects for an average of its model when it teleports for the first time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _in_turn(items: list[pytest.Item], turn: int) -> Iterator[pytest.Item]:
