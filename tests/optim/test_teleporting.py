@@ -162,9 +162,9 @@ def test_without_teleports_it_is_the_inner_optimizer_bit_for_bit(name: str, inne
 @pytest.mark.filterwarnings("ignore:the state")
 def test_teleports_keep_the_loss_and_training_stays_finite(name: str, inner: str, teleporter: str) -> None:
     problem = case(name).problem()
-    optimizer = wrap(problem, inner, TELEPORTERS[teleporter](), every=6)
+    optimizer = wrap(problem, inner, TELEPORTERS[teleporter](), every=20)
     start = loss_at(problem)
-    for values in train(problem, optimizer, 60):
+    for values in train(problem, optimizer, 200):
         assert bool(values.isfinite().all())
     moved = [report for report in optimizer.reports if report.size > 0]
     assert len(optimizer.reports) == 10
