@@ -20,7 +20,7 @@ from metateleport.learned.rules.step import StepRule
 from metateleport.learned.rules.tensor import TensorRule
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, all_finite
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
 from metateleport.teleporters.reach import check_max_stretch
@@ -397,10 +397,7 @@ class MetaOptimizer(nn.Module):
 def _finite(point: Point) -> Tensor:
     """Where the loss and all gradients are finite, `(tasks,)`."""
     assert point.loss is not None
-    finite = point.loss.detach().isfinite()
-    for value in point.gradients.values():
-        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
-    return finite
+    return all_finite((point.loss, *point.gradients.values()), point.loss.ndim)
 
 
 def _emptied(point: Point, mask: Tensor) -> Point:
@@ -427,9 +424,7 @@ def _emptied(point: Point, mask: Tensor) -> Point:
 
 def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> tuple[Tensors, Tensor]:
     """The new parameters of each task that is usable and whose parameters are finite, the others stay; and where."""
-    finite = usable
-    for value in parameters.values():
-        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
+    finite = usable & all_finite(parameters.values(), usable.ndim)
     if bool(finite.all()):
         return parameters, finite
     chosen = {}
