@@ -90,8 +90,8 @@ PRICED: dict[str, tuple[str, dict[str, Any], int]] = {
 
 def double_backward(stack: TaskStack, batch: Any) -> None:
     """The gradient in the weights of the squared gradient norm, from a forward pass on."""
-    weights = list(stack.model.parameters())
-    gradients = torch.autograd.grad(stack.model(batch).sum(), weights, create_graph=True)
+    weights = list(stack.parameters())
+    gradients = torch.autograd.grad(stack(batch).sum(), weights, create_graph=True)
     torch.autograd.grad(sum(value.square().sum() for value in gradients), weights)  # type: ignore[arg-type]
 
 
@@ -120,7 +120,7 @@ def price_of(name: str, rounds: int) -> dict[str, Any]:
     # Steps so short that the cap ends no ascent before the last of them.
     teleporter = mt.GradientAscentTeleporter(counted, steps=STEPS, step_size=1e-5, cap=10.0)
     steps = STEPS * len(stack.symmetries)
-    point = stack.model.point_at(stack.model.tensors(), batch)
+    point = stack.point_at(stack.tensors(), batch)
 
     def ascend() -> None:
         with torch.no_grad():
@@ -128,7 +128,7 @@ def price_of(name: str, rounds: int) -> dict[str, Any]:
                 teleporter.choose(symmetry, point, None)
 
     def whole() -> None:
-        start = stack.model.point_at(stack.model.tensors(), batch)
+        start = stack.point_at(stack.tensors(), batch)
         with torch.no_grad():
             travel(teleporter, start, stack.symmetries)
 
@@ -168,7 +168,7 @@ def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, 
     family, settings = FAMILIES[name]
     stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
     batch = stack.full
-    start = stack.model.point_at(stack.model.tensors(), batch)
+    start = stack.point_at(stack.tensors(), batch)
     teleporters = {kind: make(stack.symmetries) for kind, make in TELEPORTERS.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in teleporters}
     arrivals: dict[str, tuple[Point, list[Move]]] = {}
@@ -197,7 +197,7 @@ def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, 
                 "seconds": statistics.median(seconds[kind]),
                 "moved": float((sum(move.size for move in moves) > 0).double().mean()) if moves else 0.0,  # type: ignore[union-attr]
                 "gradient_norm": float(norms.median()),
-                "loss_drift": float(((stack.model.losses_at(arrived.parameters, batch) / start.loss) - 1).abs().max()),
+                "loss_drift": float(((stack.losses_at(arrived.parameters, batch) / start.loss) - 1).abs().max()),
                 "loss_ratio": ratio.ratio,
                 "interval": [ratio.low, ratio.high],
                 "failures": sorted({failure for move in moves for failure in move.failures}),
@@ -224,7 +224,7 @@ def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: i
     """
     tasks = len(stack)
     parameters, gradients = dict(point.parameters), dict(point.gradients)
-    losses = stack.model.losses_at(parameters, batch)
+    losses = stack.losses_at(parameters, batch)
     # The first step would halve the loss of a function that is linear.
     size = losses / (2 * point.squared_gradient_norm())
     while True:
@@ -240,13 +240,13 @@ def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: i
                 name: value - _wide(factor * size, value) * gradients[name] if name in gradients else value
                 for name, value in parameters.items()
             }
-            found = stack.model.losses_at(trial, batch)
+            found = stack.losses_at(trial, batch)
             better = going & (found < best_losses)
             best = {name: torch.where(_wide(better, value), value, best[name]) for name, value in trial.items()}
             best_losses = torch.where(better, found, best_losses)
             best_size = torch.where(better, factor * size, best_size)
         parameters, losses, size = best, best_losses, best_size
-        gradients = stack.model.point_at(parameters, batch).gradients
+        gradients = stack.point_at(parameters, batch).gradients
         assert losses.shape == (tasks,)
 
 
