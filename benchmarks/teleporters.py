@@ -264,16 +264,17 @@ def page_of(report: dict[str, Any]) -> str:
     lines = [
         "# Teleporters by cost and by gain",
         "",
-        f"Made by `python -m benchmarks.teleporters`: {settings['tasks']} held-out tasks of a family, "
-        f"{settings['rounds']} rounds in which all cases take turns, CPU time, float64, {found['threads']} thread(s) "
-        f"of {found['cpu']}, torch {found['torch']}.",
+        "What each hand-designed teleporter costs, and what it gains for gradient descent. Made by "
+        f"`python -m benchmarks.teleporters`: {settings['tasks']} held-out tasks of each family, {settings['rounds']} "
+        f"rounds in which all cases take turns, CPU time, float64, {found['threads']} thread(s) of {found['cpu']}, "
+        f"torch {found['torch']}.",
         "",
-        "## What an ascent costs",
+        "## The cost of an ascent",
         "",
-        f"Gradient ascent on the squared gradient norm, {STEPS} steps for every symmetry, against as many double "
-        "backward passes (forward, backward, and the gradient of the squared gradient norm in the weights) on the same "
-        "tasks: median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of "
-        "the trust region and the move itself.",
+        f"Gradient ascent on the squared gradient norm takes {STEPS} steps for every symmetry. Its time is divided by "
+        "that of as many double backward passes on the same tasks (forward, backward, and the gradient of the squared "
+        "gradient norm with respect to the weights): median and range over rounds. The whole teleport adds the "
+        "evaluation of the point, the checks of the trust region and the move itself.",
         "",
         "| tasks | symmetries | one double backward pass | ascent alone | whole teleport |",
         "|---|---|---|---|---|",
@@ -286,19 +287,21 @@ def page_of(report: dict[str, Any]) -> str:
         "",
         f"The largest median is {_largest(report, 'ascent'):.2f} for the ascent and "
         f"{_largest(report, 'teleport'):.2f} for the whole teleport; the bound on the ascent is {BOUND}. Under exact "
-        "symmetries a step is algebra on small matrices. A batch form rebuilds the backward pass in every step, which "
-        "for two layers is all of it; the 2022 form inverts the group element besides, the 2024 form the features or "
-        "their Gram matrix.",
+        "symmetries a step is algebra on small matrices. A batch pair rebuilds part of the backward pass in every "
+        "step; with two layers that is all of it. In addition the 2022 form inverts the group element, and the 2024 "
+        "form the features or their Gram matrix.",
         "",
-        "## What each brings",
+        "## The gain of each teleporter",
         "",
-        "Each teleporter once, from the start of each task. Evaluations and milliseconds are those of choosing and "
-        "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest "
-        "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every "
-        f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the "
-        "teleporter included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
+        "Each teleporter moves once, at the start of each task; gradient descent follows, with a line search in every "
+        "step (2 evaluations each). Columns:",
         "",
-        "A larger gradient is no gain by itself: the gradient norm has to be read beside the last column.",
+        "- **evaluations, ms**: the cost of choosing and moving, for one task.",
+        "- **gradient norm**: after the teleport over before, median over tasks. A larger gradient alone is no gain.",
+        "- **drift**: largest relative change of the loss in the teleport.",
+        f"- **loss at equal evaluations**: the loss when {settings['budget']} gradient evaluations are spent, those of "
+        "the teleporter included, over the loss without a teleport. Median of the ratios over tasks, with its 95 % "
+        "interval; below 1 the teleport helps.",
     ]
     for name, rows in report["gains"].items():
         better = [row["teleporter"] for row in rows if row["interval"][1] < 1]
@@ -307,8 +310,8 @@ def page_of(report: dict[str, Any]) -> str:
             "",
             f"### {name}",
             "",
-            f"Ahead of no teleport, with the whole interval: {'; '.join(better) or 'nothing'}. Behind it: "
-            f"{'; '.join(worse) or 'nothing'}.",
+            f"Better than no teleport (the whole interval is below 1): {'; '.join(better) or 'none'}. Worse (the whole "
+            f"interval is above 1): {'; '.join(worse) or 'none'}.",
             "",
             "| teleporter | evaluations | ms | gradient norm | drift | loss at equal evaluations | failures named |",
             "|---|---|---|---|---|---|---|",
