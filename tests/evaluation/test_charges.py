@@ -133,13 +133,13 @@ def test_a_learned_step_is_credited_once_the_evaluation_at_it_is_paid_for(
     monkeypatch.setattr(Silent, "record", noted)
     monkeypatch.setattr(learned, "InnerLoop", made)
     evaluated: list[dict[str, Tensor]] = []
-    point_at = stack.model.point_at
+    point_at = stack.point_at
 
     def seen(parameters: Any, *rest: Any) -> Any:
         evaluated.append({name: value.detach().clone() for name, value in parameters.items()})
         return point_at(parameters, *rest)
 
-    monkeypatch.setattr(stack.model, "point_at", seen)
+    monkeypatch.setattr(stack, "point_at", seen)
     charged(Learned("learned", meta()), stack, silent)
     assert len(paid) == len(evaluated) > 3
     for number, parameters in enumerate(paid):
@@ -202,7 +202,7 @@ def test_gauss_newton_is_charged_its_jacobians_and_a_third_a_trial(
     counted, fresh = Counted(), torch.zeros(TASKS, dtype=torch.float64)
     stack, at = stack_of(counted, samples=20), second_order._System.at
     trials: list[int] = []
-    losses_at = type(stack.model).losses_at
+    losses_at = type(stack).losses_at
 
     def noted(*arguments: Any) -> Any:
         fresh.add_(arguments[3])
@@ -212,9 +212,9 @@ def test_gauss_newton_is_charged_its_jacobians_and_a_third_a_trial(
         trials.append(1)
         return losses_at(*arguments)
 
-    price = second_order.jacobian_cost(stack.model, stack.model.tensors(), stack.full)
+    price = second_order.jacobian_cost(stack, stack.tensors(), stack.full)
     monkeypatch.setattr(second_order._System, "at", noted)
-    monkeypatch.setattr(type(stack.model), "losses_at", tried)
+    monkeypatch.setattr(type(stack), "losses_at", tried)
     found = charged(REFERENCES["gauss-newton"].make(), stack, silent)
     assert price > 1
     torch.testing.assert_close(found, price * fresh + len(trials) / 3)

@@ -164,10 +164,10 @@ class TestBaselines:
     @pytest.mark.parametrize("name", list(BASELINES))
     def test_a_method_leaves_the_stack_as_it_was_and_repeats_itself(self, name: str, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
-        before = {key: value.detach().clone() for key, value in stack.model.tensors().items()}
+        before = {key: value.detach().clone() for key, value in stack.tensors().items()}
         method = BASELINES[name].make(lr=1e-3)
         first, second = method.run(stack, 14).loss, method.run(stack, 14).loss
-        assert all(torch.equal(before[key], value) for key, value in stack.model.tensors().items())
+        assert all(torch.equal(before[key], value) for key, value in stack.tensors().items())
         np.testing.assert_array_equal(first, second)
         assert (first[:, -1] < first[:, 0]).all()
 
@@ -251,10 +251,10 @@ class TestSecondOrder:
 
     def test_a_jacobian_costs_its_multiplications(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
-        tensors = {key: value.detach() for key, value in stack.model.tensors().items()}
+        tensors = {key: value.detach() for key, value in stack.tensors().items()}
         # Both forward passes take two products. A gradient takes three more, as the data need none; a Jacobian takes
         # three for each of five outputs.
-        assert jacobian_cost(stack.model, tensors, stack.batch(0)) == pytest.approx((2 + 5 * 3) / (2 + 3), rel=0.05)
+        assert jacobian_cost(stack, tensors, stack.batch(0)) == pytest.approx((2 + 5 * 3) / (2 + 3), rel=0.05)
 
     def test_gauss_newton_pays_for_jacobians_and_trials(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
@@ -267,10 +267,10 @@ class TestSecondOrder:
         stack = load_family("digits", {"hidden": 3, "classes": 3, "samples": 6, "batch": None}).stack(
             [0], "train", dtype=torch.float64
         )
-        tensors = {key: value.detach() for key, value in stack.model.tensors().items()}
-        system = _System.at(stack.model, tensors, stack.full, torch.tensor([True]), None)
+        tensors = {key: value.detach() for key, value in stack.tensors().items()}
+        system = _System.at(stack, tensors, stack.full, torch.tensor([True]), None)
         factors = system.factors[0]
-        gradients = stack.model.point_at(tensors, stack.full).gradients
+        gradients = stack.point_at(tensors, stack.full).gradients
         flat = torch.cat([gradients[name][0].flatten() for name in tensors])
         torch.testing.assert_close(factors.mT @ system.rights[0], flat, rtol=1e-9, atol=1e-12)
         matrix = factors.mT @ factors
@@ -285,10 +285,10 @@ class TestSecondOrder:
         if name == "soap":
             pytest.importorskip("pytorch_optimizer")
         stack = load_family("leaky_mlp", {"width": 5, "batch": batch}).stack(range(3), "held-out")
-        before = {key: value.detach().clone() for key, value in stack.model.tensors().items()}
+        before = {key: value.detach().clone() for key, value in stack.tensors().items()}
         method = REFERENCES[name].make(lr=0.1)
         loss = method.run(stack, 20).loss
-        assert all(torch.equal(before[key], value) for key, value in stack.model.tensors().items())
+        assert all(torch.equal(before[key], value) for key, value in stack.tensors().items())
         np.testing.assert_array_equal(loss, method.run(stack, 20).loss)
         assert (loss[:, -1] < loss[:, 0]).all()
 
@@ -469,7 +469,7 @@ class TestReport:
         assert judged["measure"] == "squared relative error"
         entry = judged["methods"]["adam"]
         stack = family.stack(range(2), "held-out")
-        start = stack.measured({key: value.detach() for key, value in stack.model.tensors().items()})
+        start = stack.measured({key: value.detach() for key, value in stack.tensors().items()})
         assert entry["median"][0] == pytest.approx(float(start.mean()))
         assert entry["median"][-1] < entry["median"][0]
         assert "squared relative error" in str(table_of(judged).title)

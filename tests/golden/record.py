@@ -67,7 +67,7 @@ def stack_of(entry: str, perturbed: int = 0) -> TaskStack:
     if perturbed:
         source = torch.Generator().manual_seed(perturbed)
         with torch.no_grad():
-            for value in stack.model.parameters():
+            for value in stack.parameters():
                 signs = torch.randint(-1, 2, value.shape, generator=source)
                 value.mul_(1 + signs.double() * torch.finfo(torch.float64).eps)
     return stack
@@ -76,12 +76,12 @@ def stack_of(entry: str, perturbed: int = 0) -> TaskStack:
 def trajectory(entry: str, perturbed: int = 0) -> Recorded:
     """Steps as an evaluation takes them; by quantity `(steps, tasks)`, and by place for teleports and gauges."""
     stack, meta = stack_of(entry, perturbed), load_checkpoint(ENTRIES[entry][0]).learned.double()
-    parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
+    parameters = {name: value.detach() for name, value in stack.tensors().items()}
     state: Any = None
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for number in range(STEPS):
-            point = stack.model.point_at(parameters, stack.batch(number))
+            point = stack.point_at(parameters, stack.batch(number))
             if state is None:
                 state = meta.initial_state(point, stack.symmetries, stack.deterministic)
             taken = meta.step(point, stack.symmetries, state)

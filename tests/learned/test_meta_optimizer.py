@@ -12,7 +12,7 @@ from symmetry_cases import Case, assert_close, case
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.learned import MODES, MetaOptimizer, MetaOptimizerConfig, MetaState
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules import BaseRule
@@ -51,7 +51,7 @@ def square(kind: str) -> Case:
 
 
 def course(
-    meta: MetaOptimizer, model: StackedModel, batch: Batch, steps: int, start: dict[str, Tensor] | None = None
+    meta: MetaOptimizer, model: TaskStack, batch: Batch, steps: int, start: dict[str, Tensor] | None = None
 ) -> list[Any]:
     """The steps taken from the stack's parameters."""
     parameters = {name: value.detach().clone() for name, value in (start or model.tensors()).items()}

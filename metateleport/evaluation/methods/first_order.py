@@ -38,7 +38,7 @@ class FirstOrder(Method):
         self.optimizer = optimizer
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = copy.deepcopy(stack.model)
+        model = copy.deepcopy(stack)
         optimizer = self.optimizer(model.parameters(), **self.settings)
         recorder = Recorder(stack, budget)
         for step in range(budget):
@@ -85,7 +85,7 @@ class GradientAscent(Method):
         self.teleporter = GradientAscentTeleporter(steps=ascent_steps, step_size=size / ascent_steps, cap=size)
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack.model
+        model = stack
         parameters = {name: value.detach() for name, value in model.tensors().items()}
         recorder = Recorder(stack, budget)
         lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)

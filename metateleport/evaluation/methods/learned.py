@@ -90,13 +90,13 @@ class Learned(Method):
     ) -> Trajectory:
         meta = self.meta.to(stack.device)
         recorder = Recorder(stack, budget)
-        parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
+        parameters = {name: value.detach() for name, value in stack.tensors().items()}
         loop = InnerLoop(meta, stack.symmetries, stack.deterministic, teleporter, regauge)
         number = 0
         with torch.no_grad():
             while bool(recorder.affords().any()):
                 batch = stack.batch(number)
-                point = stack.model.point_at(parameters, batch)
+                point = stack.point_at(parameters, batch)
                 recorder.charge(1.0)
                 for each in (teleporter, regauge):
                     if isinstance(each, _SameSizes | _SameGauges):

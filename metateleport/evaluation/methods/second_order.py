@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
-from metateleport.families import TaskStack
-from metateleport.families.stack import Batch, StackedModel
+from metateleport.families import Batch, TaskStack
 from metateleport.point import Tensors
 
 __all__ = ["GaussNewton", "PerTask", "soap"]
@@ -38,13 +37,13 @@ class PerTask(Method):
         self.optimizer = optimizer
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        tensors = {name: value.detach() for name, value in stack.model.tensors().items()}
+        tensors = {name: value.detach() for name, value in stack.tensors().items()}
         tasks = [{name: value[task].clone() for name, value in tensors.items()} for task in range(len(stack))]
         optimizers = [self.optimizer(list(each.values()), **self.settings) for each in tasks]
         lost = [False] * len(stack)
         recorder = Recorder(stack, budget)
         for step in range(budget):
-            point = stack.model.point_at(tensors, stack.batch(step))
+            point = stack.point_at(tensors, stack.batch(step))
             recorder.charge(1.0)
             for task, (own, optimizer) in enumerate(zip(tasks, optimizers, strict=True)):
                 for name, value in own.items():
@@ -95,7 +94,7 @@ class GaussNewton(Method):
         self.lr, self.damping = lr, damping
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack.model
+        model = stack
         tensors = {name: value.detach() for name, value in model.tensors().items()}
         count = len(stack)
         recorder = Recorder(stack, budget)
@@ -124,7 +123,7 @@ class GaussNewton(Method):
         return recorder.trajectory()
 
 
-def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
+def jacobian_cost(model: TaskStack, tensors: Tensors, batch: Batch) -> float:
     """Multiplications of the Jacobian of the outputs, over those of one gradient of the loss.
 
     At least one: a Jacobian contains the gradient.
@@ -154,7 +153,7 @@ def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
     return max(counts[1] / max(counts[0], 1), 1.0)
 
 
-def _jacobian(model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
+def _jacobian(model: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
     """Derivatives of every output of every sample by every parameter, `(samples, outputs, *parameter)`."""
 
     def single(parameters: Tensors, sample: tuple[Tensor, ...]) -> Tensor:
@@ -178,7 +177,7 @@ class _System:
         self.factors, self.rights, self.losses, self.shapes = factors, rights, losses, shapes
 
     @classmethod
-    def at(cls, model: StackedModel, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
+    def at(cls, model: TaskStack, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
         """The systems at some parameters, those of tasks where `where` is false as they are known.
 
         Tasks are gone through one by one, to keep the memory small.
@@ -197,7 +196,7 @@ class _System:
 
     @staticmethod
     def _of_one(
-        model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+        model: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs = torch.func.functional_call(model.template, {**fixed, **values}, given)
 

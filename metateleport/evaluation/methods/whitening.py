@@ -69,7 +69,7 @@ class Whitening(Method):
         self.gauge = "undone" if self.side == "undone" else "stays"
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
+        parameters = {name: value.detach() for name, value in stack.tensors().items()}
         recorder = Recorder(stack, budget)
         lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
         start: Tensor | None = None
@@ -77,7 +77,7 @@ class Whitening(Method):
         with torch.no_grad():
             while bool(recorder.affords().any()):
                 batch = stack.batch(number)
-                point = stack.model.point_at(parameters, batch)
+                point = stack.point_at(parameters, batch)
                 recorder.charge(1.0)
                 assert point.loss is not None
                 start = point.loss if start is None else start
