@@ -311,8 +311,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if symmetry.key not in small:
                 rests.append((max(0, left - 1), length))
             else:
-                length = min(_LONGEST_REST, max(1, 2 * length)) if small[symmetry.key] else 0
-                rests.append((length, length))
+                next_rest = min(_LONGEST_REST, max(1, 2 * length)) if small[symmetry.key] else 0
+                rests.append((next_rest, next_rest))
         self._rests = rests
         if self._recorder is not None:
             self._recorder.wanted = not all(left for left, _ in rests)
