@@ -15,9 +15,8 @@ from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.evaluation.run import EvaluationError
 from metateleport.learned import MetaOptimizer
-from metateleport.learned.basis import BASIS, Observation
 from metateleport.learned.gauge import GAUGE_BASIS, GaugeBasis
-from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.learned.teleporter import BASIS, LearnedTeleporter, Observation
 
 __all__ = ["EACH", "ablated_methods", "basis_of", "parts_of", "without"]
 

@@ -20,7 +20,8 @@ from metateleport.learned.rules.step import StepRule
 from metateleport.learned.rules.tensor import TensorRule
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.point import Point, Tensors, all_finite
+from metateleport.linalg import all_finite
+from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
 from metateleport.teleporters.reach import check_max_stretch
@@ -355,8 +356,10 @@ class MetaOptimizer(nn.Module):
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         along = symmetries if along is None else along
-        moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
-        rule_state = self.rule.carry(state.rule, moves, start, accepted)
+        moved, moves, rule_state = start, list[Move](), state.rule
+        if along and not isinstance(chosen, NoTeleport):
+            moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
+            rule_state = self.rule.carry(rule_state, moves, start, accepted)
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)

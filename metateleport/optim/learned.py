@@ -19,32 +19,34 @@ from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.linalg import all_finite
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.closure import told_loss
-from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated, say_what_fits
+from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
 from metateleport.optim.memory import (
     fingerprint,
     flattened,
-    known_state,
     renamed,
     restored_parts,
-    rule_state,
     saved_parts,
     unflattened,
-    update_entries,
 )
-from metateleport.optim.saved import merged
-from metateleport.optim.tensors import (
+from metateleport.optim.parameters import (
     dense_gradient,
+    known_state,
     master,
     raised,
+    replicated,
+    rule_state,
     stacked_pullback,
     trainable,
+    update_entries,
     within,
     working_dtype,
     write,
 )
-from metateleport.point import Point, Tensors, all_finite
+from metateleport.optim.saved import merged
+from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 
 __all__ = ["LearnedOptimizer"]
@@ -225,7 +227,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._recorder.renew()
             with torch.enable_grad():
                 loss = closure()
-        told = told_loss(loss)
+        told = None if loss is None else told_loss(loss)
         try:
             self._step(told)
         finally:
@@ -251,7 +253,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._skip(named)
             return
         self._in_a_row = 0
-        evidence = evidence_of(self._recorder, gradients) if self._recorder is not None and alone else Evidence()
+        seen = alone and self._recorder is not None and self._recorder.last is not None
+        evidence = evidence_of(self._recorder, gradients) if seen and self._recorder is not None else Evidence()
         point = self._point(named, gradients, evidence, told)
         rates = self._rates(named)
         self._recall(point, named)
@@ -303,15 +306,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Lets symmetries rest along which teleports are small, for one step, then two, and so on."""
         if not self._may_rest:
             return
-        moves = {move.symmetry.key: move for move in taken.moves}
+        moves = {id(move.symmetry): move for move in taken.moves}
         sizes = [move.size.sum() / move.symmetry.dimension**0.5 for move in moves.values()]
         small = dict(zip(moves, (torch.stack(sizes) < _SMALL).tolist(), strict=True)) if sizes else {}
         rests = []
         for symmetry, (left, length) in zip(self.symmetries, self._rests, strict=True):
-            if symmetry.key not in small:
+            if id(symmetry) not in small:
                 rests.append((max(0, left - 1), length))
             else:
-                next_rest = min(_LONGEST_REST, max(1, 2 * length)) if small[symmetry.key] else 0
+                next_rest = min(_LONGEST_REST, max(1, 2 * length)) if small[id(symmetry)] else 0
                 rests.append((next_rest, next_rest))
         self._rests = rests
         if self._recorder is not None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
-from metateleport.learned.rules.base import UpdateRule, carried_moments, fit
-from metateleport.linalg import alike, polar_factors
+from metateleport.learned.rules.base import UpdateRule, carried_moments
+from metateleport.linalg import alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
