@@ -187,7 +187,7 @@ class Step:
         state: the state after the step.
         evaluations: gradient evaluations beyond the one that gave the point.
         accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
-        moves: what each symmetry contributed to the teleport that stays.
+        moves: what each symmetry contributed to the teleport that stays; none without a teleporter.
         gauges: that the step was taken in, and that were undone.
         size: Frobenius norm of all generators of the teleport that stays together.
         refused: number of symmetries whose element was refused.
@@ -356,10 +356,10 @@ class MetaOptimizer(nn.Module):
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         along = symmetries if along is None else along
-        moved, moves, rule_state = start, list[Move](), state.rule
+        moved, moves = start, list[Move]()
         if along and not isinstance(chosen, NoTeleport):
             moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
-            rule_state = self.rule.carry(rule_state, moves, start, accepted)
+        rule_state = self.rule.carry(state.rule, moves, start, accepted)
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)

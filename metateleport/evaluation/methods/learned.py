@@ -130,9 +130,8 @@ class _SameSizes(Teleporter):
         drawn = symmetry.group.random_generator(
             *point.loss.shape, generator=self.source, dtype=weight.dtype, device=weight.device
         )
-        if self.step >= len(self.sizes):
-            return torch.zeros_like(drawn), state
-        return drawn * symmetry.group.expand(self.sizes[self.step].stays[symmetry.key].to(drawn)), state
+        size = self.sizes[self.step].stays.get(symmetry.key) if self.step < len(self.sizes) else None
+        return torch.zeros_like(drawn) if size is None else drawn * symmetry.group.expand(size.to(drawn)), state
 
 
 class _SameGauges:

@@ -192,7 +192,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         return moved, {**state, "cells": cells, **tensors, **numbers}
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
-        return {**state, **carried_moments(state, moves, point, detach=False)}
+        return {**state, **carried_moments(state, moves, point, detach=False)} if moves else state
 
     def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""
@@ -217,7 +217,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         self, point: Point, progress: Progress, state: dict[str, Any], powers: Tensor, levels: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """What the network says of every tensor, `(tensors, tasks, outputs)`, and its new states."""
-        names, momentum, scale = list(point.gradients), state["momentum"], state["scale"]
+        names, scale = list(point.gradients), state["scale"]
+        momentum = {name: state["momentum"][name].to(powers.dtype) for name in names}
         if self.detach and torch.is_grad_enabled():
             point, scale, powers, levels = point.detach(), scale.detach(), powers.detach(), levels.detach()
             momentum = {name: value.detach() for name, value in momentum.items()}
