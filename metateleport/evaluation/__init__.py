@@ -5,19 +5,22 @@ from metateleport.evaluation.attribution import ABLATED, attribution_of, words_o
 from metateleport.evaluation.card import record_result
 from metateleport.evaluation.marks import REFERENCE_MARKS, marks
 from metateleport.evaluation.meta_seeds import meta_seeds_of
-from metateleport.evaluation.methods.first_order import SCHEDULES, FirstOrder, GradientAscent
+from metateleport.evaluation.methods.first_order import FirstOrder
+from metateleport.evaluation.methods.gauss_newton import GaussNewton
+from metateleport.evaluation.methods.gradient_ascent import SCHEDULES, GradientAscent
 from metateleport.evaluation.methods.lbfgs import LBFGS
-from metateleport.evaluation.methods.registry import BASELINES, REFERENCES
-from metateleport.evaluation.methods.second_order import GaussNewton, PerTask
+from metateleport.evaluation.methods.registry import BASELINES, REFERENCES, RIVALS
+from metateleport.evaluation.methods.soap import PerTask
 from metateleport.evaluation.methods.whitening import Whitening
 from metateleport.evaluation.paired import PairedRatio, paired_ratio, ratio_over_seeds
 from metateleport.evaluation.plot import plot
 from metateleport.evaluation.report import report_of, write_report
+from metateleport.evaluation.rival import Choice, Lattice, Rival
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result, Seed, SeedResults, evaluate
 from metateleport.evaluation.table import ratios_table_of, table_of
 from metateleport.evaluation.target import Target, target_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
-from metateleport.evaluation.tuning import Choice, Lattice, Recipe, tune
+from metateleport.evaluation.tuning import tune
 
 __all__ = [
     "ABLATED",
@@ -25,6 +28,7 @@ __all__ = [
     "LBFGS",
     "REFERENCES",
     "REFERENCE_MARKS",
+    "RIVALS",
     "SCHEDULES",
     "Choice",
     "Evaluation",
@@ -36,9 +40,9 @@ __all__ = [
     "Method",
     "PairedRatio",
     "PerTask",
-    "Recipe",
     "Recorder",
     "Result",
+    "Rival",
     "Seed",
     "SeedResults",
     "Target",

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metateleport.evaluation.lost import where
 from metateleport.families import TaskStack
 from metateleport.families.stack import Batch
 
@@ -215,13 +216,10 @@ class Recorder:
             self._drift,
         )
 
-    def _keep(self, parameters: Mapping[str, Tensor], where: Tensor) -> None:
+    def _keep(self, parameters: Mapping[str, Tensor], marked: Tensor) -> None:
         """Remembers the parameters of some tasks, to be measured at the end."""
         before = self._end or {name: value.detach() for name, value in self.stack.model.tensors().items()}
-        self._end = {
-            name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), parameters[name].detach(), value)
-            for name, value in before.items()
-        }
+        self._end = {name: where(marked, parameters[name].detach(), value) for name, value in before.items()}
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
         model, held_out, score = self.stack.model, self.stack.held_out, self.stack.score
