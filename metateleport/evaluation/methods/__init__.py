@@ -6,7 +6,7 @@ from metateleport.evaluation.methods.gradient_ascent import SCHEDULES, GradientA
 from metateleport.evaluation.methods.lbfgs import LBFGS
 from metateleport.evaluation.methods.learned import ATTRIBUTIONS, Learned, learned_methods
 from metateleport.evaluation.methods.registry import BASELINES, REFERENCES, RIVALS
-from metateleport.evaluation.methods.soap import PerTask, soap
+from metateleport.evaluation.methods.soap import PerTask
 from metateleport.evaluation.methods.whitening import VARIANTS, Whitening
 
 __all__ = [
@@ -24,5 +24,4 @@ __all__ = [
     "PerTask",
     "Whitening",
     "learned_methods",
-    "soap",
 ]
