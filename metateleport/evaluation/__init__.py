@@ -3,6 +3,7 @@
 from metateleport.evaluation.ablation import ablated_methods, basis_of, parts_of, without
 from metateleport.evaluation.attribution import ABLATED, attribution_of, words_of
 from metateleport.evaluation.card import record_result
+from metateleport.evaluation.jobs import run_plan
 from metateleport.evaluation.marks import REFERENCE_MARKS, marks
 from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.methods.first_order import FirstOrder
@@ -13,6 +14,7 @@ from metateleport.evaluation.methods.registry import BASELINES, REFERENCES, RIVA
 from metateleport.evaluation.methods.soap import PerTask
 from metateleport.evaluation.methods.whitening import Whitening
 from metateleport.evaluation.paired import PairedRatio, paired_ratio, ratio_over_seeds
+from metateleport.evaluation.plan import NO_CHECKPOINT, Bench, Plan, Unit
 from metateleport.evaluation.plot import plot
 from metateleport.evaluation.report import report_of, write_report
 from metateleport.evaluation.rival import Choice, Lattice, Rival
@@ -26,10 +28,12 @@ __all__ = [
     "ABLATED",
     "BASELINES",
     "LBFGS",
+    "NO_CHECKPOINT",
     "REFERENCES",
     "REFERENCE_MARKS",
     "RIVALS",
     "SCHEDULES",
+    "Bench",
     "Choice",
     "Evaluation",
     "EvaluationError",
@@ -40,6 +44,7 @@ __all__ = [
     "Method",
     "PairedRatio",
     "PerTask",
+    "Plan",
     "Recorder",
     "Result",
     "Rival",
@@ -47,6 +52,7 @@ __all__ = [
     "SeedResults",
     "Target",
     "Trajectory",
+    "Unit",
     "Whitening",
     "ablated_methods",
     "attribution_of",
@@ -62,6 +68,7 @@ __all__ = [
     "ratios_table_of",
     "record_result",
     "report_of",
+    "run_plan",
     "table_of",
     "target_of",
     "tune",

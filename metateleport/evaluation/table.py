@@ -38,6 +38,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{report['task']['name']}: {measured(report)}, median of {tasks} held-out tasks by gradient evaluations",
         caption=f"{report['dtype']}, seed {report['seed']}; seconds are of all {tasks} tasks together"
+        + (f", measured with {report['conditions']['jobs']} processes side by side" if _shared(report) else "")
         + (f"; ratio: paired median of final losses over {REFERENCE}'s" if compared else ""),
         title_justify="left",
         caption_justify="left",
@@ -104,6 +105,10 @@ def ratios_table_of(report: Mapping[str, Any]) -> Table | None:
         else:
             table.add_row(name, *(_ratio(each) for each in entry[f"paired_ratios_to_{REFERENCE}"]))
     return table
+
+
+def _shared(report: Mapping[str, Any]) -> bool:
+    return int(report["conditions"].get("jobs", 1)) > 1
 
 
 def _ratio(pair: Mapping[str, float]) -> str:

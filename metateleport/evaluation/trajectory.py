@@ -19,7 +19,7 @@ from metateleport.evaluation.lost import where
 from metateleport.families import TaskStack
 from metateleport.families.stack import Batch
 
-__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift"]
+__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift", "reproducible"]
 
 Array = npt.NDArray[np.float64]
 
@@ -73,6 +73,13 @@ class Method(abc.ABC):
         self.settings: dict[str, Any] = dict(settings or {})
         self.tuning: dict[str, Any] | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this method from any other, as plain values: its class, name and settings.
+
+        A method that depends on more adds it: what is kept of a run is found again by this.
+        """
+        return {"class": type(self).__qualname__, "name": self.name, "settings": self.settings}
+
     @abc.abstractmethod
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         """Optimises every task of the stack from its start; the stack is left as it was.
@@ -100,6 +107,14 @@ def ends_only() -> Iterator[None]:
         yield
     finally:
         _ends_only.reset(token)
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """While the block runs, torch's random numbers (dropout's, say) are the same in every run, whatever ran before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 class Recorder:

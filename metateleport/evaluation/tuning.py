@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from metateleport.evaluation.kept import cache_folder, foundations
 from metateleport.evaluation.rival import Rival
-from metateleport.evaluation.trajectory import Method, ends_only
+from metateleport.evaluation.trajectory import Method, ends_only, reproducible
 from metateleport.families import TaskFamily, TaskStack
 from metateleport.files import write_text
 from metateleport.version import VERSION
 
-__all__ = ["LARGEST", "cache_folder", "score", "search", "tune"]
+__all__ = ["LARGEST", "score", "search", "tune"]
 
 LARGEST = 1e300
 """Stands for a loss that is not finite."""
@@ -99,10 +99,13 @@ def tune(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    fresh: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Method:
     """Tunes a baseline on training tasks of a family, or remembers how it was.
 
     What is made small is the mean log of the final loss, or the mean loss on held-out data where the tasks have such.
+    Every trial is written down when it is finished: a search that was interrupted goes on from there.
 
     Args:
         rival: the baseline and its grid.
@@ -110,25 +113,68 @@ def tune(
         steps: gradient evaluations that each run may spend: the budget that the method is to be compared at.
         dtype: of the tasks; the family's own if not given.
         device: where to run.
-        cache: folder to remember in; `cache_folder()` if not given.
+        cache: folder to remember in; `cache_folder("tuning")` if not given.
+        fresh: tune anew, whatever is remembered.
+        progress: is told of every trial before it runs.
 
     Returns:
         The method at the best settings, with all that was tried in its `tuning`.
     """
-    path = (cache or cache_folder()) / f"{family.name}-{rival.name}-{_key(rival, family, steps, dtype)}.json"
-    record = _remembered(path)
+    folder = cache or cache_folder("tuning")
+    path = folder / f"{family.name}-{rival.name}-{_key(rival, family, steps, dtype)}.json"
+    record = None if fresh else _remembered(path)
     cached = record is not None
     if record is None:
-        record = _tuned(rival, family.stack(range(rival.tasks), "train", 0, dtype, device), steps)
+        stack = family.stack(range(rival.tasks), "train", 0, dtype, device)
+        trials = _Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
+        record = _tuned(rival, stack, steps, trials, progress or (lambda _: None))
         write_text(path, json.dumps(record, indent=1, allow_nan=False))
+        trials.forget()
     method = rival.make(**record["chosen"])
     method.tuning = {**record, "cached": cached}
     return method
 
 
-def _tuned(rival: Rival, stack: TaskStack, steps: int) -> dict[str, Any]:
+class _Trials:
+    """The scores of a search under way, on disk after every trial.
+
+    Args:
+        path: of the file.
+        foundations: what the scores depend on; those of another are forgotten.
+        fresh: forget all that is there.
+    """
+
+    def __init__(self, path: Path, foundations: str, fresh: bool) -> None:
+        self.path, self.foundations = path, foundations
+        self.known: dict[str, float] = {}
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+            if written["foundations"] == foundations and not fresh:
+                self.known = {str(name): float(score) for name, score in written["scores"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+
+    def score(self, settings: dict[str, Any], run: Callable[[], float]) -> float:
+        name = json.dumps(settings, sort_keys=True, default=str)
+        if name not in self.known:
+            self.known[name] = run()
+            write_text(self.path, json.dumps({"foundations": self.foundations, "scores": self.known}))
+        return self.known[name]
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _tuned(
+    rival: Rival, stack: TaskStack, steps: int, trials: _Trials, progress: Callable[[str], None]
+) -> dict[str, Any]:
     def evaluate(settings: dict[str, Any]) -> float:
-        with ends_only():
+        shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+        progress(f"{shown} on {len(stack)} training tasks")
+        return trials.score(settings, lambda: measured(settings))
+
+    def measured(settings: dict[str, Any]) -> float:
+        with ends_only(), reproducible(stack.device):
             trajectory = rival.make(**settings).run(stack, steps)
         if trajectory.held_out_loss is None:
             return score(trajectory.loss[:, -1])
@@ -149,12 +195,6 @@ def _tuned(rival: Rival, stack: TaskStack, steps: int) -> dict[str, Any]:
         "score": best,
         "tried": [{**settings, "score": found} for settings, found in tried],
     }
-
-
-def cache_folder() -> Path:
-    """Where tuned settings are remembered: under `METATELEPORT_CACHE`, else under `~/.cache/metateleport`."""
-    root = os.environ.get("METATELEPORT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "metateleport") / "tuning"
 
 
 def _key(rival: Rival, family: TaskFamily, steps: int, dtype: torch.dtype | None) -> str:

@@ -36,6 +36,9 @@ class FirstOrder(Method):
         super().__init__(name, settings)
         self.optimizer = optimizer
 
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "optimizer": getattr(self.optimizer, "__qualname__", repr(self.optimizer))}
+
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         model = copy.deepcopy(stack.model)
         optimizer = self.optimizer(model.parameters(), **self.settings)

@@ -33,6 +33,9 @@ class PerTask(Method):
         super().__init__(name, settings)
         self.optimizer = optimizer
 
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "optimizer": getattr(self.optimizer, "__qualname__", repr(self.optimizer))}
+
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         tensors = {name: value.detach() for name, value in stack.model.tensors().items()}
         tasks = [{name: value[task].clone() for name, value in tensors.items()} for task in range(len(stack))]
