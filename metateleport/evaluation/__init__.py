@@ -1,7 +1,7 @@
 """Evaluation: methods on held-out tasks, by gradient evaluations."""
 
 from metateleport.evaluation.ablation import ablated_methods, basis_of, parts_of, without
-from metateleport.evaluation.attribution import ABLATED, attribution_of, words_of
+from metateleport.evaluation.attribution import attribution_of, words_of
 from metateleport.evaluation.card import record_result
 from metateleport.evaluation.jobs import run_plan
 from metateleport.evaluation.marks import REFERENCE_MARKS, marks
@@ -23,6 +23,7 @@ from metateleport.evaluation.table import ratios_table_of, table_of
 from metateleport.evaluation.target import Target, target_of
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory, output_drift
 from metateleport.evaluation.tuning import tune
+from metateleport.evaluation.words import ABLATED
 
 __all__ = [
     "ABLATED",

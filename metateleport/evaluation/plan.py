@@ -13,7 +13,6 @@ import torch
 from metateleport.checkpoint import Checkpoint, load_checkpoint
 from metateleport.checkpoint.seeds import each_meta_seed
 from metateleport.evaluation.ablation import ablated_methods, parts_of
-from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.kept import KeptRun, KeptRuns
 from metateleport.evaluation.methods.learned import learned_methods
 from metateleport.evaluation.methods.registry import BASELINES, RIVALS
@@ -29,6 +28,7 @@ from metateleport.evaluation.run import (
 )
 from metateleport.evaluation.trajectory import Method
 from metateleport.evaluation.tuning import tune
+from metateleport.evaluation.words import ABLATED
 from metateleport.families import TaskFamily, TaskStack, load_family
 
 __all__ = ["NO_CHECKPOINT", "Bench", "Done", "Plan", "Unit"]

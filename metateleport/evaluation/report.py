@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from metateleport.evaluation.attribution import ABLATED, attribution_of, goes_below_zero
+from metateleport.evaluation.attribution import attribution_of, goes_below_zero
 from metateleport.evaluation.conditions import conditions_of
 from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
 from metateleport.evaluation.run import Evaluation, Result
 from metateleport.evaluation.tuning import LARGEST
+from metateleport.evaluation.words import ABLATED
 from metateleport.files import write_text
 
 __all__ = ["SCHEMA", "report_of", "write_report"]
