@@ -45,8 +45,10 @@ _COLOURS = {
     "lbfgs": GREEN,
     "gradient-ascent": PURPLE,
     "whitening": ORANGE,
+    "gauss-newton": BLACK,
+    "soap": "#8C564B",
 }
-_OTHERS = (BLACK, "#8C564B", "#B5A400")
+_OTHERS = ("#B5A400", "#4B0082", "#005F56")
 
 LINES: dict[str, Any] = {
     "teleport-off": (0, (5, 2)),
@@ -78,7 +80,7 @@ def colours_of(methods: Iterable[str]) -> dict[str, str]:
 
     Example:
         >>> colours_of(["learned", "learned/step-only", "mine"])["mine"]
-        '#000000'
+        '#B5A400'
     """
     names = list(methods)
     others = iter(_OTHERS * len(names))
@@ -102,15 +104,15 @@ def save(figure: Figure, path: str | Path, dpi: int = 150, trace: str = "") -> N
         figure.savefig(temporary, dpi=dpi, metadata=metadata)
 
 
-def trace_of(drawn: Any, *drawing: Any) -> str:
-    """A hash of what a figure shows and of the modules that draw it, these colours among them.
+def trace_of(drawn: Any, drawing: Any) -> str:
+    """A hash of what a figure shows and of the sources that draw it, this file among them.
 
     Args:
         drawn: plain values.
-        drawing: objects of the modules.
+        drawing: a function of the module that draws it.
     """
-    own = inspect.getmodule(trace_of)
-    return digest([drawn, *(inspect.getsource(each) for each in (own, *drawing) if each is not None)])
+    modules = [inspect.getmodule(each) for each in (trace_of, drawing)]
+    return digest([drawn, *(inspect.getsource(module) for module in modules if module is not None)])
 
 
 def is_drawn(path: Path, trace: str) -> bool:

@@ -85,10 +85,9 @@ class Entry:
         """A method's median at a mark."""
         return float(self.methods[method]["median_loss"][str(mark)])
 
-    def worst(self, method: str, mark: int) -> float | None:
-        """The largest median of all meta-seeds; None where there is but one."""
-        worst = self.result.get("meta_seeds", {}).get("worst", {}).get(method)
-        return None if worst is None else float(worst["median_loss"][str(mark)])
+    def of_seeds(self, method: str, mark: int) -> list[float]:
+        """A learned method's medians at a mark, of every meta-seed; empty where there is but one."""
+        return [float(each["methods"][method]["median_loss"][str(mark)]) for each in self.seeds]
 
     def compared(self, names: Sequence[str]) -> dict[str, Any]:
         """By method the ratios to the learned one, in the form of `metateleport.evaluation.compared.compared`.
@@ -136,7 +135,8 @@ class Entry:
         for name, entry in self.methods.items():
             numbers = [float(entry["diverged"]), float(entry["seconds"])]
             numbers += [self.median(name, mark) for mark in self.marks]
-            numbers += [value for mark in self.marks if (value := self.worst(name, mark)) is not None]
+            if name.partition("/")[0] == REFERENCE:
+                numbers += [value for mark in self.marks for value in self.of_seeds(name, mark)]
             if not all(math.isfinite(value) for value in numbers):
                 raise ValueError(f"a figure of {name} is not finite")
         for each in (*self.against.values(), *self.rivals.values(), *self.left_out.values()):

@@ -95,7 +95,5 @@ def _sentences(entries: Mapping[str, Sequence[Entry]]) -> list[str]:
             words = {"helps": "helps in {}", "nothing": "brings nothing in {}", "harms": "does harm in {}"}
             told = ", ".join(words[word].format(count) for word, count in counts.items() if count)
             settings = f"{len(attributed)} setting{'s' if len(attributed) > 1 else ''}"
-            said.append(
-                f"- `{name}`: of {settings} on its page the teleport {told or 'was not measured in any'}, at the end."
-            )
+            said.append(f"- `{name}`, in {settings}: the teleport {told or 'was not measured in any'}.")
     return [*said, ""]

@@ -41,6 +41,8 @@ def page(name: str, checkpoint: Checkpoint | None, entries: Sequence[Entry], pic
         if -1 in pictures:
             lines += [f"![medians by gradient evaluations, by setting]({pictures[-1]})", ""]
             lines += ["Bands reach over the medians of all meta-seeds.", ""]
+    if not entries:
+        lines += ["On this card no evaluation is recorded: `metateleport evaluate --card` writes one there.", ""]
     for number_of, entry in enumerate(entries):
         lines += section(entry, title_of(entry, trained), pictures.get(number_of))
     return "\n".join(lines).rstrip() + "\n"
@@ -131,7 +133,7 @@ def _glance(entries: Sequence[Entry], trained: Mapping[str, Any]) -> list[str]:
 def cells(entry: Entry) -> list[str]:
     """The medians at the end of an evaluation's budget, those that the learned one is held against, and the verdict."""
     end = entry.steps
-    worst = entry.worst(REFERENCE, end)
+    worst = max(entry.of_seeds(REFERENCE, end), default=None)
     row = [number(entry.median(REFERENCE, end)), "" if worst is None else number(worst)]
     row += [number(entry.median(name, end)) if name in entry.methods else "" for name in _ATTRIBUTED]
     others = {name: entry.median(name, end) for name in entry.methods if name.partition("/")[0] != REFERENCE}

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metateleport.evaluation.pages.entry import Entry
 from metateleport.evaluation.pages.markdown import called
 from metateleport.evaluation.paired import REFERENCE
@@ -17,7 +15,6 @@ from metateleport.evaluation.style import LINES, bare, colours_of, is_drawn, new
 
 __all__ = ["draw"]
 
-_COLUMNS = 3
 _MARKERS = {"teleport-off": "o", "random-teleport": "^", "step-only": "s"}
 # What diverges leaves the picture.
 _SMALLEST, _LARGEST = 1e-40, 1e12
@@ -37,7 +34,7 @@ def draw(entries: Sequence[Entry], titles: Sequence[str], path: Path) -> bool:
     trace = trace_of([[dict(entry.result), title] for entry, title in zip(entries, titles, strict=True)], draw)
     if is_drawn(path, trace):
         return False
-    columns = min(_COLUMNS, len(entries))
+    columns = 2 if len(entries) == 4 else min(3, len(entries))
     rows = math.ceil(len(entries) / columns)
     figure = new_figure(3.9 * columns + 2.2, 3.3 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -74,17 +71,14 @@ def _panel(axes: Any, entry: Entry, title: str, colours: dict[str, str]) -> dict
         style = {"color": colours[name], "linestyle": line, "linewidth": width, "marker": marker, "markersize": size}
         (handles[name],) = axes.plot(entry.marks, medians, markerfacecolor="none" if marker != "." else None, **style)
         if own and entry.seeds:
-            of_seeds = np.asarray(
-                [[each["methods"][name]["median_loss"][str(mark)] for mark in entry.marks] for each in entry.seeds]
-            )
-            low, high = ([_shown(value) for value in side] for side in (of_seeds.min(0), of_seeds.max(0)))
+            low, high = ([_shown(which(entry.of_seeds(name, mark))) for mark in entry.marks] for which in (min, max))
             axes.fill_between(entry.marks, low, high, color=colours[name], alpha=0.15, linewidth=0)
     below = min(entry.median(name, mark) for name in entry.methods for mark in entry.marks) <= 0
     axes.set(xscale="log", yscale="linear" if below else "log", ylabel=entry.measure, xlabel="gradient evaluations")
     axes.set_xticks(entry.marks, [str(mark) for mark in entry.marks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(textwrap.fill(title, 44), fontsize=8.5, loc="left")
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     bare(axes)
     return handles
 

@@ -85,9 +85,11 @@ def _medians(entry: Entry) -> list[str]:
         row += [str(method["diverged"] or ""), number(method["seconds"]), number(drift) if drift else ""]
         rows.append(row)
         if name == REFERENCE and entry.seeds:
-            worst = [number(entry.worst(name, mark) or 0.0) for mark in entry.marks]
             count = str(entry.result["meta_seeds"]["worst"][name]["diverged"] or "")
-            rows.append([f"the worst of {len(entry.seeds)} meta-seeds", *worst, *([""] * accurate), count, "", ""])
+            for which, lost in ((max, count), (min, "")):
+                medians = [number(which(entry.of_seeds(name, mark))) for mark in entry.marks]
+                words = f"the {'worst' if which is max else 'best'} of {len(entry.seeds)} meta-seeds"
+                rows.append([words, *medians, *([""] * accurate), lost, "", ""])
     return table(header, rows)
 
 
@@ -127,21 +129,27 @@ def _needed(entry: Entry, found: Mapping[str, Any], goal: str) -> list[str]:
     over = found.get("ratios_to_learned", {})
     header = [goal, "evaluations", "seconds", "tasks not there", *(["accuracy there"] if accurate else [])]
     header += ["evaluations over the learned one's", "worst meta-seed", "seconds over the learned one's"]
+    header += ["the learned one's accuracy less this"] if accurate else []
     rows = []
     for name, each in found["methods"].items():
         row = [called(name, entry.gauge), number(each["evaluations"]), number(each["seconds"])]
         row.append(str(each["censored"] or ""))
         if accurate:
             row.append(f"{each['held_out_accuracy']:.1%}" if "held_out_accuracy" in each else "")
-        ratio = over.get(name)
-        if ratio is None:
-            row += ["", "", ""]
-        else:
-            best = ratio.get("meta_seeds", ratio)
-            worst = best["evaluations"].get("worst")
-            row += [ratio_cell(best["evaluations"]), ratio_cell(worst) if worst else "", ratio_cell(best["seconds"])]
+        ratio = over.get(name, {})
+        best = ratio.get("meta_seeds", ratio)
+        worst = best.get("evaluations", {}).get("worst")
+        row += [ratio_cell(best["evaluations"]) if best else "", ratio_cell(worst) if worst else ""]
+        row.append(ratio_cell(best["seconds"]) if best else "")
+        if accurate:
+            row.append(_gain(best["held_out_accuracy"]) if "held_out_accuracy" in best else "")
         rows.append(row)
     return table(header, rows)
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    shown = "{:+.2%} [{:+.2%}, {:+.2%}]".format(*(gain[key] for key in ("difference", "low", "high")))
+    return f"**{shown}**" if gain["low"] > 0 or gain["high"] < 0 else shown
 
 
 def _conditions(entry: Entry) -> list[str]:
