@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
-from metateleport.families import StackedModel
+from metateleport.families import Batch, TaskStack
 from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022, BatchPair2024, QuadraticRotation
 
@@ -28,6 +28,17 @@ def itself(outputs: Tensor) -> Tensor:
     return outputs
 
 
+def side_by_side(
+    models: Sequence[nn.Module],
+    loss: Callable[..., Tensor],
+    batch: Batch,
+    symmetries: Sequence[mt.Symmetry] = (),
+) -> TaskStack:
+    """A stack of models, each on its own part of a batch with the tasks in front."""
+    parts = [tuple(tuple(value[task] for value in part) for part in batch) for task in range(len(models))]
+    return TaskStack([mt.Task(model, loss, *part, symmetries) for model, part in zip(models, parts, strict=True)])
+
+
 @dataclasses.dataclass
 class Problem:
     """A model in float64 with data, a loss and symmetries in the order of the data flow."""
@@ -37,6 +48,10 @@ class Problem:
     targets: tuple[Tensor, ...]
     loss: Callable[..., Tensor]
     symmetries: Sequence[mt.Symmetry]
+
+    @property
+    def task(self) -> mt.Task:
+        return mt.Task(self.model, self.loss, self.inputs, self.targets, self.symmetries)
 
     def loss_of(self, outputs: Tensor) -> Tensor:
         return self.loss(outputs, *self.targets)
@@ -98,13 +113,11 @@ class Case:
     def fresh_inputs(self) -> tuple[Tensor, ...]:
         return (torch.randn(self.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64),)
 
-    def stack(self, tasks: int = 3) -> tuple[StackedModel, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    def stack(self, tasks: int = 3) -> tuple[TaskStack, Batch]:
         """Problems of different seeds in one graph, and their data."""
         problems = [self.problem(seed) for seed in range(tasks)]
-        stacked = StackedModel([each.model for each in problems], problems[0].loss, problems[0].symmetries)
-        inputs = tuple(torch.stack(values) for values in zip(*(each.inputs for each in problems), strict=True))
-        targets = tuple(torch.stack(values) for values in zip(*(each.targets for each in problems), strict=True))
-        return stacked, (inputs, targets)
+        stack = TaskStack([each.task for each in problems])
+        return stack, stack.full
 
 
 class Quadratic(nn.Module):

@@ -91,7 +91,7 @@ def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]
     groups = _groups(family, config)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if config.network == "flat":
-        shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items())
+        shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items())
     shape = config.meta_optimizer_config(groups, shapes)
     if shape.teleports and not groups:
         raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")

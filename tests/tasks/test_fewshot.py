@@ -268,7 +268,7 @@ def test_omniglot_tasks_share_no_character_between_splits(omniglot_copy: Path) -
     assert not met[0] & met[1]
     assert not (met[0] | met[1]) & met[2]
     stack = TaskStack([family.task(index) for index in range(2)])
-    assert stack.model.losses_at(stack.model.tensors(), stack.full).shape == (2,)
+    assert stack.losses_at(stack.tensors(), stack.full).shape == (2,)
     first, again = (family.task(3, "held-out") for _ in range(2))
     assert torch.equal(images_in(first), images_in(again))
 

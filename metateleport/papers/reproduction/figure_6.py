@@ -152,7 +152,7 @@ def _train(family: TaskFamily, mode: Mode, settings: Figure6, told: Callable[[st
         network="flat",
         hidden=settings.hidden,
         groups=tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries)),
-        shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items()),
+        shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items()),
     )
     seeds = range(settings.seed, settings.seed + settings.seeds)
     metas = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack
+from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.progress import Progress, Tolerance
@@ -50,7 +52,7 @@ def meta_optimizer(mode: str = "update", **config: object) -> MetaOptimizer:
     return meta
 
 
-def walk(rule: AdaptiveRule, model: StackedModel, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
+def walk(rule: AdaptiveRule, model: TaskStack, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
     """Parameters before and after each of some steps, all of them accepted."""
     along: list[dict[str, Tensor]] = [dict(model.tensors())]
     state, progress = None, None
@@ -145,8 +147,9 @@ def test_in_a_gauge_it_steps_along_the_raised_velocity() -> None:
 @pytest.mark.parametrize("factor", [1e-6, 1e5])
 def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
     model, batch = stack("rescaling")
-    scaled = StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
-    alone = StackedModel([model.template], model.loss, model.symmetries)
+    task = model.tasks[0]
+    scaled = TaskStack([dataclasses.replace(task, loss=lambda *given: factor * model.loss(*given))])
+    alone = TaskStack([task])
     first = tuple(tuple(value[:1] for value in part) for part in batch)
     ours, theirs = (
         walk(rule_of(mixture=(0.0, 0.0, 0.0), calm=0.0, head=1.0), each, first, 4)[-1] for each in (scaled, alone)
@@ -177,8 +180,8 @@ def test_a_layer_that_starts_at_zero_moves() -> None:
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
     symmetry = mt.Rescaling(model, "0", "2")
-    stacked = StackedModel([model], nn.functional.mse_loss, [symmetry])
     batch = ((torch.randn(1, 8, 3).double(),), (torch.ones(1, 8, 2).double(),))
+    stacked = side_by_side([model], nn.functional.mse_loss, batch, [symmetry])
     moved = walk(rule_of(), stacked, batch, 1)[-1]
     assert float(moved["2.weight"].abs().max()) > 1e-4
 
@@ -187,8 +190,8 @@ def test_units_that_are_never_on_spoil_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with torch.no_grad():
         model[0].bias[0] = -30.0
-    stacked = StackedModel([model], nn.functional.mse_loss, [mt.Rescaling(model, "0", "2")])
     batch = ((torch.randn(1, 8, 3).double(),), (torch.randn(1, 8, 2).double(),))
+    stacked = side_by_side([model], nn.functional.mse_loss, batch, [mt.Rescaling(model, "0", "2")])
     meta = meta_optimizer()
     with torch.no_grad():
         meta.rule.head.bias[0] = -4.0
@@ -269,7 +272,7 @@ def test_a_run_that_goes_on_from_its_state_takes_the_same_steps() -> None:
     start = run(model, optimizer, 1)
     run(model, optimizer, 4)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    saved = optimizer.state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
     end = run(model, optimizer, 5)
     other, again = begun()
     other.load_state_dict(weights)
