@@ -136,7 +136,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
         names, gradients = list(point.gradients), list(point.gradients.values())
-        dtype, tiny = point.loss.dtype, torch.finfo(point.loss.dtype).tiny
+        dtype = gradients[0].dtype
+        tiny = torch.finfo(dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
         # Of each tensor, as some are used now and then.
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
