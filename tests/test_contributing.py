@@ -16,11 +16,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
-CODE = r"[^`]*?:\n\n```python\n(?P<code>.*?)^```$"
+CODE = r"[^`]*?:\n\n```(?:python)?\n(?P<code>.*?)^```$"
 NEW = re.compile(r"^New file `(?P<path>[^`]+)`" + CODE, re.DOTALL | re.MULTILINE)
-LINES = re.compile(
-    r"`(?P<path>[^`\n]+)`, after\s`(?P<anchor>[^`\n]+)`" + CODE, re.DOTALL | re.MULTILINE
-)
+LINES = re.compile(r"`(?P<path>[^`\n]+)`, after\s`(?P<anchor>[^`\n]+)`" + CODE, re.DOTALL | re.MULTILINE)
 COPIED = ("metateleport", "tasks", "tests", "checkpoints")
 
 
@@ -121,9 +119,9 @@ except mt.symmetries.Unsuitable as error:
 report = mt.teleport(model, mt.teleporters.MinimumNormTeleporter(), x, symmetries=[symmetry])
 found["moved"], found["drift"], found["decay"] = report.size, report.drift, report.weight_decay_change
 
-small = ["none", "leaky_mlp", "--set", "width=3", "--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2", "--methods"]
-found["evaluate"] = cli.main(["evaluate", *small, "sign-sgd,gd", "--json", "a.json"])
-found["evaluate, misspelt"] = cli.main(["evaluate", *small, "sign-sdg"])
+small = ["--set", "width=3", "--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2", "--json", "a.json"]
+found["evaluate"] = cli.main(["evaluate", "none", "leaky_mlp", *small, "--methods", "sign-sgd,gd"])
+found["evaluate, misspelt"] = cli.main(["evaluate", "none", "leaky_mlp", *small, "--methods", "sign-sdg"])
 
 found["train"] = cli.main(["train", "sine", "--seconds", "2", "--no-track", "--out", "runs/sine"])
 found["training"] = mt.load_checkpoint("runs/sine").card["training"]["runs"]["learned"]
