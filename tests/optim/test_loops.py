@@ -431,6 +431,7 @@ def test_half_precision_moves_in_single_precision() -> None:
 _REPLICAS = """
 import sys, torch, torch.distributed as dist, metateleport as mt, warnings
 from torch import nn
+from metateleport.teleporters import LevelSetTeleporter
 warnings.simplefilter("ignore")
 folder, rank, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -519,7 +519,7 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("spectral norm", lambda: mt.LinearPair(_old_normed(), "0", "1"), "not a plain parameter"),
     ("no inverse", lambda: BatchPair2022(_linear(3, 4, 2), "0", "1", nn.Tanh()), "no known inverse.*2024"),
     ("half inverse", lambda: BatchPair2022(_linear(3, 4, 2), "0", "1", nn.ReLU()), "no known inverse"),
-    ("no module", lambda: BatchPair2024(_linear(3, 4, 2), "0", "1", torch.tanh), "given as a module"),
+    ("no module", lambda: BatchPair2024(_linear(3, 4, 2), "0", "1", torch.tanh), "give the activation as a module"),
     ("with parameters", lambda: BatchPair2024(_linear(3, 4, 2), "0", "1", nn.PReLU()), "parameters of its own"),
     ("no vector", lambda: QuadraticRotation(_linear(3, 4), "x"), "no vector named 'x'.*0.weight"),
     ("a matrix", lambda: QuadraticRotation(_linear(3, 4), "0.weight"), "no vector named"),
