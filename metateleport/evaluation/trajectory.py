@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metateleport.evaluation.lost import where
 from metateleport.families import TaskStack
 from metateleport.families.stack import Batch
 
-__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift"]
+__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift", "reproducible"]
 
 Array = npt.NDArray[np.float64]
 
@@ -72,6 +73,13 @@ class Method(abc.ABC):
         self.settings: dict[str, Any] = dict(settings or {})
         self.tuning: dict[str, Any] | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this method from any other, as plain values: its class, name and settings.
+
+        A method that depends on more adds it: what is kept of a run is found again by this.
+        """
+        return {"class": type(self).__qualname__, "name": self.name, "settings": self.settings}
+
     @abc.abstractmethod
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         """Optimises every task of the stack from its start; the stack is left as it was.
@@ -99,6 +107,14 @@ def ends_only() -> Iterator[None]:
         yield
     finally:
         _ends_only.reset(token)
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """While the block runs, torch's random numbers (dropout's, say) are the same in every run, whatever ran before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 class Recorder:
@@ -215,13 +231,10 @@ class Recorder:
             self._drift,
         )
 
-    def _keep(self, parameters: Mapping[str, Tensor], where: Tensor) -> None:
+    def _keep(self, parameters: Mapping[str, Tensor], marked: Tensor) -> None:
         """Remembers the parameters of some tasks, to be measured at the end."""
         before = self._end or {name: value.detach() for name, value in self.stack.tensors().items()}
-        self._end = {
-            name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), parameters[name].detach(), value)
-            for name, value in before.items()
-        }
+        self._end = {name: where(marked, parameters[name].detach(), value) for name, value in before.items()}
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
         model, held_out, score = self.stack, self.stack.held_out, self.stack.score

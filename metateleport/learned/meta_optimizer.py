@@ -20,6 +20,7 @@ from metateleport.learned.rules.step import StepRule
 from metateleport.learned.rules.tensor import TensorRule
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.linalg import all_finite
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
@@ -186,7 +187,7 @@ class Step:
         state: the state after the step.
         evaluations: gradient evaluations beyond the one that gave the point.
         accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
-        moves: what each symmetry contributed to the teleport that stays.
+        moves: what each symmetry contributed to the teleport that stays; none without a teleporter.
         gauges: that the step was taken in, and that were undone.
         size: Frobenius norm of all generators of the teleport that stays together.
         refused: number of symmetries whose element was refused.
@@ -309,6 +310,7 @@ class MetaOptimizer(nn.Module):
         loss_known: bool = True,
         loss_fits: bool = True,
         along: Sequence[Symmetry] | None = None,
+        spend: bool = False,
     ) -> Step:
         """One inner step on every task of the stack.
 
@@ -324,6 +326,7 @@ class MetaOptimizer(nn.Module):
                 stand-in.
             along: those of the symmetries to move along and to step in gauges of; all of them if not given. The others
                 tell how the layers follow one another.
+            spend: whether `state` is not read again, so that the rule may overwrite its tensors; without a graph.
 
         Returns:
             The step.
@@ -353,12 +356,14 @@ class MetaOptimizer(nn.Module):
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         along = symmetries if along is None else along
-        moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
+        moved, moves = start, list[Move]()
+        if along and not isinstance(chosen, NoTeleport):
+            moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
         rule_state = self.rule.carry(state.rule, moves, start, accepted)
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)
-        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges)
+        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges, spend)
         parameters, finite = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:
             stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)
@@ -395,10 +400,7 @@ class MetaOptimizer(nn.Module):
 def _finite(point: Point) -> Tensor:
     """Where the loss and all gradients are finite, `(tasks,)`."""
     assert point.loss is not None
-    finite = point.loss.detach().isfinite()
-    for value in point.gradients.values():
-        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
-    return finite
+    return all_finite((point.loss, *point.gradients.values()), point.loss.ndim)
 
 
 def _emptied(point: Point, mask: Tensor) -> Point:
@@ -425,9 +427,7 @@ def _emptied(point: Point, mask: Tensor) -> Point:
 
 def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> tuple[Tensors, Tensor]:
     """The new parameters of each task that is usable and whose parameters are finite, the others stay; and where."""
-    finite = usable
-    for value in parameters.values():
-        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
+    finite = usable & all_finite(parameters.values(), usable.ndim)
     if bool(finite.all()):
         return parameters, finite
     chosen = {}

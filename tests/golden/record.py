@@ -87,10 +87,14 @@ def trajectory(entry: str, perturbed: int = 0) -> Recorded:
             taken = meta.step(point, stack.symmetries, state)
             state, parameters = taken.state, taken.parameters
             squares = sum(value.flatten(1).square().sum(1) for value in parameters.values())
-            values = {"loss": point.loss, "norm": squares.sqrt(), "accepted": taken.accepted, "refused": taken.refused}
+            values = {"loss": point.loss, "norm": squares.sqrt(), "accepted": taken.accepted}
             values["evaluations"] = taken.evaluations
-            for place, move in enumerate(taken.moves):
-                values[f"teleport {place} {' '.join(move.symmetry.modules)}"] = move.size
+            if meta.teleporter is not None:
+                values["refused"] = taken.refused
+            sizes = {move.symmetry.key: move.size for move in taken.moves}
+            for place, symmetry in enumerate(reversed(stack.symmetries)):
+                size = sizes.get(symmetry.key, torch.zeros_like(taken.size))
+                values[f"teleport {place} {' '.join(symmetry.modules)}"] = size
             for place, gauge in enumerate(taken.gauges):
                 values[f"gauge {place} {_label(gauge)}"] = gauge.size
             for name, value in values.items():

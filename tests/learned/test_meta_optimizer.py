@@ -95,7 +95,8 @@ def test_permuting_hidden_units_permutes_the_steps(mode: str, kind: str) -> None
         assert_close(other.parameters, permuted(mine.parameters, names, orders), 1e-7)
         assert_close(other.teleported, permuted(mine.teleported, names, orders), 1e-7)
         # Symmetries are travelled from the last to the first.
-        for move, moved, order in zip(mine.moves, other.moves, reversed(orders), strict=True):
+        assert len(mine.moves) == len(other.moves) == (len(orders) if "tele" in mode else 0)
+        for move, moved, order in zip(mine.moves, other.moves, reversed(orders), strict=False):
             element = move.element[:, order]
             element = element if element.ndim == 2 else element[:, :, order]
             assert torch.allclose(moved.element, element, rtol=1e-6, atol=1e-8)

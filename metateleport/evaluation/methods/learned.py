@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -65,6 +66,12 @@ class Learned(Method):
         self.gauge = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
             (stays, undone), "none"
         )
+
+    def identity(self) -> dict[str, Any]:
+        weights = hashlib.sha256()
+        for name, value in self.meta.state_dict().items():
+            weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return {**super().identity(), "config": self.meta.config, "weights": weights.hexdigest(), "seed": self.seed}
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         teleporter: Teleporter | None = None
@@ -130,9 +137,8 @@ class _SameSizes(Teleporter):
         drawn = symmetry.group.random_generator(
             *point.loss.shape, generator=self.source, dtype=weight.dtype, device=weight.device
         )
-        if self.step >= len(self.sizes):
-            return torch.zeros_like(drawn), state
-        return drawn * symmetry.group.expand(self.sizes[self.step].stays[symmetry.key].to(drawn)), state
+        size = self.sizes[self.step].stays.get(symmetry.key) if self.step < len(self.sizes) else None
+        return torch.zeros_like(drawn) if size is None else drawn * symmetry.group.expand(size.to(drawn)), state
 
 
 class _SameGauges:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from metateleport.gauges import Gauge
 from metateleport.learned.progress import Progress, Tolerance
+from metateleport.linalg import fit
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["BASES", "BaseRule", "UpdateRule", "carried_moments", "fit", "rms", "subtracted"]
+__all__ = ["BASES", "BaseRule", "UpdateRule", "carried_moments", "subtracted"]
 
 BASES = ("sgd", "momentum", "adam")
 """Names of the hand-designed optimizers of mode `tele`."""
@@ -50,6 +51,7 @@ class UpdateRule(abc.ABC):
         progress: Progress,
         state: Any,
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, Any]:
         """The next parameters and the new state.
 
@@ -59,6 +61,7 @@ class UpdateRule(abc.ABC):
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
             gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
+            spend: whether the state is not read again, so that its memory may be used for the new one; without a graph.
         """
 
     def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor) -> Any:
@@ -110,6 +113,7 @@ class BaseRule(UpdateRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         time = state["time"] + 1
         momentum, squares, moved = {}, {}, dict(point.parameters)
@@ -144,14 +148,3 @@ def carried_moments(state: dict[str, Any], moves: Sequence[Move], point: Point, 
 
 def subtracted(parameters: Tensors, changes: Tensors) -> Tensors:
     return {name: parameters[name] - change for name, change in changes.items()}
-
-
-def fit(scale: Tensor, tensor: Tensor) -> Tensor:
-    """A `(tasks,)` factor shaped so that it multiplies a tensor of the stack."""
-    return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
-
-
-def rms(tensor: Tensor) -> Tensor:
-    """Root mean square of each task's tensor, `(tasks,)`."""
-    square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
-    return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()

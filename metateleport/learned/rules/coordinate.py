@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.base import carried_moments, fit, rms, subtracted
+from metateleport.learned.rules.base import carried_moments, subtracted
 from metateleport.learned.rules.step import StepRule
+from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -75,6 +75,7 @@ class CoordinateRule(StepRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         steps, remembered = self._changes(point, symmetries, progress, state, gauges)
         own = self.coordinate_head.weight.dtype

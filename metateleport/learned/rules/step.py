@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.learned.rules.base import UpdateRule, fit, subtracted
+from metateleport.learned.rules.base import UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
+from metateleport.linalg import finite_gradient, fit
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -113,6 +113,7 @@ class StepRule(nn.Module, UpdateRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         changes, remembered = self._changes(point, symmetries, progress, state, gauges)
         return {**point.parameters, **subtracted(point.parameters, changes)}, remembered

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.base import fit, rms
 from metateleport.learned.rules.step import StepRule
+from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -85,6 +84,7 @@ class TensorRule(StepRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         steps, remembered = self._changes(point, symmetries, progress, state, gauges)
         moved, squares = dict(point.parameters), {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metateleport.evaluation.paired import paired_ratio
+from metateleport.evaluation.style import BLACK, BLUE, GREY, VERMILLION
 from metateleport.families import Batch, FamilyError, TaskStack, load_family
 from metateleport.objectives import Curvature, Objective, Sharpness
 from metateleport.papers.experiments.base import LARGEST, Claim, Experiment, ExperimentError, Findings, Progress, finite
@@ -180,17 +181,17 @@ class Generalisation(Experiment):
     def draw(self, figure: Figure, results: Mapping[str, Any]) -> None:
         first, second, third = figure.subplots(1, 3)
         trained = results["trained"]
-        for axes, name, colour in ((first, "sharpness", "#D55E00"), (second, "curvature", "#0072B2")):
+        for axes, name, colour in ((first, "sharpness", VERMILLION), (second, "curvature", BLUE)):
             axes.plot(trained[name], trained["held_out"], ".", color=colour)
             r = correlation(np.stack([trained[name], trained["held_out"]], 1))
             axes.set(xlabel=name, ylabel="held-out loss", title=f"correlation {r:.2f}")
         styles = {
-            "none": ("#000000", "-"),
-            "sharpness down": ("#D55E00", "-"),
-            "sharpness up": ("#D55E00", "--"),
-            "curvature up": ("#0072B2", "-"),
-            "curvature down": ("#0072B2", "--"),
-            "random": ("#7F7F7F", ":"),
+            "none": (BLACK, "-"),
+            "sharpness down": (VERMILLION, "-"),
+            "sharpness up": (VERMILLION, "--"),
+            "curvature up": (BLUE, "-"),
+            "curvature down": (BLUE, "--"),
+            "random": (GREY, ":"),
         }
         epoch = results["teleport_epoch"]
         for variant, (colour, style) in styles.items():
