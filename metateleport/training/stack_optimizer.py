@@ -33,8 +33,8 @@ class StackOptimizer(torch.optim.Optimizer):
     Example:
         >>> from torch import nn
         >>> stack = StackedModel([nn.Linear(2, 1)], nn.functional.mse_loss)
-        >>> from metateleport.learned import MetaOptimizerConfig
-        >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)))
+        >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
+        >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None)))
         >>> batch = (torch.ones(1, 4, 2),), (torch.zeros(1, 4, 1),)
         >>> optimizer.step(lambda: stack(batch, probe=True)).shape
         torch.Size([1])
