@@ -161,8 +161,10 @@ def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
     seeds = [each["seed"] for each in card.get(SEEDS, ())]
     number = f" --meta-seeds {len(seeds)}" if len(seeds) > 1 else ""
     own = {**recipe, "outer": {**recipe["outer"], "seed": min(seeds, default=recipe["outer"]["seed"])}}
-    command = f"# metateleport train --recipe {RECIPE}{number} --out FOLDER\n\n"
-    write_text(folder / RECIPE, command + to_toml(own))
+    said = f"# metateleport train --recipe {RECIPE}{number} --out FOLDER\n"
+    if own["outer"].get("start_from"):
+        said += f"# It starts from the checkpoint {own['outer']['start_from']}, which has to be there.\n"
+    write_text(folder / RECIPE, said + "\n" + to_toml(own))
 
 
 def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
@@ -284,7 +286,7 @@ def read_card(path: Path) -> dict[str, Any]:
     card = card if isinstance(card, dict) else {}
     if card.get("schema") == 1:
         try:
-            return card_of_schema_1(card)
+            return {**card_of_schema_1(card), "schema": SCHEMA}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the card of {path}, of schema 1, is damaged ({error!r}): copy it again") from error
     wrote = card.get("versions")
