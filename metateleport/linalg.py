@@ -1,13 +1,28 @@
-"""Spectral functions of covariances that survive what optimisation does to them."""
+"""Matrix functions that survive what optimisation does to them: spectra of covariances, and polar factors."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Spectrum", "diagonal_spectrum", "relative_shift", "symmetric_log", "symmetric_spectrum"]
+__all__ = [
+    "Spectrum",
+    "alike",
+    "diagonal_spectrum",
+    "polar_factors",
+    "relative_shift",
+    "symmetric_log",
+    "symmetric_spectrum",
+]
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_POLAR_STEPS = 5
+_CHUNK = 2**24
+"""Bytes of matrices whose polar factors are taken together."""
 
 _RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
 
@@ -151,3 +166,65 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return values, vectors, torch.ones((), dtype=torch.bool, device=matrix.device)
     except torch.linalg.LinAlgError:
         return torch.ones_like(matrix[0]), unit, torch.zeros((), dtype=torch.bool, device=matrix.device)
+
+
+def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    r"""Nearly $U V^\top$ of matrices $U \Sigma V^\top$ of one shape, by five steps of an odd polynomial.
+
+    $$X \mapsto a X + (b\, X X^\top + c\, (X X^\top)^2)\, X, \qquad X_0 = G / |G|_F.$$
+
+    Singular values down to a few hundredths of the Frobenius norm end up between 0.6 and 1.3, smaller ones grow by 3.4
+    a step: there is no division by what is nearly zero, and the derivative is finite everywhere. In float32 without a
+    graph the products are in bfloat16, where the device has them: what they round is far below the 0.6 and the 1.3.
+
+    Args:
+        tensors: each `(*batch, rows, columns)` with one batch dimension; the further dimensions of a convolution's
+            kernel count as columns.
+
+    Returns:
+        Of the same shapes; zero where a tensor is zero.
+
+    Example:
+        >>> (polar,) = polar_factors([torch.diag(torch.tensor([3.0, 1.0]).double()).unsqueeze(0)])
+        >>> polar.diagonal(dim1=-2, dim2=-1).round(decimals=1)
+        tensor([[0.8000, 1.1000]], dtype=torch.float64)
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+    first = tensors[0]
+    matrices = torch.cat([value.flatten(2) for value in tensors])
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    found = matrices if wide else matrices.mT
+    smallest = torch.finfo(first.dtype).tiny ** 0.5
+    found = found / (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
+    if first.dtype == torch.float32 and not found.requires_grad and _multiplies_halves(first.device):
+        found = found.bfloat16()
+    a, b, c = _COEFFICIENTS
+    for _ in range(_POLAR_STEPS):
+        gram = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    found = (found if wide else found.mT).to(first.dtype)
+    return [each.reshape(first.shape) for each in found.split(first.shape[0])]
+
+
+def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of tensors of one shape, in chunks of bounded memory: what `polar_factors` takes at once.
+
+    Example:
+        >>> list(alike({"a": torch.ones(1, 2, 3), "b": torch.ones(1, 3, 2), "c": torch.ones(1, 2, 3)}))
+        [['a', 'c'], ['b']]
+    """
+    groups: dict[torch.Size, list[str]] = {}
+    for name, value in tensors.items():
+        groups.setdefault(value.shape, []).append(name)
+    for names in groups.values():
+        some = max(1, _CHUNK // tensors[names[0]].nbytes)
+        yield from (names[start : start + some] for start in range(0, len(names), some))
+
+
+@functools.cache
+def _multiplies_halves(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -64,13 +64,29 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observatio
     Returns:
         The observation; what the symmetry or the point cannot tell is zero.
     """
-    matrices = symmetry.matrices(point)
-    if detach:
-        matrices = {name: value.detach() for name, value in matrices.items()}
     group = symmetry.group
-    if group.name == "O":
-        return _observe_vectors(group, matrices)
-    return _observe_pair(group, matrices)
+    if group.name == "diagonal":
+        return _observe_diagonals(symmetry.diagonals(point.detach() if detach else point))
+    matrices = symmetry.matrices(point.detach() if detach else point)
+    return _observe_vectors(group, matrices) if group.name == "O" else _observe_pair(group, matrices)
+
+
+def _observe_diagonals(found: dict[str, Tensor]) -> Observation:
+    known = next(iter(found.values()))
+    tiny, zero = torch.finfo(known.dtype).tiny, torch.zeros_like(known)
+    covariances = torch.stack([found.get(name, zero) for name in _COVARIANCES], -2)
+    logs = diagonal_spectrum(covariances).log(relative_shift(known.dtype))
+    spread = torch.stack(((logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10), -1)
+    there = torch.tensor([name in found for name in _COVARIANCES], device=known.device).unsqueeze(-1)
+    moments = torch.stack([found.get(name, zero) for name in _MOMENTS], -2)
+    norms = torch.linalg.vector_norm(moments, dim=-1)
+    # The moment over the product of its factors' norms: how far the step's direction lies along the orbit.
+    factors = torch.stack([_factor_norms(name, found) for name in _MOMENTS], -1)
+    along = torch.stack((norms / factors, moments.sum(-1) / factors), -1)
+    directions = moments / norms.clamp_min(tiny).unsqueeze(-1)
+    basis = torch.cat((torch.where(there, logs, 0.0), directions, torch.ones_like(known).unsqueeze(-2)), -2)
+    features = torch.cat((torch.where(there, spread, 0.0), along), -2).flatten(-2)
+    return Observation(basis, features)
 
 
 def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
@@ -82,13 +98,8 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
             generators.append(known.new_zeros(*batch, *group.shape))
             features += [known.new_zeros(batch)] * 2
             continue
-        if group.name == "diagonal":
-            diagonal = torch.diagonal(matrices[name], dim1=-2, dim2=-1)
-            logs = diagonal_spectrum(diagonal).log(relative_shift(known.dtype))
-            generators.append(logs)
-        else:
-            generator, logs = symmetric_log(matrices[name])
-            generators.append(group.project(generator))
+        generator, logs = symmetric_log(matrices[name])
+        generators.append(group.project(generator))
         features += [(logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10]
     for name in _MOMENTS:
         if name not in matrices:
@@ -98,8 +109,7 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
         generator = group.project(matrices[name])
         norm = group.norm(generator).clamp_min(torch.finfo(known.dtype).tiny)
         generators.append(generator / group.expand(norm))
-        # The moment over the product of its factors' norms: how far the step's direction lies along the orbit.
-        factors = _factor_norms(name, matrices)
+        factors = _factor_norms(name, _diagonals(matrices))
         trace = torch.diagonal(matrices[name], dim1=-2, dim2=-1).sum(-1)
         features += [norm / factors, trace / factors]
     generators.append(
@@ -108,12 +118,17 @@ def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
     return Observation(torch.stack(generators, len(batch)), torch.stack(features, -1))
 
 
-def _factor_norms(name: str, matrices: dict[str, Tensor]) -> Tensor:
-    side = name.removesuffix("_moment")
-    weights, gradients = (
-        torch.diagonal(matrices[factor], dim1=-2, dim2=-1).sum(-1)
-        for factor in (f"{side}_covariance", f"{side}_gradient_covariance")
-    )
+def _diagonals(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.diagonal(value, dim1=-2, dim2=-1) for name, value in matrices.items()}
+
+
+def _factor_norms(moment: str, diagonals: dict[str, Tensor]) -> Tensor:
+    """Product of the norms of a moment's two factors, whose squares are traces; one where they are not known."""
+    side = moment.removesuffix("_moment")
+    names = (f"{side}_covariance", f"{side}_gradient_covariance")
+    if not all(name in diagonals for name in names):
+        return torch.ones_like(next(iter(diagonals.values()))[..., 0])
+    weights, gradients = (diagonals[name].sum(-1) for name in names)
     return (weights * gradients).clamp_min(torch.finfo(weights.dtype).tiny).sqrt()
 
 

@@ -27,6 +27,7 @@ class InnerLoop:
         teleporter: takes the place of the learned one (attribution).
         regauge: exchanges the learned gauges for others (attribution).
         state: where to go on from; None before the first step.
+        spends: whether nobody else reads a state of it, so that one step's memory serves the next; without a graph.
 
     Example:
         >>> import torch
@@ -47,6 +48,7 @@ class InnerLoop:
     regauge: Regauge | None = None
     state: MetaState | None = None
     last_step: Step | None = None
+    spends: bool = False
 
     def advance(
         self,
@@ -71,7 +73,7 @@ class InnerLoop:
             self.state = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
         fits = loss_known and loss_fits
         step = self.meta.step(
-            point, self.symmetries, self.state, self.teleporter, self.regauge, loss_known, fits, along
+            point, self.symmetries, self.state, self.teleporter, self.regauge, loss_known, fits, along, self.spends
         )
         self.state, self.last_step = step.state, step
         return step

@@ -174,6 +174,7 @@ class MetaOptimizer(nn.Module):
         loss_known: bool = True,
         loss_fits: bool = True,
         along: Sequence[Symmetry] | None = None,
+        spend: bool = False,
     ) -> Step:
         """One inner step on every task of the stack.
 
@@ -189,6 +190,7 @@ class MetaOptimizer(nn.Module):
                 stand-in.
             along: those of the symmetries to move along and to step in gauges of; all of them if not given. The others
                 tell how the layers follow one another.
+            spend: whether `state` is not read again, so that the rule may overwrite its tensors; without a graph.
 
         Returns:
             The step.
@@ -223,7 +225,7 @@ class MetaOptimizer(nn.Module):
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)
-        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges)
+        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges, spend)
         parameters, finite = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:
             stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)

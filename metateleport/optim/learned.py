@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder, unwrapped
+from metateleport.capture.evidence import Evidence, evidence_of
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.optim.agreement import Evidence, evidence_of
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.closure import told_loss
 from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated, say_what_fits
@@ -164,7 +164,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.skipped = 0
         self._in_a_row = 0
         self.last_step: Step | None = None
-        self.loop = InnerLoop(meta, self.symmetries, deterministic)
+        self.loop = InnerLoop(meta, self.symmetries, deterministic, spends=True)
         self._loaded: Tensors = {}
         self._stepped: frozenset[str] | None = None
         # What is taken back at once where it was too long may be as long as it likes.
@@ -490,7 +490,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict: what is remembered of each parameter, and under the first one's entry what is remembered of
-        all of them, tensors alone. The networks are in the checkpoint, not here."""
+        all of them, tensors alone. The networks are in the checkpoint, not here.
+
+        As in `torch.optim`, its tensors are those in use: `copy.deepcopy` it to keep it while training goes on.
+        """
         packed = super().state_dict()
         if self.loop.state is None and not self._loaded:
             return packed

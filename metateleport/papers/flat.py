@@ -124,6 +124,7 @@ class FlatRule(nn.Module, UpdateRule):
         progress: Progress,
         state: Any,
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, Any]:
         hidden, memory = self.cell(_flat(point, self.shapes).to(_dtype(self)), state["cell"])
         outputs = self.head(hidden).to(progress.damping.dtype)

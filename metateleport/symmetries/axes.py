@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -159,6 +160,15 @@ class AxisSymmetry(Symmetry):
                     tensor.index_copy_(leg.axis, places, _rotated(leg, matrix, tensor, 0).movedim(-1, leg.axis))
 
     def matrices(self, point: Point) -> dict[str, Tensor]:
+        if self.is_diagonal:
+            return {name: value.diag_embed() for name, value in self.diagonals(point).items()}
+        return self._forms(point, self._gram)
+
+    def diagonals(self, point: Point) -> dict[str, Tensor]:
+        return self._forms(point, self._sums) if self.is_diagonal else super().diagonals(point)
+
+    def _forms(self, point: Point, form: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """What `form` makes of the two sides' weights, gradients and inputs, by name."""
         found = {}
         axes: dict[str, set[tuple[int, ...]]] = {}
         for leg in self.legs:
@@ -169,16 +179,16 @@ class AxisSymmetry(Symmetry):
             legs = [leg for leg in usable if leg.dual == dual]
             if not legs:
                 continue
-            found[f"{name}_covariance"] = self._gram(legs, point.parameters, point.parameters, point)
+            found[f"{name}_covariance"] = form(legs, point.parameters, point.parameters, point)
             if all(leg.name in point.gradients for leg in legs):
                 gradients = point.gradients
-                found[f"{name}_gradient_covariance"] = self._gram(legs, gradients, gradients, point)
+                found[f"{name}_gradient_covariance"] = form(legs, gradients, gradients, point)
                 # Of the pair V and U these are G_V V^T and U^T G_U.
                 first, second = (point.parameters, gradients) if dual else (gradients, point.parameters)
-                found[f"{name}_moment"] = self._gram(legs, first, second, point)
+                found[f"{name}_moment"] = form(legs, first, second, point)
         inputs = [leg for leg in self.inputs if leg.name in point.activations]
         if inputs:
-            found["feature_covariance"] = self._gram(inputs, point.activations, point.activations, point)
+            found["feature_covariance"] = form(inputs, point.activations, point.activations, point)
         return found
 
     def _axes(self, leg: Leg) -> tuple[int, ...]:
@@ -216,21 +226,29 @@ class AxisSymmetry(Symmetry):
     ) -> Tensor:
         """Sum over the legs of $A B^\\top$, their coordinates in rows: `(*batch, k, k)`."""
         batch = self._batch(point)
-        total: Tensor | None = None
+        grams = []
         for leg in legs:
-            one, other = left[leg.name], right[leg.name]
-            if self.is_diagonal:
-                places = leg.places.to(one.device).expand(one.shape[batch:]).flatten()
-                product = (one * other).flatten(batch)
-                sums = product.new_zeros(*product.shape[:-1], self.group.size + 1)
-                gram = sums.index_add(-1, places % (self.group.size + 1), product)[..., :-1].diag_embed()
-            else:
-                axis = leg.axis + batch if leg.axis >= 0 else leg.axis
-                rows = [_gathered(leg, tensor, axis, batch) for tensor in (one, other)]
-                gram = rows[0].mT @ rows[1]
-            total = gram if total is None else total + gram
-        assert total is not None
-        return total
+            axis = leg.axis + batch if leg.axis >= 0 else leg.axis
+            rows = [_gathered(leg, tensor, axis, batch) for tensor in (left[leg.name], right[leg.name])]
+            grams.append(rows[0].mT @ rows[1])
+        return functools.reduce(torch.add, grams)
+
+    def _sums(
+        self, legs: Iterable[Leg], left: Mapping[str, Tensor], right: Mapping[str, Tensor], point: Point
+    ) -> Tensor:
+        """The diagonal of what `_gram` is for a group of matrices: `(*batch, k)`."""
+        batch = self._batch(point)
+        sums = []
+        for leg in legs:
+            product = left[leg.name] * right[leg.name]
+            behind = [1] * (product.ndim - batch - leg.places.ndim) + list(leg.places.shape)
+            over = [batch + dim for dim, size in enumerate(behind) if size == 1]
+            product = product.sum(over, keepdim=True) if over else product
+            flat = product.flatten(batch)
+            none = flat.new_zeros(*flat.shape[:-1], self.group.size + 1)
+            places = leg.places.flatten().to(flat.device) % (self.group.size + 1)
+            sums.append(none.index_add(-1, places, flat)[..., :-1])
+        return functools.reduce(torch.add, sums)
 
 
 def _is_whole(places: Tensor) -> bool:

@@ -186,6 +186,10 @@ class Symmetry(abc.ABC):
         """
         return {}
 
+    def diagonals(self, point: Point) -> dict[str, Tensor]:
+        """The diagonals of `matrices`, `(*batch, size)`: all that is read of them where the group is a diagonal one."""
+        return {name: torch.diagonal(value, dim1=-2, dim2=-1) for name, value in self.matrices(point).items()}
+
     def _batch(self, point: Point) -> int:
         """Number of batch dimensions of a point."""
         return 0 if point.loss is None else point.loss.ndim
@@ -290,6 +294,23 @@ class Pair(Symmetry):
             found["incoming_moment"] = first_gradient @ first.mT
         return found
 
+    def diagonals(self, point: Point) -> dict[str, Tensor]:
+        first, second = self._rows(point)
+        found = {
+            "incoming_covariance": _products(first, first, -1),
+            "outgoing_covariance": _products(second, second, -2),
+        }
+        if self.second in point.activations:
+            features = self._features(point)
+            found["feature_covariance"] = _products(features, features, -2)
+        if self.first_weight in point.gradients and self.second_weight in point.gradients:
+            first_gradient, second_gradient = self._rows(point, point.gradients)
+            found["incoming_gradient_covariance"] = _products(first_gradient, first_gradient, -1)
+            found["outgoing_gradient_covariance"] = _products(second_gradient, second_gradient, -2)
+            found["outgoing_moment"] = _products(second, second_gradient, -2)
+            found["incoming_moment"] = _products(first_gradient, first, -1)
+        return found
+
     def slopes(self, point: Point) -> Tensor | None:
         """Derivatives of what stands between the layers, `(*batch, samples, width)`; None where they are not known.
 
@@ -328,3 +349,8 @@ class Pair(Symmetry):
         if self._repeats > 1:
             second = second.unflatten(-1, (self.width, self._repeats)).mT.flatten(-3, -2)
         return first, second
+
+
+def _products(left: Tensor, right: Tensor, along: int) -> Tensor:
+    """Inner products of the rows (`along` -1) or columns (-2) of two matrices."""
+    return (left * right).sum(along)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.finite import finite_gradient
-from metateleport.learned.polar import polar_factor
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
-from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments, fit, rms
+from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments, fit
+from metateleport.linalg import alike, polar_factors
 from metateleport.point import Point, Tensors
 from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
@@ -23,6 +23,9 @@ from metateleport.teleporters import Move
 __all__ = ["AdaptiveRule", "AdaptiveSettings"]
 
 _FEATURES = 7
+_NUMBERS = ("seen", "recent", "weights")
+"""Entries of the state that are a number for each tensor and task."""
+
 _SQUARES_MEMORY = 0.999
 """As long as a run of some hundred steps: where the gradients vanish, the steps have to become shorter with them."""
 
@@ -121,7 +124,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         self.hidden, self.cooling = hidden, cooling
         self.detach = True
         self.observe: Callable[..., Tensor] = _observe
-        self.polar: Callable[[Tensor], Tensor] = polar_factor
+        self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, 3 + len(_MIXTURE))
         with torch.no_grad():
@@ -132,12 +135,11 @@ class AdaptiveRule(nn.Module, UpdateRule):
         assert point.loss is not None
         own = self.head.weight
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=own.dtype, device=own.device)
-        moments = {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()}
         none = torch.zeros_like(point.loss)
         return {
             "cells": dict.fromkeys(point.gradients, (zero, zero)),
-            "momentum": moments,
-            "squares": moments,
+            "momentum": {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()},
+            "squares": {name: torch.zeros_like(gradient) for name, gradient in point.gradients.items()},
             "weights": dict.fromkeys(point.gradients, none),
             "recent": dict.fromkeys(point.gradients, none),
             "seen": dict.fromkeys(point.gradients, none),
@@ -151,110 +153,160 @@ class AdaptiveRule(nn.Module, UpdateRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
+        names, gradients = list(point.gradients), list(point.gradients.values())
+        dtype, tiny = point.loss.dtype, torch.finfo(point.loss.dtype).tiny
+        taken = progress.accepted.to(dtype) if progress.known else None
         # Of each tensor, as some are used now and then.
-        seen = {
-            name: torch.where(progress.accepted, state["seen"][name] + 1, state["seen"][name])
-            for name in point.gradients
-        }
-        squares = {
-            name: _mean(state["squares"][name], gradient.square(), _SQUARES_MEMORY, progress.accepted)
-            for name, gradient in point.gradients.items()
-        }
-        normal = {
-            name: value / fit(1 - _SQUARES_MEMORY ** seen[name].clamp_min(1.0), value)
-            for name, value in squares.items()
-        }
-        recent = {
-            name: _mean(state["recent"][name], gradient.square().flatten(1).mean(1), _RECENT_MEMORY, progress.accepted)
-            for name, gradient in point.gradients.items()
-        }
-        outputs, cells = self._outputs(point, progress, state, normal)
-        sizes = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
-        if self.cooling:
-            sizes = sizes / math.sqrt(1 + self.cooling * progress.time)
-        memories, calms = outputs[..., 1].sigmoid(), outputs[..., 2].sigmoid()
-        momentum, weights, means = {}, {}, {}
-        for index, (name, gradient) in enumerate(point.gradients.items()):
-            momentum[name] = _mean(state["momentum"][name], gradient, memories[index], progress.accepted)
-            known = state["weights"][name]
-            weights[name] = _mean(known, torch.ones_like(known), memories[index], progress.accepted)
-            means[name] = momentum[name] / fit(weights[name].clamp_min(1e-6), gradient)
-        raised = precondition(gauges, means, point)
-        loud = self._loudness(normal)
+        seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
+        seen = seen + (1 if taken is None else taken)
+        powers = _powers(gradients)
+        recent = torch.lerp(recent, powers, _share(_RECENT_MEMORY, taken))
+        share = _share(_SQUARES_MEMORY, taken)
+        squares = [
+            _mean_of_squares(state["squares"][name].to(dtype), gradient, share, spend)
+            for name, gradient in zip(names, gradients, strict=True)
+        ]
+        young = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
+        levels = torch.stack([value.flatten(1).mean(1) for value in squares])
+        outputs, cells = self._outputs(point, progress, state, powers, levels / young)
+        new = _share(outputs[..., 1].sigmoid(), taken)
+        assert isinstance(new, Tensor)
+        weights = torch.lerp(weights, torch.ones_like(powers), new)
+        momentum = [
+            _mean(state["momentum"][name].to(dtype), gradient, each, spend)
+            for name, gradient, each in zip(names, gradients, new, strict=True)
+        ]
+        floors = 1e-8 * (levels + tiny * young) + tiny
+        adaptive = [_over_root(*each) for each in zip(momentum, squares, floors, strict=True)]
+        known, sizes = weights.clamp_min(1e-6), _root(_powers(adaptive))
+        steady = _root(_powers(momentum)) / known
+        steady = steady / (recent / (1 - _RECENT_MEMORY ** seen.clamp_min(1.0)) + tiny).sqrt()
+        calms = outputs[..., 2].sigmoid()
+        lengths = self._lengths(outputs, progress, state) * _loudness(levels / young)
+        lengths = lengths * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
         gauged = {name for gauge in gauges for name in gauge.names}
+        has = [[True, value.ndim > 2, name in gauged] for name, value in zip(names, gradients, strict=True)]
+        shares = outputs[..., 3:].masked_fill(~_constant(has, lengths.device).unsqueeze(1), -math.inf).softmax(-1)
+        lengths = -lengths.unsqueeze(-1) * shares
         moved = dict(point.parameters)
-        for index, (name, mean) in enumerate(means.items()):
-            level = normal[name].flatten(1).mean(1) + torch.finfo(point.loss.dtype).tiny
-            # Units that were never on have no second moment; they have no velocity either.
-            smallest = torch.finfo(mean.dtype).tiny
-            adaptive = mean / (normal[name] + fit(1e-8 * level, mean)).clamp_min(smallest).sqrt()
-            size = _rms(adaptive)
-            young = 1 - _RECENT_MEMORY ** seen[name].clamp_min(1.0)
-            steady = _rms(mean) / (recent[name] / young + torch.finfo(point.loss.dtype).tiny).sqrt()
-            length = loud[name] * size ** calms[index] * steady ** (1 - calms[index])
-            directions = {0: adaptive * fit(length / size, adaptive)}
-            if mean.ndim > 2:
-                polar = self.polar(mean.detach() if self.detach else mean)
-                directions[1] = polar * fit(length / _rms(polar), polar)
-            if name in gauged:
-                directions[2] = raised[name] * fit(length / _rms(raised[name]), raised[name])
-            shares = outputs[index][..., [3 + each for each in directions]].softmax(-1)
-            step = sum(
-                fit(share, mean) * each for share, each in zip(shares.unbind(-1), directions.values(), strict=True)
-            )
-            moved[name] = point.parameters[name] - fit(sizes[index], mean) * step
-        after = {"momentum": momentum, "squares": squares, "recent": recent, "weights": weights, "seen": seen}
-        return moved, {**state, "cells": cells, **after}
+        for name, direction, factor in zip(names, adaptive, lengths[..., 0] / sizes, strict=True):
+            moved[name] = _sum(point.parameters[name], direction, factor, spend)
+        self._add_polar(moved, dict(zip(names, momentum, strict=True)), lengths[..., 1], spend)
+        if gauged:
+            raised = precondition(gauges, dict(zip(names, momentum, strict=True)), point)
+            for name, length in zip(names, lengths[..., 2], strict=True):
+                if name in gauged:
+                    moved[name] = torch.addcmul(
+                        moved[name], raised[name], fit(length / _rms(raised[name]), raised[name])
+                    )
+        numbers = {
+            key: dict(zip(names, each, strict=True))
+            for key, each in zip(_NUMBERS, (seen, recent, weights), strict=True)
+        }
+        tensors = {
+            "momentum": dict(zip(names, momentum, strict=True)),
+            "squares": dict(zip(names, squares, strict=True)),
+        }
+        return moved, {**state, "cells": cells, **tensors, **numbers}
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
         return {**state, **carried_moments(state, moves, point, detach=False)}
 
-    def _loudness(self, normal: Tensors) -> Tensors:
-        """Whether a tensor's gradients are more than rounding of the model's, in [0, 1], `(tasks,)`.
+    def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
+        """What the network makes of the length of the steps, `(tensors, tasks)`."""
+        lengths = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+        return lengths / math.sqrt(1 + self.cooling * progress.time) if self.cooling else lengths
 
-        A bias in front of a batch norm has no gradient but rounding, and a direction of unit length made of that would
-        carry it away.
-        """
-        levels = {name: value.detach().flatten(1).mean(1).sqrt() for name, value in normal.items()}
-        largest = torch.stack(list(levels.values())).amax(0)
-        quiet = _ROUNDINGS * torch.finfo(largest.dtype).eps * largest
-        return {
-            name: (level / quiet.clamp_min(torch.finfo(level.dtype).tiny) - 1).clamp(0.0, 1.0)
-            for name, level in levels.items()
-        }
+    def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
+        """Adds the polar factors' share of the step to the matrices among the tensors."""
+        places = {name: place for place, (name, value) in enumerate(momentum.items()) if value.ndim > 2}
+        matrices = {name: momentum[name].detach() if self.detach else momentum[name] for name in places}
+        for names in alike(matrices):
+            polar = self.polar([matrices[name] for name in names])
+            sizes = _root(_powers(polar))
+            for name, direction, size in zip(names, polar, sizes, strict=True):
+                factor = fit(lengths[places[name]] / size, direction)
+                if spend:
+                    moved[name].addcmul_(direction, factor)
+                else:
+                    moved[name] = torch.addcmul(moved[name], direction, factor)
 
     def _outputs(
-        self, point: Point, progress: Progress, state: dict[str, Any], normal: Tensors
+        self, point: Point, progress: Progress, state: dict[str, Any], powers: Tensor, levels: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """What the network says of every tensor, `(tensors, tasks, outputs)`, and its new states."""
-        assert point.loss is not None
-        names = list(point.gradients)
-        moments: list[Tensors] = [state["momentum"], normal]
+        names, momentum, scale = list(point.gradients), state["momentum"], state["scale"]
         if self.detach:
-            moments = [{name: value.detach() for name, value in each.items()} for each in moments]
-        scale = state["scale"].detach() if self.detach else state["scale"]
-        inputs = self.observe(point.detach() if self.detach else point, *moments, scale, progress)
+            point, scale, powers, levels = point.detach(), scale.detach(), powers.detach(), levels.detach()
+            momentum = {name: value.detach() for name, value in momentum.items()}
+        inputs = self.observe(point, momentum, powers, levels, scale, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
-        size = (len(names), *point.loss.shape)
-        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
-        hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
+        outputs = finite_gradient(self.head(hidden)).to(powers.dtype).reshape(*powers.shape, -1)
+        hidden, memory = hidden.reshape(*powers.shape, -1), memory.reshape(*powers.shape, -1)
         return outputs, {name: (hidden[index], memory[index]) for index, name in enumerate(names)}
 
 
-def _mean(before: Tensor, now: Tensor, memory: float | Tensor, accepted: Tensor) -> Tensor:
-    """A running mean; as it was for tasks that are back at a point whose gradient it has seen."""
-    share = memory if isinstance(memory, float) else fit(memory, before)
-    return torch.where(fit(accepted, before), share * before + (1 - share) * now, before)
+def _share(memory: float | Tensor, taken: Tensor | None) -> float | Tensor:
+    """What a running mean takes of the new value; nothing in tasks that are back at a point that it has seen."""
+    return 1 - memory if taken is None else (1 - memory) * taken
+
+
+def _mean(before: Tensor, now: Tensor, share: float | Tensor, spend: bool) -> Tensor:
+    share = fit(share, before) if isinstance(share, Tensor) else share
+    return before.lerp_(now, share) if spend else torch.lerp(before, now, share)
+
+
+def _mean_of_squares(before: Tensor, gradient: Tensor, share: float | Tensor, spend: bool) -> Tensor:
+    if isinstance(share, Tensor):
+        return _mean(before, gradient.square(), share, spend)
+    if spend:
+        return before.mul_(1 - share).addcmul_(gradient, gradient, value=share)
+    return torch.addcmul(before * (1 - share), gradient, gradient, value=share)
+
+
+def _over_root(tensor: Tensor, squares: Tensor, floor: Tensor) -> Tensor:
+    r"""$v / \sqrt{q + f}$, $f$ of each task: units that were never on have no second moment, and no velocity either."""
+    root = squares + fit(floor, squares)
+    return tensor / root.sqrt() if torch.is_grad_enabled() else torch.div(tensor, root.sqrt_(), out=root)
+
+
+def _sum(start: Tensor, direction: Tensor, factor: Tensor, spend: bool) -> Tensor:
+    factor = fit(factor, direction)
+    # The direction's memory is free then: large models have none to lose.
+    return direction.mul_(factor).add_(start) if spend else torch.addcmul(start, direction, factor)
+
+
+def _powers(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean squares of tensors, `(tensors, tasks)`; their derivative is finite at zero."""
+    flat = [value.flatten(1) for value in tensors]
+    return torch.stack([torch.linalg.vector_norm(each, dim=1).square() / each.shape[1] for each in flat])
+
+
+def _root(powers: Tensor) -> Tensor:
+    """Root mean squares; their derivative is finite at zero."""
+    return (powers + torch.finfo(powers.dtype).tiny).sqrt()
 
 
 def _rms(tensor: Tensor) -> Tensor:
     """Root mean square of each task's tensor; its derivative is finite at zero."""
     return (tensor.flatten(1).square().mean(1) + torch.finfo(tensor.dtype).tiny).sqrt()
+
+
+def _loudness(levels: Tensor) -> Tensor:
+    """Whether each tensor's gradients are more than rounding of the model's, in [0, 1], `(tensors, tasks)`.
+
+    A bias in front of a batch norm has no gradient but rounding, and a direction of unit length made of that would
+    carry it away.
+    """
+    levels = levels.detach().sqrt()
+    quiet = _ROUNDINGS * torch.finfo(levels.dtype).eps * levels.amax(0)
+    return (levels / quiet.clamp_min(torch.finfo(levels.dtype).tiny) - 1).clamp(0.0, 1.0)
 
 
 def _usual_scale(point: Point) -> Tensor:
@@ -287,26 +339,40 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _observe(point: Point, momentum: Tensors, normal: Tensors, scale: Tensor, progress: Progress) -> Tensor:
+def _observe(
+    point: Point, momentum: Tensors, powers: Tensor, levels: Tensor, scale: Tensor, progress: Progress
+) -> Tensor:
     """What the network sees of every tensor, `(tensors, tasks, features)`."""
     assert point.loss is not None
-    loss = point.loss
+    loss, names = point.loss, list(point.gradients)
     tiny = torch.finfo(loss.dtype).tiny
-    shared = progress.features()
-    late = torch.full_like(loss, math.log(progress.time + 1) / 5)
+    level = levels.clamp_min(tiny).sqrt()
+    steepness, velocity = (
+        each.clamp_min(tiny).sqrt() for each in (powers, _powers([momentum[name] for name in names]))
+    )
+    products = torch.stack([_product(gradient, momentum[name]) for name, gradient in point.gradients.items()])
+    counts = _constant([value[0].numel() for value in point.gradients.values()], loss.device, loss.dtype).unsqueeze(-1)
+    # How much of the loss one step of the first length would take, were the loss linear.
+    steep = (level * scale * counts / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
     layers = _layer_scales(point)
-    rows = []
-    for name, gradient in point.gradients.items():
-        level = normal[name].flatten(1).mean(1).clamp_min(tiny).sqrt()
-        velocity = rms(momentum[name])
-        agreement = (gradient * momentum[name]).flatten(1).mean(1) / (rms(gradient) * velocity)
-        # How much of the loss one step of the first length would take, were the loss linear.
-        steep = (level * scale * gradient.flatten(1).shape[1] / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
-        steep = steep if progress.known else torch.zeros_like(steep)
-        steady = (velocity / level).clamp_min(1e-4).log()
-        surprise = (rms(gradient) / level).clamp_min(1e-4).log()
-        bias = torch.full_like(loss, float(name.rpartition(".")[2] == "bias"))
-        heavy = (layers[_layer(name)] / scale).log()
-        own = torch.stack((steady / 3, agreement, surprise, steep / 5, bias, late, heavy / 3), -1)
-        rows.append(torch.cat((own, shared), -1))
-    return torch.stack(rows)
+    heavy = (torch.stack([layers[_layer(name)] for name in names]) / scale).log()
+    biases = [float(name.rpartition(".")[2] == "bias") for name in names]
+    own = (
+        (velocity / level).clamp_min(1e-4).log() / 3,
+        products / counts / (steepness * velocity),
+        (steepness / level).clamp_min(1e-4).log(),
+        steep / 5 if progress.known else torch.zeros_like(steep),
+        _constant(biases, loss.device, loss.dtype).unsqueeze(-1).expand_as(level),
+        torch.full_like(level, math.log(progress.time + 1) / 5),
+        heavy / 3,
+    )
+    return torch.cat((torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)), -1)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of each task's tensors, `(tasks,)`."""
+    return (left.flatten(1).unsqueeze(1) @ right.flatten(1).unsqueeze(2)).flatten()
+
+
+def _constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -67,6 +67,7 @@ class UpdateRule(abc.ABC):
         progress: Progress,
         state: Any,
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, Any]:
         """The next parameters and the new state.
 
@@ -76,6 +77,7 @@ class UpdateRule(abc.ABC):
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
             gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
+            spend: whether the state is not read again, so that its memory may be used for the new one; without a graph.
         """
 
     def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor) -> Any:
@@ -197,6 +199,7 @@ class BaseRule(UpdateRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         time = state["time"] + 1
         momentum, squares, moved = {}, {}, dict(point.parameters)

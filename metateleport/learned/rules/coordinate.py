@@ -99,6 +99,7 @@ class CoordinateRule(StepRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         steps, remembered = self._changes(point, symmetries, progress, state, gauges)
         own = self.coordinate_head.weight.dtype

@@ -142,6 +142,7 @@ class StepRule(nn.Module, UpdateRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         changes, remembered = self._changes(point, symmetries, progress, state, gauges)
         return {**point.parameters, **subtracted(point.parameters, changes)}, remembered

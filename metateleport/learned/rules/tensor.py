@@ -105,6 +105,7 @@ class TensorRule(StepRule):
         progress: Progress,
         state: dict[str, Any],
         gauges: Sequence[Gauge] = (),
+        spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         steps, remembered = self._changes(point, symmetries, progress, state, gauges)
         moved, squares = dict(point.parameters), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -270,7 +271,7 @@ def test_a_run_that_goes_on_from_its_state_takes_the_same_steps() -> None:
     start = run(model, optimizer, 1)
     run(model, optimizer, 4)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    saved = optimizer.state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
     end = run(model, optimizer, 5)
     other, again = begun()
     other.load_state_dict(weights)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from metateleport.capture import PassRecorder, RecordedPass
+from metateleport.capture.passes import RecordedPass
+from metateleport.capture.recorder import PassRecorder
 from metateleport.point import Tensors
 
 __all__ = ["Evidence", "evidence_of"]
@@ -18,6 +20,10 @@ _ROUGH = 3e-2
 
 _WHOLE = 0.5
 """Share of the last pass's own gradient that a sum over several passes has at least, unless something shortened it."""
+
+
+_DIRECTIONS = 4
+"""Along so many random directions of the outputs the two are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,10 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
     so it is with clipping, loss scaling and the average over replicas. One that does not agree, as of a sum over
     several passes or clipped entry by entry, says that the pass tells nothing of the others either.
 
+    The two are compared along a few random directions $v$ of the outputs, $(c v)^\top h$ with $v^\top G$: that costs
+    hardly more than reading them, where $c^\top h$ would cost a third of the pass. A difference hides from all of the
+    directions with probability zero.
+
     Args:
         recorder: of the model.
         gradients: by parameter name, in the working precision, one task dimension in front.
@@ -65,20 +75,16 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
     if any(not value.shape[-2] for value in activations.values()):
         # An empty batch.
         return Evidence()
+    pairs = {name: _held_against(name, value, activations, gradients) for name, value in cotangents.items()}
+    compared = _compared({name: pair for name, pair in pairs.items() if pair is not None})
     tolerance = _ROUGH if _is_rough(recorded) else math.sqrt(torch.finfo(dtype).eps)
     factors: dict[str, float] = {}
     agree, whole = True, True
-    for name, cotangent in cotangents.items():
-        pair = _held_against(name, cotangent, activations, gradients)
-        if pair is None:
+    for name, (seen, given, factor, apart) in compared.items():
+        if not seen or not given:
+            agree = agree and not given
             continue
-        seen, given = pair
-        size, scale = float(given.norm()), float(seen.square().sum())
-        if not size or not scale:
-            agree = agree and not size
-            continue
-        factor = float((seen * given).sum()) / scale
-        agree = agree and factor > 0 and float((given - factor * seen).norm()) <= tolerance * size
+        agree = agree and factor > 0 and apart <= tolerance * given
         whole = whole and factor > _WHOLE
         factors[name] = factor
     if not agree:
@@ -86,10 +92,11 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
     if not factors:
         # One pass, of whose modules none has a gradient that follows from what it saw.
         return Evidence(activations, cotangents) if recorder.reached == 1 else Evidence()
-    usual = math.exp(sum(math.log(each) for each in factors.values()) / len(factors))
-    scaled = {name: value * factors.get(name, usual) for name, value in cotangents.items()}
     fits = all(abs(each - 1) <= tolerance for each in factors.values())
-    return Evidence(activations, scaled, loss_fits=fits, checked=True)
+    if not fits:
+        usual = math.exp(sum(math.log(each) for each in factors.values()) / len(factors))
+        cotangents = {name: value * factors.get(name, usual) for name, value in cotangents.items()}
+    return Evidence(activations, cotangents, loss_fits=fits, checked=True)
 
 
 def _is_rough(recorded: RecordedPass) -> bool:
@@ -110,13 +117,39 @@ def _stacked(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 def _held_against(
     name: str, cotangent: Tensor, activations: Tensors, gradients: Tensors
 ) -> tuple[Tensor, Tensor] | None:
-    """A gradient as the pass gives it, and as it is; None where the pass does not tell."""
+    """A gradient as the pass gives it and as it is, along some directions; None where the pass does not tell."""
     weight, bias = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
     inputs = activations.get(name)
     if weight is not None and weight.ndim == 3 and inputs is not None:
         if inputs.shape[-2] == cotangent.shape[-2] and weight.shape[1:] == (cotangent.shape[-1], inputs.shape[-1]):
-            return cotangent.mT @ inputs, weight
+            directions = _directions(weight.shape[1], weight.dtype, weight.device)
+            return (cotangent @ directions).mT @ inputs, directions.mT @ weight
         return None
     if bias is not None and bias.shape[1:] == cotangent.shape[-1:]:
         return cotangent.sum(-2), bias
     return None
+
+
+def _compared(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float, float, float]]:
+    """Norms of what is seen and what is given, the factor between them, and the norm of what it leaves, by name.
+
+    The device is waited for once.
+    """
+    if not pairs:
+        return {}
+    rows = []
+    for pair in pairs.values():
+        seen, given = (each.double().flatten() for each in pair)
+        scale = seen @ seen
+        factor = torch.where(scale > 0, (seen @ given) / scale, 0.0)
+        rows.append(torch.stack((scale.sqrt(), given.norm(), factor, (given - factor * seen).norm())))
+    return dict(zip(pairs, torch.stack(rows).tolist(), strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Directions to compare along, in columns, the same ones always; of few outputs all."""
+    if size <= _DIRECTIONS:
+        return torch.eye(size, dtype=dtype, device=device)
+    source = torch.Generator().manual_seed(size)
+    return torch.randn(size, _DIRECTIONS, generator=source, dtype=torch.float64).to(device, dtype)

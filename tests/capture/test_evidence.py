@@ -10,7 +10,7 @@ from learned_cases import batch, loss_of, mlp
 from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder
-from metateleport.optim.agreement import Evidence, evidence_of
+from metateleport.capture.evidence import Evidence, evidence_of
 from metateleport.optim.tensors import raised
 
 MODULES = ("0", "2")
