@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import re
@@ -198,9 +197,13 @@ def to_toml(tables: Table) -> str:
     return "\n".join(written)
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+_HINTS: dict[type[Settings], dict[str, Any]] = {}
+
+
+def _hints(kind: type[Settings]) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def _typed(wanted: Any, value: Any, key: str) -> Any:
