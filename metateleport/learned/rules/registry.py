@@ -36,7 +36,7 @@ def register(settings: type[RuleSettings]) -> type[RuleSettings]:
         >>> register(StepSettings).kind
         'lr'
     """
-    known = _RULES.setdefault(settings.kind, settings)
+    known = _RULES.get(settings.kind, settings)
     # A file that is run again defines its classes again.
     if (known.__module__, known.__qualname__) != (settings.__module__, settings.__qualname__) or not settings.kind:
         raise ValueError(f"rule.kind {settings.kind!r} of {settings.__name__} is taken or empty: give it another")
