@@ -23,9 +23,9 @@ __all__ = ["add"]
 _EXAMPLES = """\
 examples:
   metateleport train leaky_mlp --seconds 60 --out my_teleporter
-  metateleport train tasks/digits.py --set rule.kind=adaptive --set outer.meta_steps=200
-  metateleport train leaky_mlp --set family.width=12 --set family.distribution=normal --out runs/normal
-  metateleport train matrix_factorisation --set gauge.kind=exact --set teleport=none --out runs/gauges
+  metateleport train tasks/digits.py --set rule.kind=adaptive outer.meta_steps=200
+  metateleport train leaky_mlp --set family.width=12 family.distribution=normal --out runs/normal
+  metateleport train matrix_factorisation --set gauge.kind=exact teleport=none --out runs/gauges
   metateleport train --recipe digits --meta-seeds 5 --out runs/digits     as the shipped checkpoint was trained
   metateleport train --recipe digits --set outer.teleport_cost=0.1        a teleport that brings less than that closes
   metateleport train leaky_mlp --out runs/normal --resume                 after Ctrl-C, with the same settings
@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
         "--recipe", metavar="NAME_OR_FILE", help="in its place a recipe: of a shipped checkpoint, or a TOML file"
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PART.KEY=VALUE", help="a setting of the recipe; may be repeated"
+        "--set", action="extend", nargs="+", default=[], metavar="PART.KEY=VALUE", help="settings of the recipe"
     )
     parser.add_argument("--seconds", metavar="T", help="outer.seconds: stop after so many seconds, if sooner")
     parser.add_argument("--seed", metavar="S", help="outer.seed: of networks and tasks (default 0)")

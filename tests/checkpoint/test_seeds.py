@@ -162,7 +162,7 @@ def test_all_seeds_are_scored_on_the_same_tasks() -> None:
 
 def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     settings = "family.width=3 outer.meta_steps=1 outer.tasks=2 outer.unroll=2 outer.horizon=2 validation.every=1"
-    small = [part for each in settings.split() for part in ("--set", each)] + ["--device", "cpu", "--no-track"]
+    small = ["--set", *settings.split(), "--device", "cpu", "--no-track"]
     assert cli.main(["train", "leaky_mlp", *small, "--meta-seeds", "2", "--out", "five"]) == 0
     assert [each.seed for each in load_checkpoint("five").meta_seeds] == [0, 1]
     assert cli.main(["train", "leaky_mlp", *small, "--seed", "2", "--out", "one"]) == 0
@@ -175,7 +175,7 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["combine", "five", "--out", "all/card.json"]) == 2
     assert "is a file" in capsys.readouterr().err
     own = "rule.longest=7 rule.cooling=0.3 teleport.max_stretch=2.5 gauge.kind=exact gauge.metric_memory=0.4"
-    sets = [part for each in own.split() for part in ("--set", each)]
+    sets = ["--set", *own.split()]
     assert cli.main(["train", "leaky_mlp", *small, *sets, "--out", "bound"]) == 0
     learned = load_checkpoint("bound").learned
     assert learned.config.rule == StepSettings(longest=7.0, cooling=0.3)

@@ -218,7 +218,7 @@ def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monk
     monkeypatch.setattr("metateleport.tracking.Run", Run)
     monkeypatch.chdir(tmp_path)
     sizes = "family.width=3 outer.meta_steps=2 outer.tasks=2 outer.unroll=2 outer.horizon=2 validation.every=2"
-    sets = [part for each in f"{sizes} outer.teleport_cost=0.5".split() for part in ("--set", each)]
+    sets = ["--set", *f"{sizes} outer.teleport_cost=0.5".split()]
     assert cli.main(["train", "leaky_mlp", *sets, "--out", "a"]) == 0
     learned = [each for each in logged if "learned/meta_loss" in each]
     assert len(learned) == 2

@@ -53,13 +53,21 @@ VOID: dict[str, tuple[dict[str, Any], str, str]] = {
         "rule.coordinate_hidden",
         "rule.kind",
     ),
-    "mode=lr, coordinate_hidden=9": ({"rule": {**STEP, "coordinate_hidden": 9}}, "rule.coordinate_hidden", "rule.kind"),
+    "mode=lr, coordinate_hidden=9": (
+        {"rule": {**STEP, "coordinate_hidden": 9}},
+        "rule.coordinate_hidden",
+        "rule.kind",
+    ),
     "mode=lr, base=adam": ({"rule": {**STEP, "optimizer": "adam"}}, "rule.optimizer", "rule.kind"),
     "mode=lr, base_lr=1": ({"rule": {**STEP, "lr": 1.0}}, "rule.lr", "rule.kind"),
     "mode=update, base_lr=1": ({"rule": {"kind": "coordinate", "lr": 1.0}}, "rule.lr", "rule.kind"),
     "mode=tele, secants=3": ({"rule": {"kind": "base", "secants": 3}, "teleport": {}}, "rule.secants", "rule.kind"),
     "mode=tele, longest=7": ({"rule": {"kind": "base", "longest": 7.0}, "teleport": {}}, "rule.longest", "rule.kind"),
-    "mode=tele, cooling=1": ({"rule": {"kind": "base", "cooling": 1.0}, "teleport": {}}, "rule.cooling", "rule.kind"),
+    "mode=tele, cooling=1": (
+        {"rule": {"kind": "base", "cooling": 1.0}, "teleport": {}},
+        "rule.cooling",
+        "rule.kind",
+    ),
     "mode=tele, hidden of the step": (
         {"rule": {"kind": "base", "hidden": 9}, "teleport": {}},
         "rule.hidden",
