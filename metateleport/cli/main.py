@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser().parse_args(arguments)
         # The source paper's update rules, so that checkpoints of them can be evaluated.
-        importlib.import_module("metateleport.papers")
+        import metateleport.papers  # noqa: F401
         return int(parsed.run(parsed))
     except KeyboardInterrupt as stopped:
         print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)

@@ -136,7 +136,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(path: Path, seed: int) -> Path:
-    training = {"config": {"seed": seed}, "runs": {"learned": {"validation": float(seed)}}}
+    training = {"recipe": {"outer": {"seed": seed}}, "runs": {"learned": {"validation": float(seed)}}}
     return save_checkpoint(path, optimizer("both", seed).float(), None, {"name": path.name, "training": training})
 
 
