@@ -343,3 +343,7 @@ class PositiveDiagonal(VectorGroup):
     def condition(self, element: Tensor) -> Tensor:
         ratio = element.amax(-1) / element.amin(-1)
         return torch.where(ratio.isfinite(), ratio, float("inf"))
+
+    def conditioned(self, element: Tensor, bound: float) -> Tensor:
+        # Of what is not finite it is false, and of what has a zero.
+        return element.amax(-1) <= bound * element.amin(-1)

@@ -123,7 +123,7 @@ def _held_against(
     if weight is not None and weight.ndim == 3 and inputs is not None:
         if inputs.shape[-2] == cotangent.shape[-2] and weight.shape[1:] == (cotangent.shape[-1], inputs.shape[-1]):
             directions = _directions(weight.shape[1], weight.dtype, weight.device)
-            return (cotangent @ directions).mT @ inputs, directions.mT @ weight
+            return (cotangent[0] @ directions).T @ inputs[0], directions.T @ weight[0]
         return None
     if bias is not None and bias.shape[1:] == cotangent.shape[-1:]:
         return cotangent.sum(-2), bias

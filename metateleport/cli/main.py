@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parser().parse_args(arguments)
         # The source paper's update rules, so that checkpoints of them can be evaluated.
         import metateleport.papers  # noqa: F401
+
         return int(parsed.run(parsed))
     except KeyboardInterrupt as stopped:
         print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)

@@ -64,10 +64,11 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observatio
     Returns:
         The observation; what the symmetry or the point cannot tell is zero.
     """
+    point = point.detach() if detach and torch.is_grad_enabled() else point
     group = symmetry.group
     if group.name == "diagonal":
-        return _observe_diagonals(symmetry.diagonals(point.detach() if detach else point))
-    matrices = symmetry.matrices(point.detach() if detach else point)
+        return _observe_diagonals(symmetry.diagonals(point))
+    matrices = symmetry.matrices(point)
     return _observe_vectors(group, matrices) if group.name == "O" else _observe_pair(group, matrices)
 
 

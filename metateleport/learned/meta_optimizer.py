@@ -15,7 +15,7 @@ from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import UpdateRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, all_finite
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, travel
 
@@ -262,10 +262,7 @@ class MetaOptimizer(nn.Module):
 def _finite(point: Point) -> Tensor:
     """Where the loss and all gradients are finite, `(tasks,)`."""
     assert point.loss is not None
-    finite = point.loss.detach().isfinite()
-    for value in point.gradients.values():
-        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
-    return finite
+    return all_finite((point.loss, *point.gradients.values()), point.loss.ndim)
 
 
 def _emptied(point: Point, mask: Tensor) -> Point:
@@ -292,9 +289,7 @@ def _emptied(point: Point, mask: Tensor) -> Point:
 
 def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> tuple[Tensors, Tensor]:
     """The new parameters of each task that is usable and whose parameters are finite, the others stay; and where."""
-    finite = usable
-    for value in parameters.values():
-        finite = finite & value.detach().isfinite().flatten(finite.ndim).all(-1)
+    finite = usable & all_finite(parameters.values(), usable.ndim)
     if bool(finite.all()):
         return parameters, finite
     chosen = {}

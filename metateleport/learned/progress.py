@@ -192,6 +192,13 @@ class Progress:
 
     def features(self) -> Tensor:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""
+        known = self.__dict__.get("_features")
+        if known is None:
+            # Every network of a step reads them, and nothing of it changes: it is frozen.
+            known = self.__dict__["_features"] = self._made_features()
+        return known
+
+    def _made_features(self) -> Tensor:
         tiny = torch.finfo(self.last.dtype).tiny
         time = torch.full_like(self.last, self.time / (self.time + 10))
         if not self.known:

@@ -44,7 +44,7 @@ from metateleport.optim.tensors import (
     working_dtype,
     write,
 )
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, all_finite
 from metateleport.symmetries import Symmetry
 
 __all__ = ["LearnedOptimizer"]
@@ -636,7 +636,7 @@ def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(told: Tensor | None, gradients: Tensors) -> bool:
-    seen = [each.isfinite().all() for each in gradients.values()]
+    values = list(gradients.values())
     if told is not None:
-        seen.append(told.isfinite().to(seen[0].device))
-    return bool(torch.stack(seen).all())
+        values.append(told.reshape(1).to(values[0]))
+    return bool(all_finite(values).all())

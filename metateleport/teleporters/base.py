@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -227,31 +228,45 @@ def _carry_out(
     teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor | Chosen, allowed: Tensor | None
 ) -> tuple[Point, Move]:
     group, region = symmetry.group, teleporter.trust_region
-    holds = symmetry.holds(start)
-    allowed = torch.ones_like(holds) if allowed is None else allowed
     size = proposed.size if isinstance(proposed, Chosen) else group.norm(proposed.detach())
-    finite = size.isfinite()
-    if isinstance(proposed, Chosen):
-        finite = finite & group.norm(proposed.element).isfinite()
+    exact = symmetry.exactness == "exact"
+    holds = None if exact else symmetry.holds(start)
+    # Of what is not finite both are false.
     within = size <= region.max_size
+    if isinstance(proposed, Chosen):
+        within = within & (group.norm(proposed.element) < math.inf)
+    usable = within
+    for condition in (allowed, holds):
+        usable = usable if condition is None else usable & condition
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
-    element = _element_where(allowed & holds & finite & within, group, proposed)
+    element = _element_where(usable, group, proposed)
     conditioned = group.conditioned(element.detach(), region.condition_for(element.dtype))
-    lawful = symmetry.holds(start, element.detach()) if symmetry.holds_by_element else holds
-    accepted = allowed & holds & finite & within & conditioned & lawful
+    accepted = usable & conditioned
+    lawful = None
+    if not exact and symmetry.holds_by_element:
+        lawful = symmetry.holds(start, element.detach())
+        accepted = accepted & lawful
     moved = accepted & (size > 0)
-    refusals = [
-        ("moving was not allowed", ~allowed),
-        (f"the condition of the {symmetry.kind} does not hold on this batch", ~holds | ~lawful),
-    ]
-    unstable = [
-        ("the proposed generator is not finite", ~finite),
-        (f"the generator is larger than {region.max_size:g}", finite & ~within),
-        (f"the element's condition number is above {region.condition_for(element.dtype):.1e}", ~conditioned),
-    ]
-    reason = reasons(refusals + unstable)
-    failures = add_failure({}, UNSTABLE, reasons(unstable))
+    reason, failures = "", dict[str, str]()
+    whole = bool(accepted.all())
+    if not whole:
+        finite = size.isfinite()
+        if isinstance(proposed, Chosen):
+            finite = finite & group.norm(proposed.element).isfinite()
+        yes = torch.ones_like(accepted)
+        unlawful = ~(yes if holds is None else holds) | ~(yes if lawful is None else lawful)
+        refusals = [
+            ("moving was not allowed", ~(yes if allowed is None else allowed)),
+            (f"the condition of the {symmetry.kind} does not hold on this batch", unlawful),
+        ]
+        unstable = [
+            ("the proposed generator is not finite", ~finite),
+            (f"the generator is larger than {region.max_size:g}", finite & ~within),
+            (f"the element's condition number is above {region.condition_for(element.dtype):.1e}", ~conditioned),
+        ]
+        reason = reasons(refusals + unstable)
+        failures = add_failure(failures, UNSTABLE, reasons(unstable))
     zero = torch.zeros_like(size)
     known = proposed.evaluations if isinstance(proposed, Chosen) else None
     choosing = zero + teleporter.evaluations(symmetry, start) if known is None else known
@@ -260,7 +275,7 @@ def _carry_out(
     if not bool(moved.any()):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
         return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures)
-    if not bool(accepted.all()):
+    if not whole:
         element = _element_where(accepted, group, proposed)
     arrived = symmetry.act(element, start)
     if not bool(moved.all()):

@@ -239,7 +239,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """What the network says of every tensor, `(tensors, tasks, outputs)`, and its new states."""
         names, momentum, scale = list(point.gradients), state["momentum"], state["scale"]
-        if self.detach:
+        if self.detach and torch.is_grad_enabled():
             point, scale, powers, levels = point.detach(), scale.detach(), powers.detach(), levels.detach()
             momentum = {name: value.detach() for name, value in momentum.items()}
         inputs = self.observe(point, momentum, powers, levels, scale, progress)
