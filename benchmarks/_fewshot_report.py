@@ -67,7 +67,7 @@ def words_of(methods: Mapping[str, Any]) -> list[str]:
         ratio, accuracy = found["loss"], found["accuracy"]
         opening = {
             "better": "lowers the held-out loss of",
-            "worse": "does harm to",
+            "worse": "harms",
             "no difference": "brings nothing to",
         }[found["verdict"]]
         sentences.append(
@@ -83,23 +83,25 @@ def page_of(report: Mapping[str, Any]) -> str:
     lines = [
         "# Teleportation in the inner loop of few-shot learners",
         "",
-        "Made by `python -m benchmarks.fewshot --markdown docs/fewshot.md`. "
-        f"{family['ways']}-way {family['shots']}-shot tasks from scikit-learn's digits, each in two turns (the family "
-        f"`fewshot_digits`; {family['queries']} queries a class); {settings['tasks']} held-out tasks about digits that "
-        f"neither training nor validation has; {settings['seeds']} meta-seeds; {settings['meta_steps']} meta-steps of "
-        f"8 tasks, second order; {settings['inner_steps']} inner steps, which are "
-        f"{settings['inner_steps']} gradient evaluations for all: the symmetries (rescaling of {family['hidden']} "
-        f"units, GL({family['bottleneck']}) of the bottleneck) are exact, the gradient is carried along, and choosing "
-        "the element is algebra. The seconds beside show what that algebra costs, over those of the method it is "
-        "held against, in the same run; on a shared machine they are rough. Each method's inner learning rate is its "
-        "own, tuned on validation tasks by meta-trainings of a quarter of the length from meta-seed 0, on a grid of "
-        "factor 2.5 that goes on where the best is at its end. "
+        "Does a teleport before each inner step help MAML and Meta-SGD? Made by "
+        "`python -m benchmarks.fewshot --markdown docs/fewshot.md`, "
         f"{report['seconds'] / 60:.0f} minutes on one thread, {report['conditions']['torch']}.",
         "",
-        *_trained_by(report["checkpoint"]),
-        "The ratio is the loss of the method held against over this one's, task by task: above 1 this one is better. "
-        "Brackets are 95 % over tasks; meta-seeds are averaged, and stand beside one by one.",
+        f"- **Tasks**: {family['ways']}-way {family['shots']}-shot classification of scikit-learn's digits, each digit "
+        f"in two rotations (the family `fewshot_digits`, {family['queries']} queries a class). The "
+        f"{settings['tasks']} held-out tasks use digits that neither training nor validation tasks have.",
+        f"- **Meta-training**: {settings['seeds']} meta-seeds, {settings['meta_steps']} meta-steps of 8 tasks, second "
+        f"order, {settings['inner_steps']} inner steps.",
+        f"- **Cost**: all methods spend {settings['inner_steps']} gradient evaluations a task. The symmetries "
+        f"(rescaling of {family['hidden']} units, GL({family['bottleneck']}) of the bottleneck) are exact, so the "
+        "gradient is carried along and choosing the element is algebra. The seconds columns show the cost of that "
+        "algebra, over the seconds of the compared method in the same run; on a shared machine they are rough.",
+        "- **Inner learning rate**: each method has its own, tuned on validation tasks by meta-trainings of a quarter "
+        "of the length from meta-seed 0, on a grid of factor 2.5 that is extended where the best is at its end.",
+        "- **ratio**: the loss of the method under *against* over the loss of this row, task by task; above 1 this row "
+        "is better. Brackets are 95 % intervals over tasks, with meta-seeds averaged.",
         "",
+        *_trained_by(report["checkpoint"]),
         "| method | inner rate | median held-out loss | accuracy | against | ratio [95 %] | by meta-seed "
         "| accuracy, points | seconds, meta-training | seconds, adapting | drift |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -126,7 +128,7 @@ def page_of(report: Mapping[str, Any]) -> str:
             ]
         row.append(f"{max(seed['drift'] for seed in seeds):.0e}" if "+" in name else "")
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "In words:", "", *(f"- {sentence}" for sentence in report["in_words"]), "", *_switched_off(report)]
+    lines += ["", *(f"- {sentence}" for sentence in report["in_words"]), "", *_switched_off(report)]
     return "\n".join(lines) + "\n"
 
 
@@ -134,7 +136,7 @@ def _trained_by(checkpoint: Mapping[str, str]) -> list[str]:
     if not checkpoint:
         return []
     weights = checkpoint["weights_sha256"][:12]
-    return [f"The teleporter `digits` is that of weights {weights}, by `{checkpoint['command']}`.", ""]
+    return [f"The teleporter `digits` has the weights {weights}, trained by `{checkpoint['command']}`.", ""]
 
 
 def _switched_off(report: Mapping[str, Any]) -> list[str]:
@@ -151,7 +153,8 @@ def _switched_off(report: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     return [
-        "Switched off after meta-training, from the same start at the same rates (loss without over loss with it):",
+        "With the teleport switched off after meta-training, from the same start at the same rates (loss without over "
+        "loss with it):",
         "",
         "| method | ratio [95 %] |",
         "|---|---|",

@@ -81,10 +81,10 @@ class StackedCase(_Trained):
         self.name = f"{self.network}/{self.mode}/{tasks}"
         self.length, self.task_steps = unroll, tasks * unroll
         self.stack = family.stack(range(tasks), device=device)
-        self.start = {name: value.detach().clone() for name, value in self.stack.model.tensors().items()}
+        self.start = {name: value.detach().clone() for name, value in self.stack.tensors().items()}
 
     def rewind(self) -> None:
-        self.stack.model.load(self.start)
+        self.stack.load(self.start)
         self.unroll = Unroll(self.stack, self.meta)
 
     def meta_gradient(self) -> None:
@@ -135,7 +135,7 @@ def cases_of(
     family = load_family("leaky_mlp", {"width": width})
     example = family.stack([0])
     groups = tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries))
-    shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items())
+    shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items())
     cases: list[StackedCase | SourceCase] = []
     for mode in modes:
         step = mode.removesuffix("+tele")

@@ -38,25 +38,27 @@ COST_SHAPES = ((2, 3, 224, 224), (1, 3, 224, 224), (2, 3, 64, 64))
 _PASSES = 3
 
 _TITLE = """\
-# Symmetries of models that people use
+# Symmetries found in common models
 
-Made by `python -m benchmarks.symmetries --markdown docs/symmetries.md`. Each entry is the number of symmetries of a
-kind and, in brackets, their dimensions together. The dimension and the drift are of the exact ones: the drift is the
-largest relative change of the outputs in float64 under random elements of norms up to three, on inputs that were not
-used for finding, at the model's weights and at random ones. Batch forms hold on the example input alone. Models are in
-evaluation mode. Seconds are those of the processor; they and the passes (forward and backward, on the same input) for
-each kind that was found are medians of rounds in which both took turns. For small models finding is torch.export's time
-alone.
+`mt.find_symmetries` on models in evaluation mode, by `python -m benchmarks.symmetries --markdown docs/symmetries.md`.
+
+- **symmetries by kind**: how many were found and, in brackets, the sum of their dimensions.
+- **dimension, worst drift**: of the exact symmetries. The drift is the largest relative change of the outputs in
+  float64 under random group elements with generators of norm up to three, at the model's weights and at random ones, on
+  inputs that were not used for finding. Batch pairs hold on the example input only.
+- **seconds**: CPU time of finding. **passes per kind**: that time in forward and backward passes on the same input, for
+  each kind that was found. Both are medians; the search and the pass are timed in turn. For small models nearly all of
+  the time is torch.export's.
 
 """
 
 _COST = """
-## What finding costs
+## The cost of finding
 
-resnet18 again, by the shape of its input: seconds of finding, of a forward and backward pass in float32, and their
-ratio for each of its {kinds} kinds, as median (smallest to largest) of {rounds} rounds. Six forward passes in float64
-certify all symmetries at once, each about as long as a forward and backward pass in float32. The trace takes the same
-third of a second whatever the input, and weighs most where a pass is short.
+resnet18 with inputs of several shapes: seconds of finding, seconds of a forward and backward pass in float32, and
+their ratio for each of its {kinds} kinds, as median (smallest to largest) of {rounds} rounds. Certifying all
+symmetries takes six forward passes in float64, each about as long as a forward and backward pass in float32. The
+trace takes a third of a second whatever the input, so it counts most where a pass is short.
 
 | input | seconds | pass | passes per kind |
 |---|---|---|---|
@@ -88,7 +90,7 @@ def row_of(name: str, rounds: int = 1) -> dict[str, Any]:
 
 
 def cost_of(shape: Sequence[int], rounds: int) -> dict[str, Any]:
-    """What finding costs on resnet18, on inputs of a shape; keys as in a row of the table."""
+    """The cost of finding on resnet18, for one input shape; keys as in a row of the table."""
     model, _ = build("resnet18")
     example = torch.randn(*shape)
     kinds = len(find_symmetries(model, example).by_kind())
@@ -140,7 +142,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def cost_table(costs: Sequence[dict[str, Any]], rounds: int) -> str:
-    """The section on what finding costs, in Markdown."""
+    """The section on the cost of finding, in Markdown."""
     lines = [_COST.format(kinds=costs[0]["kinds"], rounds=rounds).rstrip("\n")]
     for cost in costs:
         ratio = cost["passes_per_kind"]

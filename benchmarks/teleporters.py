@@ -90,8 +90,8 @@ PRICED: dict[str, tuple[str, dict[str, Any], int]] = {
 
 def double_backward(stack: TaskStack, batch: Any) -> None:
     """The gradient in the weights of the squared gradient norm, from a forward pass on."""
-    weights = list(stack.model.parameters())
-    gradients = torch.autograd.grad(stack.model(batch).sum(), weights, create_graph=True)
+    weights = list(stack.parameters())
+    gradients = torch.autograd.grad(stack(batch).sum(), weights, create_graph=True)
     torch.autograd.grad(sum(value.square().sum() for value in gradients), weights)  # type: ignore[arg-type]
 
 
@@ -120,7 +120,7 @@ def price_of(name: str, rounds: int) -> dict[str, Any]:
     # Steps so short that the cap ends no ascent before the last of them.
     teleporter = mt.GradientAscentTeleporter(counted, steps=STEPS, step_size=1e-5, cap=10.0)
     steps = STEPS * len(stack.symmetries)
-    point = stack.model.point_at(stack.model.tensors(), batch)
+    point = stack.point_at(stack.tensors(), batch)
 
     def ascend() -> None:
         with torch.no_grad():
@@ -128,7 +128,7 @@ def price_of(name: str, rounds: int) -> dict[str, Any]:
                 teleporter.choose(symmetry, point, None)
 
     def whole() -> None:
-        start = stack.model.point_at(stack.model.tensors(), batch)
+        start = stack.point_at(stack.tensors(), batch)
         with torch.no_grad():
             travel(teleporter, start, stack.symmetries)
 
@@ -168,7 +168,7 @@ def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, 
     family, settings = FAMILIES[name]
     stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
     batch = stack.full
-    start = stack.model.point_at(stack.model.tensors(), batch)
+    start = stack.point_at(stack.tensors(), batch)
     teleporters = {kind: make(stack.symmetries) for kind, make in TELEPORTERS.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in teleporters}
     arrivals: dict[str, tuple[Point, list[Move]]] = {}
@@ -197,7 +197,7 @@ def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, 
                 "seconds": statistics.median(seconds[kind]),
                 "moved": float((sum(move.size for move in moves) > 0).double().mean()) if moves else 0.0,  # type: ignore[union-attr]
                 "gradient_norm": float(norms.median()),
-                "loss_drift": float(((stack.model.losses_at(arrived.parameters, batch) / start.loss) - 1).abs().max()),
+                "loss_drift": float(((stack.losses_at(arrived.parameters, batch) / start.loss) - 1).abs().max()),
                 "loss_ratio": ratio.ratio,
                 "interval": [ratio.low, ratio.high],
                 "failures": sorted({failure for move in moves for failure in move.failures}),
@@ -224,7 +224,7 @@ def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: i
     """
     tasks = len(stack)
     parameters, gradients = dict(point.parameters), dict(point.gradients)
-    losses = stack.model.losses_at(parameters, batch)
+    losses = stack.losses_at(parameters, batch)
     # The first step would halve the loss of a function that is linear.
     size = losses / (2 * point.squared_gradient_norm())
     while True:
@@ -240,13 +240,13 @@ def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: i
                 name: value - _wide(factor * size, value) * gradients[name] if name in gradients else value
                 for name, value in parameters.items()
             }
-            found = stack.model.losses_at(trial, batch)
+            found = stack.losses_at(trial, batch)
             better = going & (found < best_losses)
             best = {name: torch.where(_wide(better, value), value, best[name]) for name, value in trial.items()}
             best_losses = torch.where(better, found, best_losses)
             best_size = torch.where(better, factor * size, best_size)
         parameters, losses, size = best, best_losses, best_size
-        gradients = stack.model.point_at(parameters, batch).gradients
+        gradients = stack.point_at(parameters, batch).gradients
         assert losses.shape == (tasks,)
 
 
@@ -264,16 +264,17 @@ def page_of(report: dict[str, Any]) -> str:
     lines = [
         "# Teleporters by cost and by gain",
         "",
-        f"Made by `python -m benchmarks.teleporters`: {settings['tasks']} held-out tasks of a family, "
-        f"{settings['rounds']} rounds in which all cases take turns, CPU time, float64, {found['threads']} thread(s) "
-        f"of {found['cpu']}, torch {found['torch']}.",
+        "What each hand-designed teleporter costs, and what it gains for gradient descent. Made by "
+        f"`python -m benchmarks.teleporters`: {settings['tasks']} held-out tasks of each family, {settings['rounds']} "
+        f"rounds in which all cases take turns, CPU time, float64, {found['threads']} thread(s) of {found['cpu']}, "
+        f"torch {found['torch']}.",
         "",
-        "## What an ascent costs",
+        "## The cost of an ascent",
         "",
-        f"Gradient ascent on the squared gradient norm, {STEPS} steps for every symmetry, against as many double "
-        "backward passes (forward, backward, and the gradient of the squared gradient norm in the weights) on the same "
-        "tasks: median ratio and range over rounds. The whole teleport adds the evaluation of the point, the checks of "
-        "the trust region and the move itself.",
+        f"Gradient ascent on the squared gradient norm takes {STEPS} steps for every symmetry. Its time is divided by "
+        "that of as many double backward passes on the same tasks (forward, backward, and the gradient of the squared "
+        "gradient norm with respect to the weights): median and range over rounds. The whole teleport adds the "
+        "evaluation of the point, the checks of the trust region and the move itself.",
         "",
         "| tasks | symmetries | one double backward pass | ascent alone | whole teleport |",
         "|---|---|---|---|---|",
@@ -286,19 +287,21 @@ def page_of(report: dict[str, Any]) -> str:
         "",
         f"The largest median is {_largest(report, 'ascent'):.2f} for the ascent and "
         f"{_largest(report, 'teleport'):.2f} for the whole teleport; the bound on the ascent is {BOUND}. Under exact "
-        "symmetries a step is algebra on small matrices. A batch form rebuilds the backward pass in every step, which "
-        "for two layers is all of it; the 2022 form inverts the group element besides, the 2024 form the features or "
-        "their Gram matrix.",
+        "symmetries a step is algebra on small matrices. A batch pair rebuilds part of the backward pass in every "
+        "step; with two layers that is all of it. In addition the 2022 form inverts the group element, and the 2024 "
+        "form the features or their Gram matrix.",
         "",
-        "## What each brings",
+        "## The gain of each teleporter",
         "",
-        "Each teleporter once, from the start of each task. Evaluations and milliseconds are those of choosing and "
-        "moving, for one task. The gradient norm is after over before, a median over tasks; the drift is the largest "
-        "relative change of a loss. The last column is the loss that gradient descent (step size searched for in every "
-        f"step, 2 evaluations each) reaches when {settings['budget']} gradient evaluations are spent, those of the "
-        "teleporter included, over that without a teleport: median of the ratios task by task, with a 95 % interval.",
+        "Each teleporter moves once, at the start of each task; gradient descent follows, with a line search in every "
+        "step (2 evaluations each). Columns:",
         "",
-        "A larger gradient is no gain by itself: the gradient norm has to be read beside the last column.",
+        "- **evaluations, ms**: the cost of choosing and moving, for one task.",
+        "- **gradient norm**: after the teleport over before, median over tasks. A larger gradient alone is no gain.",
+        "- **drift**: largest relative change of the loss in the teleport.",
+        f"- **loss at equal evaluations**: the loss when {settings['budget']} gradient evaluations are spent, those of "
+        "the teleporter included, over the loss without a teleport. Median of the ratios over tasks, with its 95 % "
+        "interval; below 1 the teleport helps.",
     ]
     for name, rows in report["gains"].items():
         better = [row["teleporter"] for row in rows if row["interval"][1] < 1]
@@ -307,8 +310,8 @@ def page_of(report: dict[str, Any]) -> str:
             "",
             f"### {name}",
             "",
-            f"Ahead of no teleport, with the whole interval: {'; '.join(better) or 'nothing'}. Behind it: "
-            f"{'; '.join(worse) or 'nothing'}.",
+            f"Better than no teleport (the whole interval is below 1): {'; '.join(better) or 'none'}. Worse (the whole "
+            f"interval is above 1): {'; '.join(worse) or 'none'}.",
             "",
             "| teleporter | evaluations | ms | gradient norm | drift | loss at equal evaluations | failures named |",
             "|---|---|---|---|---|---|---|",

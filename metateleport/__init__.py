@@ -54,7 +54,7 @@ __all__ = [
 _MOVED = {
     "metateleport.checkpoint": ("CheckpointError",),
     "metateleport.detection": ("Refused",),
-    "metateleport.families": ("FamilyError", "Measure", "ProbedLosses", "StackedModel", "TaskStack"),
+    "metateleport.families": ("FamilyError", "Measure", "ProbedLosses", "TaskStack"),
     "metateleport.groups": ("GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal"),
     "metateleport.learned": ("GaugeTeleporter", "LearnedTeleporter", "MetaOptimizer", "MetaOptimizerConfig"),
     "metateleport.objectives": ("Curvature", "Objective", "Sharpness", "SquaredGradientNorm"),
@@ -74,4 +74,9 @@ def __getattr__(name: str) -> Any:
                 stacklevel=2,
             )
             return getattr(importlib.import_module(room), name)
+    if name == "StackedModel":
+        raise AttributeError(
+            "StackedModel and TaskStack are one class now: metateleport.families.TaskStack(tasks), itself the module "
+            "whose parameters have the task dimension in front"
+        )
     raise AttributeError(f"module 'metateleport' has no attribute {name!r}")

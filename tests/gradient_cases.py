@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from learned_cases import shape_of
+from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import StackedModel
+from metateleport.families import Batch, TaskStack
 from metateleport.learned import LearnedTeleporter, MetaOptimizer
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.adaptive import AdaptiveRule
@@ -31,14 +32,12 @@ PROBLEMS = [(mode, kind) for mode in MODES for kind in (KINDS if "tele" in mode 
 
 every_problem = pytest.mark.parametrize(("mode", "kind"), PROBLEMS)
 
-Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-
 
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum() / 2
 
 
-def stack(kind: str) -> tuple[StackedModel, Batch]:
+def stack(kind: str) -> tuple[TaskStack, Batch]:
     """Tasks whose covariances have eigenvalues far apart, so that `eigh` has a derivative."""
     source = torch.Generator().manual_seed(3)
 
@@ -63,7 +62,7 @@ def stack(kind: str) -> tuple[StackedModel, Batch]:
         symmetries = [BatchPair2022(models[0], "0", "2", nn.LeakyReLU(0.1))]
     samples = 3 if kind == "2022 form" else 6
     batch = ((draw(TASKS, samples, 4),), (draw(TASKS, samples, 4),))
-    return StackedModel(models, half_squared_error, symmetries), batch
+    return side_by_side(models, half_squared_error, batch, symmetries), batch
 
 
 def meta_optimizer(mode: str, base: str = "momentum") -> MetaOptimizer:
@@ -82,7 +81,7 @@ def meta_optimizer(mode: str, base: str = "momentum") -> MetaOptimizer:
     return meta
 
 
-def unrolled(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int, track: bool) -> tuple[Tensor, bool]:
+def unrolled(meta: MetaOptimizer, problem: tuple[TaskStack, Batch], steps: int, track: bool) -> tuple[Tensor, bool]:
     """Mean log loss along an unroll, and whether every step was accepted and none of its teleports refused."""
     model, batch = problem
     optimizer = StackOptimizer(model, meta)
@@ -100,7 +99,7 @@ def unrolled(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: in
     return torch.stack(losses).log().mean(), smooth
 
 
-def analytic(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int) -> list[Tensor]:
+def analytic(meta: MetaOptimizer, problem: tuple[TaskStack, Batch], steps: int) -> list[Tensor]:
     loss, smooth = unrolled(meta, problem, steps, track=True)
     assert smooth
     found = torch.autograd.grad(loss, list(meta.parameters()), allow_unused=True)
@@ -142,9 +141,7 @@ def error(gradient: list[Tensor], evaluate: Callable[[], Tensor], meta: MetaOpti
     return worst
 
 
-def compare(
-    meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int, evaluate: Callable[[], Tensor]
-) -> float:
+def compare(meta: MetaOptimizer, problem: tuple[TaskStack, Batch], steps: int, evaluate: Callable[[], Tensor]) -> float:
     return error(analytic(meta, problem, steps), evaluate, meta)
 
 
@@ -213,7 +210,7 @@ def attached(meta: MetaOptimizer) -> MetaOptimizer:
     return meta
 
 
-def plain(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int) -> Callable[[], Tensor]:
+def plain(meta: MetaOptimizer, problem: tuple[TaskStack, Batch], steps: int) -> Callable[[], Tensor]:
     def evaluate() -> Tensor:
         loss, smooth = unrolled(meta, problem, steps, track=False)
         assert smooth
@@ -223,7 +220,7 @@ def plain(meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int) 
 
 
 def recorded(
-    meta: MetaOptimizer, problem: tuple[StackedModel, Batch], steps: int, monkeypatch: pytest.MonkeyPatch
+    meta: MetaOptimizer, problem: tuple[TaskStack, Batch], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], Tensor]:
     """Evaluates with the basis and the features that were seen at the parameters which `meta` has now."""
     tape = taped(meta, monkeypatch)

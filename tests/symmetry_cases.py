@@ -7,13 +7,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from covering import pairwise
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
-from metateleport.families import StackedModel
+from metateleport.families import Batch, TaskStack
 from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022, BatchPair2024, QuadraticRotation
 
@@ -26,6 +28,17 @@ def itself(outputs: Tensor) -> Tensor:
     return outputs
 
 
+def side_by_side(
+    models: Sequence[nn.Module],
+    loss: Callable[..., Tensor],
+    batch: Batch,
+    symmetries: Sequence[mt.Symmetry] = (),
+) -> TaskStack:
+    """A stack of models, each on its own part of a batch with the tasks in front."""
+    parts = [tuple(tuple(value[task] for value in part) for part in batch) for task in range(len(models))]
+    return TaskStack([mt.Task(model, loss, *part, symmetries) for model, part in zip(models, parts, strict=True)])
+
+
 @dataclasses.dataclass
 class Problem:
     """A model in float64 with data, a loss and symmetries in the order of the data flow."""
@@ -35,6 +48,10 @@ class Problem:
     targets: tuple[Tensor, ...]
     loss: Callable[..., Tensor]
     symmetries: Sequence[mt.Symmetry]
+
+    @property
+    def task(self) -> mt.Task:
+        return mt.Task(self.model, self.loss, self.inputs, self.targets, self.symmetries)
 
     def loss_of(self, outputs: Tensor) -> Tensor:
         return self.loss(outputs, *self.targets)
@@ -96,13 +113,11 @@ class Case:
     def fresh_inputs(self) -> tuple[Tensor, ...]:
         return (torch.randn(self.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64),)
 
-    def stack(self, tasks: int = 3) -> tuple[StackedModel, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    def stack(self, tasks: int = 3) -> tuple[TaskStack, Batch]:
         """Problems of different seeds in one graph, and their data."""
         problems = [self.problem(seed) for seed in range(tasks)]
-        stacked = StackedModel([each.model for each in problems], problems[0].loss, problems[0].symmetries)
-        inputs = tuple(torch.stack(values) for values in zip(*(each.inputs for each in problems), strict=True))
-        targets = tuple(torch.stack(values) for values in zip(*(each.targets for each in problems), strict=True))
-        return stacked, (inputs, targets)
+        stack = TaskStack([each.task for each in problems])
+        return stack, stack.full
 
 
 class Quadratic(nn.Module):
@@ -389,6 +404,32 @@ CASES: list[Case] = [
     _found_case("linear chain", _LinearStream, (5, 3), ["linear chain"] * 2),
     _found_case("translations", _Attention, (3, 5, 8), ["translation"] * 2, conditioned=False),
 ]
+
+
+def by_kind(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases of each kind of symmetry, or of each mixture of kinds, in the order in which the kinds appear."""
+    kinds: dict[tuple[str, ...], list[Case]] = {}
+    for each in cases:
+        kinds.setdefault(tuple(sorted({symmetry.kind for symmetry in each.problem().symmetries})), []).append(each)
+    return list(kinds.values())
+
+
+def meeting(values: Sequence[Any], cases: Sequence[Case]) -> list[tuple[Any, Case]]:
+    """A covering design: each value meets every kind of symmetry, and every case is met.
+
+    A kind has several cases; which of them a value meets goes round.
+
+    Args:
+        values: what is tried on symmetries.
+        cases: those that it is tried on.
+
+    Returns:
+        Pairs of a value and a case, none of them twice.
+    """
+    kinds = by_kind(cases)
+    rows = pairwise(range(len(values)), range(len(kinds)), range(max(len(kind) for kind in kinds)))
+    pairs = dict.fromkeys((number, kind, place % len(kinds[kind])) for number, kind, place in rows)
+    return [(values[number], kinds[kind][place]) for number, kind, place in pairs]
 
 
 LEARNED: list[Case] = [each for each in CASES if each.name != "translations"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import tempfile
@@ -16,11 +15,7 @@ from rich.console import Console
 from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
 
 if TYPE_CHECKING:
-    import torch
-
-    from metateleport.checkpoint import Checkpoint
-    from metateleport.evaluation import Method, Seed, Target
-    from metateleport.families import TaskFamily
+    from metateleport.evaluation import Plan, Target
 
 __all__ = ["add"]
 
@@ -36,9 +31,12 @@ examples:
 
 Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
 teleport or a line search evaluates is counted. Of a checkpoint of several meta-seeds all are run, and what is said
-of the learned one is said over all of them. The baselines' step sizes are tuned on training tasks first, which is
-remembered under ~/.cache/metateleport (or METATELEPORT_CACHE). What the learned teleport brings stands in words under
-the table, and with every comparison behind it in the JSON's `attribution`.
+of the learned one is said over all of them. The baselines' step sizes are tuned on training tasks first. What the
+learned teleport brings stands in words under the table, and with every comparison behind it in the JSON's
+`attribution`.
+
+Every finished trial and run is kept under ~/.cache/metateleport (or METATELEPORT_CACHE): after Ctrl-C the same command
+goes on from there, with the same figures; the seconds of a run are those measured when it ran.
 """
 
 
@@ -59,7 +57,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="chooses the tasks (default 0)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
     parser.add_argument(
-        "--methods", metavar="A,B", help="only these methods, separated by commas (default: all but gauss-newton, soap)"
+        "--methods",
+        metavar="A,B",
+        help="only these methods, separated by commas (default: all but those that take long: gauss-newton, soap)",
     )
     parser.add_argument(
         "--meta-seeds",
@@ -81,6 +81,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes to share the runs out over, of one thread each (default %(default)s)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="run and tune anew what earlier calls have kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot: png, svg or pdf")
     parser.add_argument(
@@ -92,60 +100,18 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    import torch
+    from metateleport.evaluation import Bench, plot, record_result, report_of, run_plan, target_of, write_report
 
-    from metateleport.evaluation import (
-        evaluate,
-        plot,
-        ratios_table_of,
-        record_result,
-        report_of,
-        table_of,
-        target_of,
-        words_of,
-        write_report,
-    )
-    from metateleport.families import load_family
-    from metateleport.training import device_for
-
-    if not arguments.no_track:
-        from metateleport.tracking import require_mlflow
-
-        require_mlflow()
-    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot writes png, svg or pdf, by the file's suffix; not {str(arguments.plot)!r}")
-    for path in (arguments.json, arguments.plot):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
-    device = device_for(arguments.device)
-    family = load_family(arguments.task, settings_of(arguments.set))
-    checkpoint = _checkpoint(arguments.checkpoint)
+    _check(arguments)
+    bench = Bench(_plan(arguments))
+    checkpoint = bench.checkpoint
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' has none: name a checkpoint")
-    learned, baselines = _chosen(arguments.methods, arguments.without, checkpoint, arguments.seed)
-    target = _target(arguments, [*(method.name for method in learned), *baselines])
-    seeds = _seeds(checkpoint, learned, arguments.seed) if arguments.meta_seeds == "all" else []
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    target = _target(arguments, bench.names)
     with Console(stderr=True).status("starting") as status:
-        methods = [*learned, *_tuned(baselines, family, arguments.steps, dtype, device, status.update)]
-        evaluation = evaluate(
-            family,
-            methods,
-            arguments.tasks,
-            arguments.steps,
-            arguments.seed,
-            dtype,
-            device,
-            "none" if checkpoint is None else checkpoint.name,
-            progress=lambda name: status.update(f"running {name} on {arguments.tasks} held-out tasks"),
-            meta_seeds=seeds,
-        )
+        evaluation = run_plan(bench, arguments.jobs, status.update)
     report = {**report_of(evaluation), **({} if target is None else {"target": target_of(evaluation, target)})}
-    for table in (table_of(report), ratios_table_of(report)):
-        if table is not None:
-            _print(table)
-    for words in filter(None, [*words_of(report), report.get("target", {}).get("in_words")]):
-        Console(highlight=False, soft_wrap=True).print(words, markup=False)
+    _show(report, len(bench.units))
     if arguments.json is not None:
         write_report(arguments.json, report)
         say(f"wrote {arguments.json}")
@@ -160,6 +126,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Says what cannot work before any work starts."""
+    if not arguments.no_track:
+        from metateleport.tracking import require_mlflow
+
+        require_mlflow()
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot writes png, svg or pdf, by the file's suffix; not {str(arguments.plot)!r}")
+    for path in (arguments.json, arguments.plot):
+        if path is not None and path.is_dir():
+            raise UsageError(f"{path} is a folder: give the name of a file to write")
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    from metateleport.evaluation import Plan
+    from metateleport.training import device_for
+
+    names = arguments.methods
+    return Plan(
+        task=arguments.task,
+        settings=settings_of(arguments.set),
+        checkpoint=arguments.checkpoint,
+        methods=None if names is None else tuple(name.strip() for name in names.split(",") if name.strip()),
+        without=tuple(arguments.without),
+        tasks=arguments.tasks,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=str(device_for(arguments.device)),
+        all_meta_seeds=arguments.meta_seeds == "all",
+        fresh=arguments.fresh,
+    )
+
+
 def _target(arguments: argparse.Namespace, names: Sequence[str]) -> Target | None:
     from metateleport.evaluation import Target
 
@@ -170,90 +170,22 @@ def _target(arguments: argparse.Namespace, names: Sequence[str]) -> Target | Non
     return target
 
 
-def _checkpoint(name: str) -> Checkpoint | None:
-    from metateleport.checkpoint import load_checkpoint
+def _show(report: dict[str, Any], runs: int) -> None:
+    """Prints tables and sentences."""
+    from metateleport.evaluation import ratios_table_of, table_of, words_of
 
-    return None if name == "none" else load_checkpoint(name)
-
-
-def _chosen(
-    names: str | None, without: Sequence[str], checkpoint: Checkpoint | None, seed: int
-) -> tuple[Sequence[Method], list[str]]:
-    """The learned methods and the names of the baselines that were asked for; all of both if none were."""
-    from metateleport.evaluation import BASELINES, REFERENCES
-    from metateleport.evaluation.methods.learned import learned_methods
-
-    learned = [] if checkpoint is None else learned_methods(checkpoint, seed=seed)
-    usual = [*(method.name for method in learned), *BASELINES]
-    known = [*usual, *REFERENCES]
-    wanted = usual if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in known:
-            where = "without a checkpoint" if checkpoint is None else f"for {checkpoint.name} (mode {checkpoint.mode})"
-            raise UsageError(f"there is no method {name!r} {where}: there are {', '.join(known)}")
-    if "soap" in wanted and importlib.util.find_spec("pytorch_optimizer") is None:
-        raise UsageError("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'")
-    if not wanted:
-        raise UsageError(f"--methods names none: there are {', '.join(known)}")
-    chosen = [method for method in learned if method.name in wanted]
-    return [*chosen, *_ablated(without, checkpoint, chosen)], [
-        name for name in (*BASELINES, *REFERENCES) if name in wanted
-    ]
-
-
-def _ablated(asked: Sequence[str], checkpoint: Checkpoint | None, learned: Sequence[Method]) -> Sequence[Method]:
-    """The learned optimizer without each part of its basis that was asked for."""
-    from metateleport.evaluation import ablated_methods, parts_of
-
-    if not asked:
-        return []
-    if checkpoint is None:
-        raise UsageError("--without leaves out a part of a checkpoint's basis, and 'none' has none: name a checkpoint")
-    if "learned" not in [method.name for method in learned]:
-        raise UsageError("what --without leaves out is compared with the learned optimizer: add learned to --methods")
-    return ablated_methods(checkpoint, parts_of(asked, checkpoint.learned))
-
-
-def _seeds(checkpoint: Checkpoint | None, learned: Sequence[Method], seed: int) -> list[Seed]:
-    """The same learned methods of every meta-seed of a checkpoint; none for the chosen one, which is run anyway."""
-    from metateleport.checkpoint.seeds import each_meta_seed
-    from metateleport.evaluation import ABLATED, Seed, ablated_methods
-    from metateleport.evaluation.methods.learned import learned_methods
-
-    if checkpoint is None or not checkpoint.meta_seeds or not learned:
-        return []
-    names = [method.name for method in learned]
-    parts = {
-        method.name.removeprefix(ABLATED): method.settings["without"]
-        for method in learned
-        if method.name.startswith(ABLATED)
-    }
-
-    def methods(each: Checkpoint) -> list[Method]:
-        return [*learned_methods(each, names, seed), *ablated_methods(each, parts)]
-
-    return [
-        Seed(known.seed, known.validation, () if each is checkpoint else methods(each))
-        for known, each in zip(checkpoint.meta_seeds, each_meta_seed(checkpoint), strict=True)
-    ]
-
-
-def _tuned(
-    names: Sequence[str],
-    family: TaskFamily,
-    steps: int,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    progress: Any,
-) -> list[Method]:
-    from metateleport.evaluation import BASELINES, REFERENCES, tune
-
-    recipes = {**BASELINES, **REFERENCES}
-    methods = []
-    for name in names:
-        progress(f"tuning {name} on training tasks (remembered for the next time)")
-        methods.append(tune(recipes[name], family, steps, dtype, device))
-    return methods
+    # A pipe has no width of its own: the table is not to be folded there.
+    console = Console(width=None if Console().is_terminal else 160)
+    for table in (table_of(report), ratios_table_of(report)):
+        if table is not None:
+            console.print(table)
+    for words in filter(None, [*words_of(report), report.get("target", {}).get("in_words")]):
+        Console(highlight=False, soft_wrap=True).print(words, markup=False)
+    if report["kept"]:
+        say(
+            f"{len(report['kept'])} of {runs} runs are from an earlier call, and so are their seconds: --fresh makes "
+            "them anew"
+        )
 
 
 def _track(report: dict[str, Any], checkpoint: Path | None) -> None:
@@ -270,9 +202,3 @@ def _track(report: dict[str, Any], checkpoint: Path | None) -> None:
         + (f", the learned one is {ids['learned']}" if "learned" in ids else "")
         + "; compare them with: metateleport ui"
     )
-
-
-def _print(table: Any) -> None:
-    console = Console()
-    # A pipe has no width of its own: the table is not to be folded there.
-    Console(width=None if console.is_terminal else 160).print(table)

@@ -1,4 +1,4 @@
-"""The command line: `metateleport train | evaluate | symmetries | experiment | tasks | ui`."""
+"""The command line: `metateleport train | evaluate | report | symmetries | experiment | tasks | ui`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from metateleport.cli import combine, evaluate, experiment, reproduce, symmetries, tasks, train, ui
+from metateleport.cli import combine, evaluate, experiment, report, reproduce, symmetries, tasks, train, ui
 from metateleport.cli.common import Parser, UsageError
 from metateleport.version import VERSION
 
@@ -85,6 +85,7 @@ def _parser() -> Parser:
     train.add(commands)
     combine.add(commands)
     evaluate.add(commands)
+    report.add(commands)
     symmetries.add(commands)
     reproduce.add(commands)
     experiment.add(commands)

@@ -1,4 +1,4 @@
-"""Finding symmetries: from a module to a graph, to scalings that its operations allow, to certified groups."""
+"""Finding symmetries: module to graph of operations, to the scalings that they allow, to certified symmetries."""
 
 from metateleport.detection.certificate import certify
 from metateleport.detection.chain import symmetries_of

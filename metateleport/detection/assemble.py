@@ -1,4 +1,4 @@
-"""From classes of variables to symmetries: what may mix, under which group, and of which kind."""
+"""From classes of variables to symmetries: which variables mix, under which group, and of which kind."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = ["Candidate", "candidates"]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A symmetry that the graph speaks for; the certificate decides.
+    """A symmetry that the graph allows; its certificate decides whether it holds.
 
     Args:
         symmetry: the symmetry.
-        place: what puts candidates in the order of the data flow.
-        instead: what to try where the certificate refuses it.
+        place: sorts candidates in the order of the data flow.
+        instead: the candidate to try if this one's certificate fails.
     """
 
     symmetry: Symmetry
@@ -88,7 +88,7 @@ def _is_adapter(legs: list[Leg]) -> bool:
 
 
 def _matrix_legs(parts: Parts, roots: np.ndarray, planes: bool = False) -> list[Leg] | None:
-    """Legs of a matrix group on some classes; None where they do not stand along axes as such a group needs."""
+    """Legs of a matrix group on some classes; None where the classes are not aligned with axes."""
     legs = []
     for slot in parts.slots_of(roots):
         found = _matrix_places(parts, roots, slot.variables, planes)
@@ -148,7 +148,7 @@ def _absorber(leg: Leg, bias: str, out_axis: int) -> Absorber:
 
 
 def _two_sided(legs: list[Leg]) -> bool:
-    """Whether the action stands between something: one leg undoes what another does."""
+    """Whether one leg undoes what another does."""
     return len({leg.dual for leg in legs}) == 2 or any(leg.variance is not None for leg in legs)
 
 
@@ -223,7 +223,7 @@ def _build(
 def _module_legs(
     parts: Parts, roots: np.ndarray, labels: dict[str, torch.Tensor], group: Group, planes: bool
 ) -> list[Leg]:
-    """Where the features that a module takes in or puts out move."""
+    """How the inputs or outputs of a module move."""
     legs = []
     for name, label in labels.items():
         if parts.ledger.calls[name] > 1:

@@ -1,4 +1,4 @@
-"""Pairs of linear layers with an elementwise activation between them, for the batch forms."""
+"""Candidates for batch pairs: linear layers with an elementwise activation between them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["batch_candidates"]
 
 
 def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str], frozen: bool = False) -> list[Candidate]:
-    """Linear layers, called once each as modules, with one elementwise activation and nothing else between them.
+    """Pairs of linear layers, each called once as a module, with one elementwise activation between them.
 
-    Through a bijective activation the 2022 form comes first, since it has the group law; the 2024 form where its rank
-    condition is not met, and through any other activation.
+    With a bijective activation the 2022 form is tried first, as it has the group law, and the 2024 form if the rank
+    condition of the first is not met. With any other activation only the 2024 form is tried.
 
     Args:
         graph: of the model.
@@ -59,7 +59,7 @@ def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str], f
 
 
 def _takes_in(layer: torch.fx.Node, before: torch.fx.Node) -> bool:
-    """Whether a layer works on what a node puts out (and does not have it as its weight)."""
+    """Whether a node's output is the input of a layer, and not its weight."""
     source = layer.args[0]
     while isinstance(source, torch.fx.Node) and _is_idle(source):
         source = source.args[0]

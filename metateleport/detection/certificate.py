@@ -1,4 +1,4 @@
-"""Certifying symmetries: how far outputs drift under random elements, where the weights are random too."""
+"""Certifying symmetries: the drift of the outputs under random elements, at the model's weights and at random ones."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ TRIALS = (
     Trial(1.5, size=3.0, seed=2, inputs={"exact": ("fresh",)}),
     Trial(1.0, size=0.3, seed=3, inputs={"exact": ("given",), **_BATCH}),
 )
-"""Weights, inputs and sizes all vary, but not in all their combinations: with two passes each they would be too many.
+"""Weights, inputs and sizes all vary, but not in all combinations, which would take too many passes.
 
 An exact symmetry is not tried on the example input at the model's own weights: there a teleport measures its own drift.
-An approximate one need not hold at other weights, nor a batch form on other inputs.
+An approximate one need not hold at other weights, nor a batch pair on other inputs.
 """
 
 
@@ -45,27 +45,27 @@ def certify(
 ) -> list[Certificate]:
     """Measures how far each of some symmetries moves the outputs.
 
-    All are moved at once, each by an element of its own; where that fails they are halved until those that do not hold
-    are found. So a drift is that of the largest set that passed together, which none of its members alone exceeds but
-    by chance, and six forward passes in float64 certify any number of exact symmetries that hold.
+    All symmetries are moved at once, each by its own random element. If the outputs drift, the set is halved until the
+    symmetries that do not hold are found. The reported drift is that of the largest set that passed together, so that
+    six forward passes in float64 certify any number of exact symmetries.
 
-    Beside the model, and what a forward pass takes for itself, there is one copy of it in float64 where the model runs
-    in it: for a model in float32 the memory of two of its own. Parameters are moved in that copy, and moved back; what
-    one symmetry moves (of batch forms, what all of them move) is there twice for a moment.
+    The memory needed is one copy of the model in float64 (twice the size of a float32 model) beside a forward pass.
+    Parameters are moved in that copy and moved back; those that one symmetry moves (all batch pairs together) are
+    briefly there twice.
 
     Args:
-        model: the model, in the mode (train or eval) that it shall be certified in; it is not changed.
+        model: the model, in the mode (train or eval) to certify it in; it is not changed.
         symmetries: those to certify.
         inputs: positional inputs.
         keywords: keyword inputs.
-        loss: maps the outputs to what has to stay; the outputs themselves if not given.
-        wary: whether the model may take another way on other inputs: then more and wider ones are tried.
+        loss: maps the outputs to the quantity that must not change; the outputs themselves if not given.
+        wary: whether control flow may depend on the inputs: then more and wider ones are tried.
 
     Returns:
         A certificate for each.
 
     Raises:
-        Unsuitable: if the model has to be made ready first, or runs in no precision that symmetries are certified in.
+        Unsuitable: if the model is wrapped, lazy or sharded, or runs neither in float64 nor in float32.
 
     Example:
         >>> from metateleport.symmetries import LinearPair
@@ -113,7 +113,7 @@ def _staged(
 
 
 def _conditioned(stage: Stage, symmetries: Sequence[Symmetry], chosen: list[int], records: list[_Record]) -> list[int]:
-    """Those batch forms whose rank condition is met; the others are refused."""
+    """Those batch pairs whose rank condition is met; the others are refused."""
     met = stage.conditions([symmetries[i] for i in chosen])
     for i, holds in zip(chosen, met, strict=True):
         if not holds:
@@ -136,7 +136,7 @@ def _halve(stage: Stage, symmetries: Sequence[Symmetry], chosen: list[int], name
 
 @dataclasses.dataclass
 class _Record:
-    """What was measured of one symmetry so far."""
+    """The measurements of one symmetry so far."""
 
     drift: dict[str, float] = dataclasses.field(default_factory=dict)
     sizes: set[float] = dataclasses.field(default_factory=set)

@@ -1,4 +1,4 @@
-"""Naming the symmetries of a model that is a plain chain of layers, without an input at hand."""
+"""Symmetries of a plain chain of layers, by its layers' types alone: no input is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metateleport.symmetries import HOMOGENEOUS, LinearPair, Rescaling, Symmetry
 __all__ = ["symmetries_of"]
 
 _FEATURES: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-"""How many dimensions stand behind the features that a layer puts out."""
+"""Number of dimensions after the feature dimension in a layer's output."""
 _POOLS: dict[type[nn.Module], int] = {
     nn.MaxPool1d: 1,
     nn.MaxPool2d: 2,
@@ -37,16 +37,16 @@ _CURES = (
 def symmetries_of(model: nn.Module, frozen: bool = False) -> Symmetries:
     """The exact symmetries of a chain of layers: linear pairs, and rescaling through homogeneous activations.
 
-    Understands `nn.Sequential`, nested ones included, of torch's own layers. Where anything else stands in the chain
-    (a subclass with a forward of its own, a hook, a computed weight, a reordering of features), no symmetry is taken
-    across it: there is no input here to try one on. `find_symmetries` looks into any module.
+    Understands `nn.Sequential` of torch's own layers, nested ones included. Across anything else in the chain (a
+    subclass with its own forward, a hook, a computed weight, a reordering of features) no symmetry is claimed, as
+    there is no input to certify it on. `find_symmetries` looks into any module.
 
     Args:
         model: the model.
         frozen: whether parameters that are frozen (`requires_grad=False`) move too.
 
     Returns:
-        Symmetries in the order of the data flow; `refused` tells what was passed over.
+        Symmetries in the order of the data flow; `refused` lists what was passed over.
 
     Raises:
         Unsuitable: if the model is not such a chain, or has no symmetry of these kinds.
@@ -79,7 +79,9 @@ def symmetries_of(model: nn.Module, frozen: bool = False) -> Symmetries:
                 except Unsuitable as error:
                     refused.append(Refused(str(error), (), name))
             elif last is not None:
-                refused.append(Refused(f"it does not take in the features where {last.name!r} puts them out", (), name))
+                refused.append(
+                    Refused(f"its input features are not in the order in which {last.name!r} outputs them", (), name)
+                )
             last = _Last(name, dims, linear=True)
             continue
         if not reason and last is not None and kind in _POOLS and _POOLS[kind] != last.dims:
@@ -101,7 +103,7 @@ def symmetries_of(model: nn.Module, frozen: bool = False) -> Symmetries:
 
 @dataclasses.dataclass(frozen=True)
 class _Last:
-    """The last layer whose features still stand where it put them.
+    """The last layer whose output features still are in their own order.
 
     Args:
         name: of the layer.
@@ -122,10 +124,10 @@ def _chain(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module | st
             yield name, child if child is not None else "it is None"
             continue
         if _has_hook(child._forward_pre_hooks):
-            yield name, "a forward pre-hook may change what it takes in"
+            yield name, "a forward pre-hook may change its inputs"
         yield from _chain(child, f"{name}.")
         if _has_hook(child._forward_hooks):
-            yield name, "a forward hook may change what it puts out"
+            yield name, "a forward hook may change its outputs"
 
 
 def _is_plain_chain(module: nn.Module) -> bool:
@@ -137,7 +139,7 @@ def _is_plain_chain(module: nn.Module) -> bool:
 
 
 def _not_understood(module: nn.Module | str) -> str:
-    """Why features may not pass a module as they pass the one of torch that it looks like; empty where they do."""
+    """Why a module may not act as the torch module whose class it has; empty if it does."""
     if isinstance(module, str):
         return module
     kind = type(module)
@@ -150,7 +152,7 @@ def _not_understood(module: nn.Module | str) -> str:
         "has a forward hook": _has_hook({**module._forward_pre_hooks, **module._forward_hooks}),
         "does not flatten all but the samples": isinstance(module, nn.Flatten)
         and (module.start_dim, module.end_dim) != (1, -1),
-        "puts out indices too": bool(getattr(module, "return_indices", False)),
+        "outputs indices too": bool(getattr(module, "return_indices", False)),
         "has a weight that is no plain parameter (parametrised, pruned or computed)": any(
             each not in _PLAIN for each in weights
         ),
@@ -159,6 +161,6 @@ def _not_understood(module: nn.Module | str) -> str:
 
 
 def _has_hook(hooks: Mapping[int, Any]) -> bool:
-    """Whether there is a hook that may change something: those of this library look on."""
+    """Whether there is a hook that may change something; this library's own hooks only record."""
     functions = (getattr(hook, "func", hook) for hook in hooks.values())
     return any(str(getattr(each, "__module__", "")).split(".")[0] != __name__.split(".")[0] for each in functions)

@@ -1,4 +1,4 @@
-"""What a certificate is measured with: random group elements, random weights, inputs that were never seen."""
+"""Random draws for certificates: group elements, weights, fresh inputs."""
 
 from __future__ import annotations
 
@@ -60,11 +60,12 @@ def random_element(
 def randomise(model: nn.Module, scale: float, seed: int) -> None:
     """Overwrites all parameters, and the running statistics of norms, with random numbers.
 
-    Zero biases, unit gains and a zero factor of an adapter make wrong actions look right; no random point does.
+    At special weights (zero biases, unit gains, an adapter whose factor is zero) a wrong action can look right; at
+    random ones it cannot.
 
     Args:
         model: the model.
-        scale: of weight matrices, relative to one over the root of what a unit takes in, and of vectors.
+        scale: of weight matrices, relative to one over the root of the fan-in, and of vectors.
         seed: of the draw.
     """
     sources: dict[torch.device, torch.Generator] = {}
@@ -90,16 +91,16 @@ def randomise(model: nn.Module, scale: float, seed: int) -> None:
 
 
 def fresh_inputs(given: Any, seed: int, daring: int = 2, spread: float = 1.0) -> Any:
-    """Inputs of the same shapes and types that were never seen.
+    """Fresh inputs of the same shapes and types.
 
-    Real numbers are drawn with the mean and spread of those given; whole ones (tokens, labels, lengths) are given
-    ones in another order, each column by itself, since nobody knows which others are meant. Masks, constants and
-    what stands in order (offsets, positions) stay.
+    Real numbers are drawn with the mean and spread of the given ones. Integers (tokens, labels, lengths) are the given
+    ones in another order, each column by itself, because other values may not be valid. Masks, constants and ordered
+    integers (offsets, positions) stay.
 
     Args:
         given: a tensor, or containers of tensors.
         seed: of the draw.
-        daring: 2 for all that; 1 for given numbers in another order, real ones too; 0 with whole numbers as given.
+        daring: 2 for the above; 1 to permute real numbers too instead of drawing them; 0 to keep integers as given.
         spread: of real numbers that are drawn, relative to those given.
 
     Example:
@@ -134,7 +135,7 @@ def fresh_inputs(given: Any, seed: int, daring: int = 2, spread: float = 1.0) ->
 
 
 def _is_ordered(value: Tensor) -> bool:
-    """Whether a vector of whole numbers stands in order: lengths and offsets do, and have to."""
+    """Whether a vector of integers is sorted, as offsets are and have to stay."""
     if value.ndim != 1:
         return False
     steps = value.long().diff()
@@ -143,7 +144,7 @@ def _is_ordered(value: Tensor) -> bool:
 
 @contextlib.contextmanager
 def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Draws random numbers from a seed (torch's, numpy's and Python's), so that passes can be compared; then as before.
+    """Seeds torch, numpy and Python inside the context, and restores their states: passes become comparable.
 
     Args:
         model: on whose devices is drawn.

@@ -26,10 +26,11 @@ def find_symmetries(
 ) -> Symmetries:
     r"""Finds the continuous symmetries of a model's parameters, and certifies each.
 
-    The model is traced by `torch.export`; every axis of every parameter gets a scaling $s$, and every operation says
-    which scalings it asks to be equal, opposite or one. What is left over is a symmetry: of a matrix group where all
-    operations treat the features of an axis alike and linearly, of a diagonal one elsewhere. An operation without a
-    rule lets nothing pass. Every claim is then tried on a copy of the model in float64: see `certify`.
+    The model is traced by `torch.export`. Every axis of every parameter gets unknown scalings $s$, and the rule of each
+    operation says which scalings have to be equal, inverse to each other, or one. The remaining freedom is a symmetry:
+    of a matrix group if all operations treat the features of an axis alike and linearly, of a diagonal group
+    otherwise. An operation without a rule fixes all scalings that reach it. Every candidate is then certified on a
+    copy of the model in float64: see `certify`.
 
     | kind | action | group |
     |---|---|---|
@@ -49,15 +50,15 @@ def find_symmetries(
     Args:
         model: the model, in the mode (train or eval) that it is used in; it is not changed.
         example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        loss: maps the model's outputs to what has to stay; the outputs themselves if not given.
+        loss: maps the outputs to the quantity that must not change; the outputs themselves if not given.
         frozen: whether parameters that are frozen (`requires_grad=False`) move too; they are named in `refused` if not.
 
     Returns:
-        The symmetries in the order of the data flow, those that hold; `refused` lists what was looked at besides.
+        The symmetries that hold, in the order of the data flow; `refused` lists what was considered and not claimed.
 
     Raises:
-        ValueError: if the model has no parameters, does not run on the example input, or has to be made ready first
-            (wrapped for several devices or compiled, lazy, sharded).
+        ValueError: if the model has no parameters, does not run on the example input, or is wrapped (for several
+            devices, or compiled), lazy or sharded.
 
     Example:
         >>> import torch
@@ -116,7 +117,7 @@ def _walked(graph: Graph, model: nn.Module, batch_forms: bool, frozen: bool) -> 
 
 
 def _pinned(graph: Graph, model: nn.Module, shared: dict[str, list[str]], frozen: bool) -> dict[str, str]:
-    """Parameters that nothing may move, each with the reason."""
+    """Parameters that no symmetry may move, each with the reason."""
     pinned = aliased(model, graph)
     if graph.prefix:
         # Outside of the part that was traced nobody has looked.
@@ -151,7 +152,7 @@ def _by_first_name(graph: Graph, model: nn.Module) -> tuple[Graph, dict[str, lis
 
 
 def _reasons(walked: Walk, named: dict[str, nn.Parameter], shared: dict[str, list[str]]) -> list[Refused]:
-    """What holds the parameters that cannot move, one entry for each place that says so."""
+    """Why parameters cannot move: one entry for each operation that fixes them."""
     ledger, classes = walked.ledger, walked.classes
     owner: dict[int, list[str]] = {}
     for slot in ledger.slots.values():
@@ -181,7 +182,7 @@ def _certified(
     wary: bool,
 ) -> list[Symmetry]:
     held: list[tuple[tuple[int, int], Symmetry]] = []
-    # Of batch forms one line for each reason: a batch that is too large is too large for most of them.
+    # Of batch pairs one line for each reason: a batch that is too large is too large for most of them.
     on_batch: dict[str, dict[str, None]] = {}
     waiting = found
     while waiting:
@@ -207,7 +208,7 @@ def _certified(
 
 
 def exact_symmetries(model: nn.Module, example_input: Any, buffers: bool = True, frozen: bool = False) -> Symmetries:
-    """The exact symmetries of a model, for those who cannot go on without any.
+    """The exact symmetries of a model; an error if there is none.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""What was found in a model: its symmetries as a sequence, a table, and JSON; and what was not claimed."""
+"""The symmetries found in a model, as a sequence, a table and JSON, and what was not claimed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SCHEMA = "metateleport.symmetries/1"
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """What was looked at and not claimed.
+    """Something that was considered and not claimed.
 
     Args:
         reason: why.
-        parameters: names of the parameters that it is about.
-        module: path of the module that it is about; empty for the model itself.
+        parameters: names of the parameters concerned.
+        module: path of the module concerned; empty for the model itself.
 
     Example:
         >>> Refused("tanh is not followed", ("0.weight", "0.bias"), "1").module
@@ -39,7 +39,7 @@ class Symmetries(Sequence[Symmetry]):
 
     Args:
         symmetries: what was found.
-        refused: what was looked at and not claimed.
+        refused: what was considered and not claimed.
 
     Example:
         >>> found = Symmetries([], [Refused("tanh is not followed", ("0.weight",), "1")])

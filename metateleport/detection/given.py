@@ -1,4 +1,4 @@
-"""What a person hands in: models that have to be made ready first, and inputs that stay as they are."""
+"""Checks of the user's model, and containers of inputs that the library must not change."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def inside(model: nn.Module) -> nn.Module:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses a model that has to be made ready first: wrapped, lazy, or spread over processes.
+    """Refuses a model that is wrapped, lazy or sharded.
 
     Raises:
-        Unsuitable: with what to do.
+        Unsuitable: if it is; the message says what to do.
     """
     held = _held(model)
     if held is not None:
@@ -73,7 +73,7 @@ def _held(model: nn.Module) -> str | None:
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Containers with every tensor in them exchanged for what a function makes of it.
+    """Containers with a function applied to every tensor in them.
 
     Example:
         >>> mapped((torch.ones(1), {"flag": True}), torch.neg)
@@ -95,7 +95,7 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def copied(inputs: Any) -> Any:
-    """Inputs that a model may overwrite: a tensor that stands in several places is copied once.
+    """Copies of inputs that a model may overwrite; a tensor that occurs twice is copied once.
 
     Example:
         >>> given = torch.zeros(2)

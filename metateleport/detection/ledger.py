@@ -1,4 +1,4 @@
-"""Which scalings of parameter entries have to be equal, opposite or one: bookkeeping and its solution."""
+"""The equations between scalings of parameter entries (equal, inverse, one), and their solution."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """Variables that have to stay as they are, and why; an empty reason is the border of the model."""
+    """Variables that are fixed, and why; an empty reason stands for the model's inputs and outputs."""
 
     variables: np.ndarray
     reason: str
@@ -42,7 +42,7 @@ class Classes:
     Args:
         root: the class of each variable, named by its smallest member.
         sign: whether a variable moves with its class or against it.
-        dead: whether a variable has to stay.
+        dead: whether a variable is fixed.
     """
 
     root: np.ndarray
@@ -61,11 +61,11 @@ def compressed(label: Tensor) -> Tensor:
 
 
 class Ledger:
-    r"""Variables $s$ (the logarithm of a scaling) and what the operations of a model ask of them.
+    r"""Variables $s$ (logarithms of scalings) and the equations that a model's operations impose on them.
 
     Every place of a slot is a variable; variable zero is the scaling by one. An edge says $s_a = \pm s_b$, a kill says
-    $s_a = 0$. A touch says that an operation treats the variables of one fiber alike and those of different fibers
-    differently: what may mix under a matrix group is what every operation treats alike.
+    $s_a = 0$. A touch says that an operation treats the variables within one fiber alike. Variables may mix under a
+    matrix group if every operation treats them alike.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Ledger:
         self.begin()
 
     def begin(self) -> None:
-        """Forgets all but the slots and what is known to stay; one pass over the model begins."""
+        """Begins a pass over the model: only slots and fixed variables are kept."""
         self.edges: list[tuple[np.ndarray, np.ndarray, int, bool]] = []
         self.kills: list[Kill] = []
         self.tentative: list[Kill] = []
@@ -103,19 +103,19 @@ class Ledger:
         return self.slots[key].variables
 
     def alive(self, label: Tensor) -> Tensor:
-        """A label with all variables that have to stay exchanged for zero."""
+        """A label with fixed variables replaced by zero."""
         dead = torch.from_numpy(self.dead[label.numpy()])
         return compressed(torch.where(dead, 0, label)) if bool(dead.any()) else label
 
     def equal(self, first: Tensor, second: Tensor, sign: int = 1, tentative: bool = False) -> None:
-        """Asks $s_a = \\pm s_b$, place by place."""
+        """Adds $s_a = \\pm s_b$, entry by entry."""
         a, b = torch.broadcast_tensors(first, second)
         # Both numbers of a pair in one, so that finding the different ones is fast.
         pairs = np.unique(((a << 32) | b).numpy())
         self.edges.append((pairs >> 32, pairs & 0xFFFFFFFF, sign, tentative))
 
     def kill(self, labels: list[Tensor], reason: str = "", module: str = "", tentative: bool = False) -> None:
-        """Asks that the variables of some labels stay; `tentative` where that may change once more is known."""
+        """Fixes the variables of some labels; `tentative` if a later pass may release them."""
         for label in labels:
             kill = Kill(np.unique(label.numpy()), reason, module)
             (self.tentative if tentative else self.kills).append(kill)

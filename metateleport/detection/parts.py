@@ -1,4 +1,4 @@
-"""The classes of variables that may move, and how they fall into groups."""
+"""Splits the classes of variables that may move into matrix groups and diagonal groups."""
 
 from __future__ import annotations
 

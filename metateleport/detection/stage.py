@@ -1,4 +1,4 @@
-"""Where symmetries are tried: a copy of the model, its inputs, and the outputs that have to stay."""
+"""The copy of the model that symmetries are certified on, with its inputs and reference outputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Weights, a size of elements, and on which inputs to try what there.
+    """One trial of a certificate: weights, the size of elements, and the inputs.
 
     Args:
         weights: scale of random weights; `OWN` stands for the model's own.
@@ -52,15 +52,15 @@ class Trial:
 
 
 class Stage:
-    """A copy of the model, and the outputs that it has to keep where it stands.
+    """A copy of the model, and its outputs before anything moves.
 
     Args:
         model: the model; it is not changed.
         inputs: positional inputs.
         keywords: keyword inputs.
-        loss: maps the outputs to what has to stay; the outputs themselves if not given.
+        loss: maps the outputs to the quantity that must not change; the outputs themselves if not given.
         dtype: of the copy.
-        everywhere: whether what the model makes of other precision, as it runs, is of this one too.
+        everywhere: whether casts to another precision inside the model are replaced by this one.
 
     Raises:
         Unsuitable: if the model cannot be copied.
@@ -116,7 +116,7 @@ class Stage:
         return self._expected[name]
 
     def runs(self, name: str = "fresh") -> bool:
-        """Whether the model runs on some inputs, and puts out nothing worse there than on those given."""
+        """Whether the model runs on some inputs, with outputs as finite as on those given."""
         try:
             fresh = _not_finite(self.expected(name))
         except (RuntimeError, TypeError, ValueError, LookupError):
@@ -127,7 +127,7 @@ class Stage:
         """Moves along some symmetries at once, each by an element of its own.
 
         Args:
-            symmetries: all of one exactness; of batch forms, those whose `conditions` are met.
+            symmetries: all of one exactness; of batch pairs, those whose `conditions` are met.
             name: of the inputs, `"given"`, `"fresh"`, or what begins with `"wide"`: fresh ones of a wider spread.
 
         Returns:
@@ -151,7 +151,7 @@ class Stage:
         return drift, f"outputs drift by {drift:.1e} under an element of norm {self.trial.size:g} at {where}"
 
     def conditions(self, symmetries: Sequence[Symmetry]) -> list[bool]:
-        """Whether the rank condition of each batch form is met on the given inputs, before and after it moves."""
+        """Whether the rank condition of each batch pair is met on the given inputs, before and after it moves."""
         if not symmetries:
             return []
         self._undo()
@@ -168,7 +168,7 @@ class Stage:
         ]
 
     def _moved_on_batch(self, symmetries: Sequence[Symmetry]) -> dict[str, Tensor]:
-        """Parameters moved along batch forms, the last in the data flow first: each finds its activations unchanged."""
+        """Parameters moved along batch pairs, the last in the data flow first: each finds its activations unchanged."""
         point = self._point(symmetries)
         for symmetry in reversed(symmetries):
             point = symmetry.act(self._element(symmetry), point)
@@ -179,13 +179,13 @@ class Stage:
         return Point({name: self.named[name] for name in names}, activations=self._activations)
 
     def _element(self, symmetry: Symmetry) -> Tensor:
-        """The symmetry's element of this trial: the same whenever it is asked for, others for other symmetries."""
+        """The symmetry's random element in this trial; the same at every call."""
         source = torch.Generator().manual_seed(zlib.crc32(symmetry.key.encode()) + self.trial.seed)
         device = self.tensors[symmetry.parameters[0]].device
         return random_element(symmetry.group, self.trial.size, source, self.dtype, device)
 
     def _undo(self) -> None:
-        """Takes back what was moved: to rounding, which is far below what is asked for."""
+        """Moves back, up to rounding, which is far below the bounds."""
         for symmetry, element in reversed(self._moved):
             self._move(symmetry, symmetry.group.inverse(element))
         self._moved.clear()

@@ -1,4 +1,4 @@
-"""From a module to a graph of operations, by torch.export; by its children where that does not reach."""
+"""From a module to a graph of operations by torch.export, child by child where the whole cannot be traced."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def observables(outputs: Any) -> tuple[Tensor, ...]:
     """
     found = tuple(_tensors_of(outputs))
     if not found:
-        raise TypeError(f"the model puts out no tensor, but a {type(outputs).__name__}")
+        raise TypeError(f"the model's output is no tensor, but a {type(outputs).__name__}")
     return found
 
 
@@ -125,8 +125,7 @@ def trace(
 ) -> tuple[list[Graph], list[tuple[str, str]]]:
     """Traces a model, or those of its children that can be traced where the whole cannot.
 
-    A child is a function of its inputs alone, however often it is called: a symmetry inside it does not ask what the
-    model does around it.
+    A child is a function of its inputs alone, so a symmetry inside it does not depend on the rest of the model.
 
     Returns:
         The graphs, and the modules that could not be followed, each with the reason.
@@ -139,7 +138,7 @@ def trace(
                 graph = _export(Observed(model, loss), inputs, keywords, "")
                 if _drawn() == before:
                     return [graph], []
-        raise RuntimeError("it draws Python's or numpy's random numbers, and may take another way in another pass")
+        raise RuntimeError("it draws Python's or numpy's random numbers, so another pass may run other operations")
     except Exception as error:
         return _children(model, inputs, keywords, _first_line(error))
 

@@ -1,4 +1,4 @@
-"""What the walk over a model's graph knows of a tensor: how each of its entries scales."""
+"""Values of the walk: how each entry of a tensor in the graph scales."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def varying(label: Tensor) -> tuple[int, ...]:
 
 
 class Context:
-    """One operation, and what its rule may ask of the ledger.
+    """One operation, and the equations that its rule may add to the ledger.
 
     Args:
         ledger: the ledger.
@@ -58,7 +58,7 @@ class Context:
         self.function = function
 
     def value(self, shape: Sequence[int], labels: Sequence[Tensor] = ()) -> Value:
-        """A value with those labels that say anything."""
+        """A value without labels that are zero everywhere."""
         shape = tuple(int(size) for size in shape)
         kept = []
         for label in labels:
@@ -74,7 +74,7 @@ class Context:
             self.ledger.affine[weight.parameter] = (bias.parameter, out_axis)
 
     def watch(self, weight: Value, x: Value, result: Value, dim: int) -> None:
-        """Notes how the features that a layer takes in and puts out scale, if it was called as a module."""
+        """Records how the inputs and outputs of a layer scale, if it was called as a module."""
         if self.module and weight.parameter == f"{self.module}.weight":
             self.ledger.calls[self.module] = self.ledger.calls.get(self.module, 0) + 1
             for value, seen in ((x, self.ledger.inputs), (result, self.ledger.outputs)):
@@ -84,19 +84,19 @@ class Context:
                         seen[self.module] = label.reshape(-1).expand(value.shape[dim])
 
     def kill(self, values: Value | Sequence[Value], reason: str = "", silent: bool = False) -> None:
-        """Asks that some values stay as they are."""
+        """Fixes the scalings of some values."""
         for value in (values,) if isinstance(values, Value) else values:
             self.kill_labels(value.labels, reason, silent)
 
     def kill_labels(
         self, labels: Sequence[Tensor], reason: str = "", silent: bool = False, tentative: bool = False
     ) -> None:
-        """Asks that some labels stay as they are."""
+        """Fixes some labels."""
         text = "" if silent else reason or f"{self.name} is not followed"
         self.ledger.kill(list(labels), text, self.module, tentative)
 
     def equal(self, values: Sequence[Value], sign: int = 1) -> tuple[Tensor, ...]:
-        """Asks that some values scale alike, and gives the labels that they share.
+        """Requires that some values scale alike, and returns the labels that they share.
 
         Labels are matched by the dimensions along which they vary; those without a match have to stay.
         """

@@ -49,10 +49,10 @@ class Walk:
 
 
 def walk(graph: Graph, movable: Collection[str], buffers: Collection[str]) -> Walk:
-    """Passes over a graph until no more variables turn out to have to stay.
+    """Passes over a graph until no further variable turns out to be fixed.
 
-    A norm seen late makes what led to it stay, and with it what was matched with it on the way: passes are repeated
-    with what is known. First only with what holds whatever the matches were, then with all.
+    A norm late in the graph fixes variables before it, and with them those that were matched with them. So passes are
+    repeated with what is known, first without tentative results, then with them.
 
     Args:
         graph: the graph.

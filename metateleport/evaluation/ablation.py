@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from metateleport.checkpoint import Checkpoint
-from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.evaluation.run import EvaluationError
+from metateleport.evaluation.words import ABLATED
 from metateleport.learned import MetaOptimizer
-from metateleport.learned.basis import BASIS, Observation
 from metateleport.learned.gauge import GAUGE_BASIS, GaugeBasis
-from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.learned.teleporter import BASIS, LearnedTeleporter, Observation
 
 __all__ = ["EACH", "ablated_methods", "basis_of", "parts_of", "without"]
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from metateleport.checkpoint.checkpoint import CARD, update_card
-from metateleport.evaluation.attribution import ABLATED
 from metateleport.evaluation.marks import marks
+from metateleport.evaluation.paired import REFERENCE
+from metateleport.evaluation.words import ABLATED, over_seeds
 
-__all__ = ["record_result"]
+__all__ = ["record_result", "result_of"]
 
-_KEPT = ("drift_max", "paired_ratio_to_learned", "paired_ratios_to_learned")
+_KEPT = ("gauge", "drift_max", "paired_ratio_to_learned", "paired_ratios_to_learned")
 
 
 def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> None:
@@ -27,7 +28,28 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
         command: the command that made it.
     """
     results = json.loads((Path(path) / CARD).read_text()).get("results", {})
+    settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
+    key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
+    if any(name.startswith(ABLATED) for name in report["methods"]):
+        # Beside the results of the same task, not in their place.
+        key += ", parts of the basis left out"
+    update_card(path, {"results": {**results, key: {**result_of(report), "command": command}}})
+
+
+def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation as a card has it: figures at the marks alone, to four digits.
+
+    Args:
+        report: what `metateleport.evaluation.report_of` gave.
+
+    Returns:
+        `task`, `measure`, `tasks`, `steps`, `seed`, `dtype`, `conditions`, and `methods`: by name `median_loss` and,
+        where there is such, `held_out_accuracy` by mark, `diverged` (a number of tasks), `seconds`, `drift_max`, the
+        ratios to the learned one by mark and `ratio_at_equal_seconds`, over meta-seeds where there are several. With
+        several `meta_seeds` has `seeds`, `worst` and `ratios_to_learned`; `target` is there where one was given.
+    """
     places = marks(report["steps"])
+    timed = _timed(report)
     methods = {}
     for name, entry in report["methods"].items():
         methods[name] = {
@@ -35,19 +57,26 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
             "diverged": sum(entry["diverged"]),
             "seconds": entry["seconds"],
         }
+        if "held_out_accuracy" in entry:
+            accuracy = entry["held_out_accuracy"]["median"]
+            methods[name]["held_out_accuracy"] = {str(place): accuracy[place] for place in places}
+        if name in timed:
+            methods[name]["ratio_at_equal_seconds"] = timed[name]
         methods[name].update({key: entry[key] for key in _KEPT if key in entry})
-    result = {key: report[key] for key in ("tasks", "steps", "seed", "dtype", "conditions")}
-    result.update({"command": command, "methods": methods})
+    keys = ("task", "measure", "tasks", "steps", "seed", "dtype", "conditions")
+    result = {**{key: report[key] for key in keys}, "methods": methods}
     if report["meta_seeds"]:
         result["meta_seeds"] = {key: report["meta_seeds"][key] for key in ("seeds", "worst", "ratios_to_learned")}
     if "target" in report:
         result["target"] = report["target"]
-    settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
-    key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
-    if any(name.startswith(ABLATED) for name in methods):
-        # Beside the results of the same task, not in their place.
-        key += ", parts of the basis left out"
-    update_card(path, {"results": {**results, key: _rounded(result)}})
+    rounded: dict[str, Any] = _rounded(result)
+    return rounded
+
+
+def _timed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """By method the ratio to the learned one at equal seconds."""
+    known = report["attribution"].get(REFERENCE, {"against": {}, "baselines": {}})
+    return {name: over_seeds(each)["seconds"] for name, each in {**known["against"], **known["baselines"]}.items()}
 
 
 def _rounded(value: Any) -> Any:

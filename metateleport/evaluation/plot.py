@@ -10,28 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from metateleport.evaluation.attribution import ABLATED
+from metateleport.evaluation.style import LINES, bare, colours_of, new_figure, save, suptitle
 from metateleport.evaluation.table import measured
 from metateleport.evaluation.tuning import LARGEST
-from metateleport.files import replacing
+from metateleport.evaluation.words import ABLATED
 
 __all__ = ["plot"]
 
-# Okabe and Ito's colours, told apart by the colour-blind too; learned methods share one and differ in their lines.
-_COLOURS = {
-    "learned": "#D55E00",
-    "gd": "#7F7F7F",
-    "momentum": "#56B4E9",
-    "adam": "#0072B2",
-    "lbfgs": "#009E73",
-    "gradient-ascent": "#CC79A7",
-    "whitening": "#E69F00",
-}
-_OTHERS = ("#000000", "#8C564B", "#B5A400")
-_LINES = {"teleport-off": (0, (5, 2)), "random-teleport": (0, (1, 1.5)), "step-only": (0, (4, 1.5, 1, 1.5))}
 
-
-def plot(report: Mapping[str, Any], path: str | Path) -> None:
+def plot(report: Mapping[str, Any], path: str | Path, trace: str = "") -> None:
     """Draws the median of every method with its interquartile band, by gradient evaluations and by seconds.
 
     With several meta-seeds the band of a learned method is that of all their medians.
@@ -39,28 +26,24 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     Args:
         report: what `report_of` gave, or a file written by `write_report`.
         path: where to write; the suffix tells the format (png, svg, pdf).
+        trace: as for `metateleport.evaluation.style.save`.
 
     Raises:
         ValueError: if the suffix is of no format that matplotlib writes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     # A run for every part of the basis would hide the others; the tables have them.
     methods = {name: entry for name, entry in report["methods"].items() if not name.startswith(ABLATED)}
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.5, 4.8)
     by_evaluations, by_seconds = figure.subplots(1, 2, sharey=True)
     low, high = _limits(methods)
-    others = iter(_OTHERS * len(methods))
-    colours = {name: _COLOURS.get(name.split("/")[0]) or next(others) for name in methods}
+    colours = colours_of(methods)
     # The learned method is drawn last, over the others.
     for name in sorted(methods, key=lambda each: (each == "learned", each.startswith("learned"))):
         entry = methods[name]
         median, q25, q75 = (np.clip(np.asarray(entry[key]), low, high) for key in ("median", "q25", "q75"))
         style: dict[str, Any] = {
             "color": colours[name],
-            "linestyle": _LINES.get(name.partition("/")[2], "-"),
+            "linestyle": LINES.get(name.partition("/")[2], "-"),
             "linewidth": 2.4 if name == "learned" else 1.5,
         }
         seeds = report["meta_seeds"]["along"].get(name) if report.get("meta_seeds") else None
@@ -77,8 +60,7 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
         by_seconds.set(xscale="log", xlim=(shortest, longest))
     by_seconds.set(xlabel=f"seconds, all {report['tasks']} tasks together ({report['conditions']['device']})")
     for axes in (by_evaluations, by_seconds):
-        axes.grid(visible=True, which="major", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        bare(axes)
     handles, labels = by_evaluations.get_legend_handles_labels()
     order = [labels.index(name) for name in methods]
     figure.legend(
@@ -88,15 +70,12 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     # Beside the title is the legend.
     heading = textwrap.fill(f"{report['task']['name']} ({settings})", 110)
     of_seeds = f"; learned: band of {len(report['meta_seeds']['seeds'])} meta-seeds" if report.get("meta_seeds") else ""
-    figure.suptitle(
+    suptitle(
+        figure,
         f"{heading}\n"
         f"median and quartiles of {report['tasks']} held-out tasks{of_seeds}, {report['dtype']}, seed {report['seed']}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
     )
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path, trace=trace)
 
 
 def _limits(methods: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from metateleport.evaluation.attribution import ABLATED, attribution_of, goes_below_zero
+from metateleport.evaluation.attribution import attribution_of, goes_below_zero
+from metateleport.evaluation.conditions import conditions_of
 from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
 from metateleport.evaluation.run import Evaluation, Result
 from metateleport.evaluation.tuning import LARGEST
+from metateleport.evaluation.words import ABLATED
 from metateleport.files import write_text
 
 __all__ = ["SCHEMA", "report_of", "write_report"]
@@ -42,8 +41,9 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
         tasks have such, and where there is a learned method `paired_ratio_to_learned` at the end and
         `paired_ratios_to_learned`, a list of `at`, `ratio`, `low`, `high` at the marks. `attribution` says what its
         teleport brings, as `attribution_of` does; `meta_seeds` what each seed did, as `meta_seeds_of` does. The
-        learned methods in `methods` are those of the checkpoint's chosen seed. Where a loss is below zero there are no
-        ratios, and `attribution` says so.
+        learned methods in `methods` are those of the checkpoint's chosen seed. `kept` names the runs that an earlier
+        call made: their seconds are those measured then. Where a loss is below zero there are no ratios, and
+        `attribution` says so.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
     below = goes_below_zero(evaluation)
@@ -68,14 +68,11 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
         "steps": evaluation.steps,
         "dtype": evaluation.dtype,
         "conditions": {
-            "device": evaluation.device,
-            "accelerator": torch.cuda.get_device_name(evaluation.device) if "cuda" in evaluation.device else "none",
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count() or 1} CPUs",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
+            **conditions_of(evaluation.device),
+            "threads": evaluation.threads,
+            "jobs": evaluation.jobs,
         },
+        "kept": list(evaluation.kept),
         "methods": methods,
         "attribution": attribution,
         "meta_seeds": meta_seeds_of(evaluation, beside),

@@ -9,10 +9,20 @@ from typing import Any
 import torch
 
 from metateleport.evaluation.paired import REFERENCE
-from metateleport.evaluation.trajectory import Method, Trajectory
+from metateleport.evaluation.trajectory import Method, Trajectory, reproducible
 from metateleport.families import TRAINING_LOSS, TaskFamily, TaskStack
 
-__all__ = ["Evaluation", "EvaluationError", "Result", "Seed", "SeedResults", "evaluate"]
+__all__ = [
+    "Evaluation",
+    "EvaluationError",
+    "Result",
+    "Seed",
+    "SeedResults",
+    "evaluate",
+    "measure_of",
+    "result_of",
+    "run_once",
+]
 
 
 class EvaluationError(ValueError):
@@ -79,6 +89,9 @@ class Evaluation:
         measure: what the losses are.
         meta_seeds: results of the learned methods for each meta-seed, the chosen one among them; empty where there is
             but one.
+        threads: that each run computed with.
+        jobs: most processes that ran side by side on the machine.
+        kept: runs that an earlier call made, whose seconds are those measured then.
     """
 
     family: str
@@ -92,6 +105,9 @@ class Evaluation:
     results: dict[str, Result]
     measure: str = TRAINING_LOSS
     meta_seeds: tuple[SeedResults, ...] = ()
+    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+    jobs: int = 1
+    kept: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -162,7 +178,7 @@ def evaluate(
         dtype=str(dtype or family.dtype).removeprefix("torch."),
         device=str(device),
         results=results,
-        measure=TRAINING_LOSS if stack.measure is None else stack.measure.name,
+        measure=measure_of(stack),
         meta_seeds=tuple(of_seeds),
     )
 
@@ -174,8 +190,23 @@ def _run(
     for method in methods:
         if progress is not None:
             progress(method.name + whose)
-        # The first steps of a process pay for imports and memory, whichever method comes first.
-        method.run(stack, min(2, steps))
-        trajectory = method.run(stack, steps)
-        results[method.name] = Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)
+        results[method.name] = result_of(method, run_once(method, stack, steps))
     return results
+
+
+def measure_of(stack: TaskStack) -> str:
+    """What the tasks of a stack are judged by, as tables call it."""
+    return TRAINING_LOSS if stack.measure is None else stack.measure.name
+
+
+def run_once(method: Method, stack: TaskStack, steps: int) -> Trajectory:
+    """Runs a method on a stack of tasks, after a few steps that are not timed."""
+    # The first steps of a process pay for imports and memory, whichever method comes first.
+    method.run(stack, min(2, steps))
+    with reproducible(stack.device):
+        return method.run(stack, steps)
+
+
+def result_of(method: Method, trajectory: Trajectory) -> Result:
+    """A trajectory with how its method was set."""
+    return Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)

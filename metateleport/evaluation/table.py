@@ -9,7 +9,7 @@ from rich.table import Table
 
 from metateleport.evaluation.marks import marks
 from metateleport.evaluation.paired import REFERENCE
-from metateleport.evaluation.tuning import LARGEST
+from metateleport.evaluation.words import interval, number
 from metateleport.families import TRAINING_LOSS
 
 __all__ = ["measured", "ratios_table_of", "table_of"]
@@ -38,6 +38,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{report['task']['name']}: {measured(report)}, median of {tasks} held-out tasks by gradient evaluations",
         caption=f"{report['dtype']}, seed {report['seed']}; seconds are of all {tasks} tasks together"
+        + (f", measured with {report['conditions']['jobs']} processes side by side" if _shared(report) else "")
         + (f"; ratio: paired median of final losses over {REFERENCE}'s" if compared else ""),
         title_justify="left",
         caption_justify="left",
@@ -53,19 +54,19 @@ def table_of(report: Mapping[str, Any]) -> Table:
     if compared:
         table.add_column(f"ratio to {REFERENCE} [95 %]", justify="right", no_wrap=True)
     for name, entry in methods.items():
-        row = [name, *(_number(entry["median"][place]) for place in places)]
-        row.append(f"{_number(entry['q25'][-1])} .. {_number(entry['q75'][-1])}")
+        row = [name, *(number(entry["median"][place]) for place in places)]
+        row.append(f"{number(entry['q25'][-1])} .. {number(entry['q75'][-1])}")
         if accurate:
             accuracy = entry.get("held_out_accuracy")
             row.append(f"{accuracy['median'][-1]:.1%}" if accuracy else "")
         row += [str(sum(entry["diverged"])) if any(entry["diverged"]) else "-", f"{entry['seconds']:.2f}"]
         if compared:
             pair = entry.get(f"paired_ratio_to_{REFERENCE}")
-            row.append("" if pair is None else _ratio(pair))
+            row.append("" if pair is None else interval(pair))
         table.add_row(*row)
         if name == REFERENCE and report.get("meta_seeds"):
             worst, seeds = report["meta_seeds"]["worst"][name], report["meta_seeds"]["seeds"]
-            medians = [_number(worst["median_loss"][str(place)]) for place in places]
+            medians = [number(worst["median_loss"][str(place)]) for place in places]
             empty = [""] * (1 + accurate)
             table.add_row(f"  worst of {len(seeds)} meta-seeds", *medians, *empty, str(worst["diverged"] or "-"), "")
     return table
@@ -100,15 +101,11 @@ def ratios_table_of(report: Mapping[str, Any]) -> Table | None:
             continue
         if seeds > 1:
             ratios = report["meta_seeds"]["ratios_to_learned"][name]
-            table.add_row(name, *(f"{_ratio(each)}\n{_ratio(each['worst'])}" for each in ratios))
+            table.add_row(name, *(f"{interval(each)}\n{interval(each['worst'])}" for each in ratios))
         else:
-            table.add_row(name, *(_ratio(each) for each in entry[f"paired_ratios_to_{REFERENCE}"]))
+            table.add_row(name, *(interval(each) for each in entry[f"paired_ratios_to_{REFERENCE}"]))
     return table
 
 
-def _ratio(pair: Mapping[str, float]) -> str:
-    return "{} [{}, {}]".format(*(_number(pair[key]) for key in ("ratio", "low", "high")))
-
-
-def _number(value: float) -> str:
-    return "not finite" if abs(value) >= LARGEST else f"{value:.3g}"
+def _shared(report: Mapping[str, Any]) -> bool:
+    return int(report["conditions"].get("jobs", 1)) > 1

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from metateleport.evaluation.compared import Pair, pairs_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio, ratio_over_seeds
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result
+from metateleport.evaluation.words import interval
 
 __all__ = ["Target", "evaluations_to", "target_of"]
 
@@ -267,9 +268,5 @@ def _told_of(found: Mapping[str, Any]) -> str:
     told = []
     for name, entry in found["ratios_to_learned"].items():
         best = entry.get("meta_seeds", entry)
-        told.append(f"{name} {_told(best['evaluations'])} and in seconds {_told(best['seconds'])}")
+        told.append(f"{name} {interval(best['evaluations'])} and in seconds {interval(best['seconds'])}")
     return "; ".join(told)
-
-
-def _told(ratio: Mapping[str, float]) -> str:
-    return "{:.3g} [{:.3g}, {:.3g}]".format(*(ratio[key] for key in ("ratio", "low", "high")))

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metateleport.evaluation.lost import where
 from metateleport.families import TaskStack
 from metateleport.families.stack import Batch
 
-__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift"]
+__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift", "reproducible"]
 
 Array = npt.NDArray[np.float64]
 
@@ -72,6 +73,13 @@ class Method(abc.ABC):
         self.settings: dict[str, Any] = dict(settings or {})
         self.tuning: dict[str, Any] | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this method from any other, as plain values: its class, name and settings.
+
+        A method that depends on more adds it: what is kept of a run is found again by this.
+        """
+        return {"class": type(self).__qualname__, "name": self.name, "settings": self.settings}
+
     @abc.abstractmethod
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         """Optimises every task of the stack from its start; the stack is left as it was.
@@ -101,6 +109,14 @@ def ends_only() -> Iterator[None]:
         _ends_only.reset(token)
 
 
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """While the block runs, torch's random numbers (dropout's, say) are the same in every run, whatever ran before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
 class Recorder:
     """Counts what each task has spent, and keeps the losses of the points it reached.
 
@@ -121,7 +137,7 @@ class Recorder:
         >>> stack = TaskStack([Task(nn.Linear(1, 1), nn.functional.mse_loss, (x,), (x,)) for _ in range(2)])
         >>> recorder = Recorder(stack, budget=3)
         >>> recorder.charge(torch.tensor([1.0, 4 / 3]))
-        >>> recorder.record({name: value * 0 for name, value in stack.model.tensors().items()})
+        >>> recorder.record({name: value * 0 for name, value in stack.tensors().items()})
         >>> loss = recorder.trajectory().loss
         >>> loss[0, 1:].tolist(), (loss[1, 1:] - loss[1, 0] == 0).tolist()
         ([1.0, 1.0, 1.0], [True, False, False])
@@ -134,7 +150,7 @@ class Recorder:
         self.spent = torch.zeros(len(stack), dtype=torch.float64)
         self._drift: float | None = None
         self._grid = np.arange(budget + 1, dtype=np.float64)
-        start = self._measure({name: value.detach() for name, value in stack.model.tensors().items()})
+        start = self._measure({name: value.detach() for name, value in stack.tensors().items()})
         self._values = {name: np.repeat(values[:, None], budget + 1, axis=1) for name, values in start.items()}
         self._reached = np.zeros((len(stack), budget + 1))
         self._end: dict[str, Tensor] | None = None
@@ -215,16 +231,13 @@ class Recorder:
             self._drift,
         )
 
-    def _keep(self, parameters: Mapping[str, Tensor], where: Tensor) -> None:
+    def _keep(self, parameters: Mapping[str, Tensor], marked: Tensor) -> None:
         """Remembers the parameters of some tasks, to be measured at the end."""
-        before = self._end or {name: value.detach() for name, value in self.stack.model.tensors().items()}
-        self._end = {
-            name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), parameters[name].detach(), value)
-            for name, value in before.items()
-        }
+        before = self._end or {name: value.detach() for name, value in self.stack.tensors().items()}
+        self._end = {name: where(marked, parameters[name].detach(), value) for name, value in before.items()}
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
-        model, held_out, score = self.stack.model, self.stack.held_out, self.stack.score
+        model, held_out, score = self.stack, self.stack.held_out, self.stack.score
         found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
             found["held_out_loss"] = model.losses_at(parameters, held_out)
@@ -250,7 +263,7 @@ def output_drift(stack: TaskStack, before: Mapping[str, Tensor], after: Mapping[
         after: stacked parameters.
         batch: inputs and targets, stacked.
     """
-    old, new = (stack.model.outputs(at, batch[0]).double().reshape(len(stack), -1) for at in (before, after))
+    old, new = (stack.outputs(at, batch[0]).double().reshape(len(stack), -1) for at in (before, after))
     scale = torch.linalg.vector_norm(old, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     change = torch.linalg.vector_norm(new - old, dim=1) / scale
     return torch.where(new.isfinite().all(1), change, torch.inf)

@@ -2,9 +2,9 @@
 
 from metateleport.families.family import FamilyError, TaskFamily, gallery, load_family, read_settings
 from metateleport.families.probed import ProbedLosses
-from metateleport.families.stack import Batch, StackedModel
-from metateleport.families.task import SPLITS, TRAINING_LOSS, Measure, Split, Task, TaskStack, split_of, task_seed
-from metateleport.families.trial import StackError, try_out, try_twice
+from metateleport.families.stack import TaskStack, stacked_name
+from metateleport.families.task import SPLITS, TRAINING_LOSS, Batch, Measure, Split, Task, split_of, task_seed
+from metateleport.families.trial import StackError, check_evaluation, check_second_order
 
 __all__ = [
     "SPLITS",
@@ -15,15 +15,15 @@ __all__ = [
     "ProbedLosses",
     "Split",
     "StackError",
-    "StackedModel",
     "Task",
     "TaskFamily",
     "TaskStack",
+    "check_evaluation",
+    "check_second_order",
     "gallery",
     "load_family",
     "read_settings",
     "split_of",
+    "stacked_name",
     "task_seed",
-    "try_out",
-    "try_twice",
 ]

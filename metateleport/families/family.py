@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from metateleport.families.task import SPLITS, TRAINING_LOSS, Measure, Split, Task, TaskStack, split_of, task_seed
-from metateleport.families.trial import try_out
+from metateleport.families.stack import TaskStack
+from metateleport.families.task import SPLITS, TRAINING_LOSS, Measure, Split, Task, split_of, task_seed
+from metateleport.families.trial import check_evaluation
 from metateleport.files import run_file, search_folders
 
 __all__ = [
@@ -113,14 +114,13 @@ class TaskFamily(abc.ABC):
 
     def _try_out(self, stack: TaskStack) -> None:
         """Evaluates a stack once, the first of its kind in this process."""
-        model = stack.model
-        tensors = (*model.named_parameters(), *model.named_buffers())
+        tensors = (*stack.named_parameters(), *stack.named_buffers())
         shapes = tuple((name, value.shape, value.dtype) for name, value in tensors)
-        kind = (type(self), str(model.template), shapes, str(stack.device))
+        kind = (type(self), str(stack.template), shapes, str(stack.device))
         if kind not in _TRIED:
-            try_out(model, stack.batch(0))
-            _TRIED[kind] = model.batched
-        model.batched = _TRIED[kind]
+            check_evaluation(stack, stack.batch(0))
+            _TRIED[kind] = stack.batched
+        stack.batched = _TRIED[kind]
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""

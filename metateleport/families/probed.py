@@ -16,9 +16,9 @@ __all__ = ["ProbedLosses"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ProbedLosses:
-    """One forward pass of a `StackedModel` with its graph: what a step is given.
+    """One forward pass of a `TaskStack` with its graph: what a step is given.
 
-    Made by `StackedModel.forward(batch, probe=True)`, and by the patched module of an unroll, whose fast weights it
+    Made by `TaskStack.forward(batch, probe=True)`, and by the patched module of an unroll, whose fast weights it
     then holds.
 
     Args:
@@ -29,9 +29,10 @@ class ProbedLosses:
         layout: lays gradients on outputs out as cotangents.
 
     Example:
-        >>> from metateleport.families.stack import StackedModel
-        >>> stack = StackedModel([nn.Linear(2, 1) for _ in range(3)], nn.functional.mse_loss)
-        >>> seen = stack(((torch.ones(3, 4, 2),), (torch.zeros(3, 4, 1),)), probe=True)
+        >>> from metateleport.families import Task, TaskStack
+        >>> x = torch.ones(4, 2)
+        >>> stack = TaskStack([Task(nn.Linear(2, 1), nn.functional.mse_loss, (x,), (x[:, :1],)) for _ in range(3)])
+        >>> seen = stack(stack.full, probe=True)
         >>> seen.losses.shape, seen.point(in_graph=False).gradients["weight"].shape
         (torch.Size([3]), torch.Size([3, 1, 2]))
     """
@@ -84,16 +85,16 @@ class ProbedLosses:
         Example:
             >>> ProbedLosses.checked(torch.ones(2), {})
             Traceback (most recent call last):
-            TypeError: a stack's step is given what model(batch, probe=True) returns, not a Tensor: losses alone do ...
+            TypeError: a stack's step is given what stack(batch, probe=True) returns, not a Tensor: losses alone do ...
         """
         if not isinstance(given, ProbedLosses):
             raise TypeError(
-                f"a stack's step is given what model(batch, probe=True) returns, not a {type(given).__name__}: losses "
+                f"a stack's step is given what stack(batch, probe=True) returns, not a {type(given).__name__}: losses "
                 "alone do not say what the modules saw"
             )
         if any(given.parameters.get(name) is not value for name, value in parameters.items()):
             raise ValueError(
-                "these losses were seen at other parameters than the step starts from: run the model that is stepped "
+                "these losses were seen at other parameters than the step starts from: run the stack that is stepped "
                 "with probe=True before every step"
             )
         return given

@@ -1,98 +1,156 @@
-"""Tasks of one shape, stacked: one module whose parameters have a task dimension in front."""
+"""Several tasks in one graph: one module whose parameters and data have a task dimension in front."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
 from metateleport.families.probed import ProbedLosses
+from metateleport.families.stackable import check_stackable, movable
+from metateleport.families.task import Batch, Task
 from metateleport.point import Point, Tensors
-from metateleport.symmetries import Symmetry
 
-__all__ = ["Batch", "StackedModel"]
-
-Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Inputs of the model and targets of the loss."""
+__all__ = ["TaskStack", "stacked_name"]
 
 
-class StackedModel(nn.Module):
-    """Several copies of one model, each with parameters and data of its own, evaluated in one graph.
+class TaskStack(nn.Module):
+    """Several tasks of one shape, each with parameters and data of its own, evaluated in one graph.
 
     Parameters carry the task dimension in front. The forward pass runs the model once under `torch.func.vmap`, so
     that it costs one set of batched kernels and not one set a task. Being an ordinary module it can be patched by
     `higher`, which puts tensors of an unroll in the place of its parameters.
 
-    Parameters that the models froze are no parameters of the stack: each task keeps its own, as it keeps its buffers.
+    Parameters that the tasks froze are buffers of the stack: each task keeps its own, as it keeps its buffers. The
+    data are stacked when they are first asked for, on the device of the parameters. A deep copy, as a patched stack
+    and a clone of learn2learn's, has parameters and buffers of its own and shares tasks and data.
 
     Args:
-        models: modules of one architecture and of equal shapes.
-        loss: maps a model's outputs and the targets to a scalar.
-        symmetries: symmetries of one model; the modules they name are recorded.
+        tasks: tasks of one family and setting; the loss and the symmetries are those of the first.
+        device: where the stack lives.
 
     Raises:
-        ValueError: if there is no model, their parameters do not have equal names and shapes, are lazy or complex, or
-            none of them is to be trained.
+        ValueError: if there is no task, one has no samples, their models or data differ in shape, their parameters
+            are lazy, complex or all frozen, or a symmetry names what the model does not have.
 
     Example:
-        >>> models = [nn.Linear(2, 1) for _ in range(3)]
-        >>> stacked = StackedModel(models, nn.functional.mse_loss, ())
-        >>> stacked(((torch.ones(3, 4, 2),), (torch.zeros(3, 4, 1),))).shape
+        >>> x = torch.ones(4, 2)
+        >>> stack = TaskStack([Task(nn.Linear(2, 1), nn.functional.mse_loss, (x,), (x[:, :1],)) for _ in range(3)])
+        >>> stack(stack.full).shape
         torch.Size([3])
     """
 
-    def __init__(
-        self, models: Sequence[nn.Module], loss: Callable[..., Tensor], symmetries: Sequence[Symmetry] = ()
-    ) -> None:
+    def __init__(self, tasks: Sequence[Task], device: torch.device | str = "cpu") -> None:
         super().__init__()
-        if not models:
-            raise ValueError("a stack needs at least one model")
+        check_stackable(tasks)
+        self.tasks = tuple(tasks)
+        self.symmetries = movable(self.template, tasks[0].symmetries)
+        self.loss, self.score, self.measure = tasks[0].loss, tasks[0].score, tasks[0].measure
+        models = [task.model for task in tasks]
         parameters = [dict(model.named_parameters()) for model in models]
-        _check(parameters)
-        first = parameters[0]
-        self.names = tuple(name for name, value in first.items() if value.requires_grad)
-        for name in self.names:
-            self.register_parameter(_key(name), nn.Parameter(torch.stack([own[name].detach() for own in parameters])))
-        self.frozen = tuple(name for name in first if name not in self.names)
-        for name in self.frozen:
-            self.register_buffer(_key(name), torch.stack([own[name].detach() for own in parameters]))
-        for name in dict(models[0].named_buffers()):
-            self.register_buffer(_key(name), torch.stack([dict(model.named_buffers())[name] for model in models]))
-        self.symmetries = tuple(symmetries)
-        self.loss = loss
-        self.tasks = len(models)
-        # In a tuple, so that the template's own parameters are not parameters of the stack.
-        self._template = (models[0],)
-        self._buffer_names = tuple(name for name, _ in models[0].named_buffers())
-        self.moved_buffers = tuple(dict.fromkeys(name for symmetry in symmetries for name in symmetry.buffers))
-        self.watched = modules_of(symmetries)
+        self.names = tuple(name for name, value in parameters[0].items() if value.requires_grad)
+        """Names in the model of the parameters that are trained."""
+        self.frozen = tuple(name for name in parameters[0] if name not in self.names)
+        """Names in the model of the parameters that are not."""
+        for name in (*self.names, *self.frozen):
+            value = torch.stack([own[name].detach() for own in parameters])
+            if name in self.names:
+                self.register_parameter(stacked_name(name), nn.Parameter(value))
+            else:
+                self.register_buffer(stacked_name(name), value)
+        buffers = [dict(model.named_buffers()) for model in models]
+        for name in buffers[0]:
+            self.register_buffer(stacked_name(name), torch.stack([own[name] for own in buffers]))
+        self._buffer_names = tuple(buffers[0])
+        self.moved_buffers = tuple(dict.fromkeys(name for symmetry in self.symmetries for name in symmetry.buffers))
+        """Names of the buffers that symmetries move."""
+        self.watched = modules_of(self.symmetries)
         """Names of the modules that symmetries look at."""
-        known = {name for name, _ in models[0].named_modules()}
-        missing = [name for name in self.watched if name not in known]
-        missing += [name for symmetry in symmetries for name in symmetry.parameters if name not in first]
-        if missing:
-            raise ValueError(
-                f"a symmetry names {missing[0]!r}, which the model does not have (a tied weight goes by its first name)"
-            )
-        self._has_channels = channel_modules(models[0], self.watched)
+        self._has_channels = channel_modules(self.template, self.watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
         self.batched = True
         """Whether one set of batched kernels serves all tasks; where a model does not go through `vmap`, none does."""
+        self.to(device)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TaskStack:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for own in ("_parameters", "_buffers", "_modules"):
+            setattr(twin, own, copy.deepcopy(getattr(self, own), memo))
+        return twin
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TaskStack:
+        # The data follow the parameters to another device: they are stacked there when next asked for.
+        for name in ("full", "held_out", "_sought"):
+            vars(self).pop(name, None)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{len(self)} tasks, each with a {type(self.template).__name__}"
 
     @property
     def template(self) -> nn.Module:
         """The module whose forward pass all tasks share; its own parameters are not used."""
-        return self._template[0]
+        return self.tasks[0].model
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    @functools.cached_property
+    def full(self) -> Batch:
+        """Every task's training data, stacked when they are first asked for: on minibatches they may never be."""
+        return self._side_by_side([task.training for task in self.tasks])
+
+    @functools.cached_property
+    def held_out(self) -> Batch | None:
+        """Every task's held-out data, stacked when they are first asked for; None where a task has none."""
+        parts = [task.held_out for task in self.tasks if task.held_out is not None]
+        return self._side_by_side(parts) if len(parts) == len(self) else None
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every evaluation sees the whole training set."""
+        return self.tasks[0].batch_size is None
+
+    def batch(self, step: int) -> Batch:
+        """Every task's minibatch of one evaluation, stacked."""
+        return self.full if self.deterministic else self._side_by_side([task.batch(step) for task in self.tasks])
+
+    def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What every task is judged by at some parameters: its measure, or its full training loss, `(tasks,)`."""
+        if self.measure is None:
+            return self.losses_at(parameters, self.full)
+        with torch.no_grad():
+            return self.each(self.measure.function, {**self.fixed(), **parameters}, *self._sought)
+
+    @functools.cached_property
+    def _sought(self) -> tuple[Tensor, ...]:
+        """What the tasks' measures compare with."""
+        return self._side_by_side([(task.measure.data, ()) for task in self.tasks if task.measure is not None])[0]
+
+    def _side_by_side(self, batches: Sequence[Batch]) -> Batch:
+        """The tasks' tensors stacked; one that they share is not copied."""
+
+        def stacked(values: Sequence[Tensor]) -> Tensor:
+            if all(value is values[0] for value in values):
+                return values[0].to(self.device).expand(len(values), *values[0].shape)
+            return torch.stack(tuple(values)).to(self.device)
+
+        inputs, targets = (
+            tuple(stacked(values) for values in zip(*part, strict=True)) for part in zip(*batches, strict=True)
+        )
+        return inputs, targets
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function of one task, called for all of them: under `vmap`, or one after the other where that cannot be.
@@ -106,7 +164,7 @@ class StackedModel(nn.Module):
         """
         if self.batched:
             return torch.func.vmap(function, randomness="different")(*arguments)
-        found = [function(*pytree.tree_map(lambda value: value[task], arguments)) for task in range(self.tasks)]  # noqa: B023
+        found = [function(*pytree.tree_map(lambda value: value[task], arguments)) for task in range(len(self))]  # noqa: B023
         return pytree.tree_map(lambda *values: torch.stack(values), *found)
 
     def fixed(self) -> Tensors:
@@ -114,19 +172,19 @@ class StackedModel(nn.Module):
 
         Buffers are copies: a model may write into them as it runs, and the stack stays as it is.
         """
-        own = {name: getattr(self, _key(name)) for name in self.frozen}
-        return {**own, **{name: getattr(self, _key(name)).clone() for name in self._buffer_names}}
+        own = {name: getattr(self, stacked_name(name)) for name in self.frozen}
+        return {**own, **{name: getattr(self, stacked_name(name)).clone() for name in self._buffer_names}}
 
     def tensors(self) -> Tensors:
         """The current parameters, and the buffers that symmetries move, by their names in the model, `(tasks, ...)`;
         those of an unroll where patched."""
-        return {name: getattr(self, _key(name)) for name in (*self.names, *self.moved_buffers)}
+        return {name: getattr(self, stacked_name(name)) for name in (*self.names, *self.moved_buffers)}
 
     def load(self, parameters: Mapping[str, Tensor]) -> None:
         """Overwrites the parameters, in place."""
         with torch.no_grad():
             for name in (*self.names, *self.moved_buffers):
-                getattr(self, _key(name)).copy_(parameters[name])
+                getattr(self, stacked_name(name)).copy_(parameters[name])
 
     def forward(self, batch: Batch, probe: bool = False) -> Tensor | ProbedLosses:
         """The loss of every task, `(tasks,)`.
@@ -200,31 +258,17 @@ class StackedModel(nn.Module):
             self._output_shapes[key] = {name: value.shape for name, value in recording.outputs.items()}
         like = next(iter(parameters.values()))
         return {
-            name: like.new_zeros(self.tasks, *shape).requires_grad_()
-            for name, shape in self._output_shapes[key].items()
+            name: like.new_zeros(len(self), *shape).requires_grad_() for name, shape in self._output_shapes[key].items()
         }
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")
+def stacked_name(name: str) -> str:
+    """What a stack calls the parameter or buffer `name` of its model.
 
+    With a stroke in front it is no name that Python code can have: a model may call its parameters as it likes.
 
-def _check(parameters: Sequence[Mapping[str, nn.Parameter]]) -> None:
-    """Refuses parameters that cannot be stacked or stepped."""
-    first = parameters[0]
-    for name, value in first.items():
-        if is_lazy(value):
-            raise ValueError(f"{name!r} has no shape yet: run lazy modules once, on the task's inputs, in sample()")
-        if value.is_complex():
-            raise ValueError(
-                f"{name!r} is complex, and steps are learned for real weights: keep its real and imaginary parts in a "
-                "real parameter and use torch.view_as_complex in forward()"
-            )
-    shapes = [{name: value.shape for name, value in own.items()} for own in parameters]
-    if any(other != shapes[0] for other in shapes):
-        raise ValueError("only models of one architecture can be stacked: their parameters differ in name or shape")
-    trained = [{name for name, value in own.items() if value.requires_grad} for own in parameters]
-    if any(other != trained[0] for other in trained):
-        raise ValueError("only models with the same parameters frozen can be stacked: theirs differ in requires_grad")
-    if not trained[0]:
-        raise ValueError("there is nothing to train: the model has no parameter with requires_grad=True")
+    Example:
+        >>> stacked_name("0.weight")
+        '/0/weight'
+    """
+    return "/" + name.replace(".", "/")

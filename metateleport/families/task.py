@@ -1,21 +1,21 @@
-"""Tasks: one optimisation problem each, the seeds that keep them apart, and stacks of them."""
+"""Tasks, one optimisation problem each, and the seeds that keep their splits apart."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport.families.stack import Batch, StackedModel
 from metateleport.symmetries import Symmetry
 
-__all__ = ["SPLITS", "TRAINING_LOSS", "Measure", "Split", "Task", "TaskStack", "split_of", "task_seed"]
+__all__ = ["SPLITS", "TRAINING_LOSS", "Batch", "Measure", "Split", "Task", "split_of", "task_seed"]
+
+Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Inputs of the model and targets of the loss."""
 
 Split = Literal["train", "validation", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "held-out")
@@ -138,108 +138,3 @@ def split_of(seed: int) -> Split:
     if seed % 4 >= len(SPLITS):
         raise ValueError(f"seed {seed} belongs to no split: its remainder by 4 has to be 0, 1 or 2")
     return SPLITS[seed % 4]
-
-
-class TaskStack:
-    """Tasks of one shape side by side: a stacked model and stacked data.
-
-    Args:
-        tasks: tasks of one family and setting.
-        device: where the stack lives.
-
-    Raises:
-        ValueError: if there is no task, or their shapes differ.
-    """
-
-    def __init__(self, tasks: Sequence[Task], device: torch.device | str = "cpu") -> None:
-        if not tasks:
-            raise ValueError("a stack needs at least one task")
-        if any(_empty(task) for task in tasks):
-            raise ValueError("a task has no training samples, and without any there is no loss: give it one at least")
-        first = tasks[0]
-        self.symmetries = _unfrozen(first.model, first.symmetries)
-        self.model = StackedModel([task.model for task in tasks], first.loss, self.symmetries).to(device)
-        self.tasks = tuple(tasks)
-        self.device = torch.device(device)
-        if any(_shapes(task) != _shapes(tasks[0]) for task in tasks):
-            raise ValueError("only tasks of one shape can be stacked: their data differ in number or shape")
-        self.score = tasks[0].score
-        self.measure = tasks[0].measure
-        self._sought: tuple[Tensor, ...] = ()
-        if self.measure is not None:
-            self._sought = self._stack([(task.measure.data, ()) for task in tasks if task.measure is not None])[0]
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    @functools.cached_property
-    def full(self) -> Batch:
-        """Every task's training data, stacked when they are first asked for: on minibatches they may never be."""
-        return self._stack([task.training for task in self.tasks])
-
-    @functools.cached_property
-    def held_out(self) -> Batch | None:
-        """Every task's held-out data, stacked when they are first asked for; None where a task has none."""
-        parts = [task.held_out for task in self.tasks if task.held_out is not None]
-        return self._stack(parts) if len(parts) == len(self.tasks) else None
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether every evaluation sees the whole training set."""
-        return self.tasks[0].batch_size is None
-
-    def batch(self, step: int) -> Batch:
-        """Every task's minibatch of one evaluation, stacked."""
-        return self.full if self.deterministic else self._stack([task.batch(step) for task in self.tasks])
-
-    def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What every task is judged by at some parameters: its measure, or its full training loss, `(tasks,)`."""
-        if self.measure is None:
-            return self.model.losses_at(parameters, self.full)
-        with torch.no_grad():
-            return self.model.each(self.measure.function, {**self.model.fixed(), **parameters}, *self._sought)
-
-    def _stack(self, batches: Sequence[Batch]) -> Batch:
-        inputs, targets = (
-            tuple(self._side_by_side(values) for values in zip(*part, strict=True))
-            for part in zip(*batches, strict=True)
-        )
-        return inputs, targets
-
-    def _side_by_side(self, values: Sequence[Tensor]) -> Tensor:
-        """The tasks' tensors stacked; one that they share is not copied."""
-        if all(value is values[0] for value in values):
-            return values[0].to(self.device).expand(len(values), *values[0].shape)
-        return torch.stack(tuple(values)).to(self.device)
-
-
-def _unfrozen(model: nn.Module, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
-    """The symmetries that move no frozen parameter; what is left out is said, once for each model's shape."""
-    named = dict(model.named_parameters())
-    kept, frozen = [], []
-    for symmetry in symmetries:
-        moved = [name for name in symmetry.parameters if name in named and not named[name].requires_grad]
-        frozen.extend(moved)
-        if not moved:
-            kept.append(symmetry)
-    if frozen:
-        warnings.warn(
-            f"{len(symmetries) - len(kept)} of {len(symmetries)} symmetries are left out: they move "
-            f"{', '.join(dict.fromkeys(frozen))}, which the task froze",
-            stacklevel=3,
-        )
-    return tuple(kept)
-
-
-def _empty(task: Task) -> bool:
-    if task.rows is not None:
-        return not len(task.rows)
-    return any(value.ndim and not len(value) for value in (*task.inputs, *task.targets))
-
-
-def _shapes(task: Task) -> list[Any]:
-    """What has to be equal in all tasks of a stack."""
-    count = () if task.rows is None else (len(task.rows),)
-    own = [[(*count, *value.shape[len(count) :]) for value in part] for part in (task.inputs, task.targets)]
-    held_out = None if task.held_out is None else [[value.shape for value in part] for part in task.held_out]
-    return [own, held_out, None if task.measure is None else [value.shape for value in task.measure.data]]

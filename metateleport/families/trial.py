@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 from metateleport.capture import record
-from metateleport.families.stack import Batch, StackedModel
+from metateleport.families.stack import TaskStack
+from metateleport.families.task import Batch
 
-__all__ = ["StackError", "try_out", "try_twice"]
+__all__ = ["StackError", "check_evaluation", "check_second_order"]
 
 
 class StackError(ValueError):
     """A stack whose tasks cannot be evaluated; the message names the cause and what to do."""
 
 
-def try_out(model: StackedModel, batch: Batch) -> None:
+def check_evaluation(stack: TaskStack, batch: Batch) -> None:
     """Evaluates a stack and its gradients once, and leaves it as it was.
 
     A model that does not go through `torch.func.vmap` (recurrent layers, `.item()`, control flow that depends on data)
     is evaluated task by task from then on, which is said once.
 
     Args:
-        model: the stack; its `batched` is set.
+        stack: its `batched` is set.
         batch: inputs and targets of every task, stacked.
 
     Raises:
@@ -32,21 +33,22 @@ def try_out(model: StackedModel, batch: Batch) -> None:
 
     Example:
         >>> from torch import nn
-        >>> stack = StackedModel([nn.Linear(2, 1)], lambda outputs: outputs)
-        >>> try_out(stack, ((torch.ones(1, 4, 2),), ()))
+        >>> from metateleport.families import Task
+        >>> stack = TaskStack([Task(nn.Linear(2, 1), lambda outputs: outputs, (torch.ones(4, 2),), ())])
+        >>> check_evaluation(stack, stack.full)
         Traceback (most recent call last):
         metateleport.families.trial.StackError: the loss has to be a scalar; its shape is (4, 1)
     """
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [stack.device] if stack.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        _single(model, batch)
-        error = _failure(model, batch)
+        _single(stack, batch)
+        error = _failure(stack, batch)
         if error is None:
             return
-        model.batched = False
-        again = _failure(model, batch)
+        stack.batched = False
+        again = _failure(stack, batch)
     if again is not None:
-        model.batched = True
+        stack.batched = True
         raise StackError(
             f"the tasks' model cannot be evaluated with its gradients: {_words(again)}. Batched over the tasks it "
             f"failed with: {_words(error)}"
@@ -58,16 +60,16 @@ def try_out(model: StackedModel, batch: Batch) -> None:
     )
 
 
-def try_twice(model: StackedModel, batch: Batch) -> None:
+def check_second_order(stack: TaskStack, batch: Batch) -> None:
     """Differentiates a stack's gradients once, as meta-training does.
 
     Raises:
         StackError: if the model's operations have no second derivative.
     """
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [stack.device] if stack.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
-            gradients = model(batch, probe=True).point(in_graph=True).gradients
+            gradients = stack(batch, probe=True).point(in_graph=True).gradients
             total = sum(value.square().sum() for value in gradients.values())
             if isinstance(total, Tensor) and total.requires_grad:
                 # All of the graph: towards some weights alone, a function that has one derivative only is left out.
@@ -79,24 +81,24 @@ def try_twice(model: StackedModel, batch: Batch) -> None:
                 "torch.backends.cudnn.flags(enabled=False) for recurrent layers"
             ) from error
         finally:
-            model.zero_grad()
+            stack.zero_grad()
 
 
-def _single(model: StackedModel, batch: Batch) -> None:
+def _single(stack: TaskStack, batch: Batch) -> None:
     """Runs the first task as its author would."""
-    tensors = {name: value[0].detach().clone() for name, value in {**model.fixed(), **model.tensors()}.items()}
+    tensors = {name: value[0].detach().clone() for name, value in {**stack.fixed(), **stack.tensors()}.items()}
     inputs, targets = (tuple(value[0] for value in part) for part in batch)
     try:
-        with torch.no_grad(), record(model.template, model.watched) as recording:
-            outputs = torch.func.functional_call(model.template, tensors, inputs)
+        with torch.no_grad(), record(stack.template, stack.watched) as recording:
+            outputs = torch.func.functional_call(stack.template, tensors, inputs)
     except Exception as error:
         raise StackError(f"the task's model does not run on the task's inputs: {_words(error)}") from error
-    unused = [name for name in model.watched if name not in recording.outputs]
+    unused = [name for name in stack.watched if name not in recording.outputs]
     if unused:
         raise StackError(f"a symmetry of the task looks at {unused[0]!r}, which forward() does not run: leave it out")
     try:
         with torch.no_grad():
-            loss = model.loss(outputs, *targets)
+            loss = stack.loss(outputs, *targets)
     except Exception as error:
         raise StackError(f"the task's loss does not take its outputs and targets: {_words(error)}") from error
     if not isinstance(loss, Tensor):
@@ -107,13 +109,13 @@ def _single(model: StackedModel, batch: Batch) -> None:
         raise StackError(f"the loss has to be a real number; its dtype is {loss.dtype}")
 
 
-def _failure(model: StackedModel, batch: Batch) -> Exception | None:
+def _failure(stack: TaskStack, batch: Batch) -> Exception | None:
     try:
-        point = model.point_at(model.tensors(), batch)
+        point = stack.point_at(stack.tensors(), batch)
     except Exception as error:
         return error
     assert point.loss is not None
-    if point.loss.shape != (model.tasks,):
+    if point.loss.shape != (len(stack),):
         return RuntimeError(f"the losses are of shape {tuple(point.loss.shape)}, not one for each task")
     return None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.capture import modules_of, record
 from metateleport.detection.chain import symmetries_of
-from metateleport.families.stack import StackedModel
+from metateleport.families import TaskStack, stacked_name
 from metateleport.fewshot.learn2learn import learn2learn
 from metateleport.fewshot.plain import maml, meta_sgd
 from metateleport.point import Point, Tensors, pullback_through
@@ -109,7 +109,7 @@ class TeleportingLearner(nn.Module):
         if not torch.is_grad_enabled():
             return self.learner(*inputs, **keywords)
         module = self.module
-        if isinstance(module, StackedModel):
+        if isinstance(module, TaskStack):
             found = module(*inputs, **keywords, probe=True)
             self._seen = _Seen(found.parameters, found.activations, found.probes, found.layout, found.losses)
             return found.losses
@@ -170,7 +170,7 @@ class TeleportingLearner(nn.Module):
     def _names(self) -> tuple[str, ...]:
         """Names of the parameters, in the module's order, as symmetries call them."""
         module = self.module
-        return module.names if isinstance(module, StackedModel) else tuple(n for n, _ in module.named_parameters())
+        return module.names if isinstance(module, TaskStack) else tuple(n for n, _ in module.named_parameters())
 
     def _point(self, loss: Tensor, second_order: bool) -> Point:
         seen = self._seen
@@ -215,8 +215,8 @@ class TeleportingLearner(nn.Module):
         for name, value in arrived.parameters.items():
             if value is start.parameters[name]:
                 continue
-            if isinstance(module, StackedModel):
-                module._parameters[name.replace(".", "/")] = value  # type: ignore[assignment]
+            if isinstance(module, TaskStack):
+                module._parameters[stacked_name(name)] = value  # type: ignore[assignment]
             else:
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._parameters[leaf] = value  # type: ignore[assignment]

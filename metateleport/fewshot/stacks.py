@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metateleport.families import TaskStack
-from metateleport.families.stack import Batch, StackedModel
+from metateleport.families import Batch, TaskStack, stacked_name
 from metateleport.fewshot.learn2learn import learn2learn
 from metateleport.fewshot.learners import TeleportingLearner
 
@@ -19,7 +18,7 @@ __all__ = ["Adaptation", "adapt", "on_stack"]
 def on_stack(learner: Any, stack: TaskStack) -> Any:
     """A clone of a learner for all tasks of a stack at once, in the graph of the learner's parameters.
 
-    Its model is a `StackedModel` in which every task starts from the learner's own weights: called with a batch it
+    Its model is a `TaskStack` in which every task starts from the learner's own weights: called with a batch it
     gives the losses, `(tasks,)`, and `adapt` takes their sum. Each task then adapts as if it were alone: learning
     rates and preconditioners that are shared by the tasks broadcast over them.
 
@@ -47,13 +46,13 @@ def on_stack(learner: Any, stack: TaskStack) -> Any:
     inner = clone.learner if isinstance(clone, TeleportingLearner) else clone
     named = dict(inner.module.named_parameters())
     trained = {name: value for name, value in named.items() if value.requires_grad}
-    wanted = {name: value.shape[1:] for name, value in stack.model.tensors().items() if name in stack.model.names}
+    wanted = {name: value.shape[1:] for name, value in stack.tensors().items() if name in stack.names}
     if wanted != {name: value.shape for name, value in trained.items()}:
         raise ValueError("the tasks' model is not the learner's: their parameters differ in name or shape")
-    stacked = learn2learn().clone_module(stack.model)
+    stacked = learn2learn().clone_module(stack)
     for name, value in named.items():
         own = stacked._parameters if name in trained else stacked._buffers
-        own[name.replace(".", "/")] = value.expand(len(stack), *value.shape)
+        own[stacked_name(name)] = value.expand(len(stack), *value.shape)
     inner.module = stacked
     return clone
 
@@ -114,13 +113,13 @@ def adapt(learner: Any, stack: TaskStack, steps: int) -> Adaptation:
 
 
 def _measured(clone: Any, stack: TaskStack, held_out: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    module: StackedModel = clone.module
+    module: TaskStack = clone.module
     parameters = module.tensors()
-    support = stack.model.losses_at(parameters, stack.full)
-    query = stack.model.losses_at(parameters, held_out)
+    support = stack.losses_at(parameters, stack.full)
+    query = stack.losses_at(parameters, held_out)
     if stack.score is None:
         return support, query, torch.full_like(query, float("nan"))
-    outputs = stack.model.outputs(parameters, held_out[0])
+    outputs = stack.outputs(parameters, held_out[0])
     return support, query, stack.score(outputs, *held_out[1])
 
 

@@ -1,4 +1,4 @@
-"""Gauges: places on the orbit that single tensors are stepped in, and left again after the step."""
+"""Gauges: group elements that single tensors are stepped in and that are undone after the step."""
 
 from metateleport.gauges.step import (
     Gauge,

@@ -1,4 +1,4 @@
-"""Gauges: places on the orbit that single tensors are stepped in, and left again after the step."""
+"""Steps in gauges: a group element acts, one side of a symmetry is stepped, and the element is undone."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Side = Literal["in", "out"]
 
 @dataclasses.dataclass(frozen=True)
 class Gauge:
-    r"""A group element in whose gauge the tensors of one side of a symmetry are stepped.
+    r"""A group element that the tensors of one side of a symmetry are stepped in.
 
     Args:
         symmetry: acts linearly on the weights.
-        side: `in` for the tensors that take in what moves (U), `out` for those that put it out (V and b).
+        side: `in` for the tensors that read the features that move (U), `out` for those that output them (V and b).
         names: of the tensors.
         element: the group element, `(*batch, *symmetry.group.shape)`.
         size: Frobenius norm of its generator, `(*batch,)`.
@@ -48,13 +48,13 @@ class Gauge:
     size: Tensor
 
     def incoming(self, rows: Tensor) -> Tensor:
-        """Features in rows, `(*batch, samples, width)`, as the gauge shows them: $g h$."""
+        """Features in rows, `(*batch, samples, width)`, seen in the gauge: $g h$."""
         if len(self.symmetry.group.shape) == 1:
             return rows * self.element.unsqueeze(-2)
         return rows @ self.element.mT
 
     def outgoing(self, matrix: Tensor) -> Tensor:
-        r"""A form on the side above, `(*batch, width, width)`, as the gauge shows it: $g^{-\top} S g^{-1}$."""
+        r"""A form on the side above, `(*batch, width, width)`, seen in the gauge: $g^{-\top} S g^{-1}$."""
         inverse = self.symmetry.group.inverse(self.element)
         if len(self.symmetry.group.shape) == 1:
             return inverse.unsqueeze(-1) * matrix * inverse.unsqueeze(-2)
@@ -62,12 +62,12 @@ class Gauge:
 
 
 def gauge_symmetries(symmetries: Sequence[Symmetry], linearised: bool) -> tuple[Symmetry, ...]:
-    """The linear actions to choose gauges from.
+    """The linear actions that gauges are chosen from.
 
     Args:
         symmetries: of a model, in the order of the data flow.
-        linearised: take pairs of linear layers with an activation between them as linear (`LinearisedPair`): what is
-            undone after the step needs no invariance. Otherwise only exact symmetries are taken.
+        linearised: treat pairs of linear layers with an activation between them as linear (`LinearisedPair`), as a
+            gauge needs no invariance. Otherwise only exact symmetries are used.
 
     Returns:
         In the same order, one for each pair of layers, or head of an attention.
@@ -93,7 +93,7 @@ def gauge_symmetries(symmetries: Sequence[Symmetry], linearised: bool) -> tuple[
 
 
 def precondition(gauges: Sequence[Gauge], covectors: Mapping[str, Tensor], point: Point) -> Tensors:
-    r"""Steps along covectors taken in gauges that are undone: $p \mapsto g^{-1} (g \cdot p)$.
+    r"""Steps along covectors, taken in gauges: $p \mapsto g^{-1} (g \cdot p)$.
 
     For factors $U V$ these are $G_U\, g^\top g$ and $(g^\top g)^{-1} G_V$.
 
@@ -128,12 +128,12 @@ class TensorGroup:
 
 @dataclasses.dataclass(frozen=True)
 class GaugedStep:
-    """What a step in gauges gave.
+    """The result of a step in gauges.
 
     Args:
         parameters: all parameters after the step, back in the model's own place on the orbit.
         evaluations: gradient evaluations that the gauges cost, `(*batch,)`.
-        moves: what each gauge was, by the group's names; elements that are not the identity were undone.
+        moves: each gauge as a move, by the group's names; elements other than the identity were undone.
         states: the teleporters' states, by the group's names.
     """
 
@@ -144,7 +144,7 @@ class GaugedStep:
 
 
 def tensor_groups(names: Sequence[str], symmetries: Sequence[Symmetry]) -> tuple[TensorGroup, ...]:
-    """Sorts tensors by the symmetries that move them and, by whether they take in or put out what moves.
+    """Sorts tensors by the symmetries that move them, and by whether they read or output the features that move.
 
     Args:
         names: of the tensors.
@@ -190,12 +190,12 @@ def step_in_gauges(
 
     $$W_i \mapsto g_i^{-1} \cdot \left(\mathrm{step}(g_i \cdot W)\right)_i$$
 
-    The model never moves along its orbit: a gauge is a preconditioner. For factors $U V$, gradient descent in the
+    The model does not move along its orbit: a gauge is a preconditioner. For factors $U V$, gradient descent in the
     gauges $g_U = (V V^\top)^{-1/2}$ and $g_V = (U^\top U)^{1/2}$ is ScaledGD,
     $U \mapsto U - \eta\, G_U (V V^\top)^{-1}$ and $V \mapsto V - \eta\, (U^\top U)^{-1} G_V$.
 
     Only what the stepped tensors' gradients need is rebuilt and counted: nothing for exact symmetries, and nothing
-    for the upper layer of a batch form.
+    for the upper layer of a batch pair.
 
     Args:
         point: with gradients; activations and cotangents where a symmetry needs them.
@@ -252,7 +252,7 @@ def undo(moves: Sequence[Move], point: Point, changed: Names = ()) -> tuple[Poin
     Args:
         moves: as `travel` gave them.
         point: where they led to, or what a step has made of it.
-        changed: names of the parameters that were changed since: where a batch form has to run them again, that is
+        changed: names of the parameters that were changed since: where a batch pair has to run them again, that is
             counted.
 
     Returns:
@@ -261,7 +261,7 @@ def undo(moves: Sequence[Move], point: Point, changed: Names = ()) -> tuple[Poin
         units) it is another point with the same outputs on the batch.
     """
     cost: Tensor = torch.zeros_like(moves[0].size) if moves else torch.zeros(())
-    # What a batch form would rebuild of the backward pass is not asked for.
+    # What a batch pair would rebuild of the backward pass is not asked for.
     bare = point.replace(cotangents={}, pullback=None)
     for move in reversed(moves):
         moved = move.size > 0
@@ -275,7 +275,7 @@ def undo(moves: Sequence[Move], point: Point, changed: Names = ()) -> tuple[Poin
 
 
 def only_for(point: Point, names: Sequence[str], symmetries: Sequence[Symmetry]) -> Point:
-    """The point without what only the gradients of other tensors need: that is then neither rebuilt nor counted.
+    """The point without what only other tensors' gradients need, so that it is neither rebuilt nor counted.
 
     Args:
         point: where to move from.

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from metateleport.gauges.step import Gauge, Names, Side
 from metateleport.learned.curvature import output_curvatures
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.linalg import Spectrum, diagonal_spectrum, relative_shift, symmetric_spectrum
+from metateleport.linalg import Spectrum, diagonal_spectrum, finite_gradient, relative_shift, symmetric_spectrum
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
 

@@ -15,7 +15,8 @@ from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import UpdateRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.point import Point, Tensors, all_finite
+from metateleport.linalg import all_finite
+from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, travel
 
@@ -73,7 +74,7 @@ class Step:
         state: the state after the step.
         evaluations: gradient evaluations beyond the one that gave the point.
         accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
-        moves: what each symmetry contributed to the teleport that stays.
+        moves: what each symmetry contributed to the teleport that stays; none without a teleporter.
         gauges: that the step was taken in, and that were undone.
         size: Frobenius norm of all generators of the teleport that stays together.
         refused: number of symmetries whose element was refused.
@@ -220,7 +221,9 @@ class MetaOptimizer(nn.Module):
         usable = _finite(base)
         start = base if bool(usable.all()) else _emptied(base, ~usable)
         along = symmetries if along is None else along
-        moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
+        moved, moves = start, list[Move]()
+        if along and not isinstance(chosen, NoTeleport):
+            moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
         rule_state = self.rule.carry(state.rule, moves, start, accepted)
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:

@@ -1,4 +1,4 @@
-"""What a teleport may seek on an orbit: a number at every point, differentiable in the group element."""
+"""Objectives: functions of a point that teleports raise or lower, differentiable in the group element."""
 
 from metateleport.objectives.base import Objective
 from metateleport.objectives.curvature import Curvature

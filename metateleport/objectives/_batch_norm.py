@@ -1,4 +1,4 @@
-"""Batch norm, differentiable in its running statistics too: torch's own is not."""
+"""Batch norm that is differentiable in its running statistics too, which torch's is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curvature of a minimum: how sharply the curves of an orbit bend."""
+"""Curvature: how sharply the curves of an orbit bend."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Curvature(Objective):
       \kappa_i = \frac{|\gamma_i' \wedge \gamma_i''|}{|\gamma_i'|^3} \text{ at } t = 0.$$
 
     $M_i$ holds one generator for each symmetry, drawn as a random direction of norm one; all symmetries move at once,
-    in the order of a teleport. The derivatives are forward-mode ones, a `jvp` of a `jvp`. A curve that stands still
-    counts as straight.
+    in the order of a teleport. The derivatives are forward-mode, a `jvp` of a `jvp`. The curvature of a constant curve
+    is zero.
 
     Args:
         symmetries: those to move along, in the order of the data flow.
@@ -48,13 +48,13 @@ class Curvature(Objective):
     def __init__(self, symmetries: Sequence[Symmetry], curves: int = 10, seed: int = 0) -> None:
         self.symmetries = tuple(symmetries)
         if not self.symmetries:
-            raise ValueError("curves along an orbit need a symmetry: there is none")
+            raise ValueError("curvature is of curves along an orbit, and there is no symmetry to move along")
         if curves < 1:
             raise ValueError(f"curvature is a mean over at least one curve, not {curves!r}")
         self.curves, self.seed = curves, seed
 
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
-        # Only batch forms run a layer anew: with its tangents four times, and twice that again for the gradient.
+        # Only batch pairs run a layer anew: with its tangents four times, and twice that again for the gradient.
         shares = sum(each.undo_cost(point, each.parameters) for each in self.symmetries)
         return 12 * self.curves * shares
 
@@ -121,7 +121,7 @@ def _derivatives(curve: Callable[[Tensor], Tensors], t: Tensor) -> tuple[Tensors
 
 
 def _curvature(first: Mapping[str, Tensor], second: Mapping[str, Tensor], batch: int) -> Tensor:
-    """|a ^ b| / |a|^3, as the length of what of b stands upright on a, over |a|^2."""
+    """|a ^ b| / |a|^3, computed as the length of the part of b orthogonal to a, over |a|^2."""
 
     def flat(tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([value.reshape(*value.shape[:batch], -1) for value in tensors.values()], -1)

@@ -1,4 +1,4 @@
-"""The squared gradient norm: how fast gradient flow goes down."""
+"""The squared gradient norm: the rate at which gradient flow lowers the loss."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["SquaredGradientNorm"]
 class SquaredGradientNorm(Objective):
     r"""The squared norm of the gradient, $|\nabla L(g \cdot w)|^2$.
 
-    The gradient at $g \cdot w$ is carried along from $w$: a covector under exact symmetries, the rebuilt part of the
-    backward pass under batch forms. So following it along an orbit evaluates the loss only once.
+    The gradient at $g \cdot w$ is carried along from $w$: as a covector by exact symmetries, by rebuilding part of the
+    backward pass by batch pairs. So an ascent along the orbit evaluates the loss only once.
 
     Example:
         >>> point = Point({"w": torch.zeros(2)}, gradients={"w": torch.tensor([3.0, 4.0])})

@@ -16,13 +16,13 @@ __all__ = ["Sharpness"]
 
 
 class Sharpness(Objective):
-    r"""The mean loss at random places around a point, in several distances.
+    r"""The mean loss at random points around a point, at several distances.
 
     $$\varphi(w) = \frac{1}{|R|\,|D|} \sum_{r \in R} \sum_{d \in D} L(w + r\,d), \qquad |d| = 1,$$
 
-    with the directions $d$ uniform on the unit sphere of all parameters together. On an orbit the loss at $w$ itself
-    does not change, so what changes is how steeply it rises. The directions are drawn from the seed at every call,
-    the same for each of stacked tasks: the objective is one function, and two of its values can be compared.
+    with the directions $d$ uniform on the unit sphere of all parameters together. The loss at $w$ itself is constant
+    on an orbit, so that sharpness measures how steeply it rises around $w$. Every call draws the same directions from
+    the seed, the same for all tasks of a stack, so that two values can be compared.
 
     Args:
         radii: the distances $r$, all positive.

@@ -15,19 +15,13 @@ from metateleport.gauges import gauge_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
-__all__ = ["check_parameters", "fitting_symmetries", "replicated", "say_what_fits"]
+__all__ = ["check_parameters", "fitting_symmetries", "say_what_fits"]
 
 _FOR_ANY = "digits"
 """The checkpoint that warnings point to."""
 
 _MOST = 0.5
 """Share of the weights that a bound on the curvature has to be known for."""
-
-
-def replicated() -> bool:
-    """Whether this process is one of several that train together."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def check_parameters(groups: Sequence[dict[str, Any]]) -> None:

@@ -19,32 +19,34 @@ from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.linalg import all_finite
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.closure import told_loss
-from metateleport.optim.fitting import check_parameters, fitting_symmetries, replicated, say_what_fits
+from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
 from metateleport.optim.memory import (
     fingerprint,
     flattened,
-    known_state,
     renamed,
     restored_parts,
-    rule_state,
     saved_parts,
     unflattened,
-    update_entries,
 )
-from metateleport.optim.saved import merged
-from metateleport.optim.tensors import (
+from metateleport.optim.parameters import (
     dense_gradient,
+    known_state,
     master,
     raised,
+    replicated,
+    rule_state,
     stacked_pullback,
     trainable,
+    update_entries,
     within,
     working_dtype,
     write,
 )
-from metateleport.point import Point, Tensors, all_finite
+from metateleport.optim.saved import merged
+from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 
 __all__ = ["LearnedOptimizer"]
@@ -57,6 +59,12 @@ _TAKEN_BACK = 10
 
 _MAX_STRETCH = 10.0
 """Bound on how far all teleports together may stretch anything, where a checkpoint has none of its own."""
+
+_SMALL = 0.05
+"""A teleport that scales by less than this, as a root mean square over the group's dimensions, is a small one."""
+
+_LONGEST_REST = 16
+"""At most so many steps go by without a look at a symmetry along which teleports are small."""
 
 _OWN = "learned/"
 """What entries of a state dict begin with that are not of one parameter alone."""
@@ -79,6 +87,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     **Passes.** Some rules read inputs of layers and gradients on their outputs, which hooks on the model record. They
     are held against `p.grad`; a factor between the two (clipping, a scaled loss) is found and taken out. Where there is
     none, as after several passes, the step goes on with what needs no pass.
+
+    **Rests.** A symmetry along which the last teleport was small is not looked at for one step, then for two, up to 16;
+    without any to look at, no pass is recorded. A teleport that is not small ends it. Steps on the same data, and those
+    of rules and gauges that read a pass at every step, have no rests.
 
     **Replicas.** In a process group of several ranks nothing is read but weights and gradients, so that the replicas of
     `DistributedDataParallel` stay equal.
@@ -170,6 +182,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # What is taken back at once where it was too long may be as long as it likes.
         self._bounds_steps = meta.rule.divides_by_loss and not deterministic
         self._said: set[str] = set()
+        # Of each symmetry how many steps it rests for yet, and how long its rest is.
+        self._rests = [(0, 0)] * len(self.symmetries)
+        # Other rules make use of what a pass tells at every step, and so do gauges.
+        self._may_rest = not (deterministic or meta.rule.divides_by_loss) and meta.gauge is None
         self._recorder: PassRecorder | None = None
         self._record()
 
@@ -211,7 +227,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._recorder.renew()
             with torch.enable_grad():
                 loss = closure()
-        told = told_loss(loss)
+        told = None if loss is None else told_loss(loss)
         try:
             self._step(told)
         finally:
@@ -237,7 +253,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._skip(named)
             return
         self._in_a_row = 0
-        evidence = evidence_of(self._recorder, gradients) if self._recorder is not None and alone else Evidence()
+        seen = alone and self._recorder is not None and self._recorder.last is not None
+        evidence = evidence_of(self._recorder, gradients) if seen and self._recorder is not None else Evidence()
         point = self._point(named, gradients, evidence, told)
         rates = self._rates(named)
         self._recall(point, named)
@@ -248,7 +265,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if not self.steps:
                 self._fill(named, point)
             return
-        along = [each for each in self.symmetries if self._may_move(each, named, point, rates)]
+        due = [each for each, (left, _) in zip(self.symmetries, self._rests, strict=True) if not left]
+        along = [each for each in due if self._may_move(each, named, point, rates)]
         # Without a pass nothing is known of how layers follow one another but what their weights tell.
         self.loop.symmetries = tuple(
             each
@@ -275,6 +293,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         self._go(taken, gradients, named, rates)
         self._keep(named)
+        self._rest(taken)
         self.last_step = taken
         if self.model is not None and self.steps in (0, 10, 100) and bool(taken.size > 0) and is_averaged(self.model):
             self._say(
@@ -282,6 +301,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "no mean of equal networks; average without teleports, symmetries=[]"
             )
         self.steps += 1
+
+    def _rest(self, taken: Step) -> None:
+        """Lets symmetries rest along which teleports are small, for one step, then two, and so on."""
+        if not self._may_rest:
+            return
+        moves = {id(move.symmetry): move for move in taken.moves}
+        sizes = [move.size.sum() / move.symmetry.dimension**0.5 for move in moves.values()]
+        small = dict(zip(moves, (torch.stack(sizes) < _SMALL).tolist(), strict=True)) if sizes else {}
+        rests = []
+        for symmetry, (left, length) in zip(self.symmetries, self._rests, strict=True):
+            if id(symmetry) not in small:
+                rests.append((max(0, left - 1), length))
+            else:
+                next_rest = min(_LONGEST_REST, max(1, 2 * length)) if small[id(symmetry)] else 0
+                rests.append((next_rest, next_rest))
+        self._rests = rests
+        if self._recorder is not None:
+            self._recorder.wanted = not all(left for left, _ in rests)
 
     def _fill(self, named: Mapping[str, Tensor], point: Point) -> None:
         """Puts an entry there for all that will be remembered."""
@@ -497,8 +534,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         packed = super().state_dict()
         if self.loop.state is None and not self._loaded:
             return packed
-        rest = dict(self._loaded) if self.loop.state is None else self._rest()
-        rest |= flattened({"steps": self.steps, "skipped": self.skipped}, "count")
+        rest = dict(self._loaded) if self.loop.state is None else self._all_else()
+        rest |= flattened({"steps": self.steps, "skipped": self.skipped, "rests": torch.tensor(self._rests)}, "count")
         rest["checkpoint"] = fingerprint(self.meta)
         parameters = [value for group in self.param_groups for value in group["params"]]
         entries = {index: dict(packed["state"].get(index, {})) for index in range(len(parameters))}
@@ -511,7 +548,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         packed["state"] = {index: each for index, each in entries.items() if each}
         return packed
 
-    def _rest(self) -> Tensors:
+    def _all_else(self) -> Tensors:
         """What is remembered of all parameters together, those that are named in it by their places."""
         state = self.loop.state
         assert state is not None
@@ -555,6 +592,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         loaded = {renamed(path, names): value for path, value in loaded.items() if path != "checkpoint"}
         self.steps = int(loaded.pop("count/steps", torch.tensor(0)))
         self.skipped = int(loaded.pop("count/skipped", torch.tensor(0)))
+        rests = loaded.pop("count/rests", torch.zeros(0, 2)).tolist()
+        # Of another model's symmetries they say nothing.
+        same = len(rests) == len(self.symmetries)
+        self._rests = [(int(left), int(length)) for left, length in rests] if same else [(0, 0)] * len(self.symmetries)
         self.loop.state, self.last_step, self._loaded = None, None, loaded
         self._stepped = None
 

@@ -1,4 +1,4 @@
-"""Symmetries: groups acting on named parameters without changing what a model computes."""
+"""Symmetries: groups that act on named parameters and leave the model's outputs unchanged, one file for each kind."""
 
 from metateleport.symmetries.activations import HOMOGENEOUS, activation_of, inverse_of, slope
 from metateleport.symmetries.attention import AttentionQK, AttentionVO

@@ -1,4 +1,4 @@
-"""Which tensors look at the same memory: what moves one then moves the other."""
+"""Tensors that share memory: moving one moves the other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["overlaps"]
 
 
 def overlaps(tensors: Mapping[str, Tensor], others: Iterable[Tensor] = ()) -> set[str]:
-    """Names of those tensors whose memory another of them, or one of some others, looks at too.
+    """Names of the tensors that share memory with another of them, or with one of some others.
 
-    Views into one buffer that stand beside each other do not overlap: recurrent layers and flattened parameters are
-    made of such. What is interleaved counts as overlapping.
+    Adjacent views into one buffer do not overlap (recurrent layers, flattened parameters). Interleaved views count as
+    overlapping.
 
     Args:
         tensors: by name.

@@ -1,4 +1,4 @@
-"""The rows that a batch form solves for: whether they are independent, and what they are the image of."""
+"""The linear systems of batch pairs: rank conditions and least-norm solutions, differentiable and batched."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def has_full_rank(rows: Tensor) -> Tensor:
 def least_norm_over(rows: Tensor) -> Callable[[Tensor], Tensor]:
     """Maps a target to the smallest X with `rows X = target`, for rows that are independent: `rows^+ target`.
 
-    Through a QR decomposition of the transpose: half of the digits that the normal equations would lose are kept,
-    and unlike a pseudo-inverse it costs no singular value decomposition. Where the rows are dependent, so that there
-    is no such X, the answer is zero: finite, as are its derivatives, so that one task spoils no other of its batch.
+    Solved by a QR decomposition of the transpose, which keeps the half of the digits that the normal equations lose and
+    needs no singular value decomposition. Where the rows are dependent and there is no such X, the answer is zero with
+    finite derivatives, so that one task does not spoil the others of its batch.
     """
     if rows.shape[-2] > rows.shape[-1]:
         pseudo_inverse = torch.linalg.pinv(torch.where(_finite(rows), rows, 0.0))
@@ -54,10 +54,10 @@ def least_norm_over(rows: Tensor) -> Callable[[Tensor], Tensor]:
 def fitted_to(old: Tensor, covectors: Tensor) -> Callable[[Tensor], Tensor]:
     r"""Maps new rows $H'$ to the covectors $D + D (H - H')^\top H'^{+\top}$, so that $D H^\top$ stays as it is.
 
-    What `least_norm_over` would give, for trials that are differentiated: it decomposes nothing that stands in the
-    graph, so its derivative is that of an inverse, two products. Square rows are inverted; of others their Gram
-    matrix is, where half of the digits are left by it. Where they are not, the rows are made orthonormal before, by a
-    triangle that counts as constant: any basis of the samples gives the same.
+    The result equals that of `least_norm_over`, with a cheaper derivative: no decomposition is in the graph, so the
+    derivative is that of an inverse, two products. Square matrices are inverted. For others the Gram matrix is inverted
+    if that keeps half of the digits; if not, the rows are first made orthonormal by a triangular matrix that counts as
+    constant, which is allowed because any basis of the samples gives the same result.
 
     Args:
         old: $H$, `(*batch, samples, width)`, with at most as many samples as the width.

@@ -1,4 +1,4 @@
-"""What is known of elementwise activations: slopes, inverses, homogeneity."""
+"""Properties of elementwise activations: slopes, inverses, homogeneity."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class AttentionQK(AxisSymmetry):
 
 
 class AttentionVO(AxisSymmetry):
-    r"""$GL(d)$ between the values of a head of size $d$ and what the output layer takes in of it, exact.
+    r"""$GL(d)$ between the values of a head of size $d$ and the output layer, exact.
 
     $$(W_V, b_V) \mapsto (B W_V, B b_V), \qquad W_O \mapsto W_O B^{-1}.$$
 

@@ -1,4 +1,4 @@
-"""A group that acts along axes of any number of parameters: what all symmetries found in a model are made of."""
+"""A group that acts along axes of any number of parameters: the base of every symmetry that is found in a model."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def fingerprint(legs: Iterable[Leg]) -> str:
 
 
 class AxisSymmetry(Symmetry):
-    r"""A group acting along axes of parameters, by $g$ where a layer puts out, by $g^{-\top}$ where one takes in.
+    r"""A group acting along axes of parameters: by $g$ on output axes, by $g^{-\top}$ on input axes.
 
-    Between a layer that puts out $z = V h + b$ and one that takes in $U z$ this is $(U, V, b) \mapsto
+    Between a layer $z = V h + b$ and a next layer $U z$ this is $(U, V, b) \mapsto
     (U g^{-1}, g V, g b)$; with several such layers, heads or groups all of them move together. Covectors go by
     $A^{-\top}$, so that gradients move as $G_U g^\top$ and $g^{-\top} G_V$.
 
     Args:
         group: the group.
         legs: where it acts on parameters and buffers, in the order of the data flow.
-        inputs: of modules that take in what moves; `places` along the features.
-        outputs: of modules that put out what moves; `places` along the features.
+        inputs: modules whose input moves; `places` are along the features.
+        outputs: modules whose output moves; `places` are along the features.
         exactness: `"exact"` or `"approximate"`.
 
     Example:
@@ -280,7 +280,7 @@ def _factor(leg: Leg, diagonal: Tensor) -> Tensor:
 def _scaled(leg: Leg, diagonal: Tensor, tensor: Tensor) -> Tensor:
     factor = _factor(leg, diagonal)
     batch = diagonal.shape[:-1]
-    # What a module takes in or puts out has samples in rows before its features.
+    # What a module reads or outputs has samples in rows before its features.
     between = tensor.ndim - len(batch) - leg.places.ndim
     factor = factor.reshape(*batch, *(1,) * between, *leg.places.shape)
     if leg.variance is None:

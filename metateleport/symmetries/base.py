@@ -1,4 +1,4 @@
-"""What a symmetry is: a group, and how its elements act on named parameters."""
+"""The interface of every symmetry: a group, and how its elements act on named parameters."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ class Carried(NamedTuple):
 
 
 class Unsuitable(ValueError):
-    """A model, module or batch on which the asked-for symmetry does not hold; the message says why."""
+    """The requested symmetry does not hold on this model, module or batch; the message says why."""
 
 
 class Symmetry(abc.ABC):
     r"""A group $G$ acting on some of a model's parameters so that its outputs do not change.
 
-    `exactness` says where: `"exact"`, the outputs are unchanged for all inputs; `"batch-exact"`, on the batch whose
-    activations stand in the point, under a rank condition that `holds` checks; `"approximate"`, up to a drift that
-    has to be measured.
+    `exactness` says where that holds. `"exact"`: for all inputs. `"batch-exact"`: on the batch whose activations are in
+    the point, under a rank condition that `holds` checks. `"approximate"`: up to a drift that has to be measured.
 
     A symmetry is pure: it keeps names and sizes, never tensors of a model, and `act` returns a new point.
 
@@ -68,12 +67,12 @@ class Symmetry(abc.ABC):
 
     @property
     def where(self) -> str:
-        """The parameters that it moves, as text that tells it from all other symmetries of its kind."""
+        """The parameters that it moves, as text that is unique among symmetries of its kind."""
         return ", ".join((*self.parameters, *self.buffers))
 
     @property
     def key(self) -> str:
-        """Its kind and place, as text that no other symmetry of a model has and what is remembered of it goes by."""
+        """Its kind and place, as text that is unique in a model; states of teleporters are stored by it."""
         return f"{self.kind}/{self.where}"
 
     @property
@@ -162,7 +161,7 @@ class Symmetry(abc.ABC):
         return 0.0
 
     def side(self, name: str) -> Literal["in", "out", "both"]:
-        """Whether a parameter takes in what moves (as U does), puts it out (as V does), or both.
+        """Whether a parameter reads the features that move (as U does), outputs them (as V does), or both.
 
         Args:
             name: of one of the symmetry's parameters.
@@ -223,7 +222,7 @@ class Pair(Symmetry):
                 allowed = " or ".join(kind.__name__ for kind in self.layer_types)
                 raise Unsuitable(f"{name!r} is a {type(modules[name]).__name__}; a {self.kind} needs {allowed}")
         if modules[first] is modules[second]:
-            raise Unsuitable(f"{first!r} and {second!r} are one layer; a {self.kind} stands between two")
+            raise Unsuitable(f"{first!r} and {second!r} are the same layer; a {self.kind} needs two")
         self.first, self.second = first, second
         self.modules = (first, second)
         self.first_weight, self.second_weight = f"{first}.weight", f"{second}.weight"
@@ -237,12 +236,12 @@ class Pair(Symmetry):
         self.width = modules[first].weight.shape[0]
         incoming = modules[second].weight.shape[1]
         if self.width < 1:
-            raise Unsuitable(f"{first!r} puts out no features, so there is nothing between {first!r} and {second!r}")
+            raise Unsuitable(f"{first!r} outputs no features, so there is nothing between {first!r} and {second!r}")
         # Only a flattened convolution has several inputs of the next layer for each of its units.
         flattened = self._first_ndim > 2 and self._second_ndim == 2
         if incoming != self.width and (incoming % self.width or not flattened):
             grouped = " in each group" if getattr(modules[second], "groups", 1) > 1 else ""
-            raise Unsuitable(f"{first!r} puts out {self.width} features, {second!r} takes in {incoming}{grouped}")
+            raise Unsuitable(f"{first!r} outputs {self.width} features, {second!r} reads {incoming}{grouped}")
         self._repeats = incoming // self.width
 
     @property
@@ -270,7 +269,7 @@ class Pair(Symmetry):
             if len(owners[id(named[name])]) > 1:
                 raise Unsuitable(f"{name!r} is shared ({', '.join(owners[id(named[name])])}) and cannot move alone")
             if not named[name].is_floating_point():
-                raise Unsuitable(f"{name!r} is of {named[name].dtype}; only real floating-point numbers are moved")
+                raise Unsuitable(f"{name!r} is of {named[name].dtype}; only real parameters can be moved")
             if not named[name].requires_grad and not frozen:
                 raise Unsuitable(f"{name!r} is frozen (requires_grad=False); it is moved only with frozen=True")
         others = [value for name, value in (*named.items(), *model.named_buffers()) if name not in self.parameters]
@@ -312,10 +311,10 @@ class Pair(Symmetry):
         return found
 
     def slopes(self, point: Point) -> Tensor | None:
-        """Derivatives of what stands between the layers, `(*batch, samples, width)`; None where they are not known.
+        """Derivatives of the activation between the layers, `(*batch, samples, width)`; None where they are not known.
 
-        Without a known activation they are the ratio of what it puts out to what it takes in: right for positively
-        homogeneous activations, through which pairs are rescalings.
+        Without a known activation they are the ratio of its outputs to its inputs, which is right for positively
+        homogeneous activations, those of rescalings.
         """
         if not self.is_dense or self.first not in point.activations:
             return None

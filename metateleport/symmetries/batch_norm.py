@@ -19,7 +19,7 @@ class AfterBatchNorm(AxisSymmetry):
 
 
 class BeforeBatchNorm(AxisSymmetry):
-    r"""Positive scaling of what a BatchNorm takes in.
+    r"""Positive scaling of the inputs of a BatchNorm.
 
     $$(V, b) \mapsto (D V,\ D b), \qquad \mu \mapsto d\mu, \quad v \mapsto d^2 (v + \epsilon) - \epsilon,$$
 

@@ -25,9 +25,9 @@ class _BatchPair(Pair):
         super().__init__(model, first, second, frozen)
         self.group: GeneralLinear = GeneralLinear(self.width)
         if not isinstance(activation, nn.Module):
-            raise Unsuitable(f"the activation is given as a module such as nn.LeakyReLU(0.1), not {activation!r}")
+            raise Unsuitable(f"give the activation as a module such as nn.LeakyReLU(0.1), not {activation!r}")
         if any(True for _ in activation.parameters()):
-            raise Unsuitable(f"{activation} has parameters of its own; the batch forms take fixed activations")
+            raise Unsuitable(f"{activation} has parameters of its own; the batch pairs take fixed activations")
         # A copy that overwrites nothing: pre-activations are read again after it.
         copied: Any = copy.deepcopy(activation)
         if hasattr(copied, "inplace"):
@@ -41,7 +41,7 @@ class _BatchPair(Pair):
         return self.action_at(point)(element)
 
     def _stands_alone(self, point: Point) -> bool:
-        """Whether the point knows of no other gradient and no other cotangent than those of the two layers."""
+        """Whether the point has gradients and cotangents of these two layers only."""
         return point.gradients.keys() <= set(self.parameters) and point.cotangents.keys() <= {self.first, self.second}
 
     @abc.abstractmethod
@@ -76,9 +76,9 @@ class _BatchPair(Pair):
         on_second: Tensor | None,
         on_features: Tensor | None,
     ) -> Point:
-        """The point at `parameters`, with the part of the backward pass below U's output made anew.
+        """The point at `parameters`, with the part of the backward pass below U's output recomputed.
 
-        The outputs of U are unchanged, so the cotangent on them is known and nothing above has to be seen again.
+        The outputs of U are unchanged, so the cotangent on them is known and nothing above U is recomputed.
 
         Args:
             point: where the element acted.
@@ -117,10 +117,10 @@ class _BatchPair(Pair):
         return point.update(parameters, gradients, activations, cotangents, frozenset(stale))
 
     def rebuild_cost(self, point: Point) -> float:
-        """Share of a gradient evaluation: a layer costs three products, the rebuilt part counts those it makes anew.
+        """Share of a gradient evaluation: a layer costs three products, and those that are recomputed count.
 
-        Of U's layer the product that sends the cotangent down, of V's layer the weight gradient, of every layer
-        below both and the product that leads to it. Layers whose cotangents the point has let go of are left out.
+        In U's layer the product that sends the cotangent down is recomputed, in V's layer the weight gradient, in every
+        layer below both of them. Layers whose cotangents the point no longer has are left out.
         """
         if self.first not in point.cotangents:
             return 0.0

@@ -1,4 +1,4 @@
-"""The certificate of a symmetry: what was measured of it."""
+"""The certificate of a symmetry: the drift that was measured under random elements."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ class Certificate:
     r"""How far outputs moved under random elements of a symmetry.
 
     The drift is $\max \|f_{g w}(x) - f_w(x)\| / \|f_w(x)\|$ over the outputs $f$, weights $w$, inputs $x$ and elements
-    $g$ that were tried. A claim holds if it is at most $10^{-10}$ in float64 and $10^{-4}$ in float32 (ten times that
-    for elements of norm three, whose condition numbers rounding grows with); of an approximate one, $10^{-2}$; of a
-    batch form, which solves a linear system, $10^{-6}$ and $10^{-2}$.
+    $g$ that were tried. An exact symmetry holds if the drift is at most $10^{-10}$ in float64 and $10^{-4}$ in float32
+    (ten times that for elements of norm three, because rounding grows with the condition number). The bound is
+    $10^{-2}$ for an approximate one; for a batch pair, which solves a linear system, $10^{-6}$ in float64 and
+    $10^{-2}$ in float32.
 
     Args:
         drift: the largest relative change of the outputs, in the Frobenius norm, on inputs not used for finding; of a
-            batch form on its batch.
+            batch pair on its batch.
         drift_given: the same on the example input.
         sizes: Frobenius norms of the generators drawn.
         weights: at how many sets of weights: the model's own, and random ones.

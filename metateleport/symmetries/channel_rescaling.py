@@ -1,4 +1,4 @@
-"""Rescaling of units that any number of layers put out and take in."""
+"""Rescaling of units between any number of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["ChannelRescaling"]
 
 
 class ChannelRescaling(AxisSymmetry):
-    r"""Positive diagonal scaling of units or channels, between any layers that put them out and take them in, exact.
+    r"""Positive diagonal scaling of units or channels, between all layers that output and read them, exact.
 
     $$(V_i, b_i) \mapsto (D V_i, D b_i), \qquad U_j \mapsto U_j D^{-1}.$$
 

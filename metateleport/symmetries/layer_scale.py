@@ -1,4 +1,4 @@
-"""Scaling on either side of a vector of gains."""
+"""Scaling of a layer, undone by the vector of gains behind it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["LayerScale"]
 
 
 class LayerScale(AxisSymmetry):
-    r"""Positive scaling of what a layer scale takes in, undone by the layer scale itself, exact.
+    r"""Positive scaling of the inputs of a layer scale, undone by the layer scale itself, exact.
 
     $$y = \gamma \odot (W h + b): \qquad (W, b) \mapsto (D W,\ D b), \quad \gamma \mapsto D^{-1} \gamma,$$
 
-    as at the end of the branches of ConvNeXt, CaiT and DINOv2, before they join a residual stream. Where what
-    $\gamma$ puts out may scale too (a homogeneous activation and a layer behind), that is a rescaling of its own.
+    as at the end of the branches of ConvNeXt, CaiT and DINOv2, before they join a residual stream. Where the outputs of
+    $\gamma$ may scale too (a homogeneous activation and a layer behind it), that is a separate rescaling.
     """
 
     kind = "layer scale"

@@ -8,7 +8,7 @@ __all__ = ["LinearChain"]
 
 
 class LinearChain(AxisSymmetry):
-    r"""$GL(k)$ on features that some affine layers put out and others take in, with nothing between, exact.
+    r"""$GL(k)$ on features that some affine layers output and others read, with nothing between them, exact.
 
     $$(V_i, b_i) \mapsto (g V_i, g b_i), \qquad U_j \mapsto U_j g^{-1}.$$
 

@@ -17,13 +17,12 @@ class LinearisedPair(LinearPair):
 
     $$(U, V, b) \mapsto (U g^{-1},\ g V,\ g b)$$
 
-    A gauge is undone after the step, so the function that the network computes is touched by the step alone: a gauge
-    asks of an action that it is linear in the weights, not that it leaves the outputs unchanged. That holds on every
-    batch, with more samples than units too, where the batch forms end. As a teleport that stays it would change the
-    outputs; `exactness` says so, and no teleporter is given it.
+    A gauge is undone after the step, so its action has to be linear in the weights and need not leave the outputs
+    unchanged. That holds on every batch, also with more samples than units, where batch pairs do not exist. As a
+    teleport that stays it would change the outputs; `exactness` says so, and teleporters are never given it.
 
     Args:
-        pair: the pair of linear layers, along which a smaller group or a batch form is exact.
+        pair: the pair of linear layers, along which a smaller group or a batch pair is exact.
 
     Raises:
         Unsuitable: if one of its layers is not linear.

@@ -1,4 +1,4 @@
-"""Scaling of a norm's gain, undone by what reads it."""
+"""Scaling of a norm's gain, undone by the layers that read it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class NormGain(AxisSymmetry):
 
     $$(\gamma, \beta) \mapsto (d\gamma,\ d\beta), \qquad W_j \mapsto W_j\,\mathrm{diag}(d)^{-1}$$
 
-    for all layers $W_j$ that take in what the norm puts out (query, key and value; gate and up). A gain whose result
+    for all layers $W_j$ that read the norm's outputs (query, key and value; gate and up). A gain whose result
     goes into a residual stream cannot move.
     """
 

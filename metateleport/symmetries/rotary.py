@@ -11,7 +11,7 @@ __all__ = ["PlaneScaling"]
 
 
 class PlaneScaling(GeneralLinear):
-    r"""Scaled rotations in $k/2$ planes, $(\mathbb{C}^*)^{k/2}$: all that commutes with rotary embeddings.
+    r"""Scaled rotations in $k/2$ planes, $(\mathbb{C}^*)^{k/2}$: the matrices that commute with rotary embeddings.
 
     Plane $i$ is spanned by the coordinates $i$ and $i + k/2$, on which an element is
     $\begin{pmatrix} a_i & -b_i \\ b_i & a_i \end{pmatrix}$. The dimension is $k$.

@@ -1,4 +1,4 @@
-"""Translations of a bias that what follows absorbs."""
+"""Translations of a bias that the next bias absorbs."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Translation(VectorGroup):
 
 @dataclasses.dataclass(frozen=True)
 class Absorber:
-    """An affine layer that takes the translated features in.
+    """An affine layer that reads the translated features.
 
     Args:
         weight: name of its weight.
         bias: name of its bias.
         places: `(repeats, k)`: where the features stand along the weight's axis.
         axis: that axis.
-        out_axis: the axis along which the layer puts out.
+        out_axis: the axis along which the layer outputs.
     """
 
     weight: str
@@ -73,7 +73,7 @@ class BiasTranslation(Symmetry):
     Args:
         bias: the bias that moves and its places in it, `(1, k)`.
         absorbers: the layers that undo it; none for keys.
-        inputs: of modules that take in what moves.
+        inputs: modules whose input moves.
     """
 
     kind = "translation"
@@ -133,7 +133,7 @@ def _added(leg: Leg, element: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _shift(absorber: Absorber, element: Tensor, weight: Tensor) -> Tensor:
-    """What the layer puts out of a translation of what it takes in, `(*batch, outputs)`."""
+    """The change of the layer's outputs under a translation of its inputs, `(*batch, outputs)`."""
     batch = element.ndim - 1
     moved = weight.movedim((absorber.out_axis + batch, absorber.axis + batch), (batch, -1))
     chosen = moved.index_select(-1, absorber.places.flatten().to(weight.device))

@@ -1,4 +1,4 @@
-"""Teleporters: ways to choose the group element, hand-designed ones here, the learned one in `learned`."""
+"""Teleporters choose the group element. The hand-designed ones are here, the learned one is in `learned`."""
 
 from metateleport.teleporters.base import Move, Teleporter, TrustRegion, travel
 from metateleport.teleporters.failures import FAILURES

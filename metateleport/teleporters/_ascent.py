@@ -1,4 +1,4 @@
-"""Ascent of a function over a vector space, with fixed steps or a line search, for a batch of tasks at once."""
+"""Gradient ascent over a Lie group, with fixed steps or a line search, for a batch of tasks at once."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def differentiated(group: Group, function: Callable[[Tensor], Tensor]) -> Evalua
 class Ascent:
     r"""$g_{m+1} = \exp(\eta\, D_m / |D_0|)\, g_m$ from $g_0 = 1$, at most as far as `cap`; $D_m$ is the slope at $g_m$.
 
-    With a line search every step tries several multiples of the last step size and takes the best of them, or stays:
-    the number of values is known beforehand, and each task of a batch has a step size of its own.
+    With a line search every step tries several multiples of the last step size and takes the best, or stays if none is
+    better. The number of evaluations is fixed, and each task of a batch has its own step size.
 
     Args:
         steps: number of steps, at least one.
@@ -107,10 +107,10 @@ class Ascent:
         return self.sign * (after - before) / before.abs().clamp_min(torch.finfo(before.dtype).tiny)
 
     def run(self, group: Group, start: Tensor, evaluate: Evaluate) -> Arrived:
-        """The end of the ascent, detached; it is over once every task has stopped.
+        """Runs the ascent until every task has stopped; the result is detached.
 
-        A task stops where it is at the cap or above `value_cap`, where it has no slope, or where it is not finite. What
-        the others of its batch still need is not charged to it.
+        A task stops at the cap, above `value_cap`, where its slope is zero, or where a value is not finite.
+        Evaluations after that are not charged to it.
 
         Args:
             group: where it goes.

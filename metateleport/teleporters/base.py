@@ -1,4 +1,4 @@
-"""The interface of every teleporter, and the walk over a model's symmetries that all of them share."""
+"""The interface of every teleporter, and `travel`, which applies one along a model's symmetries."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Chosen", "Move", "Teleporter", "TrustRegion", "travel"]
 
 @dataclasses.dataclass(frozen=True)
 class TrustRegion:
-    """Bounds that a teleport has to keep; what breaks one is refused and the weights stay as they are.
+    """Bounds on a teleport; one that breaks a bound is refused, and the weights stay.
 
     Args:
         max_size: Frobenius norm of a generator.
-        max_condition: condition number of a group element; the default is half of the digits of the dtype.
+        max_condition: condition number of a group element; by default one that costs half of the dtype's digits.
         max_drift: relative change of the outputs or the loss, where it is measured.
 
     Example:
@@ -63,12 +63,12 @@ class Move:
     Args:
         symmetry: the symmetry moved along.
         element: the group element, the identity where refused.
-        size: Frobenius norm of the generator, or the length of a way of several steps; zero where refused.
+        size: Frobenius norm of the generator, or the summed norms of several steps; zero where refused.
         refused: where the trust region or the symmetry's condition forbade the proposed element.
         evaluations: gradient evaluations that the teleporter and the rebuilding of gradients cost.
         reason: why it was refused, where it was; empty otherwise.
-        gain: relative change of what the teleporter seeks, positive where it went its way; None if it seeks nothing.
-        failures: what was seen of each of `metateleport.teleporters.FAILURES`, in any task, by name.
+        gain: relative change of the objective, positive in the intended direction; None if there is no objective.
+        failures: observations, in any task, by the names in `metateleport.teleporters.FAILURES`.
     """
 
     symmetry: Symmetry
@@ -84,13 +84,12 @@ class Move:
 class Teleporter:
     """Chooses a group element for each symmetry of a model.
 
-    Those that move the weights along no symmetry derive from `metateleport.teleporters.free.FreeTeleporter`.
-
-    A teleporter answers with a generator (Lie algebra element) at a point; it never touches weights. What it
-    remembers between teleports is in a state that the caller keeps, so that one teleporter serves many models.
+    A teleporter returns a generator (Lie algebra element) at a point; it never touches weights. Its memory between
+    teleports is a state that the caller keeps, so that one teleporter serves many models. Teleporters that move the
+    weights along no symmetry derive from `metateleport.teleporters.free.FreeTeleporter`.
 
     Args:
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
     """
 
     name: str = ""
@@ -99,16 +98,16 @@ class Teleporter:
     needs_loss: bool = False
     """Whether it evaluates the loss elsewhere: then the point has to have a `loss_at`."""
     needs_symmetries: bool = True
-    """Whether it moves along symmetries; one that does not takes no notice of them."""
+    """Whether it moves along symmetries; if not, symmetries are ignored."""
     keeps: Literal["outputs", "loss"] = "outputs"
-    """What a teleport leaves unchanged, and the bound on the drift is held against."""
+    """What a teleport leaves unchanged; the bound on the drift applies to it."""
 
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
         self.trust_region = trust_region or TrustRegion()
 
     @property
     def groups(self) -> tuple[str, ...] | None:
-        """Names of the groups that it can move along; None where it can along any."""
+        """Names of the groups that it can move along; None for any."""
         return None
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> Any:
@@ -124,15 +123,15 @@ class Teleporter:
         return 0.0
 
     def watches(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of modules whose inputs it wants to see, besides those that the symmetries look at."""
+        """Names of modules whose inputs it needs, besides those that the symmetries need."""
         return ()
 
     def gain(self, start: Point, arrived: Point) -> Tensor | None:
-        """Relative change of what it seeks between two points, positive where it went its way, `(*batch,)`."""
+        """Relative change of its objective between two points, positive in the intended direction, `(*batch,)`."""
         return None
 
     def told(self, state: Any, loss: Tensor, deterministic: bool) -> Any:
-        """The state once the loss of this evaluation is known, for a caller who takes nothing back.
+        """The state once the loss of this evaluation is known, for callers that never take steps back.
 
         Args:
             state: after the last teleport.
@@ -152,13 +151,13 @@ class Teleporter:
         return state
 
     def refused(self, state: Any) -> Any:
-        """The state after a teleport that was refused as a whole, as one that drifted; `state` is that after it."""
+        """The state to go on with if the whole teleport was refused; `state` is the one it returned."""
         return state
 
     def travel(
         self, point: Point, symmetries: Sequence[Symmetry], state: Any, allowed: Tensor | None
     ) -> tuple[Point, list[Move], Any]:
-        """Moves a point; arguments and answer are those of the function `travel`, which checks them first."""
+        """Moves a point; arguments and results as in the function `travel`, which checks them first."""
         moves = []
         for symmetry in reversed(symmetries):
             start = point
@@ -168,7 +167,7 @@ class Teleporter:
         return point, moves, state
 
     def choose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor | Chosen, Any]:
-        """A generator, or an element that has none at hand, and the new state; arguments as in `generator`."""
+        """A generator, or an element without one, and the new state; arguments as in `generator`."""
         return self.generator(symmetry, point, state)
 
     def generator(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Tensor, Any]:
@@ -197,8 +196,8 @@ def travel(
 ) -> tuple[Point, list[Move], Any]:
     """Moves a point along its symmetries, one after the other, from the last layer to the first.
 
-    In that order a batch form finds all layers below it where the forward pass saw them, so that the rebuilt part of
-    the backward pass is right.
+    In that order a batch pair acts while all layers below it are still as in the forward pass, so that the part of the
+    backward pass that it rebuilds is right.
 
     Args:
         teleporter: chooses the generators.
@@ -287,12 +286,12 @@ def _carry_out(
 
 
 def reasons(refusals: Sequence[tuple[str, Tensor]]) -> str:
-    """The texts of those that occurred in any task; `where` is boolean `(*batch,)`."""
+    """The reasons that apply in any task, as text; `where` is boolean `(*batch,)`."""
     return "; ".join(text for text, where in refusals if bool(where.any()))
 
 
 def gainless(gain: Tensor, where: Tensor) -> str:
-    """That what was sought did not grow in some of the tasks named, in words; empty if it grew in all of them."""
+    """Says that the objective did not grow in some of the named tasks; empty if it grew in all of them."""
     lost = where & ~(gain > 0)
     return f"what was sought changed by {float(gain[lost].min()):.1e}, relatively" if bool(lost.any()) else ""
 

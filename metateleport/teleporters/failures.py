@@ -1,4 +1,4 @@
-"""The three ways in which a teleport fails, by name, and what was seen of each."""
+"""The three ways in which a teleport fails, by name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ WORSE_HELD_OUT = "worse held-out loss"
 UNSTABLE = "unstable element"
 
 FAILURES = (NO_GAIN, WORSE_HELD_OUT, UNSTABLE)
-"""The names under which reports tell failures: what was sought did not grow, or the loss fell no faster after the
-teleport than before; the loss on held-out data rose; the element was refused (not finite, too large, ill-conditioned,
-or with a drift beyond the bound), or was carried out and cost more than half of the outputs' digits."""
+"""Names of failures in reports. No gain: the objective did not grow, or the loss fell no faster after the teleport than
+before. Worse held-out loss: the loss on held-out data rose. Unstable element: it was refused (not finite, too large,
+ill-conditioned, or with a drift above the bound), or was applied and cost more than half of the outputs' digits."""
 
 # A held-out loss that rises by less is taken for rounding and for the drift that the report tells.
 _MARGIN = 1e-3
 
 
 def add_failure(failures: Mapping[str, str], name: str, seen: str) -> dict[str, str]:
-    """Failures with one more; what was seen of the same one before stays in front.
+    """Failures with one observation added, after earlier ones of the same name.
 
     Args:
         failures: by name, what was seen.
@@ -38,7 +38,7 @@ def add_failure(failures: Mapping[str, str], name: str, seen: str) -> dict[str, 
 
 
 def held_out_failure(before: float, after: float, when: str) -> str:
-    """That a held-out loss has risen, in words; empty if it has not, or nothing was there before.
+    """Says that a held-out loss has risen; empty if it has not, or there was none before.
 
     Args:
         before: the loss before the teleport; NaN where there is none.

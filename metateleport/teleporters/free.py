@@ -1,4 +1,4 @@
-"""Teleporters that move the weights along no symmetry, and how such a move stands among the others."""
+"""Teleporters that move the weights along no symmetry; reports and optimizers treat their moves like others."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["Displaced", "Displacement", "FreeTeleporter", "gradients_at"]
 class Displacement(Symmetry):
     r"""The move $w \mapsto w + \Delta$ of some parameters, flattened, as if it were a symmetry.
 
-    It leaves the outputs or the loss unchanged only for the $\Delta$ of the teleporter that made it. What it gives is
-    a place in the reports, a way back, and names for an optimizer's state, which it leaves as it is.
+    It leaves the outputs or the loss unchanged only for the $\Delta$ that the teleporter chose. As a symmetry it
+    appears in reports, can be undone, and names the parameters whose optimizer state is kept.
 
     Args:
         shapes: of one model's parameters, by name.
@@ -85,10 +85,10 @@ class Displaced(NamedTuple):
 
 
 class FreeTeleporter(Teleporter):
-    """Moves the weights along no symmetry; the loss as a function is all that it asks for.
+    """Moves the weights along no symmetry; it needs only the loss as a function.
 
     Args:
-        trust_region: bounds on what is carried out; `max_drift` is also held against the loss, task by task.
+        trust_region: bounds on each teleport; `max_drift` applies to the loss too, task by task.
     """
 
     needs_gradient = True
@@ -97,7 +97,7 @@ class FreeTeleporter(Teleporter):
 
     @abc.abstractmethod
     def displace(self, point: Point) -> Displaced:
-        """Finds a better place.
+        """Chooses the displacement.
 
         Args:
             point: where the model stands, with gradients and `loss_at`.
@@ -155,7 +155,7 @@ class FreeTeleporter(Teleporter):
         return arrived, [move], state
 
     def activations_after(self, start: Point, moved: Displacement) -> Tensors:
-        """What is known of the layers' inputs at the new place; nothing if not said otherwise."""
+        """The layers' inputs at the new point, as far as they are known; none by default."""
         return {}
 
 
@@ -187,6 +187,6 @@ def gradients_at(point: Point, parameters: Mapping[str, Tensor], in_graph: bool 
 
 @contextlib.contextmanager
 def _twice_differentiable() -> Iterator[None]:
-    """Fused attention and cuDNN's recurrent networks have no second derivative: the plain ones take their place."""
+    """Replaces fused attention and cuDNN's recurrent networks, which have no second derivative, by plain ones."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""The source papers' hand-designed teleporter: raise or lower an objective over the group element."""
+"""Gradient ascent on an objective over the group element, the source papers' hand-designed teleporter."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class GradientAscentTeleporter(Teleporter):
         steps: number of steps, at least one.
         step_size: $\eta$, positive; with a line search that of the first step.
         cap: largest length of the way, the Frobenius norms of all steps together.
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
         direction: `ascent` or `descent`.
-        line_search: tries five multiples of the last step size in every step, and takes the best or stays. A value
-            costs a third of a value with its gradient.
+        line_search: tries five multiples of the last step size in every step, and takes the best, or stays if none is
+            better. A value costs a third of a value with its gradient.
         value_cap: where the objective is above it, no further step is made (the papers' cap).
 
     Raises:
@@ -72,7 +72,7 @@ class GradientAscentTeleporter(Teleporter):
         self.name = f"gradient-{direction}"
 
     def evaluations(self, symmetry: Symmetry, point: Point) -> float:
-        """What all steps cost; an ascent that is over before them is charged what it made."""
+        """The cost of all steps; an ascent that stops earlier is charged only for the steps it made."""
         return self.ascent.cost(self.objective.evaluations(symmetry, point))
 
     def gain_evaluations(self, symmetry: Symmetry, point: Point) -> float:

@@ -1,4 +1,4 @@
-"""Level set teleportation: the largest gradient at the same loss, by Hessian-vector products."""
+"""Level set teleportation: the largest gradient norm at the same loss, by Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class LevelSetTeleporter(FreeTeleporter):
     $$x^+ = x + \rho u - \frac{\rho\, \langle u, g \rangle + L(x) - L(w)}{|g|^2}\, g.$$
 
     $\rho$ is halved until the merit function $\log |g| - \gamma\, |L(x) - L(w)|$ rises enough. At the end more
-    projections, without $u$, bring the loss back to what it was. Nothing but the loss is kept: the outputs change, and
-    a step that does not belong to the level set of one batch is no move on that of another.
+    projections, without $u$, bring the loss back to what it was. Only the loss on this batch is kept: the outputs
+    change, and so does the loss on other batches.
 
     Args:
         steps: number of steps, at least one; each costs a Hessian-vector product, 2 gradient evaluations, and one for
@@ -37,7 +37,7 @@ class LevelSetTeleporter(FreeTeleporter):
         backtracks: largest number of tries for one step.
         projections: largest number of projections at the end.
         tolerance: relative change of the loss at which they stop.
-        trust_region: bounds on what is carried out; `max_drift` is held against the loss.
+        trust_region: bounds on each teleport; `max_drift` applies to the loss.
 
     Raises:
         ValueError: if a number is out of range.
@@ -132,7 +132,7 @@ class LevelSetTeleporter(FreeTeleporter):
 
 
 class _Search:
-    """Where the tasks stand, flat, and what was spent."""
+    """The tasks' flat parameters, and the evaluations spent."""
 
     def __init__(self, point: Point, moving: Displacement) -> None:
         assert point.loss is not None

@@ -1,4 +1,4 @@
-"""Steps of the weights that the layers' inputs do not see."""
+"""Weight steps in the null space of the layers' inputs, which leave the outputs on the batch unchanged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NullSpaceTeleporter(FreeTeleporter):
 
     $$W_l \mapsto W_l + \Delta_l (1 - P_l), \qquad P_l = \text{projection onto the span of the inputs of layer } l,$$
 
-    so that every layer puts out on the batch what it did. All layers move at once, and the projections stay as they
-    are throughout. Linear layers and convolutions move, the latter along their input channels, the same at all places
-    of the kernel; biases stay. Layers that see more independent inputs than they have input features stay too.
+    so that the outputs of every layer on the batch are unchanged. All layers move at once, with projections computed
+    once. Linear layers and convolutions move, the latter along their input channels, alike at all positions of the
+    kernel. Biases stay, and so do layers whose inputs span all of their input features.
 
     Args:
         objective: what to raise; the squared gradient norm if not given.
@@ -30,9 +30,9 @@ class NullSpaceTeleporter(FreeTeleporter):
         cap: largest length of all steps together over that norm.
         energy: share of the inputs' squared norm whose span is kept; 1 keeps all but rounding, less lets the outputs
             drift for more room.
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
         direction: `ascent` or `descent`.
-        line_search: tries five multiples of the last step size in every step, and takes the best or stays.
+        line_search: tries five multiples of the last step size in every step, and takes the best, or none.
         value_cap: where the objective is above it, no further step is made.
 
     Raises:
@@ -132,7 +132,7 @@ class NullSpaceTeleporter(FreeTeleporter):
 
 
 def null_projection(rows: Tensor, energy: float = 1.0) -> Tensor:
-    """Projection onto what some inputs do not span, `(*batch, features, features)`.
+    """Projection onto the complement of the span of some inputs, `(*batch, features, features)`.
 
     Args:
         rows: inputs, `(*batch, samples, features)`; a task with one that is not finite gets the projection zero.
@@ -165,7 +165,7 @@ def _over(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _project(step: Tensor, projection: Tensor, batch: int) -> Tensor:
-    """A weight's step without what its inputs see, along the axis of the inputs."""
+    """A weight's step projected onto the null space, along the input axis."""
     moved = step.movedim(batch + 1, -1)
     shape = moved.shape
     moved = moved.reshape(*shape[:batch], -1, shape[-1]) @ projection

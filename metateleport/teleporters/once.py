@@ -1,4 +1,4 @@
-"""Teleporting a model once, in place, for people with a training loop of their own."""
+"""Teleports a model once, in place, in any training loop."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ def teleport(
     held_out: tuple[Any, Callable[[Any], Tensor]] | None = None,
     frozen: bool = False,
 ) -> TeleportReport:
-    """Moves a model once, in place: along its symmetries, or wherever a teleporter without symmetries leads.
+    """Moves a model once, in place.
 
-    A teleport that breaks the teleporter's trust region, or changes the outputs on `inputs` (the loss, for one that
-    keeps the loss alone) by more than its `max_drift`, is refused: the weights then stay bit for bit as they were.
-    Weights of half precision are moved in float32 and rounded at the end; eight roundings of theirs may drift.
+    A teleport is refused, and the weights stay bit for bit, if it breaks the teleporter's trust region or changes the
+    outputs on `inputs` by more than its `max_drift` (the loss, for a teleporter that keeps the loss only). Weights in
+    half precision are moved in float32 and rounded at the end; a drift of eight roundings is then allowed.
 
     Args:
-        model: the model; its parameters are overwritten, its gradients and buffers are not touched. It may put out a
+        model: the model; its parameters are overwritten, its gradients and buffers are not touched. It may output a
             tensor or any container of tensors. Dropout draws the same in all passes, which leave the global random
-            state as it was. Of a model that is wrapped (compiled, on several devices) the one inside is moved.
+            state as it was. Of a wrapped model (compiled, on several devices) the inner one is moved.
         teleporter: chooses the group elements.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; the model gets copies.
-        loss: maps the outputs to a scalar; only needed by teleporters that look at gradients or at the loss.
-        symmetries: those to move along, in the order of the data flow; the exact ones are found if not given, which
-            takes a trace of the model: find them once and give them where teleports are many.
-        held_out: inputs and loss of other data, to see what becomes of the loss there; two forward passes, counted.
+        loss: maps the outputs to a scalar; needed only by teleporters that read gradients or the loss.
+        symmetries: those to move along, in the order of the data flow; the exact ones are found if not given. Finding
+            traces the model: for many teleports, find them once and pass them.
+        held_out: inputs and loss of other data, to report the loss there; costs two forward passes, which are counted.
         frozen: whether symmetries that are found may move parameters that are frozen (`requires_grad=False`).
 
     Returns:
@@ -95,7 +95,7 @@ def teleport(
         (True, True)
     """
     if (teleporter.needs_gradient or teleporter.needs_loss) and loss is None:
-        raise ValueError(f"{type(teleporter).__name__} looks at gradients: pass loss=, a callable on the outputs")
+        raise ValueError(f"{type(teleporter).__name__} needs gradients: pass loss=, a function of the outputs")
     model = inside(model)
     check_model(model)
     if not teleporter.needs_symmetries:
@@ -208,7 +208,7 @@ def _check_names(model: nn.Module, symmetries: Sequence[Symmetry]) -> None:
 
 
 def now(device: torch.device) -> float:
-    """Wall seconds, once the device is through with what it was given."""
+    """Wall seconds, after the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

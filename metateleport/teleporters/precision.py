@@ -1,4 +1,4 @@
-"""Teleports of half precision: what is computed in float32, and what may drift when it is rounded back."""
+"""Teleports in half precision: computed in float32, and the drift that rounding back may cause."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def widened(point: Point) -> Point:
-    """A point in float32 at least, with dense gradients: the one place where half precision is met.
+    """A point in float32 at least, with dense gradients.
 
-    Elements, inverses and actions are computed at this point, and the parameters that come of it rounded to their own
-    dtypes where they are written. What evaluates the model from the point gives it its own dtypes.
+    Elements, inverses and actions are computed at this point. The moved parameters are rounded to their own dtypes
+    where they are written, and evaluations of the model use its own dtypes.
 
     Args:
         point: in any precision.
@@ -80,9 +80,9 @@ def drift_bound(max_drift: float, dtypes: Iterable[torch.dtype]) -> float:
 
 
 def change_of(before: Any, after: Any) -> float:
-    """The largest relative change of a tensor among some outputs; of whole numbers the share that changed, if all are.
+    """The largest relative change of a tensor among some outputs; for integers, the share that changed.
 
-    What is infinite before (scores that a mask took out) has to be so afterwards.
+    Infinite entries (masked scores) have to stay infinite.
 
     Args:
         before: a tensor, or a container of tensors.

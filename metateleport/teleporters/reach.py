@@ -1,4 +1,4 @@
-"""A trust region over the orbit: how far all teleports together may lead from where a model began."""
+"""The bound on all teleports together: how far they may lead from where a model began."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AT_THE_BOUND = 0.99
 
 
 def check_max_stretch(max_stretch: float | None) -> None:
-    """Whether a bound is one.
+    """Checks a bound.
 
     Args:
         max_stretch: a factor; None for no bound.
@@ -36,9 +36,9 @@ def check_max_stretch(max_stretch: float | None) -> None:
 def stretch(group: Group, element: Tensor) -> Tensor:
     r"""$\max(\log \|g\|_2, \log \|g^{-1}\|_2)$: log of the largest factor by which $g$ stretches or shrinks anything.
 
-    It is a norm of where $g$ is in the group: zero at the rotations alone, the same for $g$ and $g^{-1}$, and at most
-    the sum of its parts for a product. The condition number is none, as it does not see that one layer grows and the
-    next one shrinks as a whole. Of a translation $t$ it is $\log(1 + \max_i |t_i|)$.
+    It measures the distance of $g$ from the identity: zero only for rotations, equal for $g$ and $g^{-1}$, and
+    subadditive for products. The condition number does not serve, as it ignores that one layer may grow and the next
+    one shrink as a whole. For a translation $t$ it is $\log(1 + \max_i |t_i|)$.
 
     Args:
         group: the group.
@@ -65,14 +65,14 @@ def stretch(group: Group, element: Tensor) -> Tensor:
 def within_reach(group: Group, generator: Tensor, reached: Tensor, bound: float) -> Tensor:
     r"""The part of a generator $T$ that leads no further than a bound, $\exp(T') g$ with a stretch of at most $b$.
 
-    Of a diagonal each entry goes as far as it may. Of other groups the whole generator is shortened, as far as
-    $\|T'\|_2 \le b - \mathrm{stretch}(g)$, unless it ends within the bound as it is; what leads back is never held up.
-    Where $g$ is beyond the bound already, it is what $T'$ may not go beyond.
+    For a diagonal group each entry is cut by itself. For other groups the whole generator is shortened to
+    $\|T'\|_2 \le b - \mathrm{stretch}(g)$, unless it ends within the bound anyway; a move towards the identity is never
+    shortened. If $g$ is beyond the bound already, its own stretch is the bound.
 
     Args:
         group: the group.
         generator: $T$, `(*batch, *group.shape)`.
-        reached: $g$, the product of all elements until now, of the same shape.
+        reached: $g$, the product of all elements so far, of the same shape.
         bound: $b$, a logarithm.
 
     Returns:
@@ -97,15 +97,15 @@ def within_reach(group: Group, generator: Tensor, reached: Tensor, bound: float)
 def shortened(group: Group, element: Tensor, reached: Tensor, bound: float) -> Tensor:
     r"""The element nearest to $g$ that leads no further than a bound, $g' h$ with a stretch of at most $b$.
 
-    Diagonals and translations are cut off entry by entry, matrices at the singular values of $g h$, which leaves the
-    rotations in it alone. A matrix that leads out from a place at the bound is the identity: cut off again and again,
-    it would turn the weights at every step and lead nowhere. Where $h$ is beyond the bound already, it is what $g' h$
-    may not go beyond.
+    Diagonals and translations are clipped entry by entry, matrices at the singular values of $g h$, which keeps the
+    rotations in it. At the bound a matrix that leads outwards becomes the identity: clipped again and again, it would
+    rotate the weights at every step without getting anywhere. If $h$ is beyond the bound already, its own stretch is
+    the bound.
 
     Args:
         group: the group.
         element: $g$, of shape `group.shape`.
-        reached: $h$, the product of all elements until now.
+        reached: $h$, the product of all elements so far.
         bound: $b$, a logarithm.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a teleport did, told and summed up."""
+"""Reports of teleports."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class TeleportReport:
 
     Args:
         teleporter: the teleporter's name.
-        accepted: false where all that was proposed was refused; the weights are then as they were.
-        reason: why it was refused, wholly or for some symmetries, or why nothing was moved (size 0); empty otherwise.
+        accepted: false if everything proposed was refused; the weights are then unchanged.
+        reason: why it was refused, for all or some symmetries, or why nothing moved (size 0); empty otherwise.
         loss_before: loss before the teleport; NaN where no loss was seen.
         loss_after: loss after it; NaN where no loss was seen.
         drift: relative change of what the teleporter keeps: the model's outputs on the inputs, in the Frobenius norm,
@@ -54,16 +54,16 @@ class TeleportReport:
         sizes: Frobenius norm of the generator of each symmetry, in the order of the symmetries.
         weight_decay_change: change of half the squared norm of the moved parameters, which weight decay pulls on.
         evaluations: gradient evaluations spent; a forward pass alone counts a third.
-        state: how the optimizer's state came along, one of `transport`, `keep`, `reset`, `approximate`; empty
+        state: how the optimizer's state was treated, one of `transport`, `keep`, `reset`, `approximate`; empty
             without an optimizer.
         state_entries: what became of each entry of the optimizer's state: `exact`, `approximate`, `kept` or `reset`.
         seconds: wall time of choosing and moving; NaN where it was not taken.
-        gain: relative change of what the teleporter seeks, summed over its moves, positive where it went its way; NaN
-            where it seeks nothing.
+        gain: relative change of the objective, summed over the moves, positive in the intended direction; NaN without
+            an objective.
         held_out_before: loss on held-out data before; NaN where there was none.
         held_out_after: loss on held-out data after.
         held_out_drift: relative change of the outputs on held-out data.
-        failures: those of `metateleport.teleporters.FAILURES` that were seen, each with what was seen: at once, or by
+        failures: those of `metateleport.teleporters.FAILURES` that occurred, each with what was observed, at once or by
             an optimizer in later steps.
         stretch: the largest factor by which all teleports of an optimizer together, this one included, have stretched,
             shrunk or unbalanced anything; NaN where that is not kept.
@@ -93,7 +93,7 @@ class TeleportReport:
 
 
 def not_made(teleporter: str, reason: str, state: str = "") -> TeleportReport:
-    """The report of a teleport that there was nothing to start from for.
+    """The report of a teleport that was not tried.
 
     Example:
         >>> report = not_made("random", "there was no forward pass")
@@ -134,7 +134,7 @@ def summary_of(moves: Sequence[Move]) -> tuple[float, tuple[float, ...], str, fl
 
 
 def gain_of(moves: Sequence[Move]) -> float:
-    """What a single model's moves gained together, relatively; NaN where nothing was sought."""
+    """Relative gain of a single model's moves together; NaN without an objective."""
     gains = [float(move.gain) for move in moves if move.gain is not None]
     return sum(gains) if gains else _NAN
 
@@ -146,7 +146,7 @@ def failures_of(
     eps: float = 0.0,
     held_out: tuple[float, float] = (_NAN, _NAN),
 ) -> dict[str, str]:
-    """What can be seen at once of a single model's failed teleport, by name, in the order of `FAILURES`.
+    """The failures of a single model's teleport that show at once, by name, in the order of `FAILURES`.
 
     Args:
         moves: what it did, or would have done.

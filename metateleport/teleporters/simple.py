@@ -1,4 +1,4 @@
-"""The two teleporters that everything is held against: none, and a random element."""
+"""The two controls for every other teleporter: none, and a random element."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RandomTeleporter(Teleporter):
         size: Frobenius norm of the generator of each symmetry.
         seed: seeds the draws.
         generator: a `torch.Generator` on the CPU, instead of a seed.
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
 
     Raises:
         ValueError: if the size is negative or not finite, or both a seed and a generator are given.

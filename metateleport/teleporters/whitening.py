@@ -1,4 +1,4 @@
-"""The closed form that evens a layer's inputs out: g = (H H^T)^-1/2 and its kin."""
+"""Whitening in closed form: g = (H H^T)^-1/2 and its relatives."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class WhiteningTeleporter(Teleporter):
     | `balanced` | $g\,V V^\top g = g^{-1} U^\top U g^{-1}$ | both factors alike, nothing white | along both, by half |
     | `alternating` | `features` and `outgoing` in turn | | |
 
-    Where the features see an activation after the element (the 2024 form), the covariance is that of the
-    pre-activations; where none were recorded (queries and keys), $V V^\top$ stands for it. A diagonal group whitens the
-    diagonal alone. A symmetry without these matrices stays. Directions that a covariance does not span, fewer samples
-    than units among them, are not stretched: they keep the scale of the largest one.
+    In the 2024 form, where the activation follows the element, the covariance is that of the pre-activations. Where no
+    features were recorded (queries and keys), $V V^\top$ is used instead. A diagonal group whitens only the diagonal. A
+    symmetry without these matrices does not move. Directions that the covariance does not span, as with fewer samples
+    than units, keep the scale of the largest one.
 
     After a step relative to the curvature, `features` solves the least-squares problem of the upper layer. Stepping
     each tensor in a gauge of its own is `metateleport.gauges.step_in_gauges`.
@@ -53,7 +53,7 @@ class WhiteningTeleporter(Teleporter):
     Args:
         side: what is made white; or a function from the symmetry to one of the first three.
         damping: $\epsilon$ over the largest eigenvalue; the default is 1e-13, and 1e-6 in float32 and for `balanced`.
-        trust_region: bounds on what is carried out; the default allows generators of norm 1000.
+        trust_region: bounds on each teleport; the default allows generators of norm 1000.
 
     Raises:
         ValueError: if the side is unknown, or the damping is negative or not finite.
@@ -70,7 +70,7 @@ class WhiteningTeleporter(Teleporter):
         tensor([[1.0000, 0.0000],
                 [0.0000, 1.0000]])
 
-    Source: the per-tensor gauge of an exact pair is Tong, Ma and Chi, JMLR 2021 (arXiv 2005.08898), equation 3.
+    Source: for the gauge of a tensor in an exact pair, Tong, Ma and Chi, JMLR 2021 (arXiv 2005.08898), equation 3.
     """
 
     name = "whitening"

@@ -11,8 +11,8 @@ import higher
 import torch
 from torch import Tensor
 
+from metateleport.families import TaskStack
 from metateleport.families.probed import ProbedLosses
-from metateleport.families.stack import StackedModel
 from metateleport.training.stack_optimizer import StackOptimizer
 
 __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
@@ -21,7 +21,7 @@ __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
 class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
     """Takes the learned optimizer's steps inside a graph, so that an unroll can be differentiated.
 
-    Made by `higher` for a `StackOptimizer`; its model is a patched `StackedModel`.
+    Made by `higher` for a `StackOptimizer`; its model is a patched `TaskStack`.
 
     Example:
         >>> from metateleport.training.stack_optimizer import StackOptimizer
@@ -112,7 +112,7 @@ higher.register_optim(StackOptimizer, DifferentiableLearnedOptimizer)
 
 @contextlib.contextmanager
 def unroll_context(
-    model: StackedModel, optimizer: StackOptimizer, track: bool = True
+    model: TaskStack, optimizer: StackOptimizer, track: bool = True
 ) -> Iterator[tuple[Any, DifferentiableLearnedOptimizer]]:
     """`higher.innerloop_ctx` for a stack of tasks.
 

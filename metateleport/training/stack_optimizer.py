@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metateleport.families import TaskStack
 from metateleport.families.probed import ProbedLosses
-from metateleport.families.stack import StackedModel
 from metateleport.learned.inner_loop import InnerLoop
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.teleporters import Teleporter
@@ -17,7 +17,7 @@ __all__ = ["StackOptimizer"]
 
 
 class StackOptimizer(torch.optim.Optimizer):
-    """A meta-optimizer over a `StackedModel`: the optimizer whose differentiable twin is registered with `higher`.
+    """A meta-optimizer over a `TaskStack`: the optimizer whose differentiable twin is registered with `higher`.
 
     Args:
         model: the stack.
@@ -32,16 +32,17 @@ class StackOptimizer(torch.optim.Optimizer):
 
     Example:
         >>> from torch import nn
-        >>> stack = StackedModel([nn.Linear(2, 1)], nn.functional.mse_loss)
+        >>> from metateleport.families import Task
         >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
+        >>> x = torch.ones(4, 2)
+        >>> stack = TaskStack([Task(nn.Linear(2, 1), nn.functional.mse_loss, (x,), (x[:, :1],))])
         >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None)))
-        >>> batch = (torch.ones(1, 4, 2),), (torch.zeros(1, 4, 1),)
-        >>> optimizer.step(lambda: stack(batch, probe=True)).shape
+        >>> optimizer.step(lambda: stack(stack.full, probe=True)).shape
         torch.Size([1])
     """
 
     def __init__(
-        self, model: StackedModel, meta: MetaOptimizer, deterministic: bool = True, teleporter: Teleporter | None = None
+        self, model: TaskStack, meta: MetaOptimizer, deterministic: bool = True, teleporter: Teleporter | None = None
     ) -> None:
         super().__init__(list(model.parameters()), {})
         self.model = model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metateleport.families import TaskFamily, TaskStack
-from metateleport.families.trial import try_twice
+from metateleport.families.trial import check_second_order
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, device_for
@@ -120,7 +120,7 @@ class MetaTrainer:
                 continue
             stack = self._next_stack()
             if not done.meta_step and not self.outer.first_order:
-                try_twice(stack.model, stack.batch(0))
+                check_second_order(stack, stack.batch(0))
             unroll = Unroll(stack, self.meta, self.outer.first_order, priced=self.outer.teleport_cost > 0)
             for window in range(self._windows()):
                 started = time.perf_counter()

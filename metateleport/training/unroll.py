@@ -101,7 +101,7 @@ class Unroll:
     _measured: Tensor | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._begun = {name: value.detach().clone() for name, value in self.stack.model.tensors().items()}
+        self._begun = {name: value.detach().clone() for name, value in self.stack.tensors().items()}
 
     def window(self, length: int, track: bool = True, loss_known: bool = True) -> Tensor:
         """Takes some inner steps and returns the log losses after each, `(length, tasks)`, in the graph.
@@ -113,12 +113,12 @@ class Unroll:
             track: keep the graph for the meta-gradient; without it nothing grows with the number of steps.
             loss_known: let the steps see the loss; without it they do as in a training loop that gives them none.
         """
-        optimizer = StackOptimizer(self.stack.model, self.meta, self.stack.deterministic)
+        optimizer = StackOptimizer(self.stack, self.meta, self.stack.deterministic)
         optimizer.loop.state = self.state
         optimizer.first_order = self.first_order
         optimizer.loss_known = loss_known
         stays, opened = self.meta.teleporter is not None, []
-        with unroll_context(self.stack.model, optimizer, track) as (model, differentiable):
+        with unroll_context(self.stack, optimizer, track) as (model, differentiable):
             seen = model(self.stack.batch(self.steps), probe=True)
             if self.start is None:
                 self.start = seen.losses.detach()
@@ -132,10 +132,10 @@ class Unroll:
                     opened.append(openness_of(taken, stays))
                 seen = model(self.stack.batch(self.steps), probe=True)
                 along.append(seen.losses if track else seen.losses.detach())
-            moved = dict(zip(self.stack.model.names, model.fast_params, strict=True))
+            moved = dict(zip(self.stack.names, model.fast_params, strict=True))
             assert differentiable.loop.state is not None
             self.state = differentiable.loop.state.map(Tensor.detach)
-        self.stack.model.load(moved)
+        self.stack.load(moved)
         found = [each for each in opened if each is not None]
         self.openness = torch.stack(found) if found else None
         losses = torch.stack(along)
@@ -149,7 +149,7 @@ class Unroll:
         """
         assert self.start is not None
         if self._measured is None and bool(((losses < 0).any(0) | (self.start <= 0)).any()):
-            point = self.stack.model.point_at(self._begun, self.stack.batch(0))
+            point = self.stack.point_at(self._begun, self.stack.batch(0))
             squares = [value.flatten(1).square().sum(1) for value in self._begun.values()]
             size = torch.stack(squares).sum(0).sqrt()
             self._measured = point.squared_gradient_norm().sqrt() * torch.where(size > 0, size, 1.0)

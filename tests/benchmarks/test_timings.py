@@ -157,7 +157,7 @@ def test_source_loop_stands_on_the_same_task_and_its_teleport_keeps_the_loss() -
     task = SourceTask.of(family.task(3), CPU)
     loss, gradients = evaluate(task.weights, task)
     assert loss.dtype == torch.float64
-    point = stack.model.point_at(stack.model.tensors(), stack.full)
+    point = stack.point_at(stack.tensors(), stack.full)
     assert loss.item() == pytest.approx(point.loss.item(), rel=1e-12)
     for found, expected in zip(gradients, point.gradients.values(), strict=True):
         torch.testing.assert_close(found, expected[0])

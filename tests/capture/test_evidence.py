@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder
 from metateleport.capture.evidence import Evidence, evidence_of
-from metateleport.optim.tensors import raised
+from metateleport.optim.parameters import raised
 
 MODULES = ("0", "2")
 

@@ -187,13 +187,14 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_evaluate_runs_the_learned_methods_of_every_seed_and_the_baselines_once(
     together: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("METATELEPORT_CACHE", str(tmp_path / "cache"))
     path = combine_meta_seeds([together], tmp_path / "c")
     ran: list[str] = []
     own = FirstOrder.run
     monkeypatch.setattr(FirstOrder, "run", lambda self, *rest: ran.append(self.name) or own(self, *rest))
     small = ["--set", "width=3", "--tasks", "3", "--steps", "14", "--no-track"]
     command = ["evaluate", str(path), "leaky_mlp", *small, "--methods", "learned,learned/step-only,gd"]
-    monkeypatch.setattr("metateleport.evaluation.tune", lambda recipe, *_: recipe.make(lr=1e-3))
+    monkeypatch.setattr("metateleport.evaluation.plan.tune", lambda rival, *_, **__: rival.make(lr=1e-3))
     assert cli.main([*command, "--json", "a.json", "--card"]) == 0
     # Once to warm up, and once.
     assert ran == ["gd", "gd"]

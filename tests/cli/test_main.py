@@ -109,7 +109,7 @@ def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("metateleport.families.load_family", stop)
+    monkeypatch.setattr("metateleport.evaluation.plan.load_family", stop)
     assert cli.main(["evaluate", "none", "leaky_mlp", "--no-track"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -196,7 +196,7 @@ def test_the_command_runs_it_for_every_meta_seed(tmp_path: Path, monkeypatch: py
     ("arguments", "words"),
     [
         (["none", "leaky_mlp", "--without", "each"], "name a checkpoint"),
-        (["CHECKPOINT", "leaky_mlp", "--without", "each", "--methods", "gd"], "add learned to --methods"),
+        (["CHECKPOINT", "leaky_mlp", "--without", "each", "--methods", "gd"], "add learned to the methods"),
         (["CHECKPOINT", "leaky_mlp", "--without", "nothing"], "no 'nothing'"),
     ],
 )

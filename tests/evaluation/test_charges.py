@@ -19,7 +19,7 @@ from metateleport.evaluation import (
     Method,
     trajectory,
 )
-from metateleport.evaluation.methods import first_order, lbfgs, learned, second_order, whitening
+from metateleport.evaluation.methods import first_order, gauss_newton, gradient_ascent, lbfgs, learned, soap, whitening
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer
@@ -67,7 +67,7 @@ class Silent(trajectory.Recorder):
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> list[Silent]:
-    for module in (learned, first_order, lbfgs, second_order, whitening):
+    for module in (learned, first_order, gradient_ascent, lbfgs, gauss_newton, soap, whitening):
         monkeypatch.setattr(module, "Recorder", Silent)
     monkeypatch.setattr(Silent, "made", [])
     return Silent.made
@@ -133,13 +133,13 @@ def test_a_learned_step_is_credited_once_the_evaluation_at_it_is_paid_for(
     monkeypatch.setattr(Silent, "record", noted)
     monkeypatch.setattr(learned, "InnerLoop", made)
     evaluated: list[dict[str, Tensor]] = []
-    point_at = stack.model.point_at
+    point_at = stack.point_at
 
     def seen(parameters: Any, *rest: Any) -> Any:
         evaluated.append({name: value.detach().clone() for name, value in parameters.items()})
         return point_at(parameters, *rest)
 
-    monkeypatch.setattr(stack.model, "point_at", seen)
+    monkeypatch.setattr(stack, "point_at", seen)
     charged(Learned("learned", meta()), stack, silent)
     assert len(paid) == len(evaluated) > 3
     for number, parameters in enumerate(paid):
@@ -200,9 +200,9 @@ def test_gauss_newton_is_charged_its_jacobians_and_a_third_a_trial(
     silent: list[Silent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted, fresh = Counted(), torch.zeros(TASKS, dtype=torch.float64)
-    stack, at = stack_of(counted, samples=20), second_order._System.at
+    stack, at = stack_of(counted, samples=20), gauss_newton._System.at
     trials: list[int] = []
-    losses_at = type(stack.model).losses_at
+    losses_at = type(stack).losses_at
 
     def noted(*arguments: Any) -> Any:
         fresh.add_(arguments[3])
@@ -212,15 +212,15 @@ def test_gauss_newton_is_charged_its_jacobians_and_a_third_a_trial(
         trials.append(1)
         return losses_at(*arguments)
 
-    price = second_order.jacobian_cost(stack.model, stack.model.tensors(), stack.full)
-    monkeypatch.setattr(second_order._System, "at", noted)
-    monkeypatch.setattr(type(stack.model), "losses_at", tried)
+    price = gauss_newton.jacobian_cost(stack, stack.tensors(), stack.full)
+    monkeypatch.setattr(gauss_newton._System, "at", noted)
+    monkeypatch.setattr(type(stack), "losses_at", tried)
     found = charged(REFERENCES["gauss-newton"].make(), stack, silent)
     assert price > 1
     torch.testing.assert_close(found, price * fresh + len(trials) / 3)
 
 
-@pytest.mark.parametrize("module", [first_order, whitening])
+@pytest.mark.parametrize("module", [gradient_ascent, whitening])
 @pytest.mark.parametrize("samples", [5, 4])
 def test_teleporting_baselines_are_charged_what_their_moves_evaluate(
     module: Any, samples: int, silent: list[Silent], monkeypatch: pytest.MonkeyPatch
@@ -236,8 +236,8 @@ def test_teleporting_baselines_are_charged_what_their_moves_evaluate(
         return arrived, moves, state
 
     monkeypatch.setattr(module, "travel", noted)
-    made = BASELINES["gradient-ascent"] if module is first_order else BASELINES["whitening"]
-    keywords = {"schedule": "before every 10th step"} if module is first_order else {"variant": "features"}
+    made = BASELINES["gradient-ascent"] if module is gradient_ascent else BASELINES["whitening"]
+    keywords = {"schedule": "before every 10th step"} if module is gradient_ascent else {"variant": "features"}
     found = charged(made.make(lr=1e-3, **keywords), stack_of(counted, samples=samples), silent)
     assert bool((extra > 0).all())
     torch.testing.assert_close(found, counted.gradients + extra)

@@ -24,8 +24,8 @@ from metateleport.evaluation import (
     Lattice,
     Method,
     PerTask,
-    Recipe,
     Recorder,
+    Rival,
     Trajectory,
     Whitening,
     evaluate,
@@ -38,7 +38,7 @@ from metateleport.evaluation import (
     tune,
     write_report,
 )
-from metateleport.evaluation.methods.second_order import _System, jacobian_cost
+from metateleport.evaluation.methods.gauss_newton import _System, jacobian_cost
 from metateleport.evaluation.tuning import score, search
 from metateleport.families import TaskStack
 
@@ -164,10 +164,10 @@ class TestBaselines:
     @pytest.mark.parametrize("name", list(BASELINES))
     def test_a_method_leaves_the_stack_as_it_was_and_repeats_itself(self, name: str, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
-        before = {key: value.detach().clone() for key, value in stack.model.tensors().items()}
+        before = {key: value.detach().clone() for key, value in stack.tensors().items()}
         method = BASELINES[name].make(lr=1e-3)
         first, second = method.run(stack, 14).loss, method.run(stack, 14).loss
-        assert all(torch.equal(before[key], value) for key, value in stack.model.tensors().items())
+        assert all(torch.equal(before[key], value) for key, value in stack.tensors().items())
         np.testing.assert_array_equal(first, second)
         assert (first[:, -1] < first[:, 0]).all()
 
@@ -251,10 +251,10 @@ class TestSecondOrder:
 
     def test_a_jacobian_costs_its_multiplications(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
-        tensors = {key: value.detach() for key, value in stack.model.tensors().items()}
+        tensors = {key: value.detach() for key, value in stack.tensors().items()}
         # Both forward passes take two products. A gradient takes three more, as the data need none; a Jacobian takes
         # three for each of five outputs.
-        assert jacobian_cost(stack.model, tensors, stack.batch(0)) == pytest.approx((2 + 5 * 3) / (2 + 3), rel=0.05)
+        assert jacobian_cost(stack, tensors, stack.batch(0)) == pytest.approx((2 + 5 * 3) / (2 + 3), rel=0.05)
 
     def test_gauss_newton_pays_for_jacobians_and_trials(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
@@ -267,10 +267,10 @@ class TestSecondOrder:
         stack = load_family("digits", {"hidden": 3, "classes": 3, "samples": 6, "batch": None}).stack(
             [0], "train", dtype=torch.float64
         )
-        tensors = {key: value.detach() for key, value in stack.model.tensors().items()}
-        system = _System.at(stack.model, tensors, stack.full, torch.tensor([True]), None)
+        tensors = {key: value.detach() for key, value in stack.tensors().items()}
+        system = _System.at(stack, tensors, stack.full, torch.tensor([True]), None)
         factors = system.factors[0]
-        gradients = stack.model.point_at(tensors, stack.full).gradients
+        gradients = stack.point_at(tensors, stack.full).gradients
         flat = torch.cat([gradients[name][0].flatten() for name in tensors])
         torch.testing.assert_close(factors.mT @ system.rights[0], flat, rtol=1e-9, atol=1e-12)
         matrix = factors.mT @ factors
@@ -285,10 +285,10 @@ class TestSecondOrder:
         if name == "soap":
             pytest.importorskip("pytorch_optimizer")
         stack = load_family("leaky_mlp", {"width": 5, "batch": batch}).stack(range(3), "held-out")
-        before = {key: value.detach().clone() for key, value in stack.model.tensors().items()}
+        before = {key: value.detach().clone() for key, value in stack.tensors().items()}
         method = REFERENCES[name].make(lr=0.1)
         loss = method.run(stack, 20).loss
-        assert all(torch.equal(before[key], value) for key, value in stack.model.tensors().items())
+        assert all(torch.equal(before[key], value) for key, value in stack.tensors().items())
         np.testing.assert_array_equal(loss, method.run(stack, 20).loss)
         assert (loss[:, -1] < loss[:, 0]).all()
 
@@ -362,8 +362,8 @@ class Bowl(Method):
 class TestTuning:
     @pytest.mark.parametrize("best", [1e-9, 3e-4, 0.2, 5e4])
     def test_the_grid_goes_on_until_the_best_lies_inside(self, best: float) -> None:
-        recipe = Recipe("bowl", lambda lr: Bowl(lr, best), Lattice(-3, 1))
-        tried = {s["lr"]: v for s, v in search(recipe, lambda s: math.log(Bowl(best=best, **s).loss))}
+        rival = Rival("bowl", lambda lr: Bowl(lr, best), Lattice(-3, 1))
+        tried = {s["lr"]: v for s, v in search(rival, lambda s: math.log(Bowl(best=best, **s).loss))}
         chosen = min(tried, key=lambda lr: tried[lr])
         assert abs(math.log10(chosen / best)) <= 0.126
         places = sorted(tried)
@@ -377,8 +377,8 @@ class TestTuning:
             best, penalty = {"a": (1.0, 0.5), "b": (1e-2, 0.0)}[str(settings["kind"])]
             return math.log(Bowl(float(str(settings["lr"])), best, penalty).loss)
 
-        recipe = Recipe("bowl", lambda **_: Bowl(1, 1), Lattice(-1, 1), {"kind": Choice(("a", "b"))})
-        chosen, _ = min(search(recipe, value), key=lambda each: each[1])
+        rival = Rival("bowl", lambda **_: Bowl(1, 1), Lattice(-1, 1), {"kind": Choice(("a", "b"))})
+        chosen, _ = min(search(rival, value), key=lambda each: each[1])
         assert chosen == {"lr": 0.01, "kind": "b"}
 
     def test_what_diverges_scores_worst(self) -> None:
@@ -391,31 +391,31 @@ class TestTuning:
             made.append(lr)
             return Bowl(lr, 1e-3)
 
-        recipe = Recipe("bowl", make, tasks=2)
-        first = tune(recipe, family, 3, cache=tmp_path)
+        rival = Rival("bowl", make, tasks=2)
+        first = tune(rival, family, 3, cache=tmp_path)
         assert first.tuning is not None
         assert not first.tuning["cached"]
         tries = len(made)
-        again = tune(recipe, family, 3, cache=tmp_path)
+        again = tune(rival, family, 3, cache=tmp_path)
         assert again.tuning is not None
         assert again.tuning["cached"]
         assert len(made) == tries + 1
         assert again.settings == first.settings
         for other in (
-            lambda: tune(recipe, family, 4, cache=tmp_path),
-            lambda: tune(recipe, family, 3, torch.float32, cache=tmp_path),
-            lambda: tune(recipe, load_family("leaky_mlp", {"width": 6}), 3, cache=tmp_path),
+            lambda: tune(rival, family, 4, cache=tmp_path),
+            lambda: tune(rival, family, 3, torch.float32, cache=tmp_path),
+            lambda: tune(rival, load_family("leaky_mlp", {"width": 6}), 3, cache=tmp_path),
         ):
             tuning = other().tuning
             assert tuning is not None
             assert not tuning["cached"]
 
     def test_a_damaged_memory_is_made_anew(self, family: TaskFamily, tmp_path: Path) -> None:
-        recipe = Recipe("bowl", lambda lr: Bowl(lr, 1e-3), tasks=2)
-        tune(recipe, family, 3, cache=tmp_path)
+        rival = Rival("bowl", lambda lr: Bowl(lr, 1e-3), tasks=2)
+        tune(rival, family, 3, cache=tmp_path)
         (file,) = tmp_path.iterdir()
         file.write_text(file.read_text()[:40])
-        tuning = tune(recipe, family, 3, cache=tmp_path).tuning
+        tuning = tune(rival, family, 3, cache=tmp_path).tuning
         assert tuning is not None
         assert not tuning["cached"]
 
@@ -428,7 +428,7 @@ class TestTuning:
             "stack",
             lambda self, indices, split, *rest: splits.append(split) or original(self, indices, split, *rest),
         )
-        method = tune(Recipe("gd", BASELINES["gd"].make, tasks=2), family, 3, cache=tmp_path)
+        method = tune(Rival("gd", BASELINES["gd"].make, tasks=2), family, 3, cache=tmp_path)
         evaluate(family, [method], tasks=2, steps=3)
         assert splits == ["train", "held-out"]
 
@@ -469,7 +469,7 @@ class TestReport:
         assert judged["measure"] == "squared relative error"
         entry = judged["methods"]["adam"]
         stack = family.stack(range(2), "held-out")
-        start = stack.measured({key: value.detach() for key, value in stack.model.tensors().items()})
+        start = stack.measured({key: value.detach() for key, value in stack.tensors().items()})
         assert entry["median"][0] == pytest.approx(float(start.mean()))
         assert entry["median"][-1] < entry["median"][0]
         assert "squared relative error" in str(table_of(judged).title)

@@ -77,11 +77,11 @@ def test_a_users_file_works_like_the_gallery(line: Path) -> None:
     family = mt.load_family(line, {"samples": "6", "batch": "all"})
     assert (family.name, family.settings()["samples"], family.settings()["batch"]) == ("line", 6, None)
     stack = family.stack([0, 1, 2], dtype=torch.float64)
-    point = stack.model.point_at(stack.model.tensors(), stack.batch(0))
+    point = stack.point_at(stack.tensors(), stack.batch(0))
     assert point.loss is not None
     assert point.loss.shape == (3,)
     moved = stack.symmetries[0].act(stack.symmetries[0].group.random(3, size=1.0, seed=0, dtype=torch.float64), point)
-    torch.testing.assert_close(stack.model.losses_at(moved.parameters, stack.batch(0)), point.loss)
+    torch.testing.assert_close(stack.losses_at(moved.parameters, stack.batch(0)), point.loss)
 
 
 @pytest.mark.parametrize("name", ["leaky_mlp", "digits", "quadratic"])
@@ -355,7 +355,7 @@ def test_rows_of_shared_data_equal_a_copy_of_them(batch_size: int | None) -> Non
     for step in range(6):
         for one, other in zip(stack.batch(step), alone.batch(step), strict=True):
             assert torch.equal(one[0], other[0])
-    assert torch.equal(stack.measured(stack.model.tensors()), alone.measured(alone.model.tensors()))
+    assert torch.equal(stack.measured(stack.tensors()), alone.measured(alone.tensors()))
     with pytest.raises(ValueError, match="only tasks of one shape"):
         TaskStack([tasks[0], dataclasses.replace(tasks[1], rows=torch.tensor([1]))])
 
@@ -365,7 +365,7 @@ def test_data_that_all_tasks_have_are_not_copied() -> None:
     assert stack.full[0][0].shape == (16, 12, 2)
     assert stack.full[0][0].untyped_storage().nbytes() == 12 * 2 * 4
     batch = tuple(tuple(value.clone() for value in part) for part in stack.full)
-    assert torch.equal(stack.model(stack.full), stack.model((batch[0], batch[1])))
+    assert torch.equal(stack(stack.full), stack((batch[0], batch[1])))
     assert stack.held_out is None
 
 

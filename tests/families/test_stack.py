@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import higher
 import pytest
 import torch
-from symmetry_cases import CASES, Case, assert_close, case
+from symmetry_cases import CASES, Case, assert_close, case, side_by_side
 from torch import Tensor, nn
 
-from metateleport.families import ProbedLosses, StackedModel
+from metateleport.families import ProbedLosses
 
 TASKS = 3
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -174,13 +177,15 @@ def test_buffers_and_dropout_are_each_tasks_own() -> None:
             return self.layer(x) + self.shift
 
     models = [Shifted(value) for value in (1.0, 5.0)]
-    stacked = StackedModel(models, nn.functional.mse_loss)
     x = torch.randn(2, 4, 2)
+    stacked = side_by_side(models, nn.functional.mse_loss, ((x,), (x,)))
     found = stacked.outputs(stacked.tensors(), (x,))
     assert torch.allclose(found, torch.stack([model(each) for model, each in zip(models, x, strict=True)]))
     assert set(stacked.tensors()) == {"layer.weight", "layer.bias"}
-    dropped = StackedModel([nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5)) for _ in range(2)], nn.functional.mse_loss)
-    kept = dropped.outputs(dropped.tensors(), (torch.ones(2, 1, 2),)) != 0
+    ones = torch.ones(2, 1, 2)
+    layers = [nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5)) for _ in range(2)]
+    dropped = side_by_side(layers, nn.functional.mse_loss, ((ones,), (torch.ones(2, 1, 50),)))
+    kept = dropped.outputs(dropped.tensors(), (ones,)) != 0
     assert not torch.equal(kept[0], kept[1])
 
 
@@ -195,9 +200,57 @@ def test_the_template_is_neither_trained_nor_listed() -> None:
 
 
 def test_what_cannot_be_stacked_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one model"):
-        StackedModel([], nn.functional.mse_loss)
-    with pytest.raises(ValueError, match="one architecture"):
-        StackedModel([nn.Linear(2, 1), nn.Linear(3, 1)], nn.functional.mse_loss)
-    with pytest.raises(ValueError, match="one architecture"):
-        StackedModel([nn.Linear(2, 1), nn.Linear(2, 1, bias=False)], nn.functional.mse_loss)
+    data = ((torch.ones(2, 4, 2),), (torch.ones(2, 4, 1),))
+    for other in (nn.Linear(3, 1), nn.Linear(2, 1, bias=False)):
+        with pytest.raises(ValueError, match="one architecture"):
+            side_by_side([nn.Linear(2, 1), other], nn.functional.mse_loss, data)
+
+
+def test_a_model_may_call_its_parameters_as_a_stack_calls_its_own() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("full", "loss", "tasks", "device", "names", "batch"):
+                self.register_parameter(name, nn.Parameter(torch.randn(2)))
+            self.register_buffer("measure", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.measure * sum(self.parameters())
+
+    data = ((torch.randn(3, 4, 2),), (torch.randn(3, 4, 2),))
+    models = [Named() for _ in range(3)]
+    stack = side_by_side(models, nn.functional.mse_loss, data)
+    expected = [nn.functional.mse_loss(models[task](data[0][0][task]), data[1][0][task]) for task in range(3)]
+    torch.testing.assert_close(stack(stack.full), torch.stack(expected))
+    assert set(stack.tensors()) == {name for name, _ in models[0].named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "higher", "learn2learn"])
+def test_a_copy_has_its_own_parameters_and_shares_tasks_and_data(how: str) -> None:
+    stack, _ = case("rescaling").stack(TASKS)
+    held, start = stack.full, {name: value.clone() for name, value in stack.tensors().items()}
+    if how == "deepcopy":
+        twin: Any = copy.deepcopy(stack)
+    elif how == "higher":
+        twin = higher.patch.monkeypatch(stack, copy_initial_weights=True)
+    else:
+        twin = pytest.importorskip("learn2learn").clone_module(stack)
+    assert twin.tasks is stack.tasks
+    assert twin.full is held
+    assert len(twin) == TASKS
+    torch.testing.assert_close(twin(twin.full), stack(stack.full))
+    if how == "deepcopy":
+        twin.load({name: value + 1 for name, value in start.items()})
+        assert all(isinstance(value, nn.Parameter) for value in twin.parameters())
+    assert_close(stack.tensors(), start, 0.0)
+    assert {id(value) for value in twin.parameters()}.isdisjoint(id(value) for value in stack.parameters())
+
+
+def test_data_are_neither_parameters_nor_buffers_and_follow_to_another_device() -> None:
+    stack, batch = case("rescaling").stack(TASKS)
+    data = {id(value) for part in batch for value in part}
+    assert data.isdisjoint(id(value) for value in (*stack.parameters(), *stack.buffers()))
+    assert len(list(stack.parameters())) == len(stack.names) == 4
+    stack.to("meta")
+    assert {value.device.type for part in stack.full for value in part} == {"meta"}
+    assert batch[0][0].device.type == "cpu"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.evaluation import BASELINES, REFERENCES, Method, evaluate
 from metateleport.evaluation.methods.learned import learned_methods
-from metateleport.families import FamilyError, StackedModel, TaskStack
-from metateleport.families.trial import StackError, try_out, try_twice
+from metateleport.families import FamilyError, TaskStack
+from metateleport.families.trial import StackError, check_evaluation, check_second_order
 from metateleport.training import Unroll
 
 mse = nn.functional.mse_loss
@@ -119,27 +119,27 @@ def trains(stack: TaskStack) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_unusual_models_train_in_stacks(name: str) -> None:
     stack = stack_of(TRAINED[name])
-    assert stack.model.batched
-    before = {key: value.clone() for key, value in stack.model.named_buffers()}
+    assert stack.batched
+    before = {key: value.clone() for key, value in stack.named_buffers()}
     trains(stack)
-    assert all(torch.equal(value, before[key]) for key, value in stack.model.named_buffers())
+    assert all(torch.equal(value, before[key]) for key, value in stack.named_buffers())
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_models_that_vmap_cannot_batch_are_evaluated_one_by_one(name: str) -> None:
     with pytest.warns(UserWarning, match="one by one"):
         stack = stack_of(ONE_BY_ONE[name])
-    assert not stack.model.batched
-    for task, loss in zip(stack.tasks, stack.model(stack.full), strict=True):
+    assert not stack.batched
+    for task, loss in zip(stack.tasks, stack(stack.full), strict=True):
         torch.testing.assert_close(task.loss(task.model(*task.inputs), *task.targets), loss)
     trains(stack)
 
 
 def test_one_by_one_gives_what_the_batch_gives() -> None:
     stack = stack_of(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double(), mse, *_double())
-    found = stack.model.point_at(stack.model.tensors(), stack.full)
-    stack.model.batched = False
-    other = stack.model.point_at(stack.model.tensors(), stack.full)
+    found = stack.point_at(stack.tensors(), stack.full)
+    stack.batched = False
+    other = stack.point_at(stack.tensors(), stack.full)
     for name, value in found.gradients.items():
         torch.testing.assert_close(other.gradients[name], value, rtol=1e-12, atol=1e-14)
 
@@ -207,7 +207,7 @@ def test_one_sample_and_nan_tasks_end_nothing() -> None:
     )
     for method in methods():
         assert method.run(stack, 3).diverged.all(), method.name
-    assert all(bool(value.isfinite().all()) for value in stack.model.parameters())
+    assert all(bool(value.isfinite().all()) for value in stack.parameters())
 
 
 def half_frozen(model: nn.Module) -> None:
@@ -224,10 +224,10 @@ def test_frozen_weights_stay_and_only_symmetries_that_move_them_are_left_out() -
 
     with pytest.warns(UserWarning, match=r"1 of 2 symmetries are left out: they move 0.weight, 0.bias"):
         stack = stack_of(build, symmetries=two_rescalings, freeze=half_frozen)
-    assert stack.symmetries == stack.model.symmetries
+    assert stack.symmetries == stack.symmetries
     assert [each.modules for each in stack.symmetries] == [("2", "4")]
-    assert stack.model.names == ("2.weight", "2.bias", "4.weight", "4.bias")
-    kept = {name: value.clone() for name, value in stack.model.fixed().items()}
+    assert stack.names == ("2.weight", "2.bias", "4.weight", "4.bias")
+    kept = {name: value.clone() for name, value in stack.fixed().items()}
     assert set(kept) == {"0.weight", "0.bias"}
     for method in [*methods(), BASELINES["whitening"].make(lr=0.1), REFERENCES["soap"].make(lr=0.01)]:
         loss = method.run(stack, 8).loss
@@ -235,10 +235,10 @@ def test_frozen_weights_stay_and_only_symmetries_that_move_them_are_left_out() -
         for number, task in enumerate(stack.tasks):
             assert torch.equal(task.model[0].weight, kept["0.weight"][number])
     unroll = Unroll(stack, mt.checkpoint.load_checkpoint("digits").learned)
-    before = stack.model.tensors()["2.weight"].clone()
+    before = stack.tensors()["2.weight"].clone()
     unroll.window(2).mean().backward()
-    assert all(torch.equal(value, kept[name]) for name, value in stack.model.fixed().items())
-    assert not torch.equal(before, stack.model.tensors()["2.weight"])
+    assert all(torch.equal(value, kept[name]) for name, value in stack.fixed().items())
+    assert not torch.equal(before, stack.tensors()["2.weight"])
 
 
 def test_every_method_uses_each_tasks_own_frozen_weights() -> None:
@@ -262,14 +262,14 @@ def test_tasks_that_freeze_different_weights_are_not_stacked() -> None:
     models = [nn.Linear(2, 1), nn.Linear(2, 1)]
     models[1].bias.requires_grad_(False)
     with pytest.raises(ValueError, match="requires_grad"):
-        StackedModel(models, mse)
+        TaskStack([mt.Task(model, mse, (torch.ones(4, 2),), (torch.ones(4, 1),)) for model in models])
 
 
 def test_a_trial_draws_no_random_numbers_and_is_made_once() -> None:
     stack = TaskStack([stack_of(TRAINED["dropout"], tasks=1).tasks[0]])
     before = torch.get_rng_state()
-    try_out(stack.model, stack.full)
-    try_twice(stack.model, stack.full)
+    check_evaluation(stack, stack.full)
+    check_second_order(stack, stack.full)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -285,12 +285,12 @@ def test_gradients_that_have_no_derivative_are_told_before_meta_training() -> No
         def backward(context: Any, gradient: Tensor) -> Tensor:
             return 3 * context.saved_tensors[0] ** 2 * gradient
 
-    model = StackedModel([nn.Linear(4, 3)], lambda out: Once.apply(out).square().mean())
-    model.batched = False
-    batch = ((torch.randn(1, 5, 4),), ())
-    try_out(model, batch)
+    task = mt.Task(nn.Linear(4, 3), lambda out: Once.apply(out).square().mean(), (torch.randn(5, 4),), ())
+    stack = TaskStack([task])
+    stack.batched = False
+    check_evaluation(stack, stack.full)
     with pytest.raises(StackError, match="meta-training differentiates the gradients"):
-        try_twice(model, batch)
+        check_second_order(stack, stack.full)
 
 
 def test_gauss_newton_says_where_it_is_not_for_a_model() -> None:

@@ -67,7 +67,7 @@ def stack_of(entry: str, perturbed: int = 0) -> TaskStack:
     if perturbed:
         source = torch.Generator().manual_seed(perturbed)
         with torch.no_grad():
-            for value in stack.model.parameters():
+            for value in stack.parameters():
                 signs = torch.randint(-1, 2, value.shape, generator=source)
                 value.mul_(1 + signs.double() * torch.finfo(torch.float64).eps)
     return stack
@@ -76,21 +76,25 @@ def stack_of(entry: str, perturbed: int = 0) -> TaskStack:
 def trajectory(entry: str, perturbed: int = 0) -> Recorded:
     """Steps as an evaluation takes them; by quantity `(steps, tasks)`, and by place for teleports and gauges."""
     stack, meta = stack_of(entry, perturbed), load_checkpoint(ENTRIES[entry][0]).learned.double()
-    parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
+    parameters = {name: value.detach() for name, value in stack.tensors().items()}
     state: Any = None
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for number in range(STEPS):
-            point = stack.model.point_at(parameters, stack.batch(number))
+            point = stack.point_at(parameters, stack.batch(number))
             if state is None:
                 state = meta.initial_state(point, stack.symmetries, stack.deterministic)
             taken = meta.step(point, stack.symmetries, state)
             state, parameters = taken.state, taken.parameters
             squares = sum(value.flatten(1).square().sum(1) for value in parameters.values())
-            values = {"loss": point.loss, "norm": squares.sqrt(), "accepted": taken.accepted, "refused": taken.refused}
+            values = {"loss": point.loss, "norm": squares.sqrt(), "accepted": taken.accepted}
             values["evaluations"] = taken.evaluations
-            for place, move in enumerate(taken.moves):
-                values[f"teleport {place} {' '.join(move.symmetry.modules)}"] = move.size
+            if meta.teleporter is not None:
+                values["refused"] = taken.refused
+            sizes = {move.symmetry.key: move.size for move in taken.moves}
+            for place, symmetry in enumerate(reversed(stack.symmetries)):
+                size = sizes.get(symmetry.key, torch.zeros_like(taken.size))
+                values[f"teleport {place} {' '.join(symmetry.modules)}"] = size
             for place, gauge in enumerate(taken.gauges):
                 values[f"gauge {place} {_label(gauge)}"] = gauge.size
             for name, value in values.items():

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from learned_cases import shape_of
-from symmetry_cases import case
+from symmetry_cases import case, side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.evaluation.methods.learned import Learned
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_gauges
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.curvature import curvature_bounds, output_curvatures
@@ -34,7 +34,7 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum() / 2
 
 
-def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0) -> tuple[StackedModel, Point]:
+def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0) -> tuple[TaskStack, Point]:
     source = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -49,8 +49,8 @@ def problem(width: int = 5, samples: int = 12, bias: bool = True, seed: int = 0)
             for value in model.parameters():
                 value.copy_(draw(*value.shape))
         models.append(model)
-    model = StackedModel(models, half_squared_error, [mt.Rescaling(models[0], "0", "2")])
     batch = (draw(TASKS, samples, 4),), (draw(TASKS, samples, 3),)
+    model = side_by_side(models, half_squared_error, batch, [mt.Rescaling(models[0], "0", "2")])
     return model, model.point_at(model.tensors(), batch)
 
 
@@ -157,9 +157,9 @@ def test_layers_share_a_step_that_is_bounded_jointly() -> None:
     source = torch.Generator().manual_seed(0)
     models = [nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).double() for _ in range(TASKS)]
     pairs = [mt.LinearPair(models[0], "0", "1"), mt.LinearPair(models[0], "1", "2")]
-    model = StackedModel(models, half_squared_error, pairs)
     inputs, targets = torch.randn(2, TASKS, 12, 4, generator=source, dtype=torch.float64)
-    point = model.point_at(model.tensors(), ((inputs,), (targets,)))
+    model = side_by_side(models, half_squared_error, ((inputs,), (targets,)), pairs)
+    point = model.point_at(model.tensors(), model.full)
     assert point.loss is not None
     progress, _ = Progress.begin(point.loss).judge(point.loss, deterministic=True)
     bounds = curvature_bounds(point, model.symmetries)

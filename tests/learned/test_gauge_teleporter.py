@@ -11,7 +11,7 @@ from torch import nn
 
 import metateleport as mt
 from metateleport.checkpoint import save_checkpoint
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.gauges import gauge_symmetries
 from metateleport.learned import GaugeTeleporter, MetaOptimizer
 from metateleport.learned.gauge import GaugeChoice, LearnedGauge
@@ -71,9 +71,8 @@ def test_it_whitens_the_features_and_keeps_the_outputs(kind: str) -> None:
 def test_it_is_the_element_of_the_upper_side() -> None:
     """One step of descent after the teleport is the step in the gauge, undone."""
     model, x, y = problem(nn.Identity(), 20)
-    stack = StackedModel([model], half_squared_error, [mt.LinearPair(model, "0", "2")])
-    batch = (x.unsqueeze(0),), (y.unsqueeze(0),)
-    point = stack.point_at(stack.tensors(), batch)
+    stack = TaskStack([mt.Task(model, half_squared_error, (x,), (y,), [mt.LinearPair(model, "0", "2")])])
+    point = stack.point_at(stack.tensors(), stack.full)
     gauge = opened("GL")
     teleporter = GaugeTeleporter(gauge)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import metateleport as mt
 from metateleport.capture import point_of
 from metateleport.groups import GeneralLinear, Orthogonal
 from metateleport.learned import LearnedTeleporter
-from metateleport.learned.basis import BASIS
+from metateleport.learned.teleporter import BASIS
 from metateleport.teleporters import TrustRegion, travel
 
 

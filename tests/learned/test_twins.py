@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.checkpoint import CheckpointError
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.learned import MODES, LearnedTeleporter, MetaOptimizer
 from metateleport.learned.rules.step import StepRule
 from metateleport.point import Point
@@ -52,7 +52,7 @@ def pairs(kind: type[BatchPair2022 | BatchPair2024], model: nn.Module) -> list[m
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def meta_optimizer(mode: str, like: StackedModel | None = None, base: str = "momentum") -> MetaOptimizer:
+def meta_optimizer(mode: str, like: TaskStack | None = None, base: str = "momentum") -> MetaOptimizer:
     """A meta-optimizer that teleports as far as a trained one; flat for the shapes of `like`, where given."""
     torch.manual_seed(1)
     shapes = () if like is None else tuple((name, tuple(value.shape[1:])) for name, value in like.tensors().items())

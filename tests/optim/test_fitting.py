@@ -159,12 +159,3 @@ def test_nothing_moves_before_a_refusal() -> None:
     with pytest.raises(ValueError, match="several devices"):
         mt.LearnedOptimizer([*model.parameters(), nn.Parameter(torch.ones(1, device="meta"))], "digits")
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize(("initialised", "ranks", "expected"), [(True, 2, True), (True, 1, False), (False, 2, False)])
-def test_replicas_are_several_processes(
-    initialised: bool, ranks: int, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: initialised)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
-    assert fitting.replicated() == expected

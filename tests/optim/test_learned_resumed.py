@@ -12,7 +12,7 @@ from symmetry_cases import Problem, case
 from torch import Tensor
 
 import metateleport as mt
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.learned import MODES, GaugeTeleporter, LearnedTeleporter, MetaOptimizer
 from metateleport.learned.gauge import LearnedGauge
 
@@ -22,7 +22,7 @@ def meta_of(mode: str, network: str = "equivariant", problem: Problem | None = N
     torch.manual_seed(1)
     shapes: tuple[Any, ...] = ()
     if problem is not None and network == "flat":
-        stack = StackedModel([problem.model], problem.loss, problem.symmetries)
+        stack = TaskStack([problem.task])
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in stack.tensors().items())
     config = shape_of(mode=mode, hidden=6, shapes=shapes, base="momentum")
     meta = MetaOptimizer(config)

@@ -16,11 +16,10 @@ from metateleport.learned.meta_optimizer import MetaState
 from metateleport.optim.memory import (
     flattened,
     restored_parts,
-    rule_state,
     saved_parts,
     unflattened,
-    update_entries,
 )
+from metateleport.optim.parameters import rule_state, update_entries
 from metateleport.point import Point
 
 STEP_RULE = {"mode": "lr+tele", "gauge": "linearised", "groups": ("GL", "diagonal")}

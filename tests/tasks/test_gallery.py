@@ -167,9 +167,9 @@ def test_stacks_equal_single_models(name: str, settings: dict[str, Any]) -> None
     for step, size in ((0, 0.0), (1, 0.1), (11, 1.0)):
         parameters = {
             key: value.detach() + size * torch.randn(value.shape, generator=noise, dtype=value.dtype)
-            for key, value in stack.model.tensors().items()
+            for key, value in stack.tensors().items()
         }
-        point = stack.model.point_at(parameters, stack.batch(step))
+        point = stack.point_at(parameters, stack.batch(step))
         assert point.loss is not None
         assert set(point.gradients) == set(dict(stack.tasks[0].model.named_parameters()))
         assert set(point.activations) == set(point.cotangents)
@@ -189,14 +189,14 @@ def test_stacks_equal_single_models(name: str, settings: dict[str, Any]) -> None
 def test_symmetries_keep_the_loss_and_carry_gradients(name: str, settings: dict[str, Any]) -> None:
     stack = load(name, settings).stack([0, 1, 2], dtype=torch.float64)
     batch = stack.batch(0)
-    start = stack.model.point_at(stack.model.tensors(), batch)
+    start = stack.point_at(stack.tensors(), batch)
     assert start.loss is not None
     for number, symmetry in enumerate(stack.symmetries):
         # Pairs with as many samples as units solve with square random matrices: what they lose is their condition.
         tolerance = 1e-9 if symmetry.exactness == "exact" else 1e-5
         element = symmetry.group.random(3, size=0.5, seed=number, dtype=torch.float64)
         moved = symmetry.act(element, start)
-        there = stack.model.point_at(moved.parameters, batch)
+        there = stack.point_at(moved.parameters, batch)
         assert there.loss is not None
         assert all((moved.parameters[key] - start.parameters[key]).norm() > 1e-3 for key in symmetry.parameters)
         assert bool(symmetry.holds(start).all())
@@ -529,14 +529,14 @@ def test_digits_loss_and_score() -> None:
 @pytest.mark.parametrize(("name", "least"), [("digits", 0.9), ("mnist_digits", 0.85), ("mnist1d", 0.3)])
 def test_classes_can_be_learned(name: str, least: float) -> None:
     stack = load(name, CLASSIFICATION[name][0]).stack([0, 1], "held-out")
-    optimizer = torch.optim.SGD(stack.model.parameters(), lr=0.2)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=0.2)
     for step in range(60):
         optimizer.zero_grad()
-        stack.model(stack.batch(step)).sum().backward()
+        stack(stack.batch(step)).sum().backward()
         optimizer.step()
     assert stack.held_out is not None
     assert stack.score is not None
-    outputs = stack.model.outputs(stack.model.tensors(), stack.held_out[0])
+    outputs = stack.outputs(stack.tensors(), stack.held_out[0])
     assert bool((stack.score(outputs, *stack.held_out[1]) > least).all())
 
 
@@ -573,7 +573,7 @@ def test_bottlenecks_name_symmetries_that_are_found_too(heads: int) -> None:
 def small_bottlenecks() -> tuple[TaskStack, Point]:
     settings = {"width": 6, "heads": 2, "rank": 3, "hidden": 5, "samples": 100, "batch": 20}
     stack = load("bottleneck_digits", settings).stack([0, 1, 2], dtype=torch.float64)
-    return stack, stack.model.point_at(stack.model.tensors(), stack.batch(0))
+    return stack, stack.point_at(stack.tensors(), stack.batch(0))
 
 
 TELEPORTERS = {
@@ -594,7 +594,7 @@ def test_every_teleporter_moves_a_stack_of_bottlenecks_and_keeps_its_loss(name: 
     with torch.no_grad() if name.startswith("learned") else contextlib.nullcontext():
         state = teleporter.initial_state(start, stack.symmetries)
         arrived, moves, _ = travel(teleporter, start, stack.symmetries, state)
-    there = stack.model.point_at(arrived.parameters, stack.batch(0))
+    there = stack.point_at(arrived.parameters, stack.batch(0))
     assert len(moves) == len(stack.symmetries)
     for move in moves:
         assert not bool(move.refused.any()), move.reason
@@ -606,7 +606,7 @@ def test_every_teleporter_moves_a_stack_of_bottlenecks_and_keeps_its_loss(name: 
         for key, value in getattr(there, kind).items():
             close(getattr(arrived, kind)[key], value, 1e-7)
     other = stack.batch(1)
-    close(stack.model.losses_at(arrived.parameters, other), stack.model.losses_at(start.parameters, other), 1e-9)
+    close(stack.losses_at(arrived.parameters, other), stack.losses_at(start.parameters, other), 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["whitening", "random"])
@@ -629,7 +629,7 @@ def test_bottlenecks_can_be_stepped_in_gauges(kind: str) -> None:
     assert moves
     assert not any(bool(move.refused.any()) for move in moves)
     assert start.loss is not None
-    assert bool((stack.model.losses_at(stepped.parameters, stack.batch(0)) < start.loss).all())
+    assert bool((stack.losses_at(stepped.parameters, stack.batch(0)) < start.loss).all())
     if kind == "whitening":
         features = start.activations["classify"]
         gram = features.mT @ features
@@ -717,7 +717,7 @@ def test_matrix_factorisation_is_judged_by_the_matrix_and_not_by_the_measurement
     root = values[:, :2].sqrt()
     exact = {"first.weight": root.unsqueeze(-1) * right[:, :2], "second.weight": left[:, :, :2] * root.unsqueeze(-2)}
     assert bool((stack.measured(exact) < 1e-25).all())
-    assert bool((stack.model.losses_at(exact, stack.full) > 1e-3).all()), "the noise is in the loss"
+    assert bool((stack.losses_at(exact, stack.full) > 1e-3).all()), "the noise is in the loss"
     half = {"first.weight": exact["first.weight"] / 2, "second.weight": exact["second.weight"]}
     assert stack.measured(half).tolist() == pytest.approx([0.25, 0.25])
 

@@ -22,7 +22,7 @@ from metateleport.teleporters._ascent import Ascent, Evaluate, differentiated
 def test_on_quadratics_it_reaches_the_closed_form(dimension: int, condition: float, direction: str) -> None:
     # With y = A^1/2 x of fixed norm the squared gradient y^T A y has its extremes at the outer eigenvectors.
     stack = mt.load_family("quadratic", {"dimension": dimension, "condition": condition}).stack(range(3))
-    start = stack.model.point_at(stack.model.tensors(), stack.full)
+    start = stack.point_at(stack.tensors(), stack.full)
     teleporter = mt.GradientAscentTeleporter(
         steps=400,
         step_size=0.1,
@@ -37,7 +37,7 @@ def test_on_quadratics_it_reaches_the_closed_form(dimension: int, condition: flo
     assert start.loss is not None
     best = 2 * start.loss * eigenvalues[:, -1 if direction == "ascent" else 0]
     assert torch.allclose(arrived.squared_gradient_norm(), best, rtol=1e-6)
-    assert torch.allclose(stack.model.losses_at(arrived.parameters, stack.full), start.loss, rtol=1e-10)
+    assert torch.allclose(stack.losses_at(arrived.parameters, stack.full), start.loss, rtol=1e-10)
 
 
 def ratio(**settings: object) -> float:

@@ -141,10 +141,10 @@ def test_a_positive_loss_is_measured_as_ever_and_nothing_is_evaluated_for_a_scal
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = unroll_of(0.0)
-    monkeypatch.setattr(run.stack.model, "point_at", lambda *_: pytest.fail("a scale was evaluated"))
-    start = run.stack.model(run.stack.full).detach()
+    monkeypatch.setattr(run.stack, "point_at", lambda *_: pytest.fail("a scale was evaluated"))
+    start = run.stack(run.stack.full).detach()
     found = run.window(3).detach()
-    torch.testing.assert_close(found[-1], (run.stack.model(run.stack.full).detach() / start).log())
+    torch.testing.assert_close(found[-1], (run.stack(run.stack.full).detach() / start).log())
 
 
 @pytest.mark.parametrize("name", ["digits", "leaky_mlp_mixture"])
@@ -180,7 +180,7 @@ def test_a_run_that_goes_on_hides_the_same_windows(monkeypatch: pytest.MonkeyPat
 
 def test_the_scale_is_the_decrease_of_weights_that_change_by_their_own_size() -> None:
     run = unroll_of(-10.0)
-    point = run.stack.model.point_at(run.stack.model.tensors(), run.stack.full)
+    point = run.stack.point_at(run.stack.tensors(), run.stack.full)
     sizes = sum(value.flatten(1).square().sum(1) for value in point.parameters.values()).sqrt()
     run.window(1)
     found = run._scale(torch.full((1, 2), -1.0))

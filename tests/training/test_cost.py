@@ -226,5 +226,5 @@ def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monk
         assert 0 < each["learned/openness"] < 1
         assert each["learned/teleport_price"] == pytest.approx(0.5 * each["learned/openness"])
     assert not any("step-only/openness" in each for each in logged)
-    assert cli.main(["train", "leaky_mlp", *sizes, "--teleport-cost", "-1", "--out", "b"]) == 2
+    assert cli.main(["train", "leaky_mlp", "--set", *sizes.split(), "outer.teleport_cost=-1", "--out", "b"]) == 2
     assert not Path("b").exists()

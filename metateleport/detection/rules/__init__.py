@@ -1,4 +1,4 @@
-"""How the scalings of tensors pass each operation; what has no rule here passes nothing."""
+"""Rules: how scalings pass through each operation. An operation without a rule fixes its inputs' scalings."""
 
 from metateleport.detection.rules import attention, elementwise, layers, norms, shapes
 from metateleport.detection.rules.registry import RULES, Rule

@@ -28,7 +28,7 @@ def _of_one_feature(
 ) -> tuple[Value, Value]:
     """The arguments of a layer, after what axes of one entry ask for: labels of one variable, which vary nowhere.
 
-    What a layer of one unit puts out scales as a whole, and is undone by the next weight as a whole.
+    What a layer of one unit outputs scales as a whole, and is undone by the next weight as a whole.
     """
     ledger, name = context.ledger, weight.parameter
     if name is None:

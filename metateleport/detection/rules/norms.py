@@ -1,4 +1,4 @@
-"""Norms: what goes in loses its scale, what comes out scales as the gain."""
+"""Norms: the output does not depend on the input's scale, and scales with the gain."""
 
 from __future__ import annotations
 

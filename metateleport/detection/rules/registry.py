@@ -1,4 +1,4 @@
-"""The table of rules, and what several of them share."""
+"""The table of rules, and helpers that several rules share."""
 
 from __future__ import annotations
 

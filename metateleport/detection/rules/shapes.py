@@ -1,4 +1,4 @@
-"""Operations that move entries, join them or gather some: pooling, reshaping, concatenation."""
+"""Operations that rearrange entries: reshaping, concatenation, indexing, pooling."""
 
 from __future__ import annotations
 

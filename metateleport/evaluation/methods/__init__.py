@@ -1,10 +1,12 @@
 """What is evaluated: the learned optimizer with its attribution, and its rivals."""
 
-from metateleport.evaluation.methods.first_order import SCHEDULES, FirstOrder, GradientAscent
+from metateleport.evaluation.methods.first_order import FirstOrder
+from metateleport.evaluation.methods.gauss_newton import GaussNewton
+from metateleport.evaluation.methods.gradient_ascent import SCHEDULES, GradientAscent
 from metateleport.evaluation.methods.lbfgs import LBFGS
 from metateleport.evaluation.methods.learned import ATTRIBUTIONS, Learned, learned_methods
-from metateleport.evaluation.methods.registry import BASELINES, REFERENCES
-from metateleport.evaluation.methods.second_order import GaussNewton, PerTask, soap
+from metateleport.evaluation.methods.registry import BASELINES, REFERENCES, RIVALS
+from metateleport.evaluation.methods.soap import PerTask
 from metateleport.evaluation.methods.whitening import VARIANTS, Whitening
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "BASELINES",
     "LBFGS",
     "REFERENCES",
+    "RIVALS",
     "SCHEDULES",
     "VARIANTS",
     "FirstOrder",
@@ -21,5 +24,4 @@ __all__ = [
     "PerTask",
     "Whitening",
     "learned_methods",
-    "soap",
 ]

@@ -1,4 +1,4 @@
-"""First-order baselines on a stack of tasks: torch's own optimizers, and gradient descent that teleports."""
+"""First-order baselines on a stack of tasks: torch's own elementwise optimizers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from metateleport.evaluation.rival import Rival
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
-from metateleport.teleporters import GradientAscentTeleporter, travel
 
-__all__ = ["SCHEDULES", "FirstOrder", "GradientAscent"]
+__all__ = ["RIVALS", "FirstOrder"]
 
 
 class FirstOrder(Method):
@@ -37,8 +36,11 @@ class FirstOrder(Method):
         super().__init__(name, settings)
         self.optimizer = optimizer
 
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "optimizer": getattr(self.optimizer, "__qualname__", repr(self.optimizer))}
+
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = copy.deepcopy(stack.model)
+        model = copy.deepcopy(stack)
         optimizer = self.optimizer(model.parameters(), **self.settings)
         recorder = Recorder(stack, budget)
         for step in range(budget):
@@ -50,76 +52,16 @@ class FirstOrder(Method):
         return recorder.trajectory()
 
 
-SCHEDULES: dict[str, Callable[[int], bool]] = {
-    "once, before step 0": lambda step: step == 0,
-    "before every 10th step": lambda step: step % 10 == 0,
-}
-"""When gradient ascent teleports, by name: from the number of the step to whether it teleports before it."""
+def _gd(**settings: Any) -> Method:
+    return FirstOrder("gd", torch.optim.SGD, **settings)
 
 
-class GradientAscent(Method):
-    r"""Gradient descent that teleports by gradient ascent on the squared gradient norm, as in the source papers.
-
-    A teleport of n ascent steps costs what they evaluate, as counted by its moves; the gradient is carried along,
-    so the step after it needs no second one.
-
-    Args:
-        lr: step size of gradient descent.
-        schedule: when to teleport, a key of `SCHEDULES`.
-        ascent_steps: steps of each ascent.
-        size: largest Frobenius norm of the generator; each ascent step is `size / ascent_steps` long at first.
-
-    Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), algorithm 1.
-    """
-
-    teleports = True
-    gauge = "stays"
-
-    def __init__(
-        self, lr: float, schedule: str = "once, before step 0", ascent_steps: int = 10, size: float = 1.0
-    ) -> None:
-        super().__init__(
-            "gradient-ascent", {"lr": lr, "schedule": schedule, "ascent_steps": ascent_steps, "size": size}
-        )
-        self.lr, self.due = lr, SCHEDULES[schedule]
-        self.teleporter = GradientAscentTeleporter(steps=ascent_steps, step_size=size / ascent_steps, cap=size)
-
-    def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack.model
-        parameters = {name: value.detach() for name, value in model.tensors().items()}
-        recorder = Recorder(stack, budget)
-        lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
-        start: Tensor | None = None
-        step, state = 0, None
-        while bool(recorder.affords().any()):
-            batch = stack.batch(step)
-            point = model.point_at(parameters, batch)
-            recorder.charge(1.0)
-            assert point.loss is not None
-            start = point.loss if start is None else start
-            lost = lost | ~(point.loss <= _LOST * start.abs())
-            if self.due(step) and stack.symmetries:
-                arrived, moves, state = travel(self.teleporter, point, stack.symmetries, state, allowed=~lost)
-                for move in moves:
-                    recorder.charge(move.evaluations)
-                recorder.drift(point.parameters, arrived.parameters, batch, where=~lost)
-                point = arrived
-                if arrived.stale:
-                    point = model.point_at(arrived.parameters, batch)
-                    recorder.charge(1.0)
-            stepped = {
-                name: value.detach() - self.lr * point.gradients[name] for name, value in point.parameters.items()
-            }
-            parameters = {name: _where(lost, parameters[name], value) for name, value in stepped.items()}
-            recorder.record(parameters)
-            step += 1
-        return recorder.trajectory()
+def _momentum(**settings: Any) -> Method:
+    return FirstOrder("momentum", torch.optim.SGD, momentum=0.9, **settings)
 
 
-# A task whose loss has grown by this factor stays where it is: it counts as diverged, and what overflows next would
-# stop the linear algebra of the tasks beside it.
-_LOST = 1e12
+def _adam(**settings: Any) -> Method:
+    return FirstOrder("adam", torch.optim.Adam, **settings)
 
 
-def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    return torch.where(mask.reshape(-1, *(1,) * (no.ndim - 1)), yes, no)
+RIVALS = (Rival("gd", _gd), Rival("momentum", _momentum), Rival("adam", _adam))

@@ -7,11 +7,12 @@ import copy
 import torch
 from torch import Tensor
 
+from metateleport.evaluation.rival import Lattice, Rival
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import Task, TaskStack
 from metateleport.families.stack import Batch
 
-__all__ = ["LBFGS"]
+__all__ = ["LBFGS", "RIVALS"]
 
 
 class LBFGS(Method):
@@ -122,3 +123,7 @@ class _Solver:
             torch.zeros_like(value) if value.grad is None else value.grad for value in self.parameters.values()
         ]
         return loss.detach(), gradients
+
+
+# Its line search finds the length; lr is only the first trial's.
+RIVALS = (Rival("lbfgs", LBFGS, Lattice(-1, 0), tasks=8),)

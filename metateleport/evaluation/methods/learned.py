@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -66,6 +67,12 @@ class Learned(Method):
             (stays, undone), "none"
         )
 
+    def identity(self) -> dict[str, Any]:
+        weights = hashlib.sha256()
+        for name, value in self.meta.state_dict().items():
+            weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return {**super().identity(), "config": self.meta.config, "weights": weights.hexdigest(), "seed": self.seed}
+
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         teleporter: Teleporter | None = None
         regauge: Regauge | None = None
@@ -90,13 +97,13 @@ class Learned(Method):
     ) -> Trajectory:
         meta = self.meta.to(stack.device)
         recorder = Recorder(stack, budget)
-        parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
+        parameters = {name: value.detach() for name, value in stack.tensors().items()}
         loop = InnerLoop(meta, stack.symmetries, stack.deterministic, teleporter, regauge)
         number = 0
         with torch.no_grad():
             while bool(recorder.affords().any()):
                 batch = stack.batch(number)
-                point = stack.model.point_at(parameters, batch)
+                point = stack.point_at(parameters, batch)
                 recorder.charge(1.0)
                 for each in (teleporter, regauge):
                     if isinstance(each, _SameSizes | _SameGauges):
@@ -130,9 +137,8 @@ class _SameSizes(Teleporter):
         drawn = symmetry.group.random_generator(
             *point.loss.shape, generator=self.source, dtype=weight.dtype, device=weight.device
         )
-        if self.step >= len(self.sizes):
-            return torch.zeros_like(drawn), state
-        return drawn * symmetry.group.expand(self.sizes[self.step].stays[symmetry.key].to(drawn)), state
+        size = self.sizes[self.step].stays.get(symmetry.key) if self.step < len(self.sizes) else None
+        return torch.zeros_like(drawn) if size is None else drawn * symmetry.group.expand(size.to(drawn)), state
 
 
 class _SameGauges:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metateleport.evaluation.lost import LOST, where
+from metateleport.evaluation.rival import Choice, Lattice, Rival
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
 from metateleport.gauges.step import Names, only_for, step_in_gauges, tensor_groups
@@ -15,7 +17,7 @@ from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import WhiteningTeleporter, travel
 
-__all__ = ["VARIANTS", "Whitening"]
+__all__ = ["RIVALS", "VARIANTS", "Whitening"]
 
 VARIANTS: dict[str, tuple[str, str]] = {
     "alternating": ("alternating", "in turn"),
@@ -69,7 +71,7 @@ class Whitening(Method):
         self.gauge = "undone" if self.side == "undone" else "stays"
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        parameters = {name: value.detach() for name, value in stack.model.tensors().items()}
+        parameters = {name: value.detach() for name, value in stack.tensors().items()}
         recorder = Recorder(stack, budget)
         lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
         start: Tensor | None = None
@@ -77,11 +79,11 @@ class Whitening(Method):
         with torch.no_grad():
             while bool(recorder.affords().any()):
                 batch = stack.batch(number)
-                point = stack.model.point_at(parameters, batch)
+                point = stack.point_at(parameters, batch)
                 recorder.charge(1.0)
                 assert point.loss is not None
                 start = point.loss if start is None else start
-                lost = lost | ~(point.loss <= _LOST * start.abs())
+                lost = lost | ~(point.loss <= LOST * start.abs())
                 names = self._names(number, list(point.gradients), stack.symmetries)
                 if self.side == "undone":
                     stepped = step_in_gauges(
@@ -102,7 +104,7 @@ class Whitening(Method):
                     new = {**arrived.parameters, **self._descend(arrived, names, stack.symmetries)}
                 recorder.charge(cost)
                 lost = lost | ~_finite(new, len(stack))
-                parameters = {name: _where(lost, parameters[name], value) for name, value in new.items()}
+                parameters = {name: where(lost, parameters[name], value) for name, value in new.items()}
                 recorder.record(parameters)
                 number += 1
         return recorder.trajectory()
@@ -135,13 +137,17 @@ class Whitening(Method):
         return stepped
 
 
-# A task whose loss has grown by this factor stays where it is, as in the other baselines.
-_LOST = 1e12
-
-
 def _finite(parameters: Tensors, tasks: int) -> Tensor:
     return torch.stack([value.reshape(tasks, -1).isfinite().all(1) for value in parameters.values()]).all(0)
 
 
-def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    return torch.where(mask.reshape(-1, *(1,) * (no.ndim - 1)), yes, no)
+RIVALS = (
+    Rival(
+        "whitening",
+        Whitening,
+        # A step relative to the curvature bound is of order one.
+        Lattice(-2, 1),
+        choices={"variant": Choice(tuple(VARIANTS)), "relative": Choice((True, False))},
+        tasks=16,
+    ),
+)

@@ -8,8 +8,6 @@ from metateleport.learned.rules.base import (
     RuleSettings,
     UpdateRule,
     carried_moments,
-    fit,
-    rms,
     subtracted,
 )
 from metateleport.learned.rules.coordinate import CoordinateSettings
@@ -28,10 +26,8 @@ __all__ = [
     "TensorSettings",
     "UpdateRule",
     "carried_moments",
-    "fit",
     "known_rules",
     "read_rule",
     "register",
-    "rms",
     "subtracted",
 ]

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
-from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments, fit
-from metateleport.linalg import alike, polar_factors
+from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
+from metateleport.linalg import alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
 from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
@@ -157,7 +156,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
         names, gradients = list(point.gradients), list(point.gradients.values())
-        dtype, tiny = point.loss.dtype, torch.finfo(point.loss.dtype).tiny
+        dtype = gradients[0].dtype
+        tiny = torch.finfo(dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
         # Of each tensor, as some are used now and then.
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
@@ -213,7 +213,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         return moved, {**state, "cells": cells, **tensors, **numbers}
 
     def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
-        return {**state, **carried_moments(state, moves, point, detach=False)}
+        return {**state, **carried_moments(state, moves, point, detach=False)} if moves else state
 
     def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""
@@ -238,7 +238,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         self, point: Point, progress: Progress, state: dict[str, Any], powers: Tensor, levels: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """What the network says of every tensor, `(tensors, tasks, outputs)`, and its new states."""
-        names, momentum, scale = list(point.gradients), state["momentum"], state["scale"]
+        names, scale = list(point.gradients), state["scale"]
+        momentum = {name: state["momentum"][name].to(powers.dtype) for name in names}
         if self.detach and torch.is_grad_enabled():
             point, scale, powers, levels = point.detach(), scale.detach(), powers.detach(), levels.detach()
             momentum = {name: value.detach() for name, value in momentum.items()}

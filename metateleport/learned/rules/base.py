@@ -14,6 +14,7 @@ from metateleport.gauges import Gauge
 from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.progress import Progress, Tolerance
 from metateleport.learned.teleporter import LearnedTeleporter
+from metateleport.linalg import fit
 from metateleport.point import Point, Tensors
 from metateleport.settings import POSITIVE, Settings, SettingsError, setting
 from metateleport.symmetries import Symmetry
@@ -27,8 +28,6 @@ __all__ = [
     "RuleSettings",
     "UpdateRule",
     "carried_moments",
-    "fit",
-    "rms",
     "subtracted",
 ]
 
@@ -234,14 +233,3 @@ def carried_moments(state: dict[str, Any], moves: Sequence[Move], point: Point, 
 
 def subtracted(parameters: Tensors, changes: Tensors) -> Tensors:
     return {name: parameters[name] - change for name, change in changes.items()}
-
-
-def fit(scale: Tensor, tensor: Tensor) -> Tensor:
-    """A `(tasks,)` factor shaped so that it multiplies a tensor of the stack."""
-    return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
-
-
-def rms(tensor: Tensor) -> Tensor:
-    """Root mean square of each task's tensor, `(tasks,)`."""
-    square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
-    return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()

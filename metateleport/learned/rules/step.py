@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, fit, subtracted
+from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
+from metateleport.linalg import finite_gradient, fit
 from metateleport.point import Point, Tensors
 from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry

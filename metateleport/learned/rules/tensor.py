@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
-from metateleport.learned.finite import finite_gradient
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.base import Learns, fit, rms
+from metateleport.learned.rules.base import Learns
 from metateleport.learned.rules.step import StepRule, StepSettings
+from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move

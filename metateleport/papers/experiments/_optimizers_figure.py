@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metateleport.evaluation.style import BLACK, BLUE, GREEN, VERMILLION
 from metateleport.papers.experiments._optimizers_claims import log_ratios, ratio_of
 from metateleport.papers.experiments.ways import PLAIN
 
@@ -24,11 +25,11 @@ _MAPS = (
     ("own", "training", "seconds", "training loss at equal seconds,\neach at its own best step size"),
 )
 _CURVES = {
-    PLAIN: "#000000",
-    "ascent, batch form, early": "#D55E00",
-    "ascent, rescaling, early": "#0072B2",
+    PLAIN: BLACK,
+    "ascent, batch form, early": VERMILLION,
+    "ascent, rescaling, early": BLUE,
     "random, batch form, early": "#999999",
-    "whitening, batch form, early": "#009E73",
+    "whitening, batch form, early": GREEN,
 }
 _SHOWN = ("sgd", "momentum", "adagrad", "adam", "muon")
 _DATA = "mnist_digits"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from metateleport.files import replacing, write_json
+from metateleport.evaluation.style import bare, new_figure, save, suptitle
+from metateleport.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,18 +164,13 @@ class Experiment(abc.ABC):
 
     def plot(self, result: ExperimentResult, path: str | Path) -> None:
         """Writes the figure of a result; the suffix tells the format (png, svg, pdf)."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=self.size, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(*self.size)
         self.draw(figure, result.results)
         for axes in figure.axes:
-            axes.spines[["top", "right"]].set_visible(False)
+            bare(axes, grid=False)
         settings = ", ".join(f"{name}={value}" for name, value in result.settings.items())
-        figure.suptitle(f"{self.name} ({settings})", fontsize=9, x=0.01, ha="left")
-        with replacing(Path(path)) as temporary:
-            figure.savefig(temporary, dpi=100)
+        suptitle(figure, f"{self.name} ({settings})", 9)
+        save(figure, path, 100)
 
 
 def finite(value: float) -> float:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from metateleport.evaluation.paired import paired_ratio
-from metateleport.families import FamilyError, load_family
-from metateleport.families.stack import Batch, StackedModel
+from metateleport.evaluation.style import BLACK, BLUE, GREY, VERMILLION
+from metateleport.families import Batch, FamilyError, TaskStack, load_family
 from metateleport.objectives import Curvature, Objective, Sharpness
 from metateleport.papers.experiments.base import LARGEST, Claim, Experiment, ExperimentError, Findings, Progress, finite
 from metateleport.papers.experiments.intervals import bootstrap, share_interval
@@ -91,9 +91,9 @@ class Generalisation(Experiment):
         tasks = [family.task(index, "held-out", seed) for index in range(self.networks)]
         # The starts are those of different tasks, the data those of the first.
         first = tasks[0]
-        stack = StackedModel([task.model for task in tasks], first.loss, first.symmetries)
-        data = _repeated(first.training, self.networks)
-        held_out = _repeated(first.held_out, self.networks)
+        stack = TaskStack([dataclasses.replace(first, model=task.model) for task in tasks])
+        data, held_out = stack.full, stack.held_out
+        assert held_out is not None
         half = self._train(stack, data, held_out, 0, self.teleport, seed, progress, "plain training")
         middle = {name: value.detach().clone() for name, value in stack.tensors().items()}
         rest = self._train(stack, data, held_out, self.teleport, self.epochs, seed, progress, "plain training")
@@ -127,7 +127,7 @@ class Generalisation(Experiment):
 
     def _train(
         self,
-        stack: StackedModel,
+        stack: TaskStack,
         data: Batch,
         held_out: Batch,
         start: int,
@@ -152,7 +152,7 @@ class Generalisation(Experiment):
         return losses
 
     def _teleport(
-        self, stack: StackedModel, data: Batch, objectives: Mapping[str, Objective], variant: str, seed: int
+        self, stack: TaskStack, data: Batch, objectives: Mapping[str, Objective], variant: str, seed: int
     ) -> dict[str, Any]:
         point = stack.point_at(stack.tensors(), data)
         teleporter: Teleporter
@@ -181,17 +181,17 @@ class Generalisation(Experiment):
     def draw(self, figure: Figure, results: Mapping[str, Any]) -> None:
         first, second, third = figure.subplots(1, 3)
         trained = results["trained"]
-        for axes, name, colour in ((first, "sharpness", "#D55E00"), (second, "curvature", "#0072B2")):
+        for axes, name, colour in ((first, "sharpness", VERMILLION), (second, "curvature", BLUE)):
             axes.plot(trained[name], trained["held_out"], ".", color=colour)
             r = correlation(np.stack([trained[name], trained["held_out"]], 1))
             axes.set(xlabel=name, ylabel="held-out loss", title=f"correlation {r:.2f}")
         styles = {
-            "none": ("#000000", "-"),
-            "sharpness down": ("#D55E00", "-"),
-            "sharpness up": ("#D55E00", "--"),
-            "curvature up": ("#0072B2", "-"),
-            "curvature down": ("#0072B2", "--"),
-            "random": ("#7F7F7F", ":"),
+            "none": (BLACK, "-"),
+            "sharpness down": (VERMILLION, "-"),
+            "sharpness up": (VERMILLION, "--"),
+            "curvature up": (BLUE, "-"),
+            "curvature down": (BLUE, "--"),
+            "random": (GREY, ":"),
         }
         epoch = results["teleport_epoch"]
         for variant, (colour, style) in styles.items():
@@ -230,13 +230,6 @@ def partial_correlation(triples: Array) -> float:
     return correlation(np.stack([x, y], 1))
 
 
-def _repeated(batch: Batch | None, count: int) -> Batch:
-    """One set of data for every network, without copies."""
-    assert batch is not None
-    inputs, targets = (tuple(value.expand(count, *value.shape) for value in part) for part in batch)
-    return inputs, targets
-
-
 def _measured(objectives: Mapping[str, Objective], point: Point) -> dict[str, list[float]]:
     assert point.loss is not None
     with torch.no_grad():
@@ -244,7 +237,7 @@ def _measured(objectives: Mapping[str, Objective], point: Point) -> dict[str, li
     return {**found, "train": point.loss.double().tolist()}
 
 
-def _accuracy(stack: StackedModel, held_out: Batch, score: Callable[..., Tensor] | None) -> list[float]:
+def _accuracy(stack: TaskStack, held_out: Batch, score: Callable[..., Tensor] | None) -> list[float]:
     assert score is not None
     found: list[float] = score(stack.outputs(stack.tensors(), held_out[0]), held_out[1][0]).double().tolist()
     return found

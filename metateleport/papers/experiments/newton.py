@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metateleport.evaluation.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from metateleport.families import load_family
 from metateleport.papers.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress
 from metateleport.papers.experiments.descent import Function
@@ -139,9 +140,7 @@ class Newton(Experiment):
 
     def draw(self, figure: Figure, results: Mapping[str, Any]) -> None:
         first, second, third = figure.subplots(1, 3)
-        colours = dict(
-            zip(results, ("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#000000"), strict=True)
-        )
+        colours = dict(zip(results, (BLUE, GREEN, SKY, VERMILLION, ORANGE, PURPLE, BLACK), strict=True))
         for kind, found in results.items():
             if kind != "quartics in the plane":
                 values = np.sort(found["rise"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metateleport.capture import point_of
+from metateleport.evaluation.style import BLUE, GREEN, SKY, VERMILLION
 from metateleport.families import load_family
 from metateleport.papers.experiments.actions import fields, flatten, unflatten
 from metateleport.papers.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress
@@ -126,10 +127,10 @@ class OneTeleport(Experiment):
     def draw(self, figure: Figure, results: Mapping[str, Any]) -> None:
         first, second, third = figure.subplots(1, 3)
         colours = {
-            "quadratics": "#0072B2",
-            "Booth": "#56B4E9",
-            "Rosenbrock": "#D55E00",
-            "mirrored valley": "#009E73",
+            "quadratics": BLUE,
+            "Booth": SKY,
+            "Rosenbrock": VERMILLION,
+            "mirrored valley": GREEN,
             "slanted valleys": "#BBBBBB",
         }
         for label, entries in results["examples"].items():
@@ -268,8 +269,8 @@ def _draw_chart(axes: Any, entry: Mapping[str, Any], kind: type[Landscape], labe
     angles = np.linspace(0, 2 * np.pi, 200)
     for loss in np.geomspace(entry["loss"][-1], entry["loss"][0], 6):
         axes.plot(loss**0.5 * np.cos(angles), loss**0.5 * np.sin(angles), color="#DDDDDD", linewidth=0.7)
-    axes.plot(*ridge.T, ".", color="#56B4E9", markersize=4, label="steepest and flattest points of level sets")
-    axes.plot(*path.T, color="#D55E00", label="gradient flow from the steepest")
+    axes.plot(*ridge.T, ".", color=SKY, markersize=4, label="steepest and flattest points of level sets")
+    axes.plot(*path.T, color=VERMILLION, label="gradient flow from the steepest")
     axes.set(aspect="equal", xlabel="first coordinate of the chart", ylabel="second")
     axes.set_title(f"{label}, where level sets are circles", fontsize=10)
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metateleport.capture import point_of
 from metateleport.detection import find_symmetries
+from metateleport.evaluation.style import BLUE, GREY, ORANGE, SKY
 from metateleport.families import FamilyError, Task, gallery, load_family
 from metateleport.papers.experiments.actions import fields, flatten, unflatten
 from metateleport.papers.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress
@@ -125,10 +126,10 @@ class Orbit(Experiment):
         models = results["models"]
         bars = {
             "level_set": ("level set", "#CCCCCC"),
-            "minima": ("minima of zero loss, on the batch", "#7F7F7F"),
-            "orbit": ("orbit of all symmetries, batch forms too", "#E69F00"),
-            "same_function": ("same outputs on all inputs", "#56B4E9"),
-            "exact_orbit": ("orbit of the exact symmetries", "#0072B2"),
+            "minima": ("minima of zero loss, on the batch", GREY),
+            "orbit": ("orbit of all symmetries, batch forms too", ORANGE),
+            "same_function": ("same outputs on all inputs", SKY),
+            "exact_orbit": ("orbit of the exact symmetries", BLUE),
         }
         rows = np.arange(len(models))
         for place, (name, (label, colour)) in enumerate(bars.items()):

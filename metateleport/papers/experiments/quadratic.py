@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metateleport.evaluation.paired import PairedRatio, paired_ratio
+from metateleport.evaluation.style import BLACK, BLUE, GREY, VERMILLION
 from metateleport.families import Task, load_family
 from metateleport.papers.experiments.base import Claim, Experiment, ExperimentError, Findings, Progress, finite
 from metateleport.papers.experiments.descent import best_step, descend
@@ -271,7 +272,7 @@ _LABELS = {
     "gd_own_step": "GD, own best step",
     "teleported_own_step": "teleported, own best step",
 }
-_COLOURS = {"gd": "#7F7F7F", "teleported": "#D55E00", "gd_own_step": "#000000", "teleported_own_step": "#0072B2"}
+_COLOURS = {"gd": GREY, "teleported": VERMILLION, "gd_own_step": BLACK, "teleported_own_step": BLUE}
 
 
 def _draw_quadratics(axes: Any, curves: Mapping[str, Any]) -> None:
@@ -316,7 +317,7 @@ def _draw_angles(axes: Any, found: Mapping[str, Any]) -> None:
     angle, final = np.asarray(found["angle"]), np.asarray(found["final_loss"])
     converged = final < 1e6
     axes.plot(angle[converged], final[converged].clip(1e-16), ".", color=_COLOURS["teleported"], markersize=3)
-    axes.plot(angle[~converged], np.full((~converged).sum(), 1e3), "x", color="#000000", markersize=3, label="diverges")
+    axes.plot(angle[~converged], np.full((~converged).sum(), 1e3), "x", color=BLACK, markersize=3, label="diverges")
     axes.axhline(found["untouched"], color=_COLOURS["gd"], label="no teleport")
     axes.set(yscale="log", xlabel="angle of the teleport", ylabel="final loss at the source's step")
     axes.legend(fontsize=7, loc="lower left")

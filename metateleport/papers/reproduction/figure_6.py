@@ -149,7 +149,7 @@ def _train(family: TaskFamily, mode: str, settings: Figure6, told: Callable[[str
     example = family.stack([0], "train", settings.seed)
     config = MetaOptimizerConfig(
         FlatSettings(
-            shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.model.tensors().items()),
+            shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items()),
             hidden=settings.hidden,
             per_coordinate=mode.startswith("update"),
         ),

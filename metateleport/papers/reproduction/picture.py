@@ -8,19 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from metateleport.files import replacing
+from metateleport.evaluation.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    LINES,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    bare,
+    new_figure,
+    save,
+    suptitle,
+)
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, told apart by the colour-blind too.
-_COLOURS = {"LSTM(update)": "#0072B2", "LSTM(update,tele)": "#CC79A7", "LSTM(lr,tele)": "#D55E00", "gd": "#7F7F7F"}
+_COLOURS = {"LSTM(update)": BLUE, "LSTM(update,tele)": PURPLE, "LSTM(lr,tele)": VERMILLION, "gd": GREY}
 _BESIDE = {
-    "learned": ("as learned", "#D55E00", "-"),
-    "learned/teleport-off": ("teleport off", "#0072B2", (0, (5, 2))),
-    "learned/random-teleport": ("random element", "#009E73", (0, (1, 1.5))),
-    "learned/step-only": ("step learned alone", "#000000", (0, (4, 1.5, 1, 1.5))),
-    "learned/guarded": ("harmful steps taken back", "#E69F00", "-"),
-    "gd": ("gradient descent", "#7F7F7F", "-"),
+    "learned": ("as learned", VERMILLION, "-"),
+    "learned/teleport-off": ("teleport off", BLUE, LINES["teleport-off"]),
+    "learned/random-teleport": ("random element", GREEN, LINES["random-teleport"]),
+    "learned/step-only": ("step learned alone", BLACK, LINES["step-only"]),
+    "learned/guarded": ("harmful steps taken back", ORANGE, "-"),
+    "gd": ("gradient descent", GREY, "-"),
 }
 
 
@@ -37,13 +49,9 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         ValueError: if the suffix is of no format that matplotlib writes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     networks: Mapping[str, Any] = result["networks"]
     teleporting = [name for name, report in networks.items() if "learned/teleport-off" in report["methods"]]
-    figure = Figure(figsize=(4.6 * (1 + len(teleporting)), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * (1 + len(teleporting)), 4.4)
     axes = figure.subplots(1, 1 + len(teleporting), sharey=True, squeeze=False)[0]
     for name, report in networks.items():
         _curve(axes[0], report, "learned", name, _COLOURS[name], "-")
@@ -57,18 +65,14 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     for each in axes:
         # What diverges leaves the picture.
         each.set(yscale="log", xlabel="gradient evaluations", ylim=(None, 100 * start))
-        each.grid(visible=True, which="major", alpha=0.25)
-        each.spines[["top", "right"]].set_visible(False)
+        bare(each)
         each.legend(frameon=False, fontsize=8)
     settings = result["settings"]
-    figure.suptitle(
+    suptitle(
+        figure,
         f"{settings['tasks']} held-out tasks, {settings['seeds']} meta-seeds (band), {settings['runs']} training runs",
-        fontsize=10,
-        x=0.01,
-        ha="left",
     )
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path)
 
 
 def _curve(axes: Any, report: Mapping[str, Any], method: str, label: str, colour: str, line: Any) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack
 from learned_cases import shape_of
+from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.progress import Progress, Tolerance
@@ -52,7 +53,7 @@ def meta_optimizer(mode: str = "update", **config: object) -> MetaOptimizer:
     return meta
 
 
-def walk(rule: AdaptiveRule, model: StackedModel, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
+def walk(rule: AdaptiveRule, model: TaskStack, batch: Batch, steps: int) -> list[dict[str, Tensor]]:
     """Parameters before and after each of some steps, all of them accepted."""
     along: list[dict[str, Tensor]] = [dict(model.tensors())]
     state, progress = None, None
@@ -147,8 +148,9 @@ def test_in_a_gauge_it_steps_along_the_raised_velocity() -> None:
 @pytest.mark.parametrize("factor", [1e-6, 1e5])
 def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
     model, batch = stack("rescaling")
-    scaled = StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
-    alone = StackedModel([model.template], model.loss, model.symmetries)
+    task = model.tasks[0]
+    scaled = TaskStack([dataclasses.replace(task, loss=lambda *given: factor * model.loss(*given))])
+    alone = TaskStack([task])
     first = tuple(tuple(value[:1] for value in part) for part in batch)
     ours, theirs = (
         walk(rule_of(mixture=(0.0, 0.0, 0.0), calm=0.0, head=1.0), each, first, 4)[-1] for each in (scaled, alone)
@@ -179,8 +181,8 @@ def test_a_layer_that_starts_at_zero_moves() -> None:
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
     symmetry = mt.Rescaling(model, "0", "2")
-    stacked = StackedModel([model], nn.functional.mse_loss, [symmetry])
     batch = ((torch.randn(1, 8, 3).double(),), (torch.ones(1, 8, 2).double(),))
+    stacked = side_by_side([model], nn.functional.mse_loss, batch, [symmetry])
     moved = walk(rule_of(), stacked, batch, 1)[-1]
     assert float(moved["2.weight"].abs().max()) > 1e-4
 
@@ -189,8 +191,8 @@ def test_units_that_are_never_on_spoil_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with torch.no_grad():
         model[0].bias[0] = -30.0
-    stacked = StackedModel([model], nn.functional.mse_loss, [mt.Rescaling(model, "0", "2")])
     batch = ((torch.randn(1, 8, 3).double(),), (torch.randn(1, 8, 2).double(),))
+    stacked = side_by_side([model], nn.functional.mse_loss, batch, [mt.Rescaling(model, "0", "2")])
     meta = meta_optimizer()
     with torch.no_grad():
         meta.rule.head.bias[0] = -4.0

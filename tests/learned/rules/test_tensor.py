@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from gradient_cases import analytic, attached, compare, error, plain, recorded, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learned_cases import shape_of
+from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import StackedModel
+from metateleport.families import TaskStack
 from metateleport.learned import LearnedTeleporter, MetaOptimizer
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.step import StepRule
@@ -54,7 +56,7 @@ def begun(point: Point) -> Progress:
     return Progress.begin(loss).judge(loss, deterministic=True)[0]
 
 
-def walk(rule: StepRule, model: StackedModel, batch: Any, steps: int) -> tuple[dict[str, Tensor], Any]:
+def walk(rule: StepRule, model: TaskStack, batch: Any, steps: int) -> tuple[dict[str, Tensor], Any]:
     """Parameters and state after some steps, all of them accepted."""
     parameters: dict[str, Tensor] = dict(model.tensors())
     state = None
@@ -109,8 +111,9 @@ def test_a_step_is_bounded_whatever_the_networks_say(seed: int, size: float) -> 
 @pytest.mark.parametrize("factor", [1e-6, 1e5])
 def test_it_does_not_see_the_scale_of_the_loss(factor: float) -> None:
     model, batch = stack("rescaling")
-    scaled = StackedModel([model.template], lambda *given: factor * model.loss(*given), model.symmetries)
-    alone = StackedModel([model.template], model.loss, model.symmetries)
+    task = model.tasks[0]
+    scaled = TaskStack([dataclasses.replace(task, loss=lambda *given: factor * model.loss(*given))])
+    alone = TaskStack([task])
     first = tuple(tuple(value[:1] for value in part) for part in batch)
     ours, theirs = (walk(rule_of(), each, first, 4)[0] for each in (alone, scaled))
     for name, value in ours.items():
@@ -143,7 +146,7 @@ def test_its_state_moves_with_a_teleport(kind: str) -> None:
     arrived, moves, _ = travel(mt.RandomTeleporter(0.5, seed=1), point, model.symmetries, None)
     assert all(bool((move.size > 0.1).all()) for move in moves)
     there = model.point_at(arrived.parameters, batch)
-    carried = rule.carry(state, moves, point, torch.ones(model.tasks, dtype=torch.bool))
+    carried = rule.carry(state, moves, point, torch.ones(len(model), dtype=torch.bool))
     for name, gradient in there.gradients.items():
         # Before its second step a velocity is a gradient, and a second moment a hundredth of its square.
         torch.testing.assert_close(carried["velocity"][name], gradient, rtol=1e-8, atol=1e-9)
@@ -246,13 +249,13 @@ def test_it_can_be_trained() -> None:
 # Large models
 
 
-def large() -> tuple[StackedModel, Any]:
+def large() -> tuple[TaskStack, Any]:
     """A perceptron of 1.1 million parameters, on noise."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, 10))
     symmetries = [mt.Rescaling(model, "0", "2"), mt.Rescaling(model, "2", "4")]
     batch = ((torch.randn(1, 32, 784),), (torch.randint(10, (1, 32)),))
-    return StackedModel([model], nn.functional.cross_entropy, symmetries), batch
+    return side_by_side([model], nn.functional.cross_entropy, batch, symmetries), batch
 
 
 def test_its_state_is_two_numbers_a_parameter_and_one_lstm_state_a_tensor() -> None:
@@ -266,7 +269,7 @@ def test_its_state_is_two_numbers_a_parameter_and_one_lstm_state_a_tensor() -> N
     small = stack("rescaling")
     wide = rule_of(hidden=7)
     own = sum(value.numel() for value in small[0].tensors().values())
-    assert numbers(walk(wide, *small, 1)[1]) == 2 * own + 2 * 7 * len(small[0].names) * small[0].tasks
+    assert numbers(walk(wide, *small, 1)[1]) == 2 * own + 2 * 7 * len(small[0].names) * len(small[0])
 
 
 def test_a_model_of_a_million_parameters_is_stepped() -> None:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from metateleport.optim.tensors import dense_gradient, master, raised, trainable, within, working_dtype, write
+from metateleport.optim.parameters import (
+    dense_gradient,
+    master,
+    raised,
+    replicated,
+    trainable,
+    within,
+    working_dtype,
+    write,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 
@@ -67,3 +76,12 @@ def test_a_step_is_at_most_half_of_what_its_tensor_was_at_first() -> None:
         start = goal
     assert torch.equal(within(start, start, state), start)
     assert torch.allclose(within(start, start + 0.1, state), start + 0.1)
+
+
+@pytest.mark.parametrize(("initialised", "ranks", "expected"), [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_replicas_are_several_processes(
+    initialised: bool, ranks: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    assert replicated() == expected

@@ -1,15 +1,30 @@
-"""A model's parameters as the meta-optimizer takes them: a stack of one task, in one working precision."""
+"""Parameters as a stack of one task, in one working precision, and what is remembered of each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from metateleport.learned.rules import UpdateRule
 from metateleport.point import Tensors
 
-__all__ = ["dense_gradient", "master", "raised", "stacked_pullback", "trainable", "within", "working_dtype", "write"]
+__all__ = [
+    "dense_gradient",
+    "known_state",
+    "master",
+    "raised",
+    "replicated",
+    "rule_state",
+    "stacked_pullback",
+    "trainable",
+    "update_entries",
+    "within",
+    "working_dtype",
+    "write",
+]
 
 _SMALLEST = 0.04
 """Stands for the root mean square of tensors that are smaller, as a bound on their steps."""
@@ -19,6 +34,9 @@ REACH = "reach"
 
 COMPENSATION = "compensation"
 """Entry of a parameter's state: what rounding to half precision has cut off."""
+
+
+Entries = MutableMapping[str, Tensor]
 
 
 def trainable(parameter: Tensor) -> bool:
@@ -137,3 +155,77 @@ def master(parameter: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor]) -
     value = raised(parameter.detach(), dtype)
     kept = state.get(COMPENSATION)
     return value if kept is None else value + raised(kept, dtype)
+
+
+def rule_state(
+    rule: UpdateRule, whole: Mapping[str, Any] | None, entries: Mapping[str, Entries], fresh: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A rule's state for the tensors of one step, those that are new with the state that they start from.
+
+    Args:
+        rule: says which entries of its state are kept for each tensor.
+        whole: its entries that are not; None before the first step.
+        entries: what is kept of each tensor, by its name.
+        fresh: the rule's initial state for all of the tensors.
+    """
+    # Fresh entries may share memory, and a checkpoint that is read in place would write one over the other.
+    fresh = _copied(fresh)
+    state = {**fresh, **(whole or {})}
+    for entry in rule.per_tensor:
+        kept = {}
+        for name, own in fresh[entry].items():
+            if isinstance(own, tuple):
+                parts = [f"{entry}.{index}" for index in range(len(own))]
+                known = all(part in entries[name] for part in parts)
+                kept[name] = tuple(entries[name][part] for part in parts) if known else own
+            else:
+                kept[name] = entries[name].get(entry, own)
+        state[entry] = kept
+    return state
+
+
+def known_state(rule: UpdateRule, whole: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
+    """A rule's state for tensors that have all been stepped before.
+
+    Args:
+        rule: says which entries of its state are kept for each tensor.
+        whole: its entries that are not.
+        entries: what is kept of each tensor, by its name.
+    """
+    state = dict(whole)
+    for entry in rule.per_tensor:
+        kept: dict[str, Any] = {}
+        for name, own in entries.items():
+            kept[name] = own.get(entry)
+            if kept[name] is None:
+                count = sum(key.startswith(f"{entry}.") for key in own)
+                kept[name] = tuple(own[f"{entry}.{index}"] for index in range(count))
+        state[entry] = kept
+    return state
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(each) for each in value)
+    return value
+
+
+def update_entries(rule: UpdateRule, state: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
+    """Puts a rule's state back where it is kept by tensor; the other entries are returned."""
+    for entry in rule.per_tensor:
+        for name, value in state[entry].items():
+            if isinstance(value, tuple):
+                entries[name].update({f"{entry}.{index}": part for index, part in enumerate(value)})
+            else:
+                entries[name][entry] = value
+    return {key: value for key, value in state.items() if key not in rule.per_tensor}
+
+
+def replicated() -> bool:
+    """Whether this process is one of several that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

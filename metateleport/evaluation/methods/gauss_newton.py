@@ -1,75 +1,19 @@
-"""Second-order references: what the same linear algebra buys without teleportation."""
+"""Gauss-Newton, damped: what the same linear algebra buys without teleportation."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from metateleport.evaluation.lost import where
+from metateleport.evaluation.rival import Choice, Lattice, Rival
 from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
-from metateleport.families import TaskStack
-from metateleport.families.stack import Batch, StackedModel
+from metateleport.families import Batch, TaskStack
 from metateleport.point import Tensors
 
-__all__ = ["GaussNewton", "PerTask", "soap"]
-
-
-class PerTask(Method):
-    """An optimizer that looks at whole matrices: every task of a stack has one of its own.
-
-    A task whose parameters are not finite stays where it was.
-
-    Args:
-        name: of the method.
-        optimizer: makes an optimizer from one task's parameters and the settings.
-        settings: keyword arguments of `optimizer`.
-
-    Example:
-        >>> PerTask("gd", torch.optim.SGD, lr=0.1).settings
-        {'lr': 0.1}
-    """
-
-    def __init__(self, name: str, optimizer: Callable[..., torch.optim.Optimizer], **settings: Any) -> None:
-        super().__init__(name, settings)
-        self.optimizer = optimizer
-
-    def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        tensors = {name: value.detach() for name, value in stack.model.tensors().items()}
-        tasks = [{name: value[task].clone() for name, value in tensors.items()} for task in range(len(stack))]
-        optimizers = [self.optimizer(list(each.values()), **self.settings) for each in tasks]
-        lost = [False] * len(stack)
-        recorder = Recorder(stack, budget)
-        for step in range(budget):
-            point = stack.model.point_at(tensors, stack.batch(step))
-            recorder.charge(1.0)
-            for task, (own, optimizer) in enumerate(zip(tasks, optimizers, strict=True)):
-                for name, value in own.items():
-                    value.grad = point.gradients[name][task].clone()
-                lost[task] = lost[task] or not all(bool(value.grad.isfinite().all()) for value in own.values())  # type: ignore[union-attr]
-                if not lost[task]:
-                    optimizer.step()
-            tensors = {name: torch.stack([own[name] for own in tasks]) for name in tensors}
-            recorder.record(tensors)
-        return recorder.trajectory()
-
-
-def soap(**settings: Any) -> Method:
-    """SOAP of `pytorch_optimizer`, without weight decay.
-
-    Raises:
-        ImportError: if `pytorch_optimizer` is not installed.
-
-    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321).
-    """
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise ImportError("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'") from error
-    return PerTask("soap", SOAP, weight_decay=0.0, **settings)
+__all__ = ["RIVALS", "GaussNewton"]
 
 
 class GaussNewton(Method):
@@ -95,7 +39,7 @@ class GaussNewton(Method):
         self.lr, self.damping = lr, damping
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack.model
+        model = stack
         tensors = {name: value.detach() for name, value in model.tensors().items()}
         count = len(stack)
         recorder = Recorder(stack, budget)
@@ -116,7 +60,7 @@ class GaussNewton(Method):
                 after = model.losses_at(trial, batch)
                 recorder.charge(1 / 3)
                 better = after < known.losses
-                tensors = {name: _where(better, trial[name], value) for name, value in tensors.items()}
+                tensors = {name: where(better, trial[name], value) for name, value in tensors.items()}
                 damping = torch.where(better, damping / 3, damping * 4).clamp(1e-16, 1e16)
                 recorder.record(tensors)
                 fresh = better if stack.deterministic else torch.ones_like(better)
@@ -124,7 +68,19 @@ class GaussNewton(Method):
         return recorder.trajectory()
 
 
-def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
+RIVALS = (
+    Rival(
+        "gauss-newton",
+        GaussNewton,
+        Lattice(-1, 0),
+        choices={"damping": Choice((1e-3, 1.0))},
+        tasks=8,
+        on_request=True,
+    ),
+)
+
+
+def jacobian_cost(model: TaskStack, tensors: Tensors, batch: Batch) -> float:
     """Multiplications of the Jacobian of the outputs, over those of one gradient of the loss.
 
     At least one: a Jacobian contains the gradient.
@@ -154,7 +110,7 @@ def jacobian_cost(model: StackedModel, tensors: Tensors, batch: Batch) -> float:
     return max(counts[1] / max(counts[0], 1), 1.0)
 
 
-def _jacobian(model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
+def _jacobian(model: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
     """Derivatives of every output of every sample by every parameter, `(samples, outputs, *parameter)`."""
 
     def single(parameters: Tensors, sample: tuple[Tensor, ...]) -> Tensor:
@@ -178,7 +134,7 @@ class _System:
         self.factors, self.rights, self.losses, self.shapes = factors, rights, losses, shapes
 
     @classmethod
-    def at(cls, model: StackedModel, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
+    def at(cls, model: TaskStack, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
         """The systems at some parameters, those of tasks where `where` is false as they are known.
 
         Tasks are gone through one by one, to keep the memory small.
@@ -197,7 +153,7 @@ class _System:
 
     @staticmethod
     def _of_one(
-        model: StackedModel, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+        model: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs = torch.func.functional_call(model.template, {**fixed, **values}, given)
 
@@ -238,7 +194,3 @@ class _System:
             name: part.reshape(len(part), *shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
-
-
-def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    return torch.where(mask.reshape(-1, *(1,) * (no.ndim - 1)), yes, no)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
-from metateleport.learned.basis import BASIS, FEATURES, observe, symmetric_log
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.teleporter import BASIS, FEATURES, observe
+from metateleport.linalg import symmetric_log
 from metateleport.point import Point
 
 every_case = pytest.mark.parametrize("case", LEARNED, ids=str)

@@ -1,0 +1,172 @@
+"""What a page says of one evaluation: sentences, tables, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from metateleport.evaluation.pages.entry import Entry
+from metateleport.evaluation.pages.markdown import called, listed, ratio_cell, table
+from metateleport.evaluation.paired import REFERENCE
+from metateleport.evaluation.words import AGAINST, KINDS, ahead_or_behind, number, opening_of, over_seeds, verdict_of
+
+__all__ = ["found_in", "section"]
+
+
+def section(entry: Entry, title: str, picture: str | None = None) -> list[str]:
+    """The lines of a page on one evaluation.
+
+    Args:
+        entry: the evaluation.
+        title: of the section.
+        picture: name of a picture of it.
+    """
+    lines = [f"## {title}", "", " ".join(found_in(entry)), ""]
+    if picture is not None:
+        lines += [f"![loss by gradient evaluations and by seconds]({picture})", ""]
+    lines += [*_medians(entry), *_ratios(entry), *_target(entry), *_conditions(entry)]
+    return lines
+
+
+def found_in(entry: Entry) -> list[str]:
+    """The sentences that the figures of an evaluation come to."""
+    said = []
+    if REFERENCE in entry.methods:
+        said += _brought(entry)
+        said += ahead_or_behind(entry.rivals, max(1, len(entry.seeds)))
+    return [*said, *_failures(entry)]
+
+
+def _brought(entry: Entry) -> list[str]:
+    against, marks = entry.against, entry.marks
+    if entry.parts:
+        return ["Parts of the basis are left out, one run each; nothing is trained anew."]
+    if not against:
+        return ["The learned method ran alone: whether it goes on, and whether it stays where it came to."]
+    if entry.gauge == "none":
+        return ["No teleport is learned here; what it gains is the step's."]
+    verdicts = [verdict_of(entry.gauge, against, place) for place in range(len(marks))]
+    if verdicts[-1] == "unknown":
+        return ["What the teleport brings was not measured here."]
+    said = [f"At {marks[-1]} gradient evaluations {opening_of(entry.gauge, against)} ({KINDS[entry.gauge]})."]
+    before = [
+        f"at {mark} {opening_of(entry.gauge, against, place)}"
+        for place, mark in enumerate(marks[:-1])
+        if verdicts[place] != verdicts[-1]
+    ]
+    return said + ([f"Before that it is otherwise: {'; '.join(before)}."] if before else [])
+
+
+def _failures(entry: Entry) -> list[str]:
+    """Which methods diverged, and on how many tasks; that none did is said too."""
+    tasks, seeds = int(entry.result["tasks"]), len(entry.seeds)
+    lost = []
+    for name, method in entry.methods.items():
+        worst = entry.result.get("meta_seeds", {}).get("worst", {}).get(name)
+        count, of = (worst["diverged"], tasks * seeds) if worst else (method["diverged"], tasks)
+        if count:
+            lost.append(f"{called(name, entry.gauge).strip('*')} on {count} of {of}")
+    if lost:
+        return [f"Diverged{', over all meta-seeds' if seeds else ''}: {', '.join(lost)} tasks."]
+    return [f"No run diverged{f', of any of {seeds} meta-seeds' if seeds else ''}."]
+
+
+def _medians(entry: Entry) -> list[str]:
+    accurate = any("held_out_accuracy" in method for method in entry.methods.values())
+    header = [f"median {entry.measure} at", *map(str, entry.marks), *(["held-out accuracy"] if accurate else [])]
+    header += ["diverged", "seconds", "largest drift"]
+    rows = []
+    for name, method in entry.methods.items():
+        row = [called(name, entry.gauge), *(number(entry.median(name, mark)) for mark in entry.marks)]
+        if accurate:
+            accuracy = method.get("held_out_accuracy")
+            row.append(f"{accuracy[str(entry.steps)]:.1%}" if accuracy else "")
+        drift = method.get("drift_max")
+        row += [str(method["diverged"] or ""), number(method["seconds"]), number(drift) if drift else ""]
+        rows.append(row)
+        if name == REFERENCE and entry.seeds:
+            count = str(entry.result["meta_seeds"]["worst"][name]["diverged"] or "")
+            for which, lost in ((max, count), (min, "")):
+                medians = [number(which(entry.of_seeds(name, mark))) for mark in entry.marks]
+                words = f"the {'worst' if which is max else 'best'} of {len(entry.seeds)} meta-seeds"
+                rows.append([words, *medians, *([""] * accurate), lost, "", ""])
+    return table(header, rows)
+
+
+def _ratios(entry: Entry) -> list[str]:
+    compared = {**entry.against, **entry.left_out, **entry.rivals}
+    if not compared:
+        return []
+    timed = any("seconds" in each for each in compared.values())
+    header = [f"{entry.measure} over the learned one's at", *map(str, entry.marks)]
+    rows = []
+    for name, each in compared.items():
+        best = over_seeds(each)
+        ratios = best["gradient_evaluations"]
+        cells = [ratio_cell(ratio) for ratio in ratios]
+        if timed:
+            cells.append(ratio_cell(best["seconds"]) if "seconds" in best else "")
+        rows.append([called(name, entry.gauge), *cells])
+        if "worst" in ratios[-1]:
+            worst = [f"{ratio_cell(ratio['worst'])} (seed {ratio['worst']['seed']})" for ratio in ratios]
+            rows.append(["- for the worst meta-seed", *worst, *([""] * timed)])
+    return table([*header, *(["at equal seconds"] if timed else [])], rows)
+
+
+def _target(entry: Entry) -> list[str]:
+    target = entry.result.get("target")
+    if target is None:
+        return []
+    method, _, at = str(target["target"]).rpartition("@")
+    lines = [*_needed(entry, target, f"to the loss that {method} has at {at}")]
+    if "and_accuracy" in target:
+        lines += _needed(entry, target["and_accuracy"], f"to that loss and {method}'s held-out accuracy at {at}")
+    return lines
+
+
+def _needed(entry: Entry, found: Mapping[str, Any], goal: str) -> list[str]:
+    accurate = any("held_out_accuracy" in each for each in found["methods"].values())
+    over = found.get("ratios_to_learned", {})
+    header = [goal, "evaluations", "seconds", "tasks not there", *(["accuracy there"] if accurate else [])]
+    header += ["evaluations over the learned one's", "worst meta-seed", "seconds over the learned one's"]
+    header += ["the learned one's accuracy less this"] if accurate else []
+    rows = []
+    for name, each in found["methods"].items():
+        row = [called(name, entry.gauge), number(each["evaluations"]), number(each["seconds"])]
+        row.append(str(each["censored"] or ""))
+        if accurate:
+            row.append(f"{each['held_out_accuracy']:.1%}" if "held_out_accuracy" in each else "")
+        ratio = over.get(name, {})
+        best = ratio.get("meta_seeds", ratio)
+        worst = best.get("evaluations", {}).get("worst")
+        row += [ratio_cell(best["evaluations"]) if best else "", ratio_cell(worst) if worst else ""]
+        row.append(ratio_cell(best["seconds"]) if best else "")
+        if accurate:
+            row.append(_gain(best["held_out_accuracy"]) if "held_out_accuracy" in best else "")
+        rows.append(row)
+    return table(header, rows)
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    shown = "{:+.2%} [{:+.2%}, {:+.2%}]".format(*(gain[key] for key in ("difference", "low", "high")))
+    return f"**{shown}**" if gain["low"] > 0 or gain["high"] < 0 else shown
+
+
+def _conditions(entry: Entry) -> list[str]:
+    result, known = entry.result, entry.result["conditions"]
+    where = known["device"] if known.get("accelerator", "none") == "none" else known["accelerator"]
+    threads, jobs = int(known["threads"]), int(known.get("jobs", 1))
+    said = [
+        f"{result['tasks']} held-out tasks of `{entry.task}` ({listed(entry.settings)})",
+        f"run seed {result['seed']}",
+        str(result["dtype"]),
+        f"{where}, {known['machine']}, {threads} thread{'s' if threads > 1 else ''}"
+        + (f", {jobs} processes side by side" if jobs > 1 else ""),
+        f"Python {known['python']}, torch {known['torch']}, numpy {known['numpy']}",
+    ]
+    lines = ["; ".join(said) + f". From {entry.source}."]
+    if any(name in AGAINST for name in entry.methods) and "seconds" not in next(iter(entry.against.values()), {}):
+        lines.append("Ratios at equal seconds were not recorded.")
+    if "command" in result:
+        lines += ["", "```", str(result["command"]), "```"]
+    return [*lines, ""]

@@ -1,0 +1,125 @@
+"""How figures look: colours, axes without a frame, and files that are the same for the same drawing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metateleport.evaluation.kept import digest
+from metateleport.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "LINES",
+    "ORANGE",
+    "PURPLE",
+    "SKY",
+    "VERMILLION",
+    "bare",
+    "colours_of",
+    "is_drawn",
+    "new_figure",
+    "save",
+    "suptitle",
+    "trace_of",
+]
+
+# Okabe and Ito's colours, told apart by the colour-blind too.
+BLACK, BLUE, GREEN, ORANGE = "#000000", "#0072B2", "#009E73", "#E69F00"
+PURPLE, SKY, VERMILLION, GREY = "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F"
+
+_COLOURS = {
+    "learned": VERMILLION,
+    "gd": GREY,
+    "momentum": SKY,
+    "adam": BLUE,
+    "lbfgs": GREEN,
+    "gradient-ascent": PURPLE,
+    "whitening": ORANGE,
+    "gauss-newton": BLACK,
+    "soap": "#8C564B",
+}
+_OTHERS = ("#B5A400", "#4B0082", "#005F56")
+
+LINES: dict[str, Any] = {
+    "teleport-off": (0, (5, 2)),
+    "random-teleport": (0, (1, 1.5)),
+    "step-only": (0, (4, 1.5, 1, 1.5)),
+}
+"""Lines of what a learned result is attributed by: those share its colour."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that no window belongs to, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def bare(axes: Axes, grid: bool = True) -> None:
+    """Takes the frame above and to the right away, and draws a faint grid."""
+    if grid:
+        axes.grid(visible=True, which="major", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def colours_of(methods: Iterable[str]) -> dict[str, str]:
+    """A colour for each method of an evaluation; the learned one's runs share theirs.
+
+    Example:
+        >>> colours_of(["learned", "learned/step-only", "mine"])["mine"]
+        '#B5A400'
+    """
+    names = list(methods)
+    others = iter(_OTHERS * len(names))
+    return {name: _COLOURS.get(name.split("/")[0]) or next(others) for name in names}
+
+
+def save(figure: Figure, path: str | Path, dpi: int = 150, trace: str = "") -> None:
+    """Writes a figure, whole or not at all; the suffix tells the format (png, svg, pdf).
+
+    Args:
+        figure: the figure.
+        path: where to.
+        dpi: dots an inch.
+        trace: what `is_drawn` is to know a png again by.
+
+    Raises:
+        ValueError: if the suffix is of no format that matplotlib writes.
+    """
+    metadata = {"Software": None, "trace": trace} if trace else None
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=dpi, metadata=metadata)
+
+
+def trace_of(drawn: Any, drawing: Any) -> str:
+    """A hash of what a figure shows and of the sources that draw it, this file among them.
+
+    Args:
+        drawn: plain values.
+        drawing: a function of the module that draws it.
+    """
+    modules = [inspect.getmodule(each) for each in (trace_of, drawing)]
+    return digest([drawn, *(inspect.getsource(module) for module in modules if module is not None)])
+
+
+def is_drawn(path: Path, trace: str) -> bool:
+    """Whether a png is there that was saved with this trace: another version of matplotlib need not draw it again."""
+    return path.is_file() and trace.encode() in path.read_bytes()
+
+
+def suptitle(figure: Figure, text: str, size: float = 10) -> None:
+    """A title at the left of a figure."""
+    figure.suptitle(text, fontsize=size, x=0.01, ha="left")
