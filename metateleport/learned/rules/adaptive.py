@@ -246,7 +246,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         inputs = self.observe(point, momentum, powers, levels, scale, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
-        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
+        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(inputs) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         outputs = finite_gradient(self.head(hidden)).to(powers.dtype).reshape(*powers.shape, -1)
         hidden, memory = hidden.reshape(*powers.shape, -1), memory.reshape(*powers.shape, -1)
