@@ -203,11 +203,8 @@ def test_the_commands_train_and_evaluate_on_digits(tmp_path: Path) -> None:
     small, out = ("ways=2", "shots=1", "hidden=8", "bottleneck=3"), str(tmp_path / "out")
     sets = [*(f"family.{each}" for each in small), "outer.meta_steps=1", "validation.every=1"]
     assert main(["train", family, "--set", *sets, "--no-track", "--out", out]) == 0
-    sets = [part for each in small for part in ("--set", each)]
-    assert (
-        main(["evaluate", out, family, *sets, "--no-track", "--tasks", "2", "--steps", "3", "--methods", "learned,gd"])
-        == 0
-    )
+    sets = ["--no-track", *(part for each in small for part in ("--set", each))]
+    assert main(["evaluate", out, family, *sets, "--tasks", "2", "--steps", "3", "--methods", "learned,gd"]) == 0
 
 
 # Omniglot, from a copy of a few characters in the format of the real one
