@@ -77,7 +77,7 @@ def check_second_order(stack: TaskStack, batch: Batch) -> None:
         except Exception as error:
             raise StackError(
                 f"meta-training differentiates the gradients, and the model's cannot be: {_words(error)}. Use "
-                "--first-order; or, in forward(), sdpa_kernel(SDPBackend.MATH) for attention and "
+                "--set outer.first_order=true; or, in forward(), sdpa_kernel(SDPBackend.MATH) for attention and "
                 "torch.backends.cudnn.flags(enabled=False) for recurrent layers"
             ) from error
         finally:

@@ -31,8 +31,8 @@ class InnerLoop:
 
     Example:
         >>> import torch
-        >>> from metateleport.learned.meta_optimizer import MetaOptimizerConfig
-        >>> loop = InnerLoop(MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)))
+        >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
+        >>> loop = InnerLoop(MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None)))
         >>> weights = {"w": torch.ones(1, 2)}
         >>> for _ in range(3):
         ...     point = Point(weights, gradients=dict(weights), loss=weights["w"].square().sum(1) / 2)

@@ -24,8 +24,8 @@ from metateleport.evaluation import Evaluation, FirstOrder, Seed, evaluate, repo
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.evaluation.trajectory import Method
 from metateleport.families import TaskFamily, TaskStack
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
-from metateleport.learned.meta_optimizer import Mode
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig, TeleportSettings
+from metateleport.papers.flat import FlatSettings
 from metateleport.papers.reproduction.seeds import stack_seeds, unstack_seeds
 from metateleport.papers.reproduction.unguarded import Unguarded
 from metateleport.training import TrainingError, Unroll
@@ -33,14 +33,14 @@ from metateleport.training import TrainingError, Unroll
 __all__ = ["NETWORKS", "SCHEMA", "Figure6", "figure_6"]
 
 SCHEMA = 1
-NETWORKS: dict[str, Mode] = {
+NETWORKS = {
     "LSTM(update)": "update",
     "LSTM(update,tele)": "update+tele",
     "LSTM(lr,tele)": "lr+tele",
 }
 """The paper's three, by its names."""
 
-_ALONE: dict[str, Mode] = {"lr+tele": "lr", "update+tele": "update"}
+_ALONE = {"lr+tele": "lr", "update+tele": "update"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def figure_6(
     """
     settings = settings or Figure6()
     told = progress or (lambda _: None)
-    trained: dict[Mode, _Trained] = {}
+    trained: dict[str, _Trained] = {}
     for mode in dict.fromkeys((*NETWORKS.values(), *_ALONE.values())):
         trained[mode] = _train(family, mode, settings, told)
     reports = {name: report_of(_evaluated(family, mode, trained, settings, told)) for name, mode in NETWORKS.items()}
@@ -144,15 +144,17 @@ def figure_6(
     }
 
 
-def _train(family: TaskFamily, mode: Mode, settings: Figure6, told: Callable[[str], None]) -> _Trained:
+def _train(family: TaskFamily, mode: str, settings: Figure6, told: Callable[[str], None]) -> _Trained:
     began = time.perf_counter()
     example = family.stack([0], "train", settings.seed)
     config = MetaOptimizerConfig(
-        mode=mode,
-        network="flat",
-        hidden=settings.hidden,
+        FlatSettings(
+            shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items()),
+            hidden=settings.hidden,
+            per_coordinate=mode.startswith("update"),
+        ),
+        teleport=TeleportSettings(settings.hidden) if mode in _ALONE else None,
         groups=tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries)),
-        shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items()),
     )
     seeds = range(settings.seed, settings.seed + settings.seeds)
     metas = []
@@ -208,7 +210,7 @@ def _scores(family: TaskFamily, whole: MetaOptimizer, settings: Figure6) -> list
 
 
 def _evaluated(
-    family: TaskFamily, mode: Mode, trained: dict[Mode, _Trained], settings: Figure6, told: Callable[[str], None]
+    family: TaskFamily, mode: str, trained: dict[str, _Trained], settings: Figure6, told: Callable[[str], None]
 ) -> Evaluation:
     own = trained[mode]
     best = min(range(settings.seeds), key=lambda number: own.scores[number])
