@@ -1,8 +1,8 @@
 # The interpreter that a new .venv is made with: make venv PYTHON=python3.12
 PYTHON ?= python3
-# Test processes side by side, and how many seconds' worth of slow tests run with the others.
+# Test processes side by side, and how many seconds' worth of slow tests run with the others: other ones each day.
 JOBS ?= 2
-SLOW_SECONDS ?= 240
+SLOW_SECONDS ?= 120
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +34,7 @@ demo: venv ## meta-train a small teleporter on digits for two minutes, then eval
 	$(BIN)/metateleport evaluate $(DEMO)/digits digits --tasks 16 --steps 100 --json $(DEMO)/digits.json --plot $(DEMO)/digits.png
 
 test: lint ## lint, type-check, and run the tests with a bounded part of the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --slow-seconds $(SLOW_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --slow-seconds $(SLOW_SECONDS)
 
 contract: venv ## the learned optimizers in every idiom of practice, on every kind of model: prints the table
 	OMP_NUM_THREADS=1 $(BIN)/python tests/contract

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import itertools
 import os
 import random
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
 
 SLOW_SECONDS = 60.0
+T = TypeVar("T")
 
 _scratch = tempfile.TemporaryDirectory(prefix="metateleport-tests-", ignore_cleanup_errors=True)
 # Set at import, so that the commands which tests start inherit them and MLflow finds them whenever it is imported.
@@ -59,26 +65,67 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--slow-seconds",
         type=float,
         metavar="N",
-        help="run slow tests, in their order, as long as the seconds they state add up to N; skip the others",
+        help="run slow tests as long as the seconds they state add up to N, other ones every day; skip the rest",
     )
+    parser.addoption(
+        "--slow-turn",
+        type=int,
+        # The number of the day; made once, and handed to every process of pytest-xdist.
+        default=int(time.time() // 86400),
+        metavar="N",
+        help="which of the slow tests --slow-seconds begins with (default: the number of the day, %(default)s)",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.getoption("--slow-seconds"):
+        return f"slow tests: those of --slow-turn {config.getoption('--slow-turn')}"
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_cuda = pytest.mark.skip(reason="there is no CUDA device")
-    left = config.getoption("--slow-seconds")
-    too_slow = pytest.mark.skip(reason=f"slow, and more than --slow-seconds {left} leaves time for")
+    slow = []
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_cuda)
-            continue
-        slow = item.get_closest_marker("slow")
-        if slow is None or left is None:
-            continue
-        seconds = slow.kwargs.get("seconds", SLOW_SECONDS)
+        elif item.get_closest_marker("slow"):
+            slow.append(item)
+    left = config.getoption("--slow-seconds")
+    if left is None:
+        return
+    too_slow = pytest.mark.skip(reason=f"slow, and --slow-seconds {left:g} leaves no time for it on this turn")
+    for item in _in_turn(slow, config.getoption("--slow-turn")):
+        seconds = item.get_closest_marker("slow").kwargs.get("seconds", SLOW_SECONDS)
         if seconds > left:
             item.add_marker(too_slow)
         else:
             left -= seconds
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests stay in memory for as long as the run; neither collections nor `gc.get_objects` look at them.
+
+    An optimizer looks through all objects for an average of its model when it teleports for the first time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _in_turn(items: list[pytest.Item], turn: int) -> Iterator[pytest.Item]:
+    """One item of every test function, then another of each, and so on; turn by turn others are the first."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    queues = [_from(turn // max(len(functions), 1), each) for each in functions.values()]
+    for several in itertools.zip_longest(*_from(turn, queues)):
+        yield from (item for item in several if item is not None)
+
+
+def _from(place: int, values: list[T]) -> list[T]:
+    """The values from a place on, and then those before it."""
+    place %= max(len(values), 1)
+    return values[place:] + values[:place]
 
 
 def pytest_unconfigure() -> None:

@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from covering import pairwise
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -402,6 +404,32 @@ CASES: list[Case] = [
     _found_case("linear chain", _LinearStream, (5, 3), ["linear chain"] * 2),
     _found_case("translations", _Attention, (3, 5, 8), ["translation"] * 2, conditioned=False),
 ]
+
+
+def by_kind(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases of each kind of symmetry, or of each mixture of kinds, in the order in which the kinds appear."""
+    kinds: dict[tuple[str, ...], list[Case]] = {}
+    for each in cases:
+        kinds.setdefault(tuple(sorted({symmetry.kind for symmetry in each.problem().symmetries})), []).append(each)
+    return list(kinds.values())
+
+
+def meeting(values: Sequence[Any], cases: Sequence[Case]) -> list[tuple[Any, Case]]:
+    """A covering design: each value meets every kind of symmetry, and every case is met.
+
+    A kind has several cases; which of them a value meets goes round.
+
+    Args:
+        values: what is tried on symmetries.
+        cases: those that it is tried on.
+
+    Returns:
+        Pairs of a value and a case, none of them twice.
+    """
+    kinds = by_kind(cases)
+    rows = pairwise(range(len(values)), range(len(kinds)), range(max(len(kind) for kind in kinds)))
+    pairs = dict.fromkeys((number, kind, place % len(kinds[kind])) for number, kind, place in rows)
+    return [(values[number], kinds[kind][place]) for number, kind, place in pairs]
 
 
 LEARNED: list[Case] = [each for each in CASES if each.name != "translations"]

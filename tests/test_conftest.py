@@ -23,38 +23,60 @@ def test_first(): pass
 def test_stated_to_take_a_minute(): pass
 
 @pytest.mark.slow(seconds=30)
-def test_last(): pass
+@pytest.mark.parametrize("which", "ab")
+def test_last(which): pass
 
 @pytest.mark.cuda
 @pytest.mark.slow(seconds=1000)
 def test_on_a_gpu(): pass
 """
+RUNS = {
+    "all": [],
+    "none": ["--slow-seconds", "0"],
+    "turn 0": ["--slow-seconds", "100", "--slow-turn", "0"],
+    "turn 1": ["--slow-seconds", "100", "--slow-turn", "1"],
+    "turn 2": ["--slow-seconds", "100", "--slow-turn", "2"],
+    "turn 3": ["--slow-seconds", "100", "--slow-turn", "3"],
+    "today": ["--slow-seconds", "100"],
+}
 
 
-def _outcomes(folder: Path, *options: str) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Which of some tests pass, with the options of each run; the runs are one after the other in one process."""
+    folder = tmp_path_factory.mktemp("some")
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
     (folder / "tests" / "test_some.py").write_text(SOME_TESTS)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-p", "no:cacheprovider", *options]
+    code = f"""
+import pytest
+for name, options in {RUNS!r}.items():
+    print("run", name)
+    pytest.main(["-v", "-p", "no:xdist", "-p", "no:cacheprovider", *options])
+"""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
-    return dict(re.findall(r"::test_(\w+) (\w+)", done.stdout))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+    runs = dict(re.findall(r"^run ([\w ]+)$(.*?)(?=^run |\Z)", done.stdout, re.DOTALL | re.MULTILINE))
+    assert runs.keys() == RUNS.keys()
+    return {name: re.findall(r"::test_(\S+) PASSED", said) for name, said in runs.items()}
 
 
-def test_slow_tests_run_as_long_as_their_seconds_fit(tmp_path: Path) -> None:
-    outcomes = _outcomes(tmp_path, "--slow-seconds", "100")
-    assert outcomes == {
-        "first": "PASSED",
-        "stated_to_take_a_minute": "SKIPPED",
-        "last": "PASSED",
-        "on_a_gpu": "SKIPPED",
-    }
+def test_without_a_bound_all_slow_tests_run(passed: dict[str, list[str]]) -> None:
+    assert passed["all"] == ["first", "stated_to_take_a_minute", "last[a]", "last[b]"]
+    assert passed["none"] == []
 
 
-def test_without_a_bound_all_slow_tests_run(tmp_path: Path) -> None:
-    outcomes = _outcomes(tmp_path)
-    assert [name for name, outcome in outcomes.items() if outcome == "SKIPPED"] == ["on_a_gpu"]
+def test_slow_tests_run_as_long_as_their_seconds_fit_and_take_turns(passed: dict[str, list[str]]) -> None:
+    """One of each function before a second of any; on the next turn another function is the first."""
+    assert passed["turn 0"] == ["first", "last[a]"]
+    assert passed["turn 1"] == ["stated_to_take_a_minute", "last[a]"]
+    assert passed["turn 2"] == ["first", "last[a]"]
+    # Once round the functions, the other one of those that have several.
+    assert passed["turn 3"] == ["first", "last[b]"]
+    assert "first" in passed["today"] or "stated_to_take_a_minute" in passed["today"]
 
 
 @pytest.mark.parametrize("_time", range(2))

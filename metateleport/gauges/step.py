@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -47,6 +48,11 @@ class Gauge:
     element: Tensor
     size: Tensor
 
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """The element's inverse, made once."""
+        return self.symmetry.group.inverse(self.element)
+
     def incoming(self, rows: Tensor) -> Tensor:
         """Features in rows, `(*batch, samples, width)`, seen in the gauge: $g h$."""
         if len(self.symmetry.group.shape) == 1:
@@ -55,7 +61,7 @@ class Gauge:
 
     def outgoing(self, matrix: Tensor) -> Tensor:
         r"""A form on the side above, `(*batch, width, width)`, seen in the gauge: $g^{-\top} S g^{-1}$."""
-        inverse = self.symmetry.group.inverse(self.element)
+        inverse = self.inverse
         if len(self.symmetry.group.shape) == 1:
             return inverse.unsqueeze(-1) * matrix * inverse.unsqueeze(-2)
         return inverse.mT @ matrix @ inverse
@@ -108,8 +114,7 @@ def precondition(gauges: Sequence[Gauge], covectors: Mapping[str, Tensor], point
     stepped = dict(covectors)
     for gauge in gauges:
         own = {name: stepped[name] for name in gauge.names if name in stepped}
-        seen = gauge.symmetry.carry_covectors(gauge.element, own, point).tensors
-        stepped.update(gauge.symmetry.carry_vectors(gauge.symmetry.group.inverse(gauge.element), seen, point))
+        stepped.update(gauge.symmetry.preconditioned(gauge.element, gauge.inverse, own, point))
     return stepped
 
 

@@ -180,7 +180,9 @@ class LearnedGauge(nn.Module):
             shared = progress.features().detach()
             rows = [torch.cat((observed[index][1], shared), -1) for index in own]
             inputs = torch.nan_to_num(torch.stack(rows), 0.0, 10.0, -10.0).clamp(-10, 10).to(dtype)
-            before = tuple(torch.stack([cells[_key(places[index])][part] for index in own]) for part in (0, 1))
+            before = tuple(
+                torch.stack([cells[_key(places[index])][part] for index in own]).to(dtype) for part in (0, 1)
+            )
             chosen, after = network(inputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in before))
             chosen = chosen.reshape(*inputs.shape[:2], -1)
             hidden, memory = (part.reshape(*inputs.shape[:2], -1) for part in after)

@@ -672,8 +672,8 @@ def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, A
 
 
 def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the working precision what was in another one; what the networks remember is in theirs."""
-    return value.to(dtype) if value.dtype == torch.float64 else value
+    """In the working precision what was in another one."""
+    return value.to(dtype) if value.dtype in (torch.float32, torch.float64) else value
 
 
 def _finite(told: Tensor | None, gradients: Tensors) -> bool:

@@ -139,6 +139,14 @@ class AxisSymmetry(Symmetry):
         direct, dual = self._pair(element, self.group.inverse(element))
         return self._move(self.legs, direct, dual, vectors)
 
+    def preconditioned(
+        self, element: Tensor, inverse: Tensor, covectors: Mapping[str, Tensor], point: Point
+    ) -> dict[str, Tensor]:
+        direct, dual = self._pair(element, inverse)
+        seen = self._move(self.legs, dual, direct, covectors)
+        direct, dual = self._pair(inverse, element)
+        return self._move(self.legs, direct, dual, seen)
+
     def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
         direct, dual = self._pair(element, self.group.inverse(element))
         return Carried(self._move(self.legs, dual.square(), direct.square(), squares), exact=self.is_diagonal)

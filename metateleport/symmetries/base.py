@@ -156,6 +156,22 @@ class Symmetry(abc.ABC):
         moved = self.act(element, Point(own, loss=point.loss)).parameters
         return {name: moved[name] for name in self.parameters if name in vectors}
 
+    def preconditioned(
+        self, element: Tensor, inverse: Tensor, covectors: Mapping[str, Tensor], point: Point
+    ) -> dict[str, Tensor]:
+        r"""A step along covectors taken at another place of the orbit and brought back: $p \mapsto g^{-1} (g \cdot p)$.
+
+        Args:
+            element: $g$, `(*batch, *group.shape)`; acts linearly.
+            inverse: its inverse, of the same shape.
+            covectors: by parameter name, a tensor shaped like the parameter.
+            point: where the element acts.
+
+        Returns:
+            Those of the symmetry's parameters, as vectors.
+        """
+        return self.carry_vectors(inverse, self.carry_covectors(element, covectors, point).tensors, point)
+
     def rebuild_cost(self, point: Point) -> float:
         """Share of a gradient evaluation that carrying the gradients along costs; zero where they are covectors."""
         return 0.0

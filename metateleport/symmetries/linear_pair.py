@@ -64,6 +64,11 @@ class LinearPair(Pair):
     def carry_vectors(self, element: Tensor, vectors: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
         return self._carry(self.group.inverse(element).mT, element.mT, vectors)
 
+    def preconditioned(
+        self, element: Tensor, inverse: Tensor, covectors: Mapping[str, Tensor], point: Point
+    ) -> dict[str, Tensor]:
+        return self._carry(element.mT, inverse.mT, self._carry(element, inverse, covectors))
+
     def slopes(self, point: Point) -> Tensor | None:
         return None
 

@@ -23,11 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--idioms", nargs="+", metavar="WORD", help="rows whose name has one of these words in it")
     parser.add_argument("--models", nargs="+", metavar="WORD", help="columns whose name has one of these words in it")
     parser.add_argument("--checkpoints", nargs="+", metavar="NAME", help="these; `adamw` is torch's own in their place")
-    parser.add_argument("--pairwise", action="store_true", help="the part that the default tests run")
+    parser.add_argument("--pairwise", action="store_true", help="a part in which any two of the three meet")
     parser.add_argument("--device", default="cpu", help="where (default %(default)s)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    cells = chosen(given.idioms, given.models, given.checkpoints, given.device, pairwise=given.pairwise)
+    cells = chosen(given.idioms, given.models, given.checkpoints, given.device, covered=given.pairwise)
     if not cells:
         parser.error("no cell has these names")
     table = Table(cells)

@@ -6,6 +6,8 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 
+from covering import pairwise
+
 from .cells import CHECKPOINTS, SYMBOLS, Cell, Verdict, judge
 from .models import PROBLEMS
 from .registry import IDIOMS
@@ -17,20 +19,18 @@ MOST_REFUSALS = 2
 
 
 def covering(checkpoints: Sequence[str] = CHECKPOINTS, device: str = "cpu") -> list[Cell]:
-    """Cells in which every idiom meets every checkpoint, and every model every checkpoint."""
-    problems = list(PROBLEMS)
-    return [
-        Cell(idiom, problems[(row + 5 * column) % len(problems)], checkpoint, device)
-        for row, idiom in enumerate(IDIOMS)
-        for column, checkpoint in enumerate(checkpoints)
-    ]
+    """Cells in which every idiom meets every model and every checkpoint, and every model every checkpoint."""
+    return [Cell(*row, device) for row in pairwise(list(IDIOMS), list(PROBLEMS), checkpoints)]
 
 
 def brief(device: str = "cpu") -> list[Cell]:
-    """Of those cells what takes a minute: every idiom with `digits`, and with one of the others in turn."""
-    others = [name for name in CHECKPOINTS if name != "digits"]
-    taken = {(idiom, name) for row, idiom in enumerate(IDIOMS) for name in ("digits", others[row % len(others)])}
-    return [cell for cell in covering(device=device) if (cell.idiom, cell.checkpoint) in taken]
+    """What takes a minute: every idiom with `digits` and with one of the others in turn, on models in turn."""
+    problems, others = list(PROBLEMS), [name for name in CHECKPOINTS if name != "digits"]
+    return [
+        Cell(idiom, problems[(row + 5 * CHECKPOINTS.index(name)) % len(problems)], name, device)
+        for row, idiom in enumerate(IDIOMS)
+        for name in ("digits", others[row % len(others)])
+    ]
 
 
 def chosen(
@@ -39,7 +39,7 @@ def chosen(
     checkpoints: Sequence[str] | None,
     device: str,
     *,
-    pairwise: bool = False,
+    covered: bool = False,
 ) -> list[Cell]:
     """The cells whose row and column have one of the words in their names; all of them if no word is given."""
 
@@ -48,7 +48,7 @@ def chosen(
 
     rows, columns = having(list(IDIOMS), idioms), having(list(PROBLEMS), models)
     held = CHECKPOINTS if checkpoints is None else checkpoints
-    if pairwise:
+    if covered:
         return [cell for cell in covering(held, device) if cell.idiom in rows and cell.problem in columns]
     return [Cell(*names, device) for names in itertools.product(rows, columns, held)]
 

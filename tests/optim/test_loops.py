@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from replicas import run_both, teleporting
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -428,56 +426,7 @@ def test_half_precision_moves_in_single_precision() -> None:
         assert float((model(batch(dtype=dtype)).float() - before).norm() / before.norm()) < 2e-2
 
 
-_REPLICAS = """
-import sys, torch, torch.distributed as dist, metateleport as mt, warnings
-from torch import nn
-from metateleport.teleporters import LevelSetTeleporter
-warnings.simplefilter("ignore")
-folder, rank, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-torch.manual_seed(0)
-torch.set_num_threads(1)
-model = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.1), nn.Linear(16, 3))
-ddp = nn.parallel.DistributedDataParallel(model)
-given = ddp if how in ("ddp", "free") else model
-inner = torch.optim.AdamW(given.parameters(), lr=1e-2)
-teleporter = {"seedless": lambda: mt.RandomTeleporter(size=1.0), "free": lambda: LevelSetTeleporter(steps=1)}.get(
-    how, lambda: mt.load("leaky_mlp_mixture"))()
-if how == "free":
-    try:
-        mt.TeleportingOptimizer(inner, given, teleporter, every=2)
-    except ValueError as error:
-        assert "each replica" in str(error), error
-        torch.save(torch.zeros(1), f"{folder}/{rank}")
-    sys.exit()
-optimizer = mt.TeleportingOptimizer(inner, given, teleporter, every=2)
-source = torch.Generator().manual_seed(rank)
-x = torch.randn(64, 8, generator=source)
-y = (x[:, 0] > 0).long()
-torch.manual_seed(rank)
-for step in range(8):
-    optimizer.zero_grad()
-    inputs = x * float("inf") if how == "broken" and rank == 1 and step == 4 else x
-    nn.functional.cross_entropy(ddp(x), y).backward()
-    if how == "nan" and step == 4 and rank == 1:
-        optimizer._recorder.last.outputs[0].fill_(float("nan"))
-    optimizer.step()
-moved = [report.size > 0 for report in optimizer.reports]
-assert sum(moved) >= 3, [(r.size, r.reason) for r in optimizer.reports]
-if how == "nan":
-    assert moved[2] is False, moved
-torch.save(torch.cat([p.detach().flatten() for p in model.parameters()]), f"{folder}/{rank}")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.parametrize("how", ["ddp", "inside", "seedless", "nan", "free"])
 def test_replicas_stay_equal(how: str, tmp_path: Path) -> None:
-    code = textwrap.dedent(_REPLICAS)
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen([*command, str(rank), how], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    said = [each.communicate(timeout=180)[1] for each in both]
-    assert [each.returncode for each in both] == [0, 0], said
-    one, other = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    one, other = run_both(teleporting, tmp_path, how)
     assert torch.equal(one, other)

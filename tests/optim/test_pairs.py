@@ -1,19 +1,19 @@
 """Every optimizer with every teleporter on every kind of symmetry; those without symmetries on the same models.
 
-By default a covering design: every optimizer meets every kind of symmetry, and every teleporter every optimizer and
-every kind of symmetry. The full product over all cases, with longer runs, is slow and has to be asked for.
+By default a covering design (`tests/covering.py`): any two of optimizer, teleporter and kind of symmetry meet. The
+whole product over all cases, with longer runs, is marked slow.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from covering import pairwise
 from optimizer_cases import OPTIMIZERS
-from symmetry_cases import CASES, Case, Problem, case
+from symmetry_cases import CASES, Problem, by_kind, case
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -41,32 +41,15 @@ FIRST = 5
 EVERY_CASE = [each for each in CASES if not any(symmetry.buffers for symmetry in each.problem().symmetries)]
 
 
-def representatives() -> list[Case]:
-    """The first case of every kind of symmetry."""
-    met: set[str] = set()
-    chosen = []
-    for each in EVERY_CASE:
-        kinds = {symmetry.kind for symmetry in each.problem().symmetries}
-        if not kinds <= met:
-            met |= kinds
-            chosen.append(each)
-    return chosen
-
-
-def design() -> list[Any]:
-    """The covering design, then the rest of the product, marked slow."""
-    chosen = [
-        (optimizer, list(TELEPORTERS)[(row + column) % len(TELEPORTERS)], str(each))
-        for row, optimizer in enumerate(OPTIMIZERS)
-        for column, each in enumerate(representatives())
-    ]
-    names = tuple(str(each) for each in EVERY_CASE)
+def design() -> list[tuple[str, str, str]]:
+    """Rows of an optimizer, a teleporter and a case: any two of optimizer, teleporter and kind of symmetry meet."""
+    kinds = by_kind(EVERY_CASE)
+    places = range(max(len(kind) for kind in kinds))
     return [
-        pytest.param(inner, teleporter, (name,), 40, id=f"{inner}-{teleporter}-{name}")
-        for inner, teleporter, name in chosen
-    ] + [
-        pytest.param(*pair, names, 200, id=f"{'-'.join(pair)}-every case", marks=pytest.mark.slow(seconds=11))
-        for pair in itertools.product(OPTIMIZERS, TELEPORTERS)
+        pytest.param(
+            inner, teleporter, str(kind[place % len(kind)]), id=f"{inner}-{teleporter}-{kind[place % len(kind)]}"
+        )
+        for inner, teleporter, kind, place in pairwise(list(OPTIMIZERS), list(TELEPORTERS), kinds, places)
     ]
 
 
@@ -85,13 +68,19 @@ def loss_at(problem: Problem) -> float:
     return float(problem.loss_of(problem.outputs()))
 
 
-@pytest.mark.parametrize(("inner", "teleporter", "names", "steps"), design())
+@pytest.mark.parametrize(("inner", "teleporter", "name"), design())
 @pytest.mark.filterwarnings("ignore:the state")
-def test_the_loss_stays_the_state_is_consistent_and_training_goes_on(
-    inner: str, teleporter: str, names: tuple[str, ...], steps: int
-) -> None:
-    for name in names:
-        run(inner, teleporter, name, steps)
+def test_the_loss_stays_the_state_is_consistent_and_training_goes_on(inner: str, teleporter: str, name: str) -> None:
+    run(inner, teleporter, name, steps=20)
+
+
+@pytest.mark.slow(seconds=11)
+@pytest.mark.parametrize("teleporter", TELEPORTERS)
+@pytest.mark.parametrize("inner", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:the state")
+def test_longer_runs_in_every_case(inner: str, teleporter: str) -> None:
+    for each in EVERY_CASE:
+        run(inner, teleporter, str(each), steps=200)
 
 
 def run(inner: str, teleporter: str, name: str, steps: int) -> None:

@@ -220,7 +220,7 @@ def test_squares_are_carried_as_means_over_uncorrelated_entries(case: Case) -> N
         n: torch.rand(start.parameters[n].shape, generator=source).double() + 0.5 for n in symmetry.parameters
     }
     total = {name: torch.zeros_like(value) for name, value in deviations.items()}
-    draws = 4000
+    draws = 1500
     for _ in range(draws):
         covectors = {n: d * torch.randn(d.shape, generator=source, dtype=torch.float64) for n, d in deviations.items()}
         for name, value in symmetry.carry_covectors(element, covectors, start).tensors.items():

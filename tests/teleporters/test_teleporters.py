@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from symmetry_cases import CASES, Case, assert_close, case, relative
+from symmetry_cases import CASES, Case, assert_close, case, meeting, relative
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -82,11 +82,21 @@ def moved_weights(symmetries: Sequence[mt.Symmetry], values: dict[str, Tensor]) 
     return sum(float(values[name].square().sum()) / 2 for name in names)
 
 
-@every_case
-@each_teleporter
-def test_every_teleporter_on_every_symmetry(case: Case, make: Make) -> None:
+@pytest.mark.parametrize(("name", "case"), meeting(list(TELEPORTERS), CASES), ids=str)
+def test_every_teleporter_on_every_kind_of_symmetry(name: str, case: Case) -> None:
+    _teleports(name, case)
+
+
+@pytest.mark.slow(seconds=3)
+@pytest.mark.parametrize("name", TELEPORTERS)
+def test_every_teleporter_in_every_case(name: str) -> None:
+    for each in CASES:
+        _teleports(name, each)
+
+
+def _teleports(name: str, case: Case) -> None:
     problem = case.problem()
-    teleporter = make(problem.symmetries)
+    teleporter = TELEPORTERS[name](problem.symmetries)
     before, outputs = snapshot(problem.model), problem.outputs()
     loss, norm = float(problem.loss_of(outputs)), gradient_norm(problem)
     marker = torch.ones(1, dtype=torch.float64)
@@ -170,9 +180,22 @@ def _moved_along_symmetries(
             assert (ratio - 1) * teleporter.ascent.sign > 1e-4
 
 
-@every_case
-@pytest.mark.parametrize("name", [name for name in TELEPORTERS if name not in ("sharpness", "curvature")])
-def test_stacked_tasks_travel_like_single_ones(case: Case, name: str) -> None:
+STACKED = [name for name in TELEPORTERS if name not in ("sharpness", "curvature")]
+
+
+@pytest.mark.parametrize(("name", "case"), meeting(STACKED, CASES), ids=str)
+def test_stacked_tasks_travel_like_single_ones(name: str, case: Case) -> None:
+    _travel_together(name, case)
+
+
+@pytest.mark.slow(seconds=5)
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_tasks_travel_like_single_ones_in_every_case(name: str) -> None:
+    for each in CASES:
+        _travel_together(name, each)
+
+
+def _travel_together(name: str, case: Case) -> None:
     make = TELEPORTERS[name]
     stacked, batch = case.stack(TASKS)
     start = stacked.point_at(stacked.tensors(), batch)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from training_cases import small as config
+from training_cases import tiny
 
 import metateleport as mt
 from metateleport.cli.train import _bar, _Reporter
@@ -71,7 +72,7 @@ def test_constants_of_every_kind_of_network() -> None:
 
 
 def test_a_search_comes_first_and_changes_constants_alone() -> None:
-    settings = config(search=4)
+    settings = tiny(search=4)
     learning = trainer(settings)
     with torch.no_grad():
         # A step so short that anything found is better.
@@ -140,18 +141,19 @@ def interrupting(at: int) -> Any:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a training with a search that nobody interrupted."""
-    return train(config(search=3), tmp_path_factory.mktemp("whole") / "whole")
+    return train(tiny(search=2), tmp_path_factory.mktemp("whole") / "whole")
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 11])
+# Two rounds and two meta-steps of each network, and a report of each.
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, whole: Path, tmp_path: Path) -> None:
-    settings = config(search=3)
+    settings = tiny(search=2)
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "part", report=interrupting(at))
     path = train(settings, tmp_path / "part", resume=True)
     assert (path / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
     runs = json.loads((path / "card.json").read_text())["training"]["runs"]
-    assert {len(run["search"]) for run in runs.values()} == {3}
+    assert {len(run["search"]) for run in runs.values()} == {2}
 
 
 def test_every_start_is_searched_with_candidates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +180,7 @@ def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
             for name, value in metrics.items():
                 self.logged.setdefault(name, []).append((step, value))
 
-    settings, tracked = config(search=2, validation_every=1), Tracked()
+    settings, tracked = tiny(search=2), Tracked()
     learning = trainer(settings, 3)
     with _bar() as bar:
         reporter = _Reporter(bar, tracked, settings)  # type: ignore[arg-type]

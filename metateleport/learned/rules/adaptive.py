@@ -136,7 +136,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
         names, gradients = list(point.gradients), list(point.gradients.values())
-        dtype, tiny = point.loss.dtype, torch.finfo(point.loss.dtype).tiny
+        dtype = gradients[0].dtype
+        tiny = torch.finfo(dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
         # Of each tensor, as some are used now and then.
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
@@ -225,7 +226,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         inputs = self.observe(point, momentum, powers, levels, scale, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
-        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
+        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(inputs) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         outputs = finite_gradient(self.head(hidden)).to(powers.dtype).reshape(*powers.shape, -1)
         hidden, memory = hidden.reshape(*powers.shape, -1), memory.reshape(*powers.shape, -1)

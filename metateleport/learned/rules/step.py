@@ -176,7 +176,7 @@ class StepRule(nn.Module, UpdateRule):
             inputs = self.observe(point, bounds, progress, gauges, symmetries)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
-        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1) for part in (0, 1))
+        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(own) for part in (0, 1))
         hidden, memory = self.cell(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
         outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
