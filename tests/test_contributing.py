@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
 CODE = r"[^`]*?:\n\n```python\n(?P<code>.*?)^```$"
 NEW = re.compile(r"^New file `(?P<path>[^`]+)`" + CODE, re.DOTALL | re.MULTILINE)
-LINES = re.compile(
-    r"`(?P<path>[^`\n]+)`, after\s`(?P<anchor>[^`\n]+)`" + CODE, re.DOTALL | re.MULTILINE
-)
+LINES = re.compile(r"`(?P<path>[^`\n]+)`, after\s`(?P<anchor>[^`\n]+)`" + CODE, re.DOTALL | re.MULTILINE)
 COPIED = ("metateleport", "tasks", "tests", "checkpoints")
 
 
@@ -121,7 +119,8 @@ except mt.symmetries.Unsuitable as error:
 report = mt.teleport(model, mt.teleporters.MinimumNormTeleporter(), x, symmetries=[symmetry])
 found["moved"], found["drift"], found["decay"] = report.size, report.drift, report.weight_decay_change
 
-small = ["none", "leaky_mlp", "--set", "width=3", "--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2", "--methods"]
+few = ["--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2"]
+small = ["none", "leaky_mlp", "--set", "width=3", *few, "--methods"]
 found["evaluate"] = cli.main(["evaluate", *small, "sign-sgd,gd", "--json", "a.json"])
 found["evaluate, misspelt"] = cli.main(["evaluate", *small, "sign-sdg"])
 

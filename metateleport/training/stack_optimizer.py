@@ -9,8 +9,7 @@ from torch import Tensor
 
 from metateleport.families import TaskStack
 from metateleport.families.probed import ProbedLosses
-from metateleport.learned.inner_loop import InnerLoop
-from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer
 from metateleport.teleporters import Teleporter
 
 __all__ = ["StackOptimizer"]
