@@ -14,7 +14,11 @@ from metateleport.families import load_family
 
 ROOT = Path(__file__).resolve().parents[2]
 # The few-shot page names the command of a card, which an earlier version was given.
-PAGES = [ROOT / "README.md", ROOT / "Makefile", *(page for page in ROOT.glob("docs/**/*.md") if page.name != "fewshot.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "Makefile",
+    *(page for page in ROOT.glob("docs/**/*.md") if page.name != "fewshot.md"),
+]
 
 
 def commands() -> list[str]:
