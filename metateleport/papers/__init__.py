@@ -1,4 +1,4 @@
-"""What tests the papers: experiments on their claims, and their figures done again. No other room imports it."""
+"""Tests of the source papers: experiments on their claims, and their figures reproduced. No other room imports it."""
 
 from metateleport.papers.flat import FlatRule, FlatSettings, FlatTeleporter
 

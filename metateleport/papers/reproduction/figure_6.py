@@ -1,11 +1,11 @@
-r"""Learning to teleport as in the source paper: LSTMs over flattened gradients, on the paper's regression.
+r"""Figure 6 of the source paper: LSTMs over flattened gradients that learn to teleport, on the paper's regression.
 
 Task: $L = \tfrac12 |Y - W_2 \sigma(W_1 X)|^2$, all 20x20 and uniform on [0, 1], LeakyReLU. Gradient descent with 3e-4
 stands against LSTM(update), LSTM(lr, tele) and LSTM(update, tele), each meta-trained on 700 runs of 100 steps, unrolled
 by ten, with Adam at 1e-4 on the network that steps and at 1e-3 on the one that teleports, and generators of norm 0.01.
 
-What the paper's figure leaves out stands beside it: several meta-seeds, the same networks with the teleport off or
-random, the step meta-trained without teleports, and the same networks with steps that do harm taken back.
+Beside the paper's curves: several meta-seeds, the same networks with the teleport off or random, the step meta-trained
+without teleports, and the same networks with harmful steps taken back.
 
 Source: Zhao et al., ICLR 2024 (arXiv 2305.13404), section 5, figure 6 and appendix E.
 """
@@ -50,7 +50,7 @@ class Figure6:
     Args:
         seeds: meta-seeds of every network, trained side by side.
         runs: training runs for each, one task each.
-        stack: runs that share a meta-step; the paper's code takes one at a time.
+        stack: runs in one meta-step; the paper's code takes one.
         steps: inner steps of a training run.
         unroll: inner steps of one meta-step.
         hidden: units of the LSTMs.
@@ -83,7 +83,7 @@ class Figure6:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} has to be at least 1, not {getattr(self, name)}")
         if self.seeds < 2:
-            raise TrainingError(f"meta-seeds differ, and one tells little: give at least 2 seeds, not {self.seeds}")
+            raise TrainingError(f"results differ between meta-seeds: give at least 2 seeds, not {self.seeds}")
         if self.steps % self.unroll or self.runs % self.stack:
             raise TrainingError(
                 f"runs are made of whole windows and stacks: {self.steps} steps by {self.unroll}, {self.runs} runs by "
@@ -111,7 +111,7 @@ def figure_6(
     Args:
         family: the tasks; the paper's are `leaky_mlp` with its own settings.
         settings: of the reproduction.
-        progress: told what is being done.
+        progress: receives messages on what is being done.
 
     Returns:
         Plain values for JSON: `schema`, `settings`; `training`, by network the `meta_seeds`, each with its mean
@@ -196,7 +196,7 @@ def _stack(family: TaskFamily, indices: range, split: Any, seeds: range) -> Task
 
 
 def _raw(logs: Tensor, unroll: Unroll) -> Tensor:
-    """The losses themselves, whose sum the source makes small; early steps, with large ones, weigh most in it."""
+    """The sum of the losses, the source's meta-loss, in which early steps with large losses weigh most."""
     assert unroll.start is not None
     return logs.exp() * unroll.start
 

@@ -1,4 +1,4 @@
-"""Networks of several meta-seeds side by side, so that one unroll trains them all."""
+"""Networks of several meta-seeds stacked, so that one unroll trains all of them."""
 
 from __future__ import annotations
 
