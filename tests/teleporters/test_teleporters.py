@@ -10,35 +10,17 @@ from typing import Any
 import pytest
 import torch
 from symmetry_cases import CASES, Case, assert_close, case, meeting, relative
+from teleporter_cases import TELEPORTERS, Make
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.capture import point_of
-from metateleport.objectives import Curvature, Objective, Sharpness, SquaredGradientNorm
+from metateleport.objectives import Objective, SquaredGradientNorm
 from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022, BatchPair2024, Unsuitable
-from metateleport.teleporters import LevelSetTeleporter, NullSpaceTeleporter, TrustRegion, travel
+from metateleport.teleporters import TrustRegion, travel
 
 TASKS = 3
-Make = Callable[[Sequence[mt.Symmetry]], mt.Teleporter]
-TELEPORTERS: dict[str, Make] = {
-    "none": lambda _: mt.NoTeleport(),
-    "random": lambda _: mt.RandomTeleporter(size=0.7, seed=0),
-    "gradient-ascent": lambda _: mt.GradientAscentTeleporter(steps=4, step_size=0.02, cap=0.5),
-    "gradient-descent": lambda _: mt.GradientAscentTeleporter(steps=4, step_size=0.02, cap=0.5, direction="descent"),
-    "line search": lambda _: mt.GradientAscentTeleporter(steps=3, step_size=0.02, cap=0.5, line_search=True),
-    "sharpness": lambda _: mt.GradientAscentTeleporter(
-        Sharpness((0.1,), directions=2), steps=1, step_size=0.02, cap=0.5, direction="descent"
-    ),
-    "curvature": lambda symmetries: mt.GradientAscentTeleporter(
-        Curvature(symmetries, curves=1), steps=1, step_size=0.005, cap=0.5
-    ),
-    "whitening": lambda _: mt.WhiteningTeleporter("features"),
-    "whitening-outgoing": lambda _: mt.WhiteningTeleporter("outgoing"),
-    "whitening-balanced": lambda _: mt.WhiteningTeleporter("balanced"),
-    "null-space": lambda _: NullSpaceTeleporter(steps=3, step_size=0.02),
-    "level-set": lambda _: LevelSetTeleporter(steps=3, step_size=0.02, projections=20, tolerance=1e-13),
-}
 FREE = ("null-space", "level-set")
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
