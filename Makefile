@@ -29,8 +29,8 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 
 demo: venv ## meta-train a small teleporter on digits for two minutes, then evaluate it on tasks it never saw
 	rm -rf $(DEMO)/digits.unfinished
-	$(BIN)/metateleport train digits --mode update+tele --update adaptive --max-stretch 2 --cooling 0.01 --lr 2e-3 \
-		--tasks 8 --horizon 60 --seconds 120 --out $(DEMO)/digits
+	$(BIN)/metateleport train digits --set rule.kind=adaptive rule.cooling=0.01 teleport.max_stretch=2 outer.lr=2e-3 \
+		outer.tasks=8 outer.horizon=60 --seconds 120 --out $(DEMO)/digits
 	$(BIN)/metateleport evaluate $(DEMO)/digits digits --tasks 16 --steps 100 --json $(DEMO)/digits.json --plot $(DEMO)/digits.png
 
 test: lint ## lint, type-check, and run the tests with a bounded part of the slow ones

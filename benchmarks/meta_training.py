@@ -13,7 +13,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,13 +27,24 @@ from benchmarks._timing import Case, Measurement, Summary, conditions, measure
 from metateleport import TaskFamily
 from metateleport.families import load_family
 from metateleport.files import write_json
-from metateleport.learned.meta_optimizer import MODES, MetaOptimizer, MetaOptimizerConfig, Mode
+from metateleport.learned import (
+    MODES,
+    BaseOptimizerSettings,
+    CoordinateSettings,
+    MetaOptimizer,
+    MetaOptimizerConfig,
+    RuleSettings,
+    StepSettings,
+    TeleportSettings,
+)
+from metateleport.papers.flat import FlatSettings
 from metateleport.training import TrainingError, Unroll, device_for
 
 __all__ = ["main"]
 
 SCHEMA = 1
-FLAT_MODES: tuple[Mode, ...] = ("lr+tele", "update+tele")
+RULES: dict[str, RuleSettings] = {"lr": StepSettings(), "update": CoordinateSettings(), "tele": BaseOptimizerSettings()}
+FLAT_MODES = ("lr+tele", "update+tele")
 _CALM = 0.9
 
 Networks = TypeVar("Networks", bound=nn.Module)
@@ -65,8 +75,10 @@ class StackedCase(_Trained):
     ) -> None:
         self.meta = _seeded(lambda: MetaOptimizer(config)).to(device)
         super().__init__(self.meta)
-        self.network, self.mode, self.hidden, self.tasks = config.network, config.mode, config.hidden, tasks
-        self.name = f"{config.network}/{config.mode}/{tasks}"
+        self.network = "flat" if isinstance(config.rule, FlatSettings) else "equivariant"
+        self.hidden = next(shape["hidden"] for shape in config.table().values() if "hidden" in shape)
+        self.mode, self.tasks = config.mode, tasks
+        self.name = f"{self.network}/{self.mode}/{tasks}"
         self.length, self.task_steps = unroll, tasks * unroll
         self.stack = family.stack(range(tasks), device=device)
         self.start = {name: value.detach().clone() for name, value in self.stack.tensors().items()}
@@ -109,7 +121,7 @@ def _seeded(make: Callable[[], Networks]) -> Networks:
 
 
 def cases_of(
-    modes: Sequence[Mode], tasks: Sequence[int], width: int, unroll: int, device: torch.device
+    modes: Sequence[str], tasks: Sequence[int], width: int, unroll: int, device: torch.device
 ) -> list[StackedCase | SourceCase]:
     """Everything that is timed side by side.
 
@@ -126,10 +138,13 @@ def cases_of(
     shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items())
     cases: list[StackedCase | SourceCase] = []
     for mode in modes:
-        configs = [MetaOptimizerConfig(mode=mode, groups=groups)]
+        step = mode.removesuffix("+tele")
+        teleport = TeleportSettings() if "tele" in mode else None
+        configs = [MetaOptimizerConfig(RULES[step], teleport, groups=groups)]
         if mode in FLAT_MODES:
             hidden = SOURCE_HIDDEN[mode]
-            configs.append(dataclasses.replace(configs[0], network="flat", hidden=hidden, shapes=shapes))
+            flat = FlatSettings(shapes, hidden, per_coordinate=step == "update")
+            configs.append(MetaOptimizerConfig(flat, TeleportSettings(hidden), groups=groups))
         cases += [StackedCase(config, family, count, unroll, device) for config in configs for count in tasks]
         if mode in SOURCE_HIDDEN:
             cases.append(SourceCase(mode, SOURCE_HIDDEN[mode], family, width, unroll, device))

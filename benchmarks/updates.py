@@ -25,11 +25,13 @@ from torch import Tensor, nn
 import metateleport as mt
 from benchmarks._timing import Summary, conditions
 from metateleport.files import write_json
-from metateleport.learned.meta_optimizer import UPDATES, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned.rules import read_rule
 
 __all__ = ["main"]
 
 SCHEMA = 1
+UPDATES = ("coordinate", "tensor", "adaptive")
 _BATCH = 100
 
 
@@ -50,7 +52,7 @@ class _Case:
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         else:
             # No symmetries: the update alone is looked at.
-            meta = MetaOptimizer(MetaOptimizerConfig(mode="update", update=name))  # type: ignore[arg-type]
+            meta = MetaOptimizer(MetaOptimizerConfig(read_rule({"kind": name}), teleport=None))
             self.optimizer = mt.LearnedOptimizer(self.model, meta, symmetries=())
 
     def closure(self) -> Tensor:

@@ -345,5 +345,5 @@ class PositiveDiagonal(VectorGroup):
         return torch.where(ratio.isfinite(), ratio, float("inf"))
 
     def conditioned(self, element: Tensor, bound: float) -> Tensor:
-        # Of what is not finite it is false, and of what has a zero.
-        return element.amax(-1) <= bound * element.amin(-1)
+        smallest, largest = element.amin(-1), element.amax(-1)
+        return (largest <= bound * smallest) & (smallest > 0) & (largest < math.inf)

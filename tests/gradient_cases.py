@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
 from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.families import Batch, TaskStack
-from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import LearnedTeleporter, MetaOptimizer
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.adaptive import AdaptiveRule
 from metateleport.learned.rules.coordinate import CoordinateRule
@@ -66,7 +67,7 @@ def stack(kind: str) -> tuple[TaskStack, Batch]:
 
 def meta_optimizer(mode: str, base: str = "momentum") -> MetaOptimizer:
     torch.manual_seed(0)
-    config = MetaOptimizerConfig(mode=mode, hidden=4, coordinate_hidden=3, base=base, base_lr=1e-4)  # type: ignore[arg-type]
+    config = shape_of(mode=mode, hidden=4, coordinate_hidden=3, base=base, base_lr=1e-4)
     meta = MetaOptimizer(config).double()
     if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
@@ -170,7 +171,7 @@ class Tape:
 def gauged(secants: int) -> MetaOptimizer:
     """Steps in learned gauges and no teleport that stays."""
     torch.manual_seed(0)
-    config = MetaOptimizerConfig(hidden=4, stays=False, gauge="linearised", secants=secants)
+    config = shape_of(hidden=4, stays=False, gauge="linearised", secants=secants)
     meta = MetaOptimizer(config).double()
     with torch.no_grad():
         assert isinstance(meta.rule, StepRule)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import (
+    GaugeSettings,
+    LearnedTeleporter,
+    MetaOptimizer,
+    MetaOptimizerConfig,
+    TeleportSettings,
+)
+from metateleport.learned.rules import known_rules, read_rule
+from metateleport.papers.flat import FlatSettings
 
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
@@ -39,10 +47,35 @@ def backward(model: nn.Module, seed: int = 1) -> Tensor:
     return loss.detach()
 
 
+def shape_of(mode: str = "lr+tele", hidden: int = 32, **given: Any) -> MetaOptimizerConfig:
+    """The shape of a meta-optimizer by its mode, all of whose parts have `hidden` units.
+
+    Args:
+        mode: one of `MODES`.
+        hidden: units of all LSTMs.
+        given: `update`, the kind of rule of a mode that learns one; `shapes` for the source paper's networks; `stays`,
+            `gauge`, `groups`, `max_stretch`, `metric_memory`; `base` and `base_lr` of mode `tele`; and the rule's own.
+            What a rule of another kind has is left out, so that a test can go over modes.
+    """
+    step, tele = mode.removesuffix("+tele"), "tele" in mode
+    kind = {"lr": "lr", "tele": "base"}.get(step, given.pop("update", "coordinate"))
+    shapes = given.pop("shapes", ())
+    teleport = TeleportSettings(hidden, given.pop("max_stretch", None)) if tele and given.pop("stays", True) else None
+    name, memory = given.pop("gauge", "none"), given.pop("metric_memory", 0.95)
+    gauge = GaugeSettings(name, hidden, memory) if tele and name != "none" else None
+    groups = given.pop("groups", MetaOptimizerConfig.groups)
+    if shapes and kind != "base":
+        rule: Any = FlatSettings(shapes, hidden, per_coordinate=step == "update")
+    else:
+        own = {"hidden": hidden, **given, "optimizer": given.get("base", "sgd"), "lr": given.get("base_lr", 1e-3)}
+        rule = read_rule({"kind": kind, **{name: own[name] for name in known_rules()[kind].names() if name in own}})
+    return MetaOptimizerConfig(rule, teleport, gauge, groups)
+
+
 def meta_of(**config: Any) -> MetaOptimizer:
     """A meta-optimizer for minibatches that has learned nothing: it starts with sensible steps."""
     torch.manual_seed(3)
-    return MetaOptimizer(MetaOptimizerConfig(**{"mode": "update", "update": "adaptive", "hidden": 4, **config}))
+    return MetaOptimizer(shape_of(**{"mode": "update", "update": "adaptive", "hidden": 4, **config}))
 
 
 def teleporting(**config: Any) -> MetaOptimizer:

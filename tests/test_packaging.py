@@ -53,7 +53,7 @@ def test_a_wheel_carries_what_lies_beside_the_package(installed: Path, beside: s
     deep = {name: carried.pop(name) for name in list(carried) if name.startswith("several/")}
     assert carried == _files(ROOT / beside)
     if beside == "checkpoints":
-        assert {name.rpartition("/")[2] for name in deep} == {"card.json", "weights.safetensors"}
+        assert {name.rpartition("/")[2] for name in deep} == {"card.json", "recipe.toml", "weights.safetensors"}
 
 
 def test_a_wheel_carries_the_whole_package(installed: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from metateleport.training import TrainConfig
+from learned_cases import shape_of
+
+from metateleport.families import load_family
+from metateleport.training import FamilySettings, OuterSettings, Recipe, ValidationSettings
 
 _SMALL: dict[str, Any] = {
     "family": "leaky_mlp",
@@ -28,13 +32,31 @@ _TINY: dict[str, Any] = {
     "validation_every": 1,
     "hidden": 3,
 }
+_OUTER = [field.name for field in dataclasses.fields(OuterSettings)]
 
 
-def small(**changes: Any) -> TrainConfig:
-    """Six meta-steps, in windows of half the horizon."""
-    return TrainConfig(**{**_SMALL, **changes})
+def small(**changes: Any) -> Recipe:
+    """Six meta-steps, in windows of half the horizon.
+
+    Args:
+        changes: `family` and its `settings`, settings of the outer loop, `validation_tasks` and `validation_every`, and
+            what `learned_cases.shape_of` takes.
+    """
+    given = {**_SMALL, **changes}
+    family = FamilySettings(given.pop("family"), given.pop("settings"))
+    validation = ValidationSettings(
+        given.pop("validation_tasks"), min(given.pop("validation_every"), given["meta_steps"])
+    )
+    outer = OuterSettings(**{name: given.pop(name) for name in _OUTER if name in given})
+    shape = shape_of(**given)
+    return Recipe(family, shape.rule, shape.teleport, shape.gauge, outer, validation)
 
 
-def tiny(**changes: Any) -> TrainConfig:
+def tiny(**changes: Any) -> Recipe:
     """Two meta-steps of two tasks."""
     return small(**{**_TINY, **changes})
+
+
+def family_of(recipe: Recipe) -> Any:
+    """The task family of a recipe."""
+    return load_family(recipe.family.name, recipe.family.settings)

@@ -1,6 +1,7 @@
 """Checkpoints: weights and a card, written whole, loaded by name or path without running code."""
 
 from metateleport.checkpoint.checkpoint import (
+    RECIPE,
     SCHEMA,
     Checkpoint,
     CheckpointError,
@@ -8,6 +9,7 @@ from metateleport.checkpoint.checkpoint import (
     load,
     load_checkpoint,
     meta_optimizer_of,
+    read_card,
     save_checkpoint,
     shipped_checkpoints,
     update_card,
@@ -15,6 +17,7 @@ from metateleport.checkpoint.checkpoint import (
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
 
 __all__ = [
+    "RECIPE",
     "SCHEMA",
     "Checkpoint",
     "CheckpointError",
@@ -24,6 +27,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "meta_optimizer_of",
+    "read_card",
     "save_checkpoint",
     "shipped_checkpoints",
     "update_card",

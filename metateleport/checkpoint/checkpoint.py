@@ -16,12 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from metateleport.files import replacing_folder, search_folders, write_json
+from metateleport.checkpoint.schema_1 import card_of_schema_1
+from metateleport.files import replacing_folder, search_folders, write_json, write_text
 from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.teleporters import Teleporter, TrustRegion
+from metateleport.settings import to_toml
+from metateleport.teleporters import Teleporter
 from metateleport.version import VERSION
 
 __all__ = [
+    "RECIPE",
     "SCHEMA",
     "Checkpoint",
     "CheckpointError",
@@ -29,13 +32,14 @@ __all__ = [
     "load",
     "load_checkpoint",
     "meta_optimizer_of",
+    "read_card",
     "save_checkpoint",
     "shipped_checkpoints",
     "update_card",
 ]
 
-SCHEMA = 1
-WEIGHTS, CARD, SEEDS = "weights.safetensors", "card.json", "meta_seeds"
+SCHEMA = 2
+WEIGHTS, CARD, SEEDS, RECIPE = "weights.safetensors", "card.json", "meta_seeds", "recipe.toml"
 _LEARNED, _STEP_ONLY = "learned.", "step-only."
 
 
@@ -120,7 +124,8 @@ def save_checkpoint(
         path: the folder; one that exists is replaced.
         learned: the meta-optimizer.
         step_only: the same recipe without teleports, or None.
-        card: what the card says beside what is written here (schema, shape, versions, hash of the weights).
+        card: what the card says beside what is written here (schema, shape, versions, hash of the weights). The recipe
+            in its `training` is written as `recipe.toml` too.
 
     Returns:
         The folder.
@@ -132,8 +137,8 @@ def save_checkpoint(
     weights = save_tensors(tensors)
     whole = {
         "schema": SCHEMA,
-        "meta_optimizer": dataclasses.asdict(learned.config),
-        "step_only": None if step_only is None else dataclasses.asdict(step_only.config),
+        "meta_optimizer": learned.config.table(),
+        "step_only": None if step_only is None else step_only.config.table(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "versions": versions(),
         **card,
@@ -141,7 +146,25 @@ def save_checkpoint(
     with replacing_folder(path) as temporary:
         (temporary / WEIGHTS).write_bytes(weights)
         write_json(temporary / CARD, whole)
+        write_recipe(temporary, whole)
     return Path(path)
+
+
+def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
+    """Writes the recipe of a card, where it has one, as a file of the checkpoint's folder.
+
+    That of several meta-seeds has the first of them: with their number it makes the checkpoint again.
+    """
+    recipe = card.get("training", {}).get("recipe")
+    if not recipe:
+        return
+    seeds = [each["seed"] for each in card.get(SEEDS, ())]
+    number = f" --meta-seeds {len(seeds)}" if len(seeds) > 1 else ""
+    own = {**recipe, "outer": {**recipe["outer"], "seed": min(seeds, default=recipe["outer"]["seed"])}}
+    said = f"# metateleport train --recipe {RECIPE}{number} --out FOLDER\n"
+    if own["outer"].get("start_from"):
+        said += f"# It starts from the checkpoint {own['outer']['start_from']}, which has to be there.\n"
+    write_text(folder / RECIPE, said + "\n" + to_toml(own))
 
 
 def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
@@ -163,7 +186,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         CheckpointError: if it is not there, damaged, or of another version.
     """
     path = _resolve(name_or_path)
-    card = _read_card(path)
+    card = read_card(path)
     try:
         weights = (path / WEIGHTS).read_bytes()
     except OSError as error:
@@ -204,9 +227,12 @@ def load(name_or_path: str | Path) -> Teleporter:
     if isinstance(teleporter, LearnedTeleporter):
         return teleporter.eval()
     if teleporter is not None:
-        raise CheckpointError(f"{checkpoint.name} has flat networks, which serve only the shapes they were made for")
+        raise CheckpointError(
+            f"the teleporter of {checkpoint.name}, of rule.kind = {checkpoint.learned.config.rule.kind!r}, serves only "
+            "the model it was made for"
+        )
     if gauge is not None:
-        return GaugeTeleporter(gauge, TrustRegion(max_size=checkpoint.learned.config.max_size)).eval()
+        return GaugeTeleporter(gauge).eval()
     raise CheckpointError(
         f"{checkpoint.name} is of mode {checkpoint.mode!r}, which learns a step and no teleport: use "
         f"metateleport.LearnedOptimizer(model, {checkpoint.name!r}), or a checkpoint of a mode with 'tele'"
@@ -243,22 +269,32 @@ def _resolve(name_or_path: str | Path) -> Path:
     )
 
 
-def _read_card(path: Path) -> dict[str, Any]:
+def read_card(path: Path) -> dict[str, Any]:
+    """The card of a checkpoint's folder, in today's schema whichever it was written in.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
     try:
         card = json.loads((path / CARD).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {CARD}: it is not a checkpoint, or was not copied whole") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / CARD} is truncated or not JSON ({error}): copy it again") from error
-    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
-        card = card if isinstance(card, dict) else {}
-        wrote = card.get("versions")
-        version = wrote.get("metateleport", "unknown") if isinstance(wrote, dict) else "unknown"
-        raise CheckpointError(
-            f"{path} is a checkpoint of schema {card.get('schema')!r}, and this version reads {SCHEMA}: use the "
-            f"version of metateleport that wrote it ({version})"
-        )
-    return card
+    if isinstance(card, dict) and card.get("schema") == SCHEMA:
+        return card
+    card = card if isinstance(card, dict) else {}
+    if card.get("schema") == 1:
+        try:
+            return {**card_of_schema_1(card), "schema": SCHEMA}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the card of {path}, of schema 1, is damaged ({error!r}): copy it again") from error
+    wrote = card.get("versions")
+    version = wrote.get("metateleport", "unknown") if isinstance(wrote, dict) else "unknown"
+    raise CheckpointError(
+        f"{path} is a checkpoint of schema {card.get('schema')!r}, and this version reads 1 and {SCHEMA}: use the "
+        f"version of metateleport that wrote it ({version})"
+    )
 
 
 def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
@@ -280,15 +316,13 @@ def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
 
 def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:
     try:
-        values = dict(shape)
-        values["groups"] = tuple(values["groups"])
-        values["shapes"] = tuple((name, tuple(size)) for name, size in values["shapes"])
+        config = MetaOptimizerConfig.read(shape)
         # The initial weights are overwritten: they shall take no random numbers of the caller's.
         with torch.random.fork_rng(devices=[]):
-            meta = MetaOptimizer(MetaOptimizerConfig(**values))
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+            meta = MetaOptimizer(config)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
-            f"the card of {path} does not describe a meta-optimizer of this version ({error})"
+            f"the card of {path} does not describe a meta-optimizer that is known here: {error}"
         ) from error
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metateleport.checkpoint.checkpoint import CARD, SEEDS, WEIGHTS, Checkpoint, CheckpointError, load_checkpoint
+from metateleport.checkpoint.checkpoint import (
+    CARD,
+    SEEDS,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    write_recipe,
+)
 from metateleport.files import replacing_folder, write_json
+from metateleport.settings import flattened
 
 __all__ = ["combine_meta_seeds", "each_meta_seed"]
 
 # Where and on what device a training ran does not make it another recipe.
-_MAY_DIFFER = ("seed", "device")
+_MAY_DIFFER = ("outer.seed", "outer.device")
 
 
-def combine_meta_seeds(
-    paths: Sequence[str | Path], into: str | Path, defaults: Mapping[str, Any] | None = None
-) -> Path:
+def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
     """Makes one checkpoint of several that were trained by the same recipe from different seeds.
 
     The one with the best validation score lies on top, where `load` finds it; the others lie in `meta_seeds/SEED`, each
@@ -28,8 +35,6 @@ def combine_meta_seeds(
     Args:
         paths: folders or bare names of checkpoints; those of several meta-seeds bring all of them.
         into: the folder to write, whole or not at all; one that exists is replaced. It may be one of `paths`.
-        defaults: what settings count as where a card does not have them: the version that wrote it did not know them,
-            and trained as their defaults do.
 
     Returns:
         The folder.
@@ -42,9 +47,9 @@ def combine_meta_seeds(
     if not found:
         raise CheckpointError("there are no checkpoints to combine: give the folders of at least one")
     by_seed: dict[int, Checkpoint] = {}
-    first = _recipe(found[0], defaults)
+    first = _recipe(found[0])
     for each in found:
-        seed, recipe = _seed(each), _recipe(each, defaults)
+        seed, recipe = _seed(each), _recipe(each)
         if seed in by_seed:
             raise CheckpointError(f"{by_seed[seed].path} and {each.path} are both of seed {seed}: give one of them")
         for name in first.keys() | recipe.keys():
@@ -65,7 +70,9 @@ def combine_meta_seeds(
             shutil.copyfile(each.path / WEIGHTS, folder / WEIGHTS)
             card = {**each.card, "results": {}}
             card.pop(SEEDS, None)
-            write_json(folder / CARD, {**card, "name": into.name, SEEDS: listed} if seed == best else card)
+            card = {**card, "name": into.name, SEEDS: listed} if seed == best else card
+            write_json(folder / CARD, card)
+            write_recipe(folder, card)
     return into
 
 
@@ -84,19 +91,19 @@ def each_meta_seed(checkpoint: Checkpoint) -> list[Checkpoint]:
 
 def _training(checkpoint: Checkpoint) -> dict[str, Any]:
     training = checkpoint.card.get("training")
-    if not isinstance(training, dict):
+    if not isinstance(training, dict) or not isinstance(training.get("recipe"), dict):
         raise CheckpointError(f"the card of {checkpoint.path} does not say how it was trained: train it anew")
     return training
 
 
 def _seed(checkpoint: Checkpoint) -> int:
-    return int(_training(checkpoint)["config"]["seed"])
+    return int(_training(checkpoint)["recipe"]["outer"]["seed"])
 
 
 def _validation(checkpoint: Checkpoint) -> float:
     return float(_training(checkpoint)["runs"]["learned"]["validation"])
 
 
-def _recipe(checkpoint: Checkpoint, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
-    known = {**(defaults or {}), **_training(checkpoint)["config"]}
+def _recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    known = flattened(_training(checkpoint)["recipe"])
     return {name: value for name, value in known.items() if name not in _MAY_DIFFER}

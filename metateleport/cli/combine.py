@@ -36,11 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.checkpoint import load_checkpoint
     from metateleport.checkpoint.seeds import combine_meta_seeds
-    from metateleport.training import default_settings
 
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is a file, and a checkpoint is a folder: choose another --out")
-    path = combine_meta_seeds(arguments.checkpoints, arguments.out, default_settings())
+    path = combine_meta_seeds(arguments.checkpoints, arguments.out)
     scores = ", ".join(f"{each.seed}: {each.validation:.3g}" for each in load_checkpoint(path).meta_seeds)
     say(f"wrote the checkpoint {path}; validation scores by seed: {scores}")
     return 0

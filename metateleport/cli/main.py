@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         parsed = _parser().parse_args(arguments)
+        # The source paper's update rules, so that checkpoints of them can be evaluated.
+        import metateleport.papers  # noqa: F401
+
         return int(parsed.run(parsed))
     except KeyboardInterrupt as stopped:
         print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)
@@ -52,6 +55,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.families import FamilyError
     from metateleport.families.trial import StackError
     from metateleport.papers.experiments import ExperimentError
+    from metateleport.settings import SettingsError
     from metateleport.symmetries import Unsuitable
     from metateleport.tracking import TrackingError
     from metateleport.training import TrainingError
@@ -63,6 +67,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         CheckpointError,
         EvaluationError,
         ExperimentError,
+        SettingsError,
         TrainingError,
         TrackingError,
         Unsuitable,

@@ -1,10 +1,9 @@
-"""`metateleport train`: meta-trains a checkpoint on a task family."""
+"""`metateleport train`: meta-trains a checkpoint by a recipe."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -13,103 +12,58 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
 
 if TYPE_CHECKING:
     from metateleport.tracking import Run
-    from metateleport.training import Progression, TrainConfig
+    from metateleport.training import Progression, Recipe
 
 __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
   metateleport train leaky_mlp --seconds 60 --out my_teleporter
-  metateleport train tasks/digits.py --mode update+tele --meta-steps 200
-  metateleport train leaky_mlp --set width=12 --set distribution=normal --out runs/normal
-  metateleport train matrix_factorisation --gauge exact --no-stays --out runs/gauges
-  metateleport train digits --teleport-cost 0.1 --out runs/priced    a teleport that brings less than that closes
-  metateleport train leaky_mlp --out runs/normal --resume            after Ctrl-C, with the same settings
-  metateleport train leaky_mlp --meta-seeds 5 --out runs/five        seeds 0 to 4; the best of them on top
+  metateleport train tasks/digits.py --set rule.kind=adaptive outer.meta_steps=200
+  metateleport train leaky_mlp --set family.width=12 family.distribution=normal --out runs/normal
+  metateleport train matrix_factorisation --set gauge.kind=exact teleport=none --out runs/gauges
+  metateleport train --recipe digits --meta-seeds 5 --out runs/digits     as the shipped checkpoint was trained
+  metateleport train --recipe digits --set outer.teleport_cost=0.1        a teleport that brings less than that closes
+  metateleport train leaky_mlp --out runs/normal --resume                 after Ctrl-C, with the same settings
+  metateleport train leaky_mlp --meta-seeds 5 --out runs/five             seeds 0 to 4; the best of them on top
 
-In a mode with '+tele' a second optimizer is trained by the same recipe without teleports, half of the time each: it
+A recipe has a table for each part: family, rule, teleport, gauge, outer and validation; checkpoints/*/recipe.toml are
+some. Its settings are set by --set PART.KEY=VALUE. What is learned follows from the parts: rule.kind is lr (a step for
+each tensor), coordinate, tensor or adaptive (an update), or base (a hand-designed optimizer, rule.optimizer); another
+kind begins the part anew, from its defaults. A part is left out by --set teleport=none or gauge=none, and added by
+--set teleport=default or gauge.kind=exact or linearised.
+
+With a teleport or a gauge a second optimizer is trained by the same recipe without them, half of the time each: it
 ships in the same checkpoint, and 'evaluate' shows it as learned/step-only.
 """
-
-_UNBOUNDED = 10**6
 
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
-    from metateleport.learned.meta_optimizer import GAUGES, MODES, UPDATES
-
     parser: Parser = commands.add_parser(
         "train",
         help="meta-train a checkpoint on a task family",
-        description="Meta-trains a learned optimizer that teleports, on tasks of one family; writes a checkpoint.",
+        description="Meta-trains a learned optimizer that teleports, by a recipe; writes a checkpoint.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("task", help="task family: a bare name (see 'metateleport tasks') or the path of a file")
-    parser.add_argument("--mode", choices=MODES, default="lr+tele", help="what is learned (default %(default)s)")
-    parser.add_argument("--network", choices=("equivariant", "flat"), default="equivariant", help="flat: the paper's")
     parser.add_argument(
-        "--stays",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="learn a teleport that stays: the model moves along its orbit (default: yes)",
-    )
-    parser.add_argument("--gauge", choices=GAUGES, default="none", help="learn a gauge for each tensor, undone again")
-    parser.add_argument(
-        "--metric-memory",
-        type=float,
-        metavar="X",
-        help="share of a gauge's metric that is kept from one minibatch to the next (default 0.95)",
-    )
-    parser.add_argument("--update", choices=UPDATES, help="modes with 'update': its size (default coordinate)")
-    parser.add_argument("--secants", type=not_negative, metavar="N", help="secant pairs around the learned step")
-    parser.add_argument(
-        "--teleport-cost",
-        type=float,
-        metavar="X",
-        help="price on teleports and gauges: one that is wide open has to lower the mean log loss by X (default 0)",
+        "family",
+        nargs="?",
+        help="task family, trained by the default recipe: a bare name (see 'metateleport tasks') or the path of a file",
     )
     parser.add_argument(
-        "--max-stretch",
-        type=float,
-        metavar="X",
-        help="all teleports that stay may together stretch or shrink anything by this factor (default: no bound)",
+        "--recipe", metavar="NAME_OR_FILE", help="in its place a recipe: of a shipped checkpoint, or a TOML file"
     )
     parser.add_argument(
-        "--cooling",
-        type=float,
-        metavar="A",
-        help="shorten steps at the noise floor by 1 / (1 + A r), r the evaluations there, A learned on; with --update "
-        "adaptive by 1 / sqrt(1 + A t), t all evaluations (default 0)",
+        "--set", action="extend", nargs="+", default=[], metavar="PART.KEY=VALUE", help="settings of the recipe"
     )
-    parser.add_argument(
-        "--blind",
-        type=float,
-        metavar="SHARE",
-        help="hide the losses from the networks in this share of the windows (default 0.5)",
-    )
-    parser.add_argument("--longest", type=float, metavar="X", help="longest step over the joint bound (default 1.5)")
-    parser.add_argument("--meta-steps", type=positive, metavar="N", help="updates of the networks")
-    parser.add_argument("--seconds", type=float, metavar="T", help="stop after so many seconds, if sooner")
-    parser.add_argument("--tasks", type=positive, metavar="N", help="tasks stacked in one graph")
-    parser.add_argument("--unroll", type=positive, metavar="N", help="inner steps that one meta-step goes through")
-    parser.add_argument("--horizon", type=positive, metavar="N", help="inner steps at the end of the curriculum")
-    parser.add_argument("--validation-every", type=positive, metavar="N", help="meta-steps between validations")
-    parser.add_argument(
-        "--search", type=not_negative, metavar="N", help="first N rounds of evolution on the networks' constants"
-    )
-    parser.add_argument("--starts", type=positive, metavar="N", help="initialisations tried; the best goes on")
-    parser.add_argument("--start-from", metavar="CHECKPOINT", help="start from its networks, of the same meta-seed")
-    parser.add_argument("--lr", type=float, metavar="X", help="step size of the meta-training")
-    parser.add_argument("--hidden", type=positive, metavar="N", help="units of the LSTMs")
-    parser.add_argument("--base", metavar="NAME", help="mode tele: the optimizer that takes the steps")
-    parser.add_argument("--base-lr", type=float, metavar="X", help="mode tele: its step size")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint (default runs/TASK)")
-    parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="of networks and tasks (default 0)")
+    parser.add_argument("--seconds", metavar="T", help="outer.seconds: stop after so many seconds, if sooner")
+    parser.add_argument("--seed", metavar="S", help="outer.seed: of networks and tasks (default 0)")
+    parser.add_argument("--device", help="outer.device: auto, cpu or cuda (default auto)")
     parser.add_argument(
         "--meta-seeds",
         type=positive,
@@ -117,8 +71,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="train from N seeds, S and on, one after another, into one checkpoint; --seconds is for each (default 1)",
     )
-    parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint (default runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
     parser.add_argument("--no-track", action="store_true", help="leave MLflow out")
     parser.set_defaults(run=run)
@@ -127,43 +80,35 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import Interrupted, TrainConfig, device_for, train, train_meta_seeds
+    from metateleport.training import Interrupted, device_for, train, train_meta_seeds
 
-    device_for(arguments.device)
+    recipe, name = _recipe(arguments)
+    device_for(recipe.outer.device)
     if not arguments.no_track:
         from metateleport.tracking import require_mlflow
 
         require_mlflow()
-    settings = settings_of(arguments.set)
-    family = load_family(arguments.task, settings)
-    out = arguments.out or Path("runs") / family.name
+    family = load_family(recipe.family.name, recipe.family.settings)
+    recipe = recipe.of_family(family)
+    out = arguments.out or Path("runs") / (name or family.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, and a checkpoint is a folder: choose another --out")
-    given = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(TrainConfig)
-        if getattr(arguments, field.name, None) is not None
-    }
-    if arguments.seconds is not None:
-        # Where only the time is given, it is the time that ends the run.
-        given.setdefault("meta_steps", _UNBOUNDED)
-    config = TrainConfig(**{**given, "family": arguments.task, "settings": family.settings()})
     command = "metateleport " + shlex.join(sys.argv[1:])
     with contextlib.ExitStack() as stack:
         tracked: Run | None = None
         if not arguments.no_track:
             from metateleport.tracking import Run
 
-            parameters = {**dataclasses.asdict(config), **{f"task.{k}": v for k, v in config.settings.items()}}
-            del parameters["settings"]
-            tracked = stack.enter_context(Run(f"train/{family.name}", out.name, parameters, {"command": command}, say))
+            tracked = stack.enter_context(
+                Run(f"train/{family.name}", out.name, recipe.flat(), {"command": command}, say)
+            )
         bar = stack.enter_context(_bar())
         try:
-            reporter = _Reporter(bar, tracked, config)
+            reporter = _Reporter(bar, tracked, recipe)
             if arguments.meta_seeds > 1:
-                path = train_meta_seeds(config, out, arguments.meta_seeds, arguments.resume, reporter, command)
+                path = train_meta_seeds(recipe, out, arguments.meta_seeds, arguments.resume, reporter, command)
             else:
-                path = train(config, out, arguments.resume, reporter, command)
+                path = train(recipe, out, arguments.resume, reporter, command)
         except Interrupted as interrupted:
             raise KeyboardInterrupt(str(interrupted)) from None
         if tracked is not None:
@@ -171,8 +116,33 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"wrote the checkpoint {path}")
     if tracked is not None:
         say(f"MLflow: run {tracked.id} in the experiment {tracked.experiment!r}; look at it with: metateleport ui")
-    say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(arguments.task)}")
+    say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(recipe.family.name)}")
     return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
+    """The recipe that was asked for, and its name; empty for a family's default recipe."""
+    from metateleport.training import FamilySettings, Recipe, load_recipe
+    from metateleport.training.recipe_file import recipe_name
+
+    if (arguments.family is None) == (arguments.recipe is None):
+        raise UsageError(
+            "train takes a task family or --recipe, one of the two: a recipe names its family, and another one is put "
+            "in by --set family.name=NAME"
+        )
+    changes = settings_of(arguments.set)
+    for flag in ("seconds", "seed", "device"):
+        text, key = getattr(arguments, flag), f"outer.{flag}"
+        if text is not None and key in changes:
+            raise UsageError(f"--{flag} and --set {key} are the same setting: give one of them")
+        if text is not None:
+            changes[key] = text
+    if arguments.recipe is not None:
+        return load_recipe(arguments.recipe).changed(changes), recipe_name(arguments.recipe)
+    if changes.get("outer.seconds", "none") != "none":
+        # Where only the time is given, it is the time that ends the run.
+        changes.setdefault("outer.meta_steps", "none")
+    return Recipe(FamilySettings(arguments.family)).changed(changes), ""
 
 
 def _bar() -> Progress:
@@ -189,8 +159,8 @@ def _bar() -> Progress:
 class _Reporter:
     """Shows how the training is getting on, and tracks it."""
 
-    def __init__(self, bar: Progress, tracked: Run | None, config: TrainConfig) -> None:
-        self.bar, self.tracked, self.config = bar, tracked, config
+    def __init__(self, bar: Progress, tracked: Run | None, recipe: Recipe) -> None:
+        self.bar, self.tracked, self.outer = bar, tracked, recipe.outer
         self.rows: dict[str, Any] = {}
         self.validated: dict[str, int] = {}
 
@@ -201,12 +171,12 @@ class _Reporter:
         speed = progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0
         status = f"meta-step {progression.meta_step}, mean log loss {loss:.2f}, {speed:.1f} meta-steps/s"
         if not progression.meta_losses and progression.searched:
-            status = f"search, round {len(progression.searched)} of {self.config.search}"
+            status = f"search, round {len(progression.searched)} of {self.outer.search}"
             status += f", mean log loss {progression.searched[-1]:.2f}"
         if progression.skipped:
             status += f", {progression.skipped} skipped"
         opened = progression.openness[-1] if progression.openness else None
-        if opened is not None and self.config.teleport_cost:
+        if opened is not None and self.outer.teleport_cost:
             status += f", openness {opened:.2f}"
         self.bar.update(self.rows[name], completed=share, status=status)
         if self.tracked is None:
@@ -220,5 +190,5 @@ class _Reporter:
         metrics = {f"{name}/meta_loss": loss, f"{name}/skipped": progression.skipped, f"{name}/speed": speed}
         if opened is not None:
             metrics[f"{name}/openness"] = opened
-            metrics[f"{name}/teleport_price"] = self.config.teleport_cost * opened
+            metrics[f"{name}/teleport_price"] = self.outer.teleport_cost * opened
         self.tracked.log(metrics, step=progression.meta_step)

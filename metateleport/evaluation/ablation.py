@@ -37,7 +37,7 @@ def basis_of(meta: MetaOptimizer) -> tuple[str, ...]:
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
-        >>> basis_of(MetaOptimizer(MetaOptimizerConfig(groups=("O",), hidden=4)))
+        >>> basis_of(MetaOptimizer(MetaOptimizerConfig(groups=("O",))))
         ('ascent', 'second_ascent', 'descent')
     """
     names: list[str] = []
@@ -64,7 +64,7 @@ def parts_of(asked: Sequence[str], meta: MetaOptimizer) -> dict[str, tuple[str, 
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
-        >>> meta = MetaOptimizer(MetaOptimizerConfig(groups=("O",), hidden=4))
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(groups=("O",)))
         >>> parts_of(["ascent + descent", "all but ascent"], meta)
         {'ascent + descent': ('ascent', 'descent'), 'all but ascent': ('second_ascent', 'descent')}
     """

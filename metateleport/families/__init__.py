@@ -1,4 +1,4 @@
-"""Tasks, families of them, and stacks of tasks: what a meta-optimizer is trained and tested on."""
+"""Tasks, task families and stacks of tasks: what a meta-optimizer is trained and evaluated on."""
 
 from metateleport.families.family import FamilyError, TaskFamily, gallery, load_family, read_settings
 from metateleport.families.probed import ProbedLosses

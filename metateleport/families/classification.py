@@ -1,4 +1,4 @@
-"""Families of classification tasks on real data: another subset of the classes, start and order a task."""
+"""Task families that classify real data; each task has its own subset of classes, start and order."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SHARES: dict[Split, tuple[int, ...]] = {"train": (0, 1, 2), "validation": (3,), 
 
 @functools.cache
 def subsets(labels: int, classes: int, split: Split) -> tuple[tuple[int, ...], ...]:
-    """The sets of classes that tasks of a split may have to tell apart; no set belongs to two splits.
+    """The sets of classes that tasks of a split classify; no set belongs to two splits.
 
     Args:
-        labels: number of classes that there are.
+        labels: number of classes in the data.
         classes: number of classes in a task.
-        split: whose sets.
+        split: the split.
 
     Example:
         >>> [len(subsets(10, 5, split)) for split in ("train", "validation", "held-out")]
@@ -65,24 +65,24 @@ def linear(incoming: int, outgoing: int, source: torch.Generator, scale: float =
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationFamily(TaskFamily):
-    """Tasks that tell some classes of a data set apart, in minibatches.
+    """Classification of a subset of a data set's classes, in minibatches.
 
-    The subsets of held-out tasks are never met in training, nor are the samples that accuracy is measured on, in any
-    task. All tasks share the data; each knows the rows that are its own.
+    Held-out tasks have subsets of classes that no training task has. No task trains on the samples that accuracy is
+    measured on. All tasks share the data; each knows its own rows.
 
     Args:
-        classes: that a task has to tell apart.
-        samples: training samples a task, drawn from all those of its classes but the held-out ones.
-        batch: samples a minibatch; `all` for the whole set.
-        scale: factor on the initial weights, one for torch's usual start.
-        label_noise: share of the training labels that are drawn anew from all classes.
+        classes: number of classes of a task.
+        samples: training samples per task, drawn from its classes' samples except the held-out ones.
+        batch: samples per minibatch; `all` for the whole set.
+        scale: factor on the initial weights; 1 is torch's usual initialization.
+        label_noise: share of the training labels that are replaced by random ones.
 
     Raises:
         FamilyError: if a setting cannot work.
     """
 
     labels: ClassVar[int] = 10
-    """Classes that there are."""
+    """Number of classes in the data."""
     training_each: ClassVar[int]
     """Training samples of each class."""
 
@@ -94,7 +94,7 @@ class ClassificationFamily(TaskFamily):
 
     @abc.abstractmethod
     def data(self) -> LabelledData:
-        """The samples by class, scaled; what it takes long to read is kept (`read_once`)."""
+        """The samples by class, scaled; slow reads are cached (`read_once`)."""
 
     @abc.abstractmethod
     def network(self, source: torch.Generator) -> tuple[nn.Module, Sequence[Symmetry]]:
@@ -153,7 +153,7 @@ class ClassificationFamily(TaskFamily):
         )
 
     def _varied(self, source: np.random.Generator) -> dict[str, Any]:
-        """Data settings for one meta-training batch; half of the batches have all of their labels right."""
+        """Data settings for one meta-batch; half of the meta-batches have no label noise."""
         samples = max(round(self.samples * 2 ** source.uniform(-1, 0)), self.classes)
         batch = self.batch and min(max(round(self.batch * 2 ** source.uniform(-1, 1)), 1), samples)
         noise = min(self.label_noise + max(source.uniform(-0.2, 0.2), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""Task families: what a meta-optimizer is trained and tested on."""
+"""Task families: distributions of tasks, loaded from one readable file each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 _TRIED: dict[Any, bool] = {}
-"""Kinds of stacks that were evaluated once, and whether `vmap` serves them."""
+"""Kinds of stacks that were evaluated once, and whether `vmap` batches them."""
 
 
 class FamilyError(ValueError):
@@ -70,12 +70,12 @@ class TaskFamily(abc.ABC):
     def sample(self, seed: int) -> Task:
         """The task of one seed, on the CPU, in torch's default dtype; equal seeds give equal tasks.
 
-        `split_of` tells the split of a seed, for families that share out classes or data between the splits. When
+        `split_of` gives the split of a seed, for families that divide classes or data between the splits. When
         `task` calls this, torch's global random numbers on the CPU are seeded with `seed` and restored afterwards.
         """
 
     def augmented(self, index: int, seed: int) -> TaskFamily:
-        """The settings to use for one meta-training batch; a family may vary its own here. By default fixed."""
+        """The settings for one meta-batch of meta-training; a family may vary its own here. Fixed by default."""
         return self
 
     def task(self, index: int, split: Split = "train", seed: int = 0, dtype: torch.dtype | None = None) -> Task:
@@ -113,7 +113,7 @@ class TaskFamily(abc.ABC):
         return made
 
     def _try_out(self, stack: TaskStack) -> None:
-        """Evaluates a stack once, the first of its kind in this process."""
+        """Checks the first stack of its kind in this process."""
         tensors = (*stack.named_parameters(), *stack.named_buffers())
         shapes = tuple((name, value.shape, value.dtype) for name, value in tensors)
         kind = (type(self), str(stack.template), shapes, str(stack.device))
@@ -128,9 +128,9 @@ class TaskFamily(abc.ABC):
 
 
 def gallery() -> dict[str, Path]:
-    """The family files that bare names resolve to, wherever the process runs.
+    """The family files that bare names resolve to, from any working directory.
 
-    `METATELEPORT_TASKS` names a further folder; then come the working folder's `tasks/` and the project's own.
+    The folder that `METATELEPORT_TASKS` names comes first, then `tasks/` in the working directory, then the project's.
     """
     found: dict[str, Path] = {}
     for folder in search_folders("tasks", "_gallery", "METATELEPORT_TASKS"):
@@ -201,12 +201,12 @@ def _family_in(path: Path) -> type[TaskFamily]:
 
 
 def read_settings(kind: type[Any], settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Reads settings in the types of a dataclass's fields, from text or from values.
+    """Converts settings to the types of a dataclass's fields, from text or from values.
 
     Args:
-        kind: the dataclass; its fields are the settings there are.
+        kind: the dataclass whose fields are the settings.
         settings: by name, text as on the command line or values.
-        owner: what has these settings, as messages call it.
+        owner: the name for error messages.
 
     Returns:
         The settings by name, in their types.

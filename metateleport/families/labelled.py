@@ -1,4 +1,4 @@
-"""Labelled data, shared out by class: what families of classification tasks draw on."""
+"""Labelled data by class, divided into training and held-out samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LabelledData", "read_once", "share_out", "standardised"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledData:
-    """Samples by class, those to train on and those that no task trains on.
+    """Samples by class: training samples, and held-out samples that no task trains on.
 
     Args:
         training: `(classes, samples, features)`.
@@ -37,7 +37,7 @@ class LabelledData:
 
 
 def share_out(samples: np.ndarray, labels: np.ndarray, training: int, held_out: int) -> LabelledData:
-    """Shuffles samples, the same way each time, and shares each class's out.
+    """Shuffles samples, the same way each time, and divides each class into training and held-out samples.
 
     Args:
         samples: `(samples, features)`.
@@ -64,7 +64,7 @@ def share_out(samples: np.ndarray, labels: np.ndarray, training: int, held_out: 
 
 
 def standardised(data: LabelledData) -> LabelledData:
-    """Scaled by mean and deviation of all training entries together: some are always blank, with no deviation.
+    """Scales by the mean and deviation of all training entries together, as some pixels have no deviation.
 
     Example:
         >>> data = standardised(LabelledData(torch.tensor([[[1.0], [3.0]]]), torch.tensor([[[2.0]]])))
@@ -80,9 +80,9 @@ _Value = TypeVar("_Value")
 
 
 def read_once(function: Callable[..., _Value]) -> Callable[..., _Value]:
-    """Keeps what a function of a family's file gave for each arguments, for the whole process.
+    """Caches a function of a family's file by its arguments, for the whole process.
 
-    The file is run anew whenever its family is loaded, and with it a cache of `functools` begins anew.
+    `functools.cache` does not serve: a family's file is run at every load, and its cache would start empty.
 
     Args:
         function: reads data; its arguments are hashable.

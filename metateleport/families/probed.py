@@ -1,4 +1,4 @@
-"""What a probed forward pass of a stack has seen: its losses, and what their gradients are taken from."""
+"""A forward pass of a stack that was recorded for a step: losses, activations, and probes for the cotangents."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ __all__ = ["ProbedLosses"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ProbedLosses:
-    """One forward pass of a `TaskStack` with its graph: what a step is given.
+    """The losses of a `TaskStack` with the recorded forward pass that a step needs, in its graph.
 
-    Made by `TaskStack.forward(batch, probe=True)`, and by the patched module of an unroll, whose fast weights it
-    then holds.
+    `stack(batch, probe=True)` returns it. Called on the patched module of an unroll, it holds the fast weights. A
+    probe is a tensor of zeros that is added to a module's output: the loss's gradient on it is the cotangent of that
+    output.
 
     Args:
         losses: of every task, `(tasks,)`.
-        parameters: the tensors that it ran at, and the buffers that symmetries move, by name.
-        activations: inputs of the watched modules.
-        probes: zeros that were added to their outputs.
-        layout: lays gradients on outputs out as cotangents.
+        parameters: the parameters of the pass, and the buffers that symmetries move, by name.
+        activations: inputs of the watched modules, by name.
+        probes: zeros that were added to the watched modules' outputs, by name.
+        layout: reshapes gradients on the probes into cotangents.
 
     Example:
         >>> from metateleport.families import Task, TaskStack
@@ -72,29 +73,29 @@ class ProbedLosses:
 
     @staticmethod
     def checked(given: Any, parameters: Mapping[str, Tensor]) -> ProbedLosses:
-        """What a step was given, if it can be stepped from.
+        """Checks the argument of a step, and returns it.
 
         Args:
-            given: should be what a probed forward pass returned.
-            parameters: where the step starts, by name.
+            given: should be a `ProbedLosses`.
+            parameters: the parameters that the step starts from, by name.
 
         Raises:
             TypeError: if it is something else, losses for example.
-            ValueError: if it was seen at other parameters than these.
+            ValueError: if it was computed at other parameters.
 
         Example:
             >>> ProbedLosses.checked(torch.ones(2), {})
             Traceback (most recent call last):
-            TypeError: a stack's step is given what stack(batch, probe=True) returns, not a Tensor: losses alone do ...
+            TypeError: a step of a stack needs stack(batch, probe=True), not a Tensor: losses alone do not hold the ...
         """
         if not isinstance(given, ProbedLosses):
             raise TypeError(
-                f"a stack's step is given what stack(batch, probe=True) returns, not a {type(given).__name__}: losses "
-                "alone do not say what the modules saw"
+                f"a step of a stack needs stack(batch, probe=True), not a {type(given).__name__}: losses alone do not "
+                "hold the modules' inputs and cotangents"
             )
         if any(given.parameters.get(name) is not value for name, value in parameters.items()):
             raise ValueError(
-                "these losses were seen at other parameters than the step starts from: run the stack that is stepped "
-                "with probe=True before every step"
+                "these losses were computed at other parameters than the step starts from: call the stack that is "
+                "stepped, with probe=True, before every step"
             )
         return given

@@ -1,4 +1,4 @@
-"""Several tasks in one graph: one module whose parameters and data have a task dimension in front."""
+"""A stack of tasks: one module whose parameters and data have a task dimension in front."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["TaskStack", "stacked_name"]
 class TaskStack(nn.Module):
     """Several tasks of one shape, each with parameters and data of its own, evaluated in one graph.
 
-    Parameters carry the task dimension in front. The forward pass runs the model once under `torch.func.vmap`, so
-    that it costs one set of batched kernels and not one set a task. Being an ordinary module it can be patched by
-    `higher`, which puts tensors of an unroll in the place of its parameters.
+    Parameters have the task dimension in front. The forward pass runs the model once under `torch.func.vmap`, which
+    costs one set of batched kernels and not one set per task. As an ordinary module the stack can be patched by
+    `higher`, which replaces its parameters by the tensors of an unroll.
 
-    Parameters that the tasks froze are buffers of the stack: each task keeps its own, as it keeps its buffers. The
-    data are stacked when they are first asked for, on the device of the parameters. A deep copy, as a patched stack
-    and a clone of learn2learn's, has parameters and buffers of its own and shares tasks and data.
+    Parameters that the tasks froze are buffers of the stack, with a value for each task. Data are stacked at first use,
+    on the device of the parameters. A deep copy has its own parameters and buffers and shares tasks and data, and so
+    have a stack patched by `higher` and a clone by learn2learn.
 
     Args:
         tasks: tasks of one family and setting; the loss and the symmetries are those of the first.
-        device: where the stack lives.
+        device: of parameters and data.
 
     Raises:
         ValueError: if there is no task, one has no samples, their models or data differ in shape, their parameters
@@ -71,11 +71,11 @@ class TaskStack(nn.Module):
         self.moved_buffers = tuple(dict.fromkeys(name for symmetry in self.symmetries for name in symmetry.buffers))
         """Names of the buffers that symmetries move."""
         self.watched = modules_of(self.symmetries)
-        """Names of the modules that symmetries look at."""
+        """Names of the modules whose inputs and cotangents symmetries need."""
         self._has_channels = channel_modules(self.template, self.watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
         self.batched = True
-        """Whether one set of batched kernels serves all tasks; where a model does not go through `vmap`, none does."""
+        """Whether `vmap` batches the tasks; a model that does not go through it is run task by task."""
         self.to(device)
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class TaskStack(nn.Module):
         return twin
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TaskStack:
-        # The data follow the parameters to another device: they are stacked there when next asked for.
+        # The data follow the parameters to another device: they are stacked there at the next use.
         for name in ("full", "held_out", "_sought"):
             vars(self).pop(name, None)
         return super()._apply(fn, recurse)
@@ -109,12 +109,12 @@ class TaskStack(nn.Module):
 
     @functools.cached_property
     def full(self) -> Batch:
-        """Every task's training data, stacked when they are first asked for: on minibatches they may never be."""
+        """Every task's training data, stacked at first use (with minibatches they may never be needed)."""
         return self._side_by_side([task.training for task in self.tasks])
 
     @functools.cached_property
     def held_out(self) -> Batch | None:
-        """Every task's held-out data, stacked when they are first asked for; None where a task has none."""
+        """Every task's held-out data, stacked at first use; None if a task has none."""
         parts = [task.held_out for task in self.tasks if task.held_out is not None]
         return self._side_by_side(parts) if len(parts) == len(self) else None
 
@@ -128,7 +128,7 @@ class TaskStack(nn.Module):
         return self.full if self.deterministic else self._side_by_side([task.batch(step) for task in self.tasks])
 
     def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What every task is judged by at some parameters: its measure, or its full training loss, `(tasks,)`."""
+        """The measure of every task at some parameters, or its full training loss if it has none, `(tasks,)`."""
         if self.measure is None:
             return self.losses_at(parameters, self.full)
         with torch.no_grad():
@@ -136,7 +136,7 @@ class TaskStack(nn.Module):
 
     @functools.cached_property
     def _sought(self) -> tuple[Tensor, ...]:
-        """What the tasks' measures compare with."""
+        """The tensors that the tasks' measures compare with, such as sought matrices, stacked."""
         return self._side_by_side([(task.measure.data, ()) for task in self.tasks if task.measure is not None])[0]
 
     def _side_by_side(self, batches: Sequence[Batch]) -> Batch:
@@ -153,14 +153,14 @@ class TaskStack(nn.Module):
         return inputs, targets
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A function of one task, called for all of them: under `vmap`, or one after the other where that cannot be.
+        """Calls a function of one task for all tasks, under `vmap` if `batched`, else one after the other.
 
         Args:
             function: maps one task's arguments to tensors.
             arguments: tensors, or containers of tensors, with the task dimension in front.
 
         Returns:
-            What it gave, with the task dimension in front.
+            The results, with the task dimension in front.
         """
         if self.batched:
             return torch.func.vmap(function, randomness="different")(*arguments)
@@ -168,16 +168,18 @@ class TaskStack(nn.Module):
         return pytree.tree_map(lambda *values: torch.stack(values), *found)
 
     def fixed(self) -> Tensors:
-        """What a step does not change: frozen parameters and buffers by their names in the model, `(tasks, ...)`.
+        """Frozen parameters and buffers, by their names in the model, `(tasks, ...)`.
 
-        Buffers are copies: a model may write into them as it runs, and the stack stays as it is.
+        Buffers are copies, as a model may write into them as it runs.
         """
         own = {name: getattr(self, stacked_name(name)) for name in self.frozen}
         return {**own, **{name: getattr(self, stacked_name(name)).clone() for name in self._buffer_names}}
 
     def tensors(self) -> Tensors:
-        """The current parameters, and the buffers that symmetries move, by their names in the model, `(tasks, ...)`;
-        those of an unroll where patched."""
+        """Trained parameters, and the buffers that symmetries move, by their names in the model, `(tasks, ...)`.
+
+        On a stack patched by `higher` these are the tensors of the unroll.
+        """
         return {name: getattr(self, stacked_name(name)) for name in (*self.names, *self.moved_buffers)}
 
     def load(self, parameters: Mapping[str, Tensor]) -> None:
@@ -191,7 +193,7 @@ class TaskStack(nn.Module):
 
         Args:
             batch: inputs and targets, each with the task dimension in front.
-            probe: return the losses with what a step is taken from: activations, and gradients on module outputs.
+            probe: return `ProbedLosses`, from which a step can be taken.
         """
         parameters = self.tensors()
         return self._probed(parameters, batch) if probe else self._run(parameters, batch, probe=False)[0]
@@ -211,8 +213,10 @@ class TaskStack(nn.Module):
             return self._run(dict(parameters), batch, probe=False)[0]
 
     def point_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Point:
-        """Evaluates all tasks at the given parameters: one gradient evaluation; detached from any graph but for
-        what rebuilds the backward pass."""
+        """Evaluates all tasks at the given parameters, which is one gradient evaluation.
+
+        The point is detached, except for the graph that rebuilds parts of the backward pass.
+        """
         leaves = {name: parameters[name].detach().requires_grad_() for name in self.names}
         leaves.update({name: parameters[name].detach() for name in self.moved_buffers})
         with torch.enable_grad():
@@ -263,9 +267,9 @@ class TaskStack(nn.Module):
 
 
 def stacked_name(name: str) -> str:
-    """What a stack calls the parameter or buffer `name` of its model.
+    """The name in a stack of the parameter or buffer `name` of its model.
 
-    With a stroke in front it is no name that Python code can have: a model may call its parameters as it likes.
+    The leading slash keeps it apart from the stack's own attributes, whatever the model calls its parameters.
 
     Example:
         >>> stacked_name("0.weight")

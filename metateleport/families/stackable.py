@@ -1,4 +1,4 @@
-"""What tasks must have in common to be stacked, checked before any work starts."""
+"""Checks that tasks can be stacked, before any work starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_stackable", "movable"]
 
 
 def check_stackable(tasks: Sequence[Task]) -> None:
-    """Refuses tasks that cannot be stacked or stepped.
+    """Checks that tasks can be stacked and stepped.
 
     Raises:
         ValueError: if there is no task, one has no samples, no real weights or none to train, or their models or data
@@ -53,7 +53,7 @@ def check_stackable(tasks: Sequence[Task]) -> None:
 
 
 def movable(model: nn.Module, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
-    """The symmetries that move no frozen parameter; a warning names the parameters for which others are left out.
+    """The symmetries that move no frozen parameter; a warning names the frozen parameters of the others.
 
     Raises:
         ValueError: if a symmetry names a module or a parameter that the model does not have.

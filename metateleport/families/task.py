@@ -21,17 +21,17 @@ Split = Literal["train", "validation", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "held-out")
 
 TRAINING_LOSS = "training loss"
-"""What tasks are judged by, unless they name another measure."""
+"""The measure of tasks that name no other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a task is judged by, where that is not its training loss: smaller is better.
+    """The measure that a task is judged by, if that is not its training loss; smaller is better.
 
     Args:
-        name: as tables call it.
+        name: for tables.
         function: maps parameters by name and `data` to a scalar; the same for all tasks of a family.
-        data: the task's own, such as the matrix that is sought.
+        data: further arguments of `function`, such as the matrix that is sought.
 
     Example:
         >>> Measure("distance", lambda parameters, x: (parameters["x"] - x).norm(), (torch.zeros(3),)).name
@@ -53,13 +53,13 @@ class Task:
         inputs: the training data's inputs, samples in dimension 0.
         targets: the training data's targets, samples in dimension 0.
         symmetries: symmetries of the model, in the order of the data flow.
-        batch_size: samples a minibatch; None for the whole training set at every evaluation.
+        batch_size: samples per minibatch; None for the whole training set at every evaluation.
         seed: seeds the order of the minibatches.
         held_out: inputs and targets that are never trained on.
         score: maps outputs and targets to an accuracy between 0 and 1, where the task has one.
-        measure: what methods are tuned and judged by, where that is not the loss on all of the training data.
-        rows: numbers of the samples of `inputs` and `targets` that are this task's; None for all. Tasks that draw on
-            one set of data share it so, instead of holding a copy each.
+        measure: what methods are tuned and judged by, if that is not the loss on all of the training data.
+        rows: indices of this task's samples in `inputs` and `targets`; None for all. With them many tasks share one
+            set of data without copies.
     """
 
     model: nn.Module

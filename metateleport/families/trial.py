@@ -1,4 +1,4 @@
-"""A first evaluation of a stack: what cannot be evaluated is told before any work starts."""
+"""The first evaluation of a stack: models that cannot be evaluated are reported before any work starts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def check_evaluation(stack: TaskStack, batch: Batch) -> None:
     """Evaluates a stack and its gradients once, and leaves it as it was.
 
     A model that does not go through `torch.func.vmap` (recurrent layers, `.item()`, control flow that depends on data)
-    is evaluated task by task from then on, which is said once.
+    is evaluated task by task from then on, with one warning.
 
     Args:
-        stack: its `batched` is set.
+        stack: the stack; `batched` is set on it.
         batch: inputs and targets of every task, stacked.
 
     Raises:
-        StackError: if a task does not run by itself, its loss is no real number, or a symmetry's module is not run.
+        StackError: if a task does not run, its loss is not a real scalar, or a symmetry's module is not run.
 
     Example:
         >>> from torch import nn
@@ -77,7 +77,7 @@ def check_second_order(stack: TaskStack, batch: Batch) -> None:
         except Exception as error:
             raise StackError(
                 f"meta-training differentiates the gradients, and the model's cannot be: {_words(error)}. Use "
-                "--first-order; or, in forward(), sdpa_kernel(SDPBackend.MATH) for attention and "
+                "--set outer.first_order=true; or, in forward(), sdpa_kernel(SDPBackend.MATH) for attention and "
                 "torch.backends.cudnn.flags(enabled=False) for recurrent layers"
             ) from error
         finally:
@@ -95,7 +95,9 @@ def _single(stack: TaskStack, batch: Batch) -> None:
         raise StackError(f"the task's model does not run on the task's inputs: {_words(error)}") from error
     unused = [name for name in stack.watched if name not in recording.outputs]
     if unused:
-        raise StackError(f"a symmetry of the task looks at {unused[0]!r}, which forward() does not run: leave it out")
+        raise StackError(
+            f"a symmetry of the task needs the module {unused[0]!r}, which forward() does not run: leave it out"
+        )
     try:
         with torch.no_grad():
             loss = stack.loss(outputs, *targets)

@@ -1,12 +1,12 @@
-"""Teleportation inside the inner loop of learn2learn's meta-learners, few-shot tasks, and their meta-training."""
+"""Teleports in the inner loop of learn2learn's meta-learners, few-shot tasks, and meta-training on them."""
 
+from metateleport.fewshot.adaptation import Adaptation, adapt, on_stack
 from metateleport.fewshot.ascent import UnrolledAscentTeleporter
 from metateleport.fewshot.episodes import Episode, Episodes
 from metateleport.fewshot.learn2learn import MissingLearn2Learn
 from metateleport.fewshot.learners import TeleportingLearner, TeleportingMAML, TeleportingMetaSGD
 from metateleport.fewshot.omniglot import omniglot
 from metateleport.fewshot.plain import maml, meta_curvature, meta_sgd
-from metateleport.fewshot.stacks import Adaptation, adapt, on_stack
 from metateleport.fewshot.tasks import FewShotFamily
 from metateleport.fewshot.training import MetaTraining, MetaTrainingConfig, MetaTrainingError
 

@@ -1,4 +1,4 @@
-"""Gradient ascent on the group element that a meta-gradient can pass through."""
+"""Gradient ascent on the group element that is itself differentiable."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["UnrolledAscentTeleporter"]
 class UnrolledAscentTeleporter(Teleporter):
     r"""Gradient ascent on an objective $J$ over the generator, kept in the graph of the point it starts from.
 
-    The steps are those of `GradientAscentTeleporter`; there the element is a constant of the meta-gradient, here
-    $T(w)$ is differentiated too, which takes one derivative of the task's loss more than the objective itself has.
-    For inner loops with `through_choice=True`; elsewhere it only costs memory.
+    The steps are those of `GradientAscentTeleporter`. There the element is a constant of the meta-gradient; here
+    $T(w)$ is differentiated too, which needs one more derivative of the task's loss than the objective. Use it in
+    inner loops with `through_choice=True`; elsewhere it only costs memory.
 
     Args:
         objective: what to raise; the squared norm of the gradient if not given.
         steps: number of ascent steps, at least one.
         step_size: length of the first step in the Lie algebra; negative to descend.
         cap: largest Frobenius norm of the generator.
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
 
     Raises:
         ValueError: if there are no steps, or the cap is not positive.

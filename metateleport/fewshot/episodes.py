@@ -16,7 +16,7 @@ __all__ = ["Episode", "Episodes"]
 
 
 class Episode(NamedTuple):
-    """One few-shot task: what is adapted to, and what is held out. Targets run from 0 to `ways - 1`.
+    """One few-shot task: support data to adapt to, and held-out query data. Targets run from 0 to `ways - 1`.
 
     Args:
         support: images `(ways * shots, ...)` and their targets.
@@ -63,10 +63,10 @@ class Episodes:
         """The task of one seed; Python's global random numbers, which learn2learn draws from, stay as they are.
 
         Args:
-            classes: those that the task may be about.
-            ways: classes of the task.
-            shots: images a class to adapt to.
-            queries: further images a class, held out.
+            classes: those that the task may draw from.
+            ways: number of classes of the task.
+            shots: support images per class.
+            queries: query images per class.
             seed: equal ones give equal tasks.
 
         Raises:
@@ -109,7 +109,7 @@ class Episodes:
 
 
 class _Indices(torch.utils.data.Dataset[tuple[int, int]]):
-    """A data set whose images are their indices: learn2learn draws, and the images of a task are fetched at once."""
+    """A data set whose images are their indices, so that the images of a task can be fetched at once."""
 
     def __init__(self, labels: Sequence[int]) -> None:
         self.labels = labels

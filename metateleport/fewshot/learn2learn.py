@@ -1,4 +1,4 @@
-"""learn2learn, imported where it is used: the one module that imports it."""
+"""The only module that imports learn2learn, at its first use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOW = (
 
 
 class MissingLearn2Learn(ImportError):
-    """learn2learn is not there, or does not import; the message says how to get it."""
+    """learn2learn is not installed or cannot be imported; the message says how to get it."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Meta-learners whose fast weights move along their symmetries inside the inner loop."""
+"""Meta-learners that teleport their fast weights inside the inner loop."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class TeleportingLearner(nn.Module):
 
     $$w \leftarrow g \cdot w - \eta\, \nabla L(g \cdot w), \qquad g = \exp(T),$$
 
-    where the gradient at $g \cdot w$ is carried along from $w$, so that an exact teleport costs no evaluation. All of
-    it stands in the graph of the meta-gradient: the action and the exponential, and the choice $T(w)$ as well with
-    `through_choice`. In first order the gradient is a constant, but the action is differentiated: the start is
-    moved by $g$ and the meta-gradient is pulled back by it.
+    where the gradient at $g \cdot w$ is carried along from $w$, so that an exact teleport costs no evaluation. The
+    meta-gradient passes through the action and the exponential, and with `through_choice` through the choice $T(w)$
+    too. In first order the gradient is a constant, but the action is still differentiated: the meta-gradient is pulled
+    back by
+    $g$.
 
     Made by `TeleportingMAML` and `TeleportingMetaSGD`. Used as learn2learn's learners are, one clone a task:
 
@@ -46,8 +47,8 @@ class TeleportingLearner(nn.Module):
     Args:
         learner: a `learn2learn.algorithms.MAML` or `MetaSGD`.
         teleporter: chooses the group elements.
-        symmetries: those to move along, in the order of the data flow; found by themselves in `nn.Sequential`.
-        every: teleport before every so many steps.
+        symmetries: those to move along, in the order of the data flow; found if not given, in an `nn.Sequential`.
+        every: teleport before every `every`-th step.
         through_choice: differentiate the choice of the generator too, where the teleporter leaves it in the graph
             (`UnrolledAscentTeleporter`, `LearnedTeleporter(detach=...)`). A learned teleporter's own networks then are
             among the parameters, and are meta-learned with the start.
@@ -67,7 +68,7 @@ class TeleportingLearner(nn.Module):
         super().__init__()
         algorithms = learn2learn().algorithms
         if not isinstance(learner, (algorithms.MAML, algorithms.MetaSGD)):
-            raise ValueError(f"a teleporting learner is around a MAML or a MetaSGD, not a {type(learner).__name__}")
+            raise ValueError(f"a teleporting learner wraps a MAML or a MetaSGD, not a {type(learner).__name__}")
         if every < 1:
             raise ValueError(f"every counts steps between teleports: at least 1, not {every!r}")
         if symmetries is None:
@@ -129,7 +130,7 @@ class TeleportingLearner(nn.Module):
         return cloned
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
-        """Takes one step of the inner loop, and teleports before it if its turn has come.
+        """Takes one step of the inner loop, with a teleport before every `every`-th one.
 
         Args:
             loss: of the last forward pass; on a stack, the sum of the losses.
@@ -160,9 +161,7 @@ class TeleportingLearner(nn.Module):
         elif isinstance(self.learner, algorithms.MAML):
             self.learner.module = algorithms.maml_update(self.module, self.learner.lr, gradients)
         else:
-            raise ValueError(
-                f"a teleporting learner is around a MAML or a MetaSGD, not a {type(self.learner).__name__}"
-            )
+            raise ValueError(f"a teleporting learner wraps a MAML or a MetaSGD, not a {type(self.learner).__name__}")
 
     def _step(self, arrived: Point) -> None:
         self._update([arrived.gradients.get(name) for name in self._names()])
@@ -177,7 +176,9 @@ class TeleportingLearner(nn.Module):
         if seen is None:
             raise RuntimeError("call the learner on the inputs, with gradients on, before adapt(loss)")
         if seen.losses is not None and not torch.allclose(seen.losses.detach().sum(), loss.detach()):
-            raise RuntimeError("on a stack adapt() takes the sum of the losses: then no task's step sees the others")
+            raise RuntimeError(
+                "on a stack adapt() needs the sum of the losses, so that the tasks' steps are independent"
+            )
         wanted = {name: value for name, value in seen.parameters.items() if value.requires_grad}
         watched = {name: value for name, value in seen.outputs.items() if value.requires_grad}
         targets = [*wanted.values(), *watched.values()]
@@ -203,14 +204,14 @@ class TeleportingLearner(nn.Module):
         return self.teleporter if self.through_choice else _Detached(self.teleporter)
 
     def _state_at(self, point: Point) -> Any:
-        """The teleporter's state, told how the task is getting on."""
+        """The teleporter's state, updated with the task's loss."""
         state = self._state
         if point.loss is not None and state is not None:
             state = self.teleporter.told(state, point.loss.detach(), deterministic=True)
         return state
 
     def _install(self, start: Point, arrived: Point) -> None:
-        """Exchanges the fast weights that have moved, as learn2learn's updates do: the module's tensors, not values."""
+        """Replaces the fast weights that have moved, as learn2learn's updates do: tensors, not values."""
         module = self.module
         for name, value in arrived.parameters.items():
             if value is start.parameters[name]:
@@ -225,8 +226,8 @@ class TeleportingLearner(nn.Module):
 class TeleportingMAML(TeleportingLearner):
     r"""learn2learn's MAML with teleports in its inner loop; see `TeleportingLearner`.
 
-    A scalar learning rate knows one metric, so a teleport changes the step whenever $g$ is not a rotation:
-    seen from where it started, one step with a linear action $w \mapsto A w$ is $w - \eta\,(A^\top A)^{-1} G$.
+    A teleport changes the step whenever $g$ is not a rotation: moved back to its start, one step with a linear action
+    $w \mapsto A w$ is $w - \eta\,(A^\top A)^{-1} G$.
 
     Args:
         model: the model at the start.
@@ -271,22 +272,22 @@ class TeleportingMAML(TeleportingLearner):
 class TeleportingMetaSGD(TeleportingLearner):
     r"""learn2learn's Meta-SGD with teleports in its inner loop; see `TeleportingLearner`.
 
-    Learning rates $\alpha$, one a parameter, are a diagonal metric. Under $w \mapsto A w$ with $A$ diagonal they
-    transform with the square of $A$, $\alpha \mapsto A^2 \alpha$, as $\alpha \circ G$ has to move like $w$: then the
-    step is the one that would have been taken without the teleport, carried along, and teleporting brings nothing at
-    all. So `rates="keep"`, which leaves them where they are, is what lets a teleport act: as a factor
-    $A^{-2}$ on the rates, chosen anew for every task. `rates="transport"` is there to see that. Under GL(k) a
-    diagonal metric becomes a full one, which rates by parameter cannot hold: there they can only be kept.
+    Learning rates $\alpha$, one for each parameter, are a diagonal metric. With `rates="transport"` a diagonal action
+    $w \mapsto A w$ moves them too, $\alpha \mapsto A^2 \alpha$. The step is then the same as without the teleport,
+    carried along, so that teleports have no effect; the option exists to show that. With `rates="keep"` a teleport
+    acts as a factor
+    $A^{-2}$ on the rates, chosen for every task. Under GL(k) a diagonal metric would become a full one, which rates by
+    parameter cannot represent: there rates can only be kept.
 
     Args:
         model: the model at the start.
-        lr: what every learning rate starts from.
+        lr: the initial value of every learning rate.
         teleporter: chooses the group elements.
         symmetries: those to move along; found by themselves in `nn.Sequential`.
         first_order: take the gradients of the inner loop as constants.
         every: teleport before every so many steps.
         through_choice: differentiate the choice of the generator too.
-        rates: what a teleport does to the learning rates, `keep` or `transport`.
+        rates: whether a teleport moves the learning rates, `keep` or `transport`.
 
     Raises:
         MissingLearn2Learn: if learn2learn is not installed.

@@ -15,8 +15,8 @@ def omniglot(root: str | Path, download: bool = False) -> tuple[Any, list[int]]:
     """Omniglot's background and evaluation sets together: 1623 characters of 50 alphabets, 20 images of each.
 
     Args:
-        root: the folder that holds `omniglot-py`, or that it is fetched into.
-        download: fetch it where it is not there.
+        root: the folder that holds `omniglot-py`, or that it is downloaded into.
+        download: whether to download missing data.
 
     Returns:
         The `learn2learn.vision.datasets.FullOmniglot`, whose images are PIL's, and the character of every image, from
@@ -24,7 +24,7 @@ def omniglot(root: str | Path, download: bool = False) -> tuple[Any, list[int]]:
 
     Raises:
         MissingLearn2Learn: if learn2learn is not installed.
-        FileNotFoundError: if the data are neither there nor to be had.
+        FileNotFoundError: if the data are missing and cannot be downloaded.
 
     Source: Lake, Salakhutdinov and Tenenbaum, Science 2015; joined as in Ravi and Larochelle, ICLR 2017.
     """

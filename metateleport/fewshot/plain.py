@@ -1,4 +1,4 @@
-"""learn2learn's meta-learners as they are: what teleportation in the inner loop is held against."""
+"""learn2learn's own meta-learners, which teleporting ones are compared with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def meta_sgd(model: nn.Module, lr: float, first_order: bool = False) -> Any:
 
     Args:
         model: the model at the start.
-        lr: what every entry of $\alpha$ starts from.
+        lr: the initial value of every entry of $\alpha$.
         first_order: take the gradients of the inner loop as constants.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What families of few-shot classification share: the learner's network, its symmetries, and the task of an episode."""
+"""The base of few-shot families: the learner's network, its symmetries, and the task of an episode."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class FewShotFamily(TaskFamily):
     A family draws an `Episode` in its `sample` and hands it to `task_of`.
 
     Settings:
-        ways: classes that a task has to tell apart.
-        shots: images a class to adapt to.
-        queries: held-out images a class.
+        ways: number of classes of a task.
+        shots: support images per class.
+        queries: query images per class.
         hidden: units of the hidden layer.
         bottleneck: width of a linear layer between the hidden layer and the outputs, or `none`: with it, GL is an
             exact symmetry beside rescaling.

@@ -1,4 +1,4 @@
-"""The outer loop: meta-training of a learner over a task family."""
+"""The outer loop: meta-training of a few-shot learner over a task family."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from metateleport.families import TaskFamily, TaskStack
+from metateleport.fewshot.adaptation import adapt, on_stack
 from metateleport.fewshot.learners import TeleportingLearner
-from metateleport.fewshot.stacks import adapt, on_stack
 from metateleport.files import replacing_folder, write_json
 from metateleport.optim.saved import sources_of
 
@@ -26,7 +26,7 @@ __all__ = ["MetaProgress", "MetaTraining", "MetaTrainingConfig", "MetaTrainingEr
 
 
 class MetaTrainingError(ValueError):
-    """Settings that cannot work, or a state that cannot be gone on from; the message says why."""
+    """Settings that cannot work, or a state that cannot be resumed; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class MetaTrainingConfig:
     """How a learner is meta-trained.
 
     Args:
-        meta_steps: of Adam on the start and whatever else the learner has.
-        tasks: in every meta-batch.
-        inner_steps: that a task is adapted for.
+        meta_steps: steps of Adam on the learner's parameters.
+        tasks: number of tasks in a meta-batch.
+        inner_steps: steps of the inner loop per task.
         meta_lr: Adam's learning rate.
         clip: largest norm of the meta-gradient.
         seed: of the tasks.
         validation_every: meta-steps between validations.
-        validation_tasks: how many tasks of the validation split choose what is kept.
+        validation_tasks: tasks of the validation split that choose the best weights.
 
     Raises:
         MetaTrainingError: if a number is not positive.
@@ -67,7 +67,7 @@ class MetaTrainingConfig:
 
 @dataclasses.dataclass
 class MetaProgress:
-    """How a meta-training is getting on.
+    """The progress of a meta-training.
 
     Args:
         meta_step: meta-steps taken.
@@ -96,14 +96,14 @@ class MetaTraining:
     $$\min_\theta\; \mathbb{E}_\tau\, L^{\text{query}}_\tau\!\left(w_K\right), \qquad w_0 = \theta, \quad
       w_{k+1} = \text{adapt}(w_k, L^{\text{support}}_\tau),$$
 
-    all tasks of a meta-batch stacked in one graph. What does best on validation tasks is kept.
+    with all tasks of a meta-batch in one stack. The weights that are best on validation tasks are kept.
 
     Args:
         learner: one of learn2learn's, or a `TeleportingLearner`; trained in place.
         family: tasks of its model, with held-out data, which are the queries.
         config: the settings.
-        stacks: gives the meta-batch of a meta-step, where several learners are to share what was drawn; drawn from
-            the family if not given.
+        stacks: gives the meta-batch of a meta-step, so that several learners can share it; drawn from the family if
+            not given.
 
     Example:
         >>> from metateleport import Task
@@ -143,7 +143,7 @@ class MetaTraining:
             raise MetaTrainingError(f"tasks of {family.name or type(family).__name__} have no held-out data to query")
 
     def run(self, report: Callable[[MetaProgress], None] | None = None) -> None:
-        """Takes the meta-steps that are left, and leaves the learner as it did best.
+        """Takes the remaining meta-steps, and leaves the learner with its best weights.
 
         Args:
             report: called after every meta-step.
@@ -205,7 +205,7 @@ class MetaTraining:
             write_json(temporary / "state.json", {"config": dataclasses.asdict(self.config), "progress": progress})
 
     def restore(self, folder: str | Path) -> None:
-        """Goes on from what `save` wrote, as if the run had not stopped.
+        """Resumes from what `save` wrote, as if the run had not stopped.
 
         Raises:
             MetaTrainingError: if there is no such state, or it is damaged, or of another learner or other settings.
@@ -223,7 +223,7 @@ class MetaTraining:
                 self._load(tensors, saved["progress"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise MetaTrainingError(
-                f"the state in {folder} cannot be gone on from ({type(error).__name__}: {error}): it is missing, "
+                f"the state in {folder} cannot be resumed ({type(error).__name__}: {error}): it is missing, "
                 "damaged or another learner's"
             ) from error
         if changed:

@@ -4,138 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, gauge_symmetries
+from metateleport.learned.config import MetaOptimizerConfig
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules import BaseRule, UpdateRule
-from metateleport.learned.rules.adaptive import AdaptiveRule
-from metateleport.learned.rules.coordinate import CoordinateRule
-from metateleport.learned.rules.flat import FlatRule, FlatTeleporter
-from metateleport.learned.rules.step import StepRule
-from metateleport.learned.rules.tensor import TensorRule
+from metateleport.learned.rules.base import UpdateRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import all_finite
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters import Move, NoTeleport, Teleporter, TrustRegion, travel
-from metateleport.teleporters.reach import check_max_stretch
+from metateleport.teleporters import Move, NoTeleport, Teleporter, travel
 
-__all__ = ["GAUGES", "MODES", "UPDATES", "GaugeKind", "MetaOptimizer", "MetaOptimizerConfig", "MetaState", "Step"]
-
-GaugeKind = Literal["none", "exact", "linearised"]
-GAUGES: tuple[GaugeKind, ...] = ("none", "exact", "linearised")
-UpdateSize = Literal["coordinate", "tensor", "adaptive"]
-UPDATES: tuple[UpdateSize, ...] = ("coordinate", "tensor", "adaptive")
-Mode = Literal["update", "lr", "update+tele", "lr+tele", "tele"]
-MODES: tuple[Mode, ...] = ("update", "lr", "update+tele", "lr+tele", "tele")
-
+__all__ = ["InnerLoop", "MetaOptimizer", "MetaState", "Step"]
 
 Regauge = Callable[[list[Gauge]], list[Gauge]]
-
-
-@dataclasses.dataclass(frozen=True)
-class MetaOptimizerConfig:
-    """The shape of a meta-optimizer; everything that is needed to build it again.
-
-    Args:
-        mode: what is learned: `update` (every coordinate), `lr` (a step for each tensor), `tele` (the group element,
-            followed by `base`), or one of the first two with `+tele`.
-        network: `equivariant`, or `flat` for the source paper's networks, which serve one shape only.
-        hidden: units of the LSTMs that look at symmetries and tensors.
-        coordinate_hidden: units of the coordinate-wise LSTM.
-        groups: names of the groups that the teleporter has networks for.
-        base: optimizer of mode `tele`.
-        base_lr: its step size.
-        shapes: shapes of the parameters and sizes of the symmetries, for `flat` only.
-        max_size: trust region, Frobenius norm of a generator.
-        max_stretch: trust region over the orbit, the largest factor by which all teleports that stay may stretch or
-            shrink anything together; None for no bound.
-        stays: in a mode with `tele`, learn a teleport that stays: the model moves along its orbit.
-        gauge: in a mode with `tele`, learn a gauge for each tensor, undone after the step: `exact` along exact
-            symmetries, `linearised` along pairs of linear layers too with what stands between taken as linear, or
-            `none`.
-        metric_memory: of the running mean that a gauge's metric is on minibatches (`LearnedGauge`), in [0, 1).
-        secants: number of secant pairs that are built around the learned step where all data are seen.
-        longest: the longest step in units of the joint curvature bound (`StepRule`), above one.
-        cooling: how fast steps on minibatches get shorter once the loss is down to its noise (`StepRule`), or with time
-            (`AdaptiveRule`); zero for not at all.
-        update: in the modes that learn an update, its size: `coordinate` has an LSTM for every coordinate, `tensor` one
-            for every tensor that steers a small network, for large models; `adaptive` has an LSTM for every tensor that
-            steers Adam's direction and the gauge's, for minibatches. It builds no secants.
-
-    Raises:
-        ValueError: if the mode, the network or the gauge is unknown, `flat` has no shapes, or a mode with `tele` has
-            neither teleport nor gauge.
-    """
-
-    mode: Mode = "lr+tele"
-    network: Literal["equivariant", "flat"] = "equivariant"
-    hidden: int = 32
-    coordinate_hidden: int = 20
-    groups: tuple[str, ...] = ("GL", "diagonal", "O")
-    base: str = "sgd"
-    base_lr: float = 1e-3
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    max_size: float = 100.0
-    max_stretch: float | None = None
-    stays: bool = True
-    gauge: GaugeKind = "none"
-    metric_memory: float = 0.95
-    secants: int = 0
-    longest: float = 1.5
-    cooling: float = 0.0
-    update: UpdateSize = "coordinate"
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"a mode is one of {', '.join(MODES)}; not {self.mode!r}")
-        if self.network not in ("equivariant", "flat"):
-            raise ValueError(f"a network is equivariant or flat, not {self.network!r}")
-        if self.network == "flat" and not self.shapes:
-            raise ValueError("the flat networks are made for one shape: give the shapes of the parameters")
-        if not 1 < self.longest < float("inf"):
-            raise ValueError(f"longest is a number above one, the step that training starts at; not {self.longest!r}")
-        if not 0 <= self.cooling < float("inf"):
-            raise ValueError(f"cooling is a rate, zero for none; not {self.cooling!r}")
-        if not 0 <= self.metric_memory < 1:
-            raise ValueError(f"metric_memory lies between 0 and 1, one left out; not {self.metric_memory!r}")
-        check_max_stretch(self.max_stretch)
-        if self.max_stretch is not None and self.network == "flat":
-            raise ValueError("the flat networks do not know where on the orbit they are: leave max_stretch out")
-        if self.update not in UPDATES:
-            raise ValueError(f"an update is one of {', '.join(UPDATES)}; not {self.update!r}")
-        if self.gauge not in GAUGES:
-            raise ValueError(f"a gauge is one of {', '.join(GAUGES)}; not {self.gauge!r}")
-        if self.gauge != "none" and (self.network == "flat" or not self.steps):
-            raise ValueError("a learned gauge goes with a learned step and the equivariant networks: use gauge='none'")
-        if self.teleports and not self.stays and self.gauge == "none":
-            raise ValueError(f"mode {self.mode!r} learns group elements: let the teleport stay, or give it a gauge")
-
-    @property
-    def teleports(self) -> bool:
-        """Whether the mode learns the group element."""
-        return self.mode == "tele" or self.mode.endswith("+tele")
-
-    @property
-    def steps(self) -> bool:
-        """Whether the mode learns the step."""
-        return self.mode != "tele"
-
-    @property
-    def gauge_groups(self) -> tuple[str, ...]:
-        """Groups that a gauge may be of."""
-        linearised = ("GL",) if self.gauge == "linearised" else ()
-        return tuple(dict.fromkeys((*(group for group in self.groups if group != "O"), *linearised)))
-
-    def without_teleport(self) -> MetaOptimizerConfig:
-        """The same recipe without teleports: the mode's step alone."""
-        return dataclasses.replace(self, mode="update" if self.mode.startswith("update") else "lr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +113,8 @@ class MetaOptimizer(nn.Module):
         config: its shape.
 
     Example:
-        >>> meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+        >>> from metateleport.learned import StepSettings
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None))
         >>> sum(p.numel() for p in meta.parameters()) < 1000
         True
     """
@@ -235,36 +123,13 @@ class MetaOptimizer(nn.Module):
         super().__init__()
         self.config = config = config or MetaOptimizerConfig()
         self.detach = True
-        region = TrustRegion(max_size=config.max_size)
-        self.teleporter: Teleporter | None = None
-        self.rule: UpdateRule
         self.gauge: LearnedGauge | None = None
-        if config.teleports and config.gauge != "none":
-            self.gauge = LearnedGauge(config.gauge_groups, config.hidden, config.metric_memory)
-        if config.teleports and config.stays:
-            self.teleporter = (
-                FlatTeleporter(config.shapes, config.hidden, region)
-                if config.network == "flat"
-                else LearnedTeleporter(
-                    config.groups, config.hidden, trust_region=region, max_stretch=config.max_stretch
-                )
-            )
-        if not config.steps:
-            self.rule = BaseRule(config.base, config.base_lr)
-        elif config.network == "flat":
-            self.rule = FlatRule(config.shapes, config.hidden, per_coordinate=config.mode.startswith("update"))
-        elif config.mode.startswith("update") and config.update == "adaptive":
-            self.rule = AdaptiveRule(config.hidden, config.cooling)
-        elif config.mode.startswith("update") and config.update == "tensor":
-            self.rule = TensorRule(
-                config.hidden, secants=config.secants, longest=config.longest, cooling=config.cooling
-            )
-        elif config.mode.startswith("update"):
-            self.rule = CoordinateRule(
-                config.hidden, config.coordinate_hidden, config.secants, config.longest, config.cooling
-            )
-        else:
-            self.rule = StepRule(config.hidden, config.secants, config.longest, config.cooling)
+        if config.gauge is not None:
+            self.gauge = LearnedGauge(config.gauge_groups, config.gauge.hidden, config.gauge.metric_memory)
+        self.teleporter: Teleporter | None = None
+        if config.teleport is not None:
+            self.teleporter = config.rule.teleporter(config.teleport, config.groups)
+        self.rule: UpdateRule = config.rule.rule()
 
     @property
     def reads_symmetries(self) -> bool:
@@ -383,7 +248,7 @@ class MetaOptimizer(nn.Module):
         )
 
     def _linear(self, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
-        return gauge_symmetries(symmetries, self.config.gauge == "linearised")
+        return gauge_symmetries(symmetries, self.config.linearised)
 
     def _gauges(
         self, point: Point, symmetries: Sequence[Symmetry], progress: Progress, state: MetaState, moves: Sequence[Move]
@@ -395,6 +260,72 @@ class MetaOptimizer(nn.Module):
             moved = torch.stack([move.size > 0 for move in moves]).any(0)
         linear = self._linear(symmetries)
         return self.gauge.choose(point, linear, progress, state.gauge, state.deterministic, moved)
+
+
+@dataclasses.dataclass
+class InnerLoop:
+    """Judges an evaluation, teleports and steps, and remembers what it has to.
+
+    It is the one inner loop that there is: meta-training runs it through `higher`, evaluation on stacks of tasks, and
+    `metateleport.LearnedOptimizer` on a stack of one.
+
+    Args:
+        meta: the meta-optimizer.
+        symmetries: of the model, in the order of the data flow.
+        deterministic: whether every evaluation sees the same data.
+        teleporter: takes the place of the learned one (attribution).
+        regauge: exchanges the learned gauges for others (attribution).
+        state: where to go on from; None before the first step.
+        spends: whether nobody else reads a state of it, so that one step's memory serves the next; without a graph.
+
+    Example:
+        >>> import torch
+        >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
+        >>> loop = InnerLoop(MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None)))
+        >>> weights = {"w": torch.ones(1, 2)}
+        >>> for _ in range(3):
+        ...     point = Point(weights, gradients=dict(weights), loss=weights["w"].square().sum(1) / 2)
+        ...     weights = loop.advance(point).parameters
+        >>> bool(weights["w"].abs().sum() < 2)
+        True
+    """
+
+    meta: MetaOptimizer
+    symmetries: Sequence[Symmetry] = ()
+    deterministic: bool = True
+    teleporter: Teleporter | None = None
+    regauge: Regauge | None = None
+    state: MetaState | None = None
+    last_step: Step | None = None
+    spends: bool = False
+
+    def advance(
+        self,
+        point: Point,
+        loss_known: bool = True,
+        loss_fits: bool = True,
+        along: Sequence[Symmetry] | None = None,
+    ) -> Step:
+        """One inner step on every task.
+
+        Args:
+            point: just evaluated at the parameters that the last step gave.
+            loss_known: whether the point's loss is the loss of this evaluation; if not, nothing is taken back.
+            loss_fits: whether gradients and cotangents are those of this loss, and not multiples; if not, rules that
+                divide by it take a stand-in.
+            along: those of the symmetries to move along and to step in gauges of; all of them if not given.
+
+        Returns:
+            The step; its `parameters` are to be evaluated next.
+        """
+        if self.state is None:
+            self.state = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
+        fits = loss_known and loss_fits
+        step = self.meta.step(
+            point, self.symmetries, self.state, self.teleporter, self.regauge, loss_known, fits, along, self.spends
+        )
+        self.state, self.last_step = step.state, step
+        return step
 
 
 def _finite(point: Point) -> Tensor:

@@ -48,7 +48,7 @@ class Curvature(Objective):
     def __init__(self, symmetries: Sequence[Symmetry], curves: int = 10, seed: int = 0) -> None:
         self.symmetries = tuple(symmetries)
         if not self.symmetries:
-            raise ValueError("curvature is of curves along an orbit, and there is no symmetry to move along")
+            raise ValueError("curvature needs symmetries to move along: there is none")
         if curves < 1:
             raise ValueError(f"curvature is a mean over at least one curve, not {curves!r}")
         self.curves, self.seed = curves, seed

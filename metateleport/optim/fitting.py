@@ -167,7 +167,7 @@ def _serves(meta: MetaOptimizer, symmetries: Sequence[Symmetry]) -> bool:
     if meta.gauge is None and meta.teleporter is None:
         return True
     if meta.gauge is not None:
-        gauged = gauge_symmetries(symmetries, meta.config.gauge == "linearised")
+        gauged = gauge_symmetries(symmetries, meta.config.linearised)
         if any(each.group.name in meta.gauge.networks for each in gauged):
             return True
     if meta.teleporter is None:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder, unwrapped
 from metateleport.capture.evidence import Evidence, evidence_of
-from metateleport.learned.inner_loop import InnerLoop
-from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState, Step
+from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer, MetaState, Step
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import all_finite

@@ -1,23 +1,34 @@
 """Meta-training through truncated, differentiable unrolls."""
 
-from metateleport.training.config import TrainConfig, TrainingError, default_settings, device_for
 from metateleport.training.meta_seeds import train_meta_seeds
 from metateleport.training.progression import Progression
+from metateleport.training.recipe import (
+    FamilySettings,
+    OuterSettings,
+    Recipe,
+    TrainingError,
+    ValidationSettings,
+    device_for,
+)
+from metateleport.training.recipe_file import load_recipe
 from metateleport.training.stack_optimizer import StackOptimizer
 from metateleport.training.train import Interrupted, train
 from metateleport.training.trainer import MetaTrainer
 from metateleport.training.unroll import Unroll, log_losses
 
 __all__ = [
+    "FamilySettings",
     "Interrupted",
     "MetaTrainer",
+    "OuterSettings",
     "Progression",
+    "Recipe",
     "StackOptimizer",
-    "TrainConfig",
     "TrainingError",
     "Unroll",
-    "default_settings",
+    "ValidationSettings",
     "device_for",
+    "load_recipe",
     "log_losses",
     "train",
     "train_meta_seeds",

@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds
-from metateleport.training.config import TrainConfig, TrainingError, default_settings
+from metateleport.families import load_family
 from metateleport.training.progression import Progression
-from metateleport.training.train import resume_folder, settings_known, settings_that_count, train
+from metateleport.training.recipe import Recipe, TrainingError
+from metateleport.training.recipe_file import load_recipe
+from metateleport.training.train import first_difference, resume_folder, train
 
 __all__ = ["seeds_folder", "train_meta_seeds"]
 
@@ -23,7 +24,7 @@ def seeds_folder(out: str | Path) -> Path:
 
 
 def train_meta_seeds(
-    config: TrainConfig,
+    recipe: Recipe,
     out: str | Path,
     seeds: int,
     resume: bool = False,
@@ -36,10 +37,11 @@ def train_meta_seeds(
     `metateleport.checkpoint.seeds.combine_meta_seeds`.
 
     Args:
-        config: the settings; the seeds are `config.seed`, `config.seed + 1`, and so on. A limit of time is of each.
+        recipe: what is trained, on what and how; the seeds are `outer.seed`, `outer.seed + 1`, and so on. A limit of
+            time is of each.
         out: folder of the checkpoint.
         seeds: their number.
-        resume: go on where it was interrupted; the settings have to be the same, the number may be another.
+        resume: go on where it was interrupted; the recipe has to be the same, the number may be another.
         report: called after every meta-step as by `train`, with `seed N/` before the network's name.
         command: the command that this run was started by, for the cards.
 
@@ -58,15 +60,17 @@ def train_meta_seeds(
         raise TrainingError(f"{done} holds an unfinished training: add --resume to go on with it, or remove it")
     if resume and not done.exists():
         raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
-    paths = []
-    for seed in range(config.seed, config.seed + seeds):
-        one, path = dataclasses.replace(config, seed=seed), done / str(seed)
+    recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
+    first, paths = recipe.outer.seed, []
+    for seed in range(first, first + seeds):
+        one = dataclasses.replace(recipe, outer=dataclasses.replace(recipe.outer, seed=seed))
+        path = done / str(seed)
         if path.exists():
             _has_settings(path, one)
         else:
             train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command)
         paths.append(path)
-    combined = combine_meta_seeds(paths, out, default_settings())
+    combined = combine_meta_seeds(paths, out)
     shutil.rmtree(done, ignore_errors=True)
     return combined
 
@@ -79,11 +83,12 @@ def _named(
     return lambda name, progression, share: report(f"{seed}/{name}", progression, share)
 
 
-def _has_settings(path: Path, config: TrainConfig) -> None:
-    started = settings_known(load_checkpoint(path).card.get("training", {}).get("config", {}))
-    for name, wanted in settings_that_count(config).items():
-        if started.get(name) != wanted:
-            raise TrainingError(
-                f"{path} was trained with {name}={started.get(name)!r}, not {wanted!r}: resume with the same settings, "
-                f"or remove {path.parent} and start anew"
-            )
+def _has_settings(path: Path, recipe: Recipe) -> None:
+    started = load_recipe(path)
+    # A file writes what is None as a word, and the family knows which of its words mean that.
+    started = started.of_family(load_family(started.family.name, started.family.settings))
+    changed = first_difference(started, recipe)
+    if changed is not None:
+        raise TrainingError(
+            f"{path} was trained with {changed}: resume with the same settings, or remove {path.parent} and start anew"
+        )

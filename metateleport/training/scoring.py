@@ -11,10 +11,10 @@ from torch import Tensor
 from metateleport.families import TaskFamily, TaskStack
 from metateleport.families.task import Split
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.training.config import TrainConfig, device_for
+from metateleport.training.recipe import OuterSettings, device_for
 from metateleport.training.unroll import Unroll
 
-__all__ = ["Score", "dealt", "family_of_stack", "mean_openness", "priced", "score"]
+__all__ = ["Score", "dealt", "mean_openness", "priced", "score"]
 
 
 class Score(NamedTuple):
@@ -24,19 +24,14 @@ class Score(NamedTuple):
     openness: float
 
 
-def family_of_stack(family: TaskFamily, config: TrainConfig, number: int, seed: int) -> TaskFamily:
-    """The settings of one stack; the flat networks serve one shape, so theirs do not vary."""
-    return family if config.network == "flat" else family.augmented(number, seed)
-
-
 def dealt(
-    family: TaskFamily, config: TrainConfig, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]
+    family: TaskFamily, outer: OuterSettings, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]
 ) -> Iterator[TaskStack]:
     """Tasks dealt out to stacks, each with settings of its own.
 
     Args:
         family: where tasks come from.
-        config: the settings of the training.
+        outer: of the training, for dtype and device.
         tasks: their number; what does not go into equal parts is left out.
         parts: number of stacks.
         first: number of the first stack.
@@ -49,8 +44,8 @@ def dealt(
     count = max(1, tasks // parts)
     for part in range(first, first + parts):
         indices = range(part * count, (part + 1) * count)
-        own = family_of_stack(family, config, part, seeds[0])
-        yield own.stack(indices, split, seeds[1], config.torch_dtype, device_for(config.device))
+        own = family.augmented(part, seeds[0])
+        yield own.stack(indices, split, seeds[1], outer.torch_dtype, device_for(outer.device))
 
 
 def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: float) -> Score:
@@ -67,9 +62,10 @@ def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: 
 
     Example:
         >>> from metateleport import load_family
-        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
         >>> stack = load_family("leaky_mlp", {"width": 3}).stack(range(2))
-        >>> score(MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)), [stack], horizon=2, cost=0.0).openness
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None))
+        >>> score(meta, [stack], horizon=2, cost=0.0).openness
         0.0
     """
     scores, openness = [], []

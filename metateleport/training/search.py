@@ -30,7 +30,7 @@ def constants(meta: MetaOptimizer) -> list[nn.Parameter]:
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
-        >>> [tuple(each.shape) for each in constants(MetaOptimizer(MetaOptimizerConfig(mode="lr")))]
+        >>> [tuple(each.shape) for each in constants(MetaOptimizer(MetaOptimizerConfig(teleport=None)))]
         [(3,)]
     """
     return [value for name, value in meta.named_parameters() if name.endswith("head.bias")]
@@ -61,8 +61,8 @@ def search_round(meta: MetaOptimizer, score: Callable[[], float], number: int, s
         ValueError: if there are no constants.
 
     Example:
-        >>> from metateleport.learned import MetaOptimizerConfig
-        >>> meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+        >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
+        >>> meta = MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None))
         >>> bias = constants(meta)[0].detach()
         >>> for number in range(30):
         ...     _ = search_round(meta, lambda: float((bias - 1).square().sum()), number, seed=number)

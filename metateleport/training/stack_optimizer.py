@@ -9,8 +9,7 @@ from torch import Tensor
 
 from metateleport.families import TaskStack
 from metateleport.families.probed import ProbedLosses
-from metateleport.learned.inner_loop import InnerLoop
-from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer
 from metateleport.teleporters import Teleporter
 
 __all__ = ["StackOptimizer"]
@@ -33,10 +32,10 @@ class StackOptimizer(torch.optim.Optimizer):
     Example:
         >>> from torch import nn
         >>> from metateleport.families import Task
-        >>> from metateleport.learned import MetaOptimizerConfig
+        >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
         >>> x = torch.ones(4, 2)
         >>> stack = TaskStack([Task(nn.Linear(2, 1), nn.functional.mse_loss, (x,), (x[:, :1],))])
-        >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4)))
+        >>> optimizer = StackOptimizer(stack, MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None)))
         >>> optimizer.step(lambda: stack(stack.full, probe=True)).shape
         torch.Size([1])
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskFamily, load_family
 from metateleport.files import replacing_folder, write_json
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.training.config import TrainConfig, TrainingError, default_settings, device_for
+from metateleport.settings import SettingsError
 from metateleport.training.progression import Progression, Snapshot
+from metateleport.training.recipe import Recipe, TrainingError, device_for
 from metateleport.training.trainer import MetaTrainer
 from metateleport.training.warm_start import warm_start, warm_start_checkpoint
 
@@ -39,7 +40,7 @@ def resume_folder(out: str | Path) -> Path:
 
 
 def train(
-    config: TrainConfig,
+    recipe: Recipe,
     out: str | Path,
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
@@ -51,9 +52,9 @@ def train(
     time each: what the learned result is attributed by (`learned/step-only`) ships in the same checkpoint.
 
     Args:
-        config: the settings.
+        recipe: what is trained, on what and how.
         out: folder of the checkpoint.
-        resume: go on with a training that was interrupted; the settings have to be the same.
+        resume: go on with a training that was interrupted; the recipe has to be the same.
         report: called after every meta-step with the network's name, its progression and its share done.
         command: the command that this run was started by, for the card.
 
@@ -65,58 +66,60 @@ def train(
         FamilyError: if the task family cannot be loaded.
         Interrupted: after Ctrl-C, when the state has been saved.
     """
-    device_for(config.device)
-    family = load_family(config.family, config.settings)
-    trainers = _trainers(config, family)
+    device_for(recipe.outer.device)
+    family = load_family(recipe.family.name, recipe.family.settings)
+    recipe = recipe.of_family(family)
+    trainers = _trainers(recipe, family)
     saved = resume_folder(out)
     if resume:
-        _restore(saved, config, trainers)
+        _restore(saved, recipe, trainers)
     elif saved.exists():
         raise TrainingError(f"{saved} holds an unfinished training: add --resume to go on with it, or remove it")
     try:
         for name, trainer in trainers.items():
-            trainer.run(_reporting(name, trainer, report, saved, config, trainers))
+            trainer.run(_reporting(name, trainer, report, saved, recipe, trainers))
     except KeyboardInterrupt:
-        _save(saved, config, trainers)
+        _save(saved, recipe, trainers)
         raise Interrupted(f"interrupted; the state is in {saved}, and the same command with --resume goes on") from None
     learned = trainers[_LEARNED].best_meta()
     step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
-    path = save_checkpoint(out, learned, step_only, _card(Path(out).name, config, family, trainers, command))
+    path = save_checkpoint(out, learned, step_only, _card(Path(out).name, recipe, family, trainers, command))
     shutil.rmtree(saved, ignore_errors=True)
     return path
 
 
-def _trainers(config: TrainConfig, family: TaskFamily) -> dict[str, MetaTrainer]:
-    example = family.stack([0], "train", config.seed, config.torch_dtype)
-    groups = _groups(family, config)
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    if config.network == "flat":
-        shapes = tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items())
-    shape = config.meta_optimizer_config(groups, shapes)
-    if shape.teleports and not groups:
-        raise TrainingError(f"{config.family} names no symmetries with these settings: train mode 'update' or 'lr'")
+def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
+    outer = recipe.outer
+    # A first stack: what cannot be evaluated is told before any work.
+    family.stack([0], "train", outer.seed, outer.torch_dtype)
+    groups = _groups(family, recipe)
+    if not groups and (recipe.teleport or recipe.gauge):
+        raise TrainingError(
+            f"{recipe.family.name} names no symmetries with these settings: leave teleport and gauge out of the recipe "
+            "(--set teleport=none)"
+        )
+    shape = recipe.networks(groups)
     wanted = {_LEARNED: shape}
     if shape.teleports and shape.steps:
         wanted[_STEP_ONLY] = shape.without_teleport()
-    seconds = None if config.seconds is None else config.seconds / len(wanted)
+    seconds = None if outer.seconds is None else outer.seconds / len(wanted)
     trainers = {}
-    source = None if config.start_from is None else warm_start_checkpoint(config.start_from, config.seed)
+    source = None if outer.start_from is None else warm_start_checkpoint(outer.start_from, outer.seed)
     for name, each in wanted.items():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(outer.seed)
             meta = MetaOptimizer(each)
         if source is not None:
             warm_start(meta, source, step_only=name == _STEP_ONLY)
-        trainers[name] = MetaTrainer(config, family, meta, config.meta_steps, seconds)
+        trainers[name] = MetaTrainer(recipe, family, meta, seconds)
     return trainers
 
 
-def _groups(family: TaskFamily, config: TrainConfig) -> tuple[str, ...]:
+def _groups(family: TaskFamily, recipe: Recipe) -> tuple[str, ...]:
     """Names of the groups that the tasks of a training have, over the settings that it varies."""
-    families = [family]
-    if config.network != "flat":
-        families += [family.augmented(number, config.seed) for number in range(_LOOKED_AT)]
-    tasks = [each.task(0, "train", config.seed, config.torch_dtype) for each in dict.fromkeys(families)]
+    outer = recipe.outer
+    families = [family, *(family.augmented(number, outer.seed) for number in range(_LOOKED_AT))]
+    tasks = [each.task(0, "train", outer.seed, outer.torch_dtype) for each in dict.fromkeys(families)]
     return tuple(dict.fromkeys(symmetry.group.name for task in tasks for symmetry in task.symmetries))
 
 
@@ -125,30 +128,35 @@ def _reporting(
     trainer: MetaTrainer,
     report: Callable[[str, Progression, float], None] | None,
     saved: Path,
-    config: TrainConfig,
+    recipe: Recipe,
     trainers: dict[str, MetaTrainer],
 ) -> Callable[[Progression], None]:
     def reported(progression: Progression) -> None:
-        if progression.meta_step % config.validation_every == 0:
-            _save(saved, config, trainers)
+        if progression.meta_step % recipe.validation.every == 0:
+            _save(saved, recipe, trainers)
         if report is not None:
             report(name, progression, trainer.share_of_all)
 
     return reported
 
 
-def settings_that_count(config: TrainConfig) -> dict[str, Any]:
-    """What has to be equal between a training and its resumption: all but the device."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in values.items() if name not in ("device",)}
+def first_difference(started: Recipe, wanted: Recipe) -> str | None:
+    """The first setting that a training was started with and that is another now, in words; the device may differ.
+
+    Example:
+        >>> from metateleport.training import FamilySettings, OuterSettings
+        >>> recipes = (Recipe(FamilySettings("digits"), outer=OuterSettings(seed=seed)) for seed in (1, 2))
+        >>> first_difference(*recipes)
+        'outer.seed = 1, not 2'
+    """
+    before, now = started.flat(), wanted.flat()
+    for key in (*now, *before):
+        if key != "outer.device" and before.get(key) != now.get(key):
+            return f"{key} = {before.get(key)!r}, not {now.get(key)!r}"
+    return None
 
 
-def settings_known(started: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a training was started with; what an earlier version did not know had its default's effect."""
-    return {**default_settings(), **started}
-
-
-def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -> None:
+def _save(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> None:
     with replacing_folder(folder) as temporary:
         states = {}
         for name, trainer in trainers.items():
@@ -158,10 +166,10 @@ def _save(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -
                     # JSON knows no infinity; the score before the first validation is one.
                     best = min(snapshot.progression["best"], 1e300)
                     states[part] = {**snapshot.progression, "best": best}
-        write_json(temporary / "state.json", {"config": settings_that_count(config), "progressions": states})
+        write_json(temporary / "state.json", {"recipe": recipe.table(), "progressions": states})
 
 
-def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]) -> None:
+def _restore(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> None:
     try:
         state = json.loads((folder / "state.json").read_text())
     except FileNotFoundError:
@@ -170,15 +178,22 @@ def _restore(folder: Path, config: TrainConfig, trainers: dict[str, MetaTrainer]
         raise TrainingError(
             f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
         ) from error
-    wanted, started = settings_that_count(config), state.get("config") if isinstance(state, dict) else None
-    if not isinstance(started, dict):
-        raise TrainingError(f"{folder / 'state.json'} is not the state of a training: remove {folder} and start anew")
-    started = settings_known(started)
-    changed = [name for name, value in wanted.items() if started.get(name) != value]
-    if changed:
+    if isinstance(state, dict) and "config" in state:
         raise TrainingError(
-            f"the training in {folder} was started with {changed[0]}={started.get(changed[0])!r}, not "
-            f"{wanted[changed[0]]!r}: resume with the same settings, or remove the folder and start anew"
+            f"the training in {folder} was begun by metateleport 0.2 or earlier, which kept its settings otherwise: "
+            "finish it with that version, or remove the folder and start anew"
+        )
+    try:
+        started = Recipe.read(state["recipe"])
+    except (TypeError, KeyError, AttributeError, SettingsError) as error:
+        raise TrainingError(
+            f"{folder / 'state.json'} is not the state of a training ({error}): remove {folder} and start anew"
+        ) from error
+    changed = first_difference(started, recipe)
+    if changed is not None:
+        raise TrainingError(
+            f"the training in {folder} was started with {changed}: resume with the same settings, or remove the folder "
+            "and start anew"
         )
     for name, trainer in trainers.items():
         try:
@@ -197,7 +212,7 @@ def _read(folder: Path, name: str, progression: dict[str, Any]) -> Snapshot:
 
 
 def _card(
-    name: str, config: TrainConfig, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
+    name: str, recipe: Recipe, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
 ) -> dict[str, Any]:
     runs: dict[str, dict[str, Any]] = {}
     for network, trainer in trainers.items():
@@ -214,12 +229,11 @@ def _card(
         }
         if done.openness:
             runs[network]["openness"] = done.best_openness
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
     return {
         "name": name,
-        "mode": config.mode,
+        "mode": recipe.mode,
         "family": {"name": family.name, "settings": family.settings()},
-        "training": {"command": command, "config": settings, "runs": runs},
+        "training": {"command": command, "recipe": recipe.table(), "runs": runs},
         "results": {},
         "limits": [],
     }

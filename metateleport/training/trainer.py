@@ -16,9 +16,9 @@ from torch import Tensor
 from metateleport.families import TaskFamily, TaskStack
 from metateleport.families.trial import check_second_order
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.training.config import TrainConfig, device_for
 from metateleport.training.progression import Progression, Snapshot
-from metateleport.training.scoring import Score, dealt, family_of_stack, mean_openness, priced, score
+from metateleport.training.recipe import Recipe, device_for
+from metateleport.training.scoring import Score, dealt, mean_openness, priced, score
 from metateleport.training.search import search_round
 from metateleport.training.unroll import Unroll, runs_blind
 
@@ -56,22 +56,21 @@ class MetaTrainer:
     `starts` each is followed for so long, on the same tasks, and the best of them goes on.
 
     Args:
-        config: the settings.
+        recipe: what is trained, on what and how.
         family: where tasks come from.
         meta: the meta-optimizer; it is trained in place.
-        meta_steps: number of meta-steps to take.
-        seconds: stop after so many, if sooner; shared by the starts.
+        seconds: in the place of the recipe's, where several networks share them; shared by the starts.
     """
 
-    def __init__(
-        self, config: TrainConfig, family: TaskFamily, meta: MetaOptimizer, meta_steps: int, seconds: float | None
-    ) -> None:
-        self.config, self.family = config, family
-        self.meta_steps = meta_steps
-        self.limit = None if seconds is None else seconds / (1 + (config.starts - 1) * _TRIAL)
-        self.device = device_for(config.device)
+    def __init__(self, recipe: Recipe, family: TaskFamily, meta: MetaOptimizer, seconds: float | None = None) -> None:
+        self.recipe, self.family = recipe, family
+        self.outer = outer = recipe.outer
+        self.meta_steps = math.inf if outer.meta_steps is None else outer.meta_steps
+        seconds = outer.seconds if seconds is None else seconds
+        self.limit = None if seconds is None else seconds / (1 + (outer.starts - 1) * _TRIAL)
+        self.device = device_for(outer.device)
         self.meta = meta.to(self.device)
-        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=outer.lr)
         self.progression = Progression()
         self.best = copy.deepcopy(self.meta.state_dict())
         self.validation_openness = 0.0
@@ -93,7 +92,7 @@ class MetaTrainer:
     @property
     def share_of_all(self) -> float:
         """Share that is done of the run and of the starts tried before it."""
-        starts, start = self.config.starts, self.progression.start
+        starts, start = self.outer.starts, self.progression.start
         if starts == 1:
             return self.share
         before = min(start, starts - 1) * _TRIAL
@@ -109,24 +108,24 @@ class MetaTrainer:
             report: called after every meta-step.
         """
         done = self.progression
-        if self.config.start_from is not None and not done.validations:
+        if self.outer.start_from is not None and not done.validations:
             # The networks that training starts from are kept where it finds none that are better.
             self._validate()
         while not self.finished:
             self.boundary = self.snapshot()
-            if len(done.searched) < self.config.search:
+            if len(done.searched) < self.outer.search:
                 self._search_round()
                 if report is not None:
                     report(done)
                 continue
             stack = self._next_stack()
-            if not done.meta_step and not self.config.first_order:
+            if not done.meta_step and not self.outer.first_order:
                 check_second_order(stack, stack.batch(0))
-            unroll = Unroll(stack, self.meta, self.config.first_order, priced=self.config.teleport_cost > 0)
+            unroll = Unroll(stack, self.meta, self.outer.first_order, priced=self.outer.teleport_cost > 0)
             for window in range(self._windows()):
                 started = time.perf_counter()
-                self._meta_step(unroll, runs_blind(self.config.blind, self.config.seed, done.stack, window))
-                if done.meta_step % self.config.validation_every == 0:
+                self._meta_step(unroll, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
+                if done.meta_step % self.recipe.validation.every == 0:
                     self._validate()
                 done.seconds += time.perf_counter() - started
                 if report is not None:
@@ -143,27 +142,27 @@ class MetaTrainer:
 
     def _search_round(self) -> None:
         """Searches once for better constants; after the last round they are validated."""
-        done, config, started = self.progression, self.config, time.perf_counter()
-        number, first, tasks = len(done.searched), done.stack, config.tasks
+        done, outer, started = self.progression, self.outer, time.perf_counter()
+        number, first, tasks = len(done.searched), done.stack, outer.tasks
         parts = max(1, min(_SEARCH_STACKS, tasks))
-        seeds = (config.seed, config.seed)
-        candidates = int(np.random.SeedSequence([config.seed, done.start, number]).generate_state(1)[0])
+        seeds = (outer.seed, outer.seed)
+        candidates = int(np.random.SeedSequence([outer.seed, done.start, number]).generate_state(1)[0])
         found = search_round(
             self.meta,
-            lambda: self._score(dealt(self.family, config, tasks, parts, first, "train", seeds)).value,
+            lambda: self._score(dealt(self.family, outer, tasks, parts, first, "train", seeds)).value,
             number,
             candidates,
         )
         done.searched.append(found)
         done.stack += parts
-        if len(done.searched) == config.search:
+        if len(done.searched) == outer.search:
             self._validate()
         done.seconds += time.perf_counter() - started
 
     @property
     def _tried(self) -> bool:
         """Whether the start under way has been tried for long enough."""
-        several, left = self.config.starts > 1, self.config.starts - self.progression.start
+        several, left = self.outer.starts > 1, self.outer.starts - self.progression.start
         return several and left > 0 and self.share >= _TRIAL
 
     def _next_start(self) -> None:
@@ -174,11 +173,11 @@ class MetaTrainer:
         scores = [*done.starts, done.best]
         if done.best <= min(scores):
             self.kept = dataclasses.replace(self.snapshot(), kept=None)
-        if len(scores) < self.config.starts:
+        if len(scores) < self.outer.starts:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence([self.config.seed, len(scores)]).generate_state(1)[0]))
+                torch.manual_seed(int(np.random.SeedSequence([self.outer.seed, len(scores)]).generate_state(1)[0]))
                 self.meta.load_state_dict(MetaOptimizer(self.meta.config).state_dict())
-            self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.config.lr)
+            self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.outer.lr)
             self.best = copy.deepcopy(self.meta.state_dict())
             self.progression = Progression()
         elif self.kept is not None:
@@ -224,27 +223,27 @@ class MetaTrainer:
         return chosen.eval()
 
     def _next_stack(self) -> Any:
-        number, config = self.progression.stack, self.config
-        family = family_of_stack(self.family, config, number, config.seed)
-        indices = range(number * config.tasks, (number + 1) * config.tasks)
-        return family.stack(indices, "train", config.seed, config.torch_dtype, self.device)
+        number, outer = self.progression.stack, self.outer
+        indices = range(number * outer.tasks, (number + 1) * outer.tasks)
+        family = self.family.augmented(number, outer.seed)
+        return family.stack(indices, "train", outer.seed, outer.torch_dtype, self.device)
 
     def _windows(self) -> int:
-        full = self.config.horizon / self.config.unroll
+        full = self.outer.horizon / self.outer.unroll
         return max(1, round(1 + (full - 1) * min(1.0, 2 * self.share)))
 
     def _meta_step(self, unroll: Unroll, blind: bool) -> None:
         done = self.progression
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
-        losses = unroll.window(self.config.unroll, loss_known=not blind)
+            group["lr"] = self.outer.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
+        losses = unroll.window(self.outer.unroll, loss_known=not blind)
         # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
         finite = losses.isfinite()
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
         opened = mean_openness(unroll)
         self.optimizer.zero_grad()
-        priced(meta_loss, opened, self.config.teleport_cost).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.config.clip)
+        priced(meta_loss, opened, self.outer.teleport_cost).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.outer.clip)
         done.meta_step += 1
         if bool(norm.isfinite()) and bool(finite.any()):
             self.optimizer.step()
@@ -268,7 +267,7 @@ class MetaTrainer:
         """Goes back to the best networks, with a smaller step and without what Adam has gathered on the way off."""
         self.progression.returns += 1
         self.meta.load_state_dict(self.best)
-        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.config.lr)
+        self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.outer.lr)
 
     def validation_score(self) -> float:
         """Mean log loss along the full horizon on validation tasks, over the settings that training varies.
@@ -276,12 +275,12 @@ class MetaTrainer:
         What teleports cost is added, and how far they were open is kept as `validation_openness`. The validation tasks
         are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
-        tasks = self.config.validation_tasks
+        tasks = self.recipe.validation.tasks
         parts = max(1, min(_VALIDATION_STACKS, tasks // 2))
         seeds = (_VALIDATION_SEED + 1, _VALIDATION_SEED)
-        found = self._score(dealt(self.family, self.config, tasks, parts, 0, "validation", seeds))
+        found = self._score(dealt(self.family, self.outer, tasks, parts, 0, "validation", seeds))
         self.validation_openness = found.openness
         return found.value
 
     def _score(self, stacks: Iterable[TaskStack]) -> Score:
-        return score(self.meta, stacks, self.config.horizon, self.config.teleport_cost)
+        return score(self.meta, stacks, self.outer.horizon, self.outer.teleport_cost)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from metateleport.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from metateleport.learned.meta_optimizer import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.learned.rules.adaptive import AdaptiveRule
-from metateleport.training.config import TrainingError
+from metateleport.settings import flattened
+from metateleport.training.recipe import TrainingError
 
 __all__ = ["warm_start", "warm_start_checkpoint"]
 
-_MAY_DIFFER = ("secants", "groups", "max_size", "max_stretch", "metric_memory")
+_MAY_DIFFER = ("rule.secants", "groups", "teleport.max_stretch", "gauge.metric_memory")
 _HEAD = "rule.head."
 
 
@@ -31,7 +30,7 @@ def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
         TrainingError: if it cannot be loaded.
 
     Example:
-        >>> warm_start_checkpoint("leaky_mlp", seed=3).card["training"]["config"]["seed"]
+        >>> warm_start_checkpoint("leaky_mlp", seed=3).card["training"]["recipe"]["outer"]["seed"]
         3
     """
     try:
@@ -52,7 +51,7 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
     Args:
         meta: the networks; changed in place.
         checkpoint: where the weights are from.
-        step_only: take those of the recipe without teleports.
+        step_only: take those of the step alone.
 
     Raises:
         TrainingError: if the checkpoint has no such networks, or they are of another shape.
@@ -67,14 +66,15 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
     source = checkpoint.step_only if step_only else checkpoint.learned
     if source is None:
         raise TrainingError(f"{checkpoint.path} has no networks without teleports to start from: start without it")
-    for field in dataclasses.fields(MetaOptimizerConfig):
-        wanted, there = getattr(meta.config, field.name), getattr(source.config, field.name)
+    own_shape, its_shape = flattened(meta.config.table()), flattened(source.config.table())
+    for key in dict.fromkeys((*own_shape, *its_shape)):
+        wanted, there = own_shape.get(key), its_shape.get(key)
         # Where the rate is learned on, networks without one have no output for it.
         constant = isinstance(meta.rule, AdaptiveRule)
-        another_rate = field.name == "cooling" and (constant or (wanted > 0 and there > 0))
-        if field.name not in _MAY_DIFFER and wanted != there and not another_rate:
+        another_rate = key == "rule.cooling" and (constant or bool(wanted and there))
+        if key not in _MAY_DIFFER and wanted != there and not another_rate:
             raise TrainingError(
-                f"the networks of {checkpoint.path} have {field.name}={there!r}, and these {wanted!r}: train with the "
+                f"the networks of {checkpoint.path} have {key} = {there!r}, and these {wanted!r}: train with the "
                 "settings of the checkpoint, or start without it"
             )
     weights, own = source.state_dict(), meta.state_dict()

@@ -121,7 +121,7 @@ def test_bad_arguments_are_named(arguments: list[str], said: str, capsys: pytest
 
 def test_every_mode_gives_a_meta_gradient() -> None:
     from benchmarks.meta_training import cases_of
-    from metateleport.learned.meta_optimizer import MODES
+    from metateleport.learned import MODES
 
     cases = cases_of(MODES, [2], width=3, unroll=2, device=CPU)
     assert len({case.name for case in cases}) == len(cases) == 12

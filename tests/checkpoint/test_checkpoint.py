@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
 from symmetry_cases import assert_close, case
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from metateleport.checkpoint import (
     shipped_checkpoints,
     update_card,
 )
-from metateleport.learned import MODES, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MODES, MetaOptimizer
 from metateleport.training import StackOptimizer
 
 WEIGHTS, CARD = "weights.safetensors", "card.json"
@@ -34,7 +35,7 @@ WEIGHTS, CARD = "weights.safetensors", "card.json"
 
 def meta_optimizer(mode: str = "lr+tele", **settings: Any) -> MetaOptimizer:
     torch.manual_seed(3)
-    return MetaOptimizer(MetaOptimizerConfig(mode=mode, hidden=5, **settings))  # type: ignore[arg-type]
+    return MetaOptimizer(shape_of(mode=mode, hidden=5, **settings))
 
 
 def saved(path: Path, mode: str = "lr+tele", **settings: Any) -> Path:
@@ -55,19 +56,19 @@ def steps(meta: MetaOptimizer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_round_trip_takes_the_same_steps(mode: str, tmp_path: Path) -> None:
-    loaded = load_checkpoint(saved(tmp_path / "a", mode, base="adam", base_lr=0.02, max_size=7.0))
-    assert loaded.learned.config == meta_optimizer(mode, base="adam", base_lr=0.02, max_size=7.0).config
+    loaded = load_checkpoint(saved(tmp_path / "a", mode, base="adam", base_lr=0.02))
+    assert loaded.learned.config == meta_optimizer(mode, base="adam", base_lr=0.02).config
     assert loaded.mode == mode
     assert loaded.name == "a"
     assert (loaded.step_only is not None) == ("+tele" in mode)
-    assert_close(steps(loaded.learned), steps(meta_optimizer(mode, base="adam", base_lr=0.02, max_size=7.0)), 0.0)
+    assert_close(steps(loaded.learned), steps(meta_optimizer(mode, base="adam", base_lr=0.02)), 0.0)
 
 
 def test_flat_networks_travel_too(tmp_path: Path) -> None:
     shapes = tuple((name, tuple(value.shape[1:])) for name, value in case("linear pair").stack(1)[0].tensors().items())
-    path = saved(tmp_path / "a", network="flat", shapes=shapes)
-    assert_close(steps(load_checkpoint(path).learned), steps(meta_optimizer(network="flat", shapes=shapes)), 0.0)
-    with pytest.raises(CheckpointError, match="flat networks"):
+    path = saved(tmp_path / "a", shapes=shapes)
+    assert_close(steps(load_checkpoint(path).learned), steps(meta_optimizer(shapes=shapes)), 0.0)
+    with pytest.raises(CheckpointError, match=r"rule\.kind = 'flat', serves only"):
         mt.load(path)
 
 
@@ -96,7 +97,7 @@ def recard(path: Path, **changes: Any) -> None:
     card.write_text(json.dumps({**json.loads(card.read_text()), **changes}))
 
 
-def shape_of(path: Path, **changes: Any) -> dict[str, Any]:
+def card_shape(path: Path, **changes: Any) -> dict[str, Any]:
     return {**json.loads((path / CARD).read_text())["meta_optimizer"], **changes}
 
 
@@ -109,16 +110,16 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: truncate(path / WEIGHTS), "truncated or changed"),
     (lambda path: flip(path / WEIGHTS), "truncated or changed"),
     (lambda path: (path / WEIGHTS).write_bytes(b""), "truncated or changed"),
-    (lambda path: recard(path, schema=SCHEMA + 1), f"schema {SCHEMA + 1}.*reads {SCHEMA}.*{mt.__version__}"),
+    (lambda path: recard(path, schema=SCHEMA + 1), f"schema {SCHEMA + 1}.*reads 1 and {SCHEMA}.*{mt.__version__}"),
     (lambda path: recard(path, schema=0, versions=[]), "schema 0.*unknown"),
     (lambda path: recard(path, weights_sha256=None), "truncated or changed"),
-    (lambda path: recard(path, meta_optimizer=shape_of(path, mode="both")), "a mode is one of"),
-    (lambda path: recard(path, meta_optimizer=shape_of(path, depth=3)), "depth"),
+    (lambda path: recard(path, meta_optimizer=card_shape(path, rule={"kind": "own"})), "rule.kind = 'own' is known"),
+    (lambda path: recard(path, meta_optimizer=card_shape(path, depth=3)), "depth"),
     (lambda path: recard(path, meta_optimizer=None), "does not describe"),
-    (lambda path: recard(path, meta_optimizer=shape_of(path, hidden=6)), "do not fit"),
-    (lambda path: recard(path, meta_optimizer=shape_of(path, hidden="many")), "does not describe"),
-    (lambda path: recard(path, meta_optimizer=shape_of(path, hidden=-1)), "does not describe"),
-    (lambda path: recard(path, step_only=shape_of(path, mode="update")), "do not fit"),
+    (lambda path: recard(path, meta_optimizer=card_shape(path, rule={"kind": "lr", "hidden": 6})), "do not fit"),
+    (lambda path: recard(path, meta_optimizer=card_shape(path, teleport={"hidden": "many"})), "takes a whole number"),
+    (lambda path: recard(path, meta_optimizer=card_shape(path, teleport={"hidden": -1})), "has to be at least 1"),
+    (lambda path: recard(path, step_only=card_shape(path, rule={"kind": "coordinate"})), "do not fit"),
     (lambda path: recard(path, step_only=[1]), "does not describe"),
     (lambda path: [(path / CARD).write_text(_without(path, "meta_optimizer"))], "does not describe"),
 ]

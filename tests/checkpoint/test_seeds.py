@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
+from training_cases import family_of
 from training_cases import tiny as config
 
 import metateleport as mt
@@ -17,8 +18,8 @@ from metateleport import cli
 from metateleport.checkpoint import CheckpointError, load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
 from metateleport.evaluation import EvaluationError, FirstOrder, Seed, evaluate
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
-from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, default_settings, train
+from metateleport.learned import MetaOptimizer, StepSettings, TeleportSettings
+from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, train
 from metateleport.training.meta_seeds import seeds_folder, train_meta_seeds
 
 
@@ -56,7 +57,7 @@ def test_the_best_seed_lies_on_top_and_the_others_beside_it(singles: list[Path],
     for each, single in zip(top.meta_seeds, singles, strict=True):
         assert weights(each.path) == weights(single)
         loaded = load_checkpoint(each.path)
-        assert loaded.card["training"]["config"]["seed"] == each.seed
+        assert loaded.card["training"]["recipe"]["outer"]["seed"] == each.seed
         assert loaded.step_only is not None
     assert [each.path for each in each_meta_seed(top)] == [each.path for each in top.meta_seeds]
     assert mt.load(together).name == "learned"
@@ -76,26 +77,9 @@ def test_combined_is_what_one_run_would_have_made(singles: list[Path], together:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "pair"]
 
 
-def test_a_setting_that_a_card_does_not_have_counts_as_its_default(singles: list[Path], tmp_path: Path) -> None:
-    """Seeds that were trained before and after a setting was added are of one recipe, unless it was used."""
-    older = tmp_path / "older"
-    shutil.copytree(singles[0], older)
-    card = json.loads((older / "card.json").read_text())
-    del card["training"]["config"]["search"]
-    (older / "card.json").write_text(json.dumps(card))
-    with pytest.raises(CheckpointError, match="not of one recipe: search is None in one and 0"):
-        combine_meta_seeds([older, singles[1]], tmp_path / "c")
-    command = ["combine", str(older), str(singles[1]), "--out", str(tmp_path / "c")]
-    assert cli.main(command) == 0
-    assert len(load_checkpoint(tmp_path / "c").meta_seeds) == 2
-    searched = train(config(seed=9, search=1), tmp_path / "searched")
-    with pytest.raises(CheckpointError, match="not of one recipe: search is 0 in one and 1"):
-        combine_meta_seeds([older, searched], tmp_path / "d", default_settings())
-
-
 def test_what_cannot_be_combined(singles: list[Path], tmp_path: Path) -> None:
     other = train(config(seed=9, meta_steps=3), tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"not of one recipe: meta_steps is 2 in one and 3"):
+    with pytest.raises(CheckpointError, match=r"not of one recipe: outer.meta_steps is 2 in one and 3"):
         combine_meta_seeds([singles[0], other], tmp_path / "c")
     with pytest.raises(CheckpointError, match="both of seed 4"):
         combine_meta_seeds([singles[0], singles[0]], tmp_path / "c")
@@ -167,20 +151,21 @@ def test_nothing_to_train_or_to_resume(tmp_path: Path) -> None:
 
 
 def test_all_seeds_are_scored_on_the_same_tasks() -> None:
-    family = mt.load_family("leaky_mlp", config().settings)
+    family = family_of(config())
     scores = set()
     for seed in (0, 1, 7):
         torch.manual_seed(3)
-        meta = MetaOptimizer(MetaOptimizerConfig(hidden=3))
-        scores.add(MetaTrainer(config(seed=seed), family, meta, 1, None).validation_score())
+        meta = MetaOptimizer(shape_of(hidden=3))
+        scores.add(MetaTrainer(config(seed=seed), family, meta).validation_score())
     assert len(scores) == 1
 
 
 def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--set width=3 --meta-steps 1 --tasks 2 --unroll 2 --horizon 2 --hidden 3 --device cpu --no-track"
-    assert cli.main(["train", "leaky_mlp", *small.split(), "--meta-seeds", "2", "--out", "five"]) == 0
+    settings = "family.width=3 outer.meta_steps=1 outer.tasks=2 outer.unroll=2 outer.horizon=2 validation.every=1"
+    small = ["--set", *settings.split(), "--device", "cpu", "--no-track"]
+    assert cli.main(["train", "leaky_mlp", *small, "--meta-seeds", "2", "--out", "five"]) == 0
     assert [each.seed for each in load_checkpoint("five").meta_seeds] == [0, 1]
-    assert cli.main(["train", "leaky_mlp", *small.split(), "--seed", "2", "--out", "one"]) == 0
+    assert cli.main(["train", "leaky_mlp", *small, "--seed", "2", "--out", "one"]) == 0
     capsys.readouterr()
     assert cli.main(["combine", "five", "one", "--out", "all"]) == 0
     assert "validation scores by seed: 0: " in capsys.readouterr().err
@@ -189,13 +174,12 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "both of seed 0" in capsys.readouterr().err
     assert cli.main(["combine", "five", "--out", "all/card.json"]) == 2
     assert "is a file" in capsys.readouterr().err
-    assert cli.main(["train", "leaky_mlp", *small.split(), "--longest", "7", "--cooling", "0.3", "--out", "cool"]) == 0
-    made = load_checkpoint("cool").learned.config
-    assert (made.longest, made.cooling) == (7.0, 0.3)
-    own = "--max-stretch 2.5 --gauge exact --metric-memory 0.4"
-    assert cli.main(["train", "leaky_mlp", *small.split(), *own.split(), "--out", "bound"]) == 0
+    own = "rule.longest=7 rule.cooling=0.3 teleport.max_stretch=2.5 gauge.kind=exact gauge.metric_memory=0.4"
+    sets = ["--set", *own.split()]
+    assert cli.main(["train", "leaky_mlp", *small, *sets, "--out", "bound"]) == 0
     learned = load_checkpoint("bound").learned
-    assert (learned.config.max_stretch, learned.config.metric_memory) == (2.5, 0.4)
+    assert learned.config.rule == StepSettings(longest=7.0, cooling=0.3)
+    assert learned.config.teleport == TeleportSettings(max_stretch=2.5)
     assert learned.gauge is not None
     assert learned.gauge.metric_memory == 0.4
 

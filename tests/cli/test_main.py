@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from learned_cases import shape_of
 
 import metateleport as mt
 from metateleport import cli
 from metateleport.checkpoint import save_checkpoint
 from metateleport.cli import ui
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +63,15 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
         ("evaluate none leaky_mlp --plot a.bmp", "png, svg or pdf"),
         ("evaluate none leaky_mlp --json .", "is a folder"),
         ("train nowhere", "no task family 'nowhere'"),
-        ("train leaky_mlp --mode telepathy", "invalid choice"),
-        ("train leaky_mlp --unroll 10 --horizon 5", "horizon"),
-        ("train leaky_mlp --seconds -1", "seconds"),
+        ("train leaky_mlp --set rule.kind=telepathy", "known are lr, coordinate, tensor, adaptive, base"),
+        ("train leaky_mlp --set outer.horizon=5", "outer.unroll = 10"),
+        ("train leaky_mlp --set width=12", "those of the task family are family.NAME"),
+        ("train leaky_mlp --set family.size=3", "no setting 'size'"),
+        ("train leaky_mlp --seed 1 --set outer.seed=2", "the same setting"),
+        ("train leaky_mlp --seconds -1", "outer.seconds has to be a positive number"),
+        ("train", "a task family or --recipe"),
+        ("train leaky_mlp --recipe digits", "a task family or --recipe"),
+        ("train --recipe nowhere", "no recipe 'nowhere': known by name are bottleneck_digits"),
         ("ui", "no runs"),
         ("teach", "invalid choice"),
         ("", "COMMAND"),
@@ -125,18 +132,19 @@ def test_train_passes_on_what_was_asked_for(
 ) -> None:
     seen = {}
 
-    def fake(config, out, resume, *_):  # type: ignore[no-untyped-def]
-        seen.update(config=config, out=out, resume=resume)
+    def fake(recipe, out, resume, *_):  # type: ignore[no-untyped-def]
+        seen.update(recipe=recipe, out=out, resume=resume)
         return out
 
     monkeypatch.setattr("metateleport.training.train", fake)
     command = (
-        "train leaky_mlp --set width=6 --mode lr --meta-steps 7 --seconds 2.5 --seed 3 --out x --resume --no-track"
+        "train leaky_mlp --set family.width=6 --set teleport=none --set outer.meta_steps=20 --seconds 2.5 --seed 3 "
+        "--out x --resume --no-track"
     )
     assert cli.main(command.split()) == 0
-    config = seen["config"]
-    assert (config.mode, config.meta_steps, config.seconds, config.seed) == ("lr", 7, 2.5, 3)
-    assert config.settings["width"] == 6
+    recipe = seen["recipe"]
+    assert (recipe.mode, recipe.outer.meta_steps, recipe.outer.seconds, recipe.outer.seed) == ("lr", 20, 2.5, 3)
+    assert recipe.family.settings["width"] == 6
     assert seen["out"] == Path("x")
     assert seen["resume"]
     assert "metateleport evaluate x leaky_mlp" in capsys.readouterr().err
@@ -181,17 +189,20 @@ def test_it_starts_without_mlflow_and_matplotlib() -> None:
     assert done.stderr.strip() == "[]"
 
 
-def test_flat_networks_tell_a_shape_they_were_not_made_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flat_networks_tell_a_shape_they_were_not_made_for(tmp_path: Path) -> None:
+    """In a process of its own, where nobody has imported the papers' networks before."""
     shape = (("0.weight", (6, 6)), ("2.weight", (6, 6)))
-    meta = MetaOptimizer(MetaOptimizerConfig(network="flat", hidden=4, groups=("GL",), shapes=shape))
+    meta = MetaOptimizer(shape_of(hidden=4, groups=("GL",), shapes=shape))
     save_checkpoint(tmp_path / "flat", meta, None, {})
     settings = ["--set", "width=8", "--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]
-    assert cli.main(["evaluate", str(tmp_path / "flat"), "leaky_mlp", *settings]) == 2
-    assert "were not made for" in capsys.readouterr().err
+    command = [sys.executable, "-m", "metateleport.cli", "evaluate", str(tmp_path / "flat"), "leaky_mlp", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "were not made for" in done.stderr
 
 
 def test_a_result_is_written_into_the_card(tmp_path: Path) -> None:
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+    meta = MetaOptimizer(shape_of(mode="lr", hidden=4))
     path = save_checkpoint(tmp_path / "small", meta, None, {"results": {}})
     for width in (3, 4):
         settings = ["--set", f"width={width}", "--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]
@@ -213,5 +224,5 @@ def test_a_run_given_only_its_time_is_ended_by_time(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("metateleport.training.train", fake)
     assert cli.main(["train", "leaky_mlp", "--seconds", "5", "--no-track"]) == 0
-    assert seen[0].seconds == 5  # type: ignore[attr-defined]
-    assert seen[0].meta_steps > 10_000  # type: ignore[attr-defined]
+    assert seen[0].outer.seconds == 5  # type: ignore[attr-defined]
+    assert seen[0].outer.meta_steps is None  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learned_cases import shape_of
 
 import metateleport as mt
 from metateleport import cli
@@ -31,7 +32,7 @@ from metateleport.evaluation import (
     words_of,
 )
 from metateleport.evaluation.methods.learned import Learned
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
 
 KINDS: dict[str, dict[str, Any]] = {
     "stays": {},
@@ -45,7 +46,7 @@ STEPS = 8
 def optimizer(kind: str = "stays", seed: int = 0) -> MetaOptimizer:
     """One whose coefficients differ and are far from zero."""
     torch.manual_seed(seed)
-    meta = MetaOptimizer(MetaOptimizerConfig(groups=("GL",), hidden=4, **KINDS[kind])).double()
+    meta = MetaOptimizer(shape_of(groups=("GL",), hidden=4, **KINDS[kind])).double()
     with torch.no_grad():
         for part in (meta.teleporter, meta.gauge):
             if part is not None:
@@ -123,7 +124,7 @@ def test_parts() -> None:
     assert parts_of([], optimizer()) == {}
     with pytest.raises(EvaluationError, match=rf"no 'log nothing': it has {names[0]}; .*'each'"):
         parts_of([f"{names[0]} + log nothing"], meta)
-    step = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+    step = MetaOptimizer(shape_of(mode="lr", hidden=4))
     assert basis_of(step) == ()
     with pytest.raises(EvaluationError, match="nothing to leave out"):
         parts_of(["each"], step)
@@ -135,7 +136,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(path: Path, seed: int) -> Path:
-    training = {"config": {"seed": seed}, "runs": {"learned": {"validation": float(seed)}}}
+    training = {"recipe": {"outer": {"seed": seed}}, "runs": {"learned": {"validation": float(seed)}}}
     return save_checkpoint(path, optimizer("both", seed).float(), None, {"name": path.name, "training": training})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learned_cases import shape_of
 from torch import nn
 
 import metateleport as mt
@@ -28,7 +29,7 @@ from metateleport.evaluation import (
 )
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
 from metateleport.point import Point
 from metateleport.symmetries import AttentionQK
 from metateleport.teleporters import Teleporter
@@ -281,7 +282,7 @@ def test_each_head_gets_a_random_element_of_its_own_size() -> None:
             size = 0.1 * (1 + heads.index(symmetry))
             return size * torch.eye(2, dtype=torch.float64).expand(1, 2, 2) / 2**0.5, state
 
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=4, groups=("GL",)))
+    meta = MetaOptimizer(shape_of(mode="tele", hidden=4, groups=("GL",)))
     meta.teleporter = Own()
     step = MetaOptimizer.step
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learned_cases import shape_of
 from torch import Tensor, nn
 
 import metateleport as mt
@@ -21,7 +22,6 @@ from metateleport.evaluation import (
 from metateleport.evaluation.methods import first_order, gauss_newton, gradient_ascent, lbfgs, learned, soap, whitening
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
-from metateleport.learned import MetaOptimizerConfig
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import travel
@@ -93,7 +93,7 @@ def charged(method: Method, stack: TaskStack, silent: list[Silent]) -> Tensor:
 
 def meta(**changes: Any) -> MetaOptimizer:
     torch.manual_seed(5)
-    return MetaOptimizer(MetaOptimizerConfig(mode="lr+tele", hidden=4, groups=("GL",), **changes))
+    return MetaOptimizer(shape_of(mode="lr+tele", hidden=4, groups=("GL",), **changes))
 
 
 @pytest.mark.parametrize("batch", [None, 2])

@@ -11,7 +11,8 @@ import torch
 from symmetry_cases import CASES, Case, assert_close, case, side_by_side
 from torch import Tensor, nn
 
-from metateleport.families import ProbedLosses
+import metateleport as mt
+from metateleport.families import ProbedLosses, TaskStack
 
 TASKS = 3
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -204,6 +205,13 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     for other in (nn.Linear(3, 1), nn.Linear(2, 1, bias=False)):
         with pytest.raises(ValueError, match="one architecture"):
             side_by_side([nn.Linear(2, 1), other], nn.functional.mse_loss, data)
+
+
+def test_the_old_name_says_which_class_there_is_now() -> None:
+    with pytest.raises(AttributeError, match=r"one class now: metateleport.families.TaskStack\(tasks\)"):
+        _ = mt.StackedModel
+    with pytest.warns(FutureWarning, match="TaskStack"):
+        assert mt.TaskStack is TaskStack
 
 
 def test_a_model_may_call_its_parameters_as_a_stack_calls_its_own() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learned_cases import shape_of
 from symmetry_cases import case, side_by_side
 from torch import Tensor, nn
 
@@ -16,12 +17,13 @@ import metateleport as mt
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
 from metateleport.gauges import Gauge, gauge_symmetries, precondition, step_in_gauges
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
 from metateleport.learned.curvature import curvature_bounds, output_curvatures
 from metateleport.learned.gauge import GaugeChoice, LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.step import StepRule
 from metateleport.point import Point
+from metateleport.settings import SettingsError
 from metateleport.symmetries import BatchPair2022, LinearisedPair, Unsuitable
 from metateleport.teleporters import Teleporter
 
@@ -222,7 +224,7 @@ def test_steps_cool_down_with_the_rest_and_only_with_a_cooling_rate(secants: int
     ("mode", "update"), [("lr", "coordinate"), ("update", "coordinate"), ("update", "tensor")], ids=str
 )
 def test_every_rule_that_takes_bounded_steps_takes_their_settings(mode: Any, update: Any) -> None:
-    settings = MetaOptimizerConfig(mode=mode, update=update, hidden=4, secants=2, longest=7.0, cooling=0.3)
+    settings = shape_of(mode=mode, update=update, hidden=4, secants=2, longest=7.0, cooling=0.3)
     rule = MetaOptimizer(settings).rule
     assert isinstance(rule, StepRule)
     assert (rule.secants, rule.longest, rule.cooling) == (2, 7.0, 0.3)
@@ -344,7 +346,7 @@ def test_the_metric_keeps_up_as_its_memory_says_and_the_gradients_do_not(memory:
 
 def test_a_gauge_leaves_the_model_in_its_place_and_serves_every_width() -> None:
     torch.manual_seed(0)
-    meta = MetaOptimizer(MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
+    meta = MetaOptimizer(shape_of(stays=False, gauge="linearised", hidden=4))
     for width in (3, 8):
         model, point = problem(width)
         taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries))
@@ -366,8 +368,8 @@ def test_the_condition_of_a_gauge_is_bounded() -> None:
 
 def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> None:
     torch.manual_seed(0)
-    meta = MetaOptimizer(MetaOptimizerConfig(stays=False, gauge="linearised", hidden=4))
-    plain = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+    meta = MetaOptimizer(shape_of(stays=False, gauge="linearised", hidden=4))
+    plain = MetaOptimizer(shape_of(mode="lr", hidden=4))
     plain.rule.load_state_dict(meta.rule.state_dict())  # type: ignore[union-attr]
     stack = mt.load_family("leaky_mlp", {"width": 5, "samples": 8}).stack(range(4), "held-out")
     runs = {kind: Learned(kind, meta, kind) for kind in ("learned", "off", "gauge-off", "random")}  # type: ignore[arg-type]
@@ -409,19 +411,19 @@ def test_what_a_gauge_may_act_along() -> None:
 
 
 def test_configurations_that_cannot_work_say_so() -> None:
-    with pytest.raises(ValueError, match="a gauge is one of"):
-        MetaOptimizerConfig(gauge="some")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="give it a gauge"):
-        MetaOptimizerConfig(stays=False)
-    with pytest.raises(ValueError, match="longest is a number above one"):
-        MetaOptimizerConfig(longest=1.0)
-    with pytest.raises(ValueError, match="cooling is a rate"):
-        MetaOptimizerConfig(cooling=-0.1)
+    with pytest.raises(SettingsError, match=r"gauge\.kind is one of exact, linearised; not 'some'"):
+        shape_of(gauge="some")
+    with pytest.raises(SettingsError, match=r"rule\.longest has to be a number above 1"):
+        shape_of(longest=1.0)
+    with pytest.raises(SettingsError, match=r"rule\.cooling has to be a number that is not negative"):
+        shape_of(cooling=-0.1)
     for memory in (1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="metric_memory lies between"):
-            MetaOptimizerConfig(metric_memory=memory)
-    with pytest.raises(ValueError, match="goes with a learned step"):
-        MetaOptimizerConfig(mode="tele", gauge="exact")
+        with pytest.raises(SettingsError, match=r"gauge\.metric_memory has to be in \[0, 1\)"):
+            shape_of(gauge="exact", metric_memory=memory)
+    with pytest.raises(SettingsError, match=r"gauge\.kind = 'exact' does not go with rule\.kind = 'base'"):
+        shape_of(mode="tele", gauge="exact")
+    with pytest.raises(SettingsError, match=r"gauge\.kind = 'exact' has nothing to choose where groups are O"):
+        shape_of(gauge="exact", groups=("O",))
 
 
 def test_the_metric_of_a_head_is_its_own_and_not_its_layer_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from learned_cases import shape_of
 from torch import nn
 
 import metateleport as mt
 from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskStack
 from metateleport.gauges import gauge_symmetries
-from metateleport.learned import GaugeTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import GaugeTeleporter, MetaOptimizer
 from metateleport.learned.gauge import GaugeChoice, LearnedGauge
 from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import travel
@@ -101,7 +102,7 @@ def test_symmetries_of_other_groups_are_left_alone() -> None:
 
 
 def test_a_checkpoint_with_gauges_alone_loads_as_a_teleporter(tmp_path: Path) -> None:
-    shape = MetaOptimizerConfig(stays=False, gauge="linearised", groups=("GL",), hidden=4)
+    shape = shape_of(stays=False, gauge="linearised", groups=("GL",), hidden=4)
     path = save_checkpoint(tmp_path / "a", MetaOptimizer(shape), None, {"name": "a", "mode": "lr+tele"})
     teleporter = mt.load(path)
     assert isinstance(teleporter, GaugeTeleporter)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from learned_cases import shape_of
 from symmetry_cases import Case, assert_close, case
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.checkpoint import CheckpointError
 from metateleport.families import TaskStack
-from metateleport.learned import MODES, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MODES, LearnedTeleporter, MetaOptimizer
 from metateleport.learned.rules.step import StepRule
 from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022, BatchPair2024
@@ -55,10 +56,7 @@ def meta_optimizer(mode: str, like: TaskStack | None = None, base: str = "moment
     """A meta-optimizer that teleports as far as a trained one; flat for the shapes of `like`, where given."""
     torch.manual_seed(1)
     shapes = () if like is None else tuple((name, tuple(value.shape[1:])) for name, value in like.tensors().items())
-    network = "equivariant" if like is None else "flat"
-    meta = MetaOptimizer(
-        MetaOptimizerConfig(mode=mode, network=network, hidden=6, shapes=shapes, base=base, base_lr=1e-3)  # type: ignore[arg-type]
-    )
+    meta = MetaOptimizer(shape_of(mode=mode, hidden=6, shapes=shapes, base=base, base_lr=1e-3))
     if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
             for each in meta.teleporter.networks.values():

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
 from symmetry_cases import Problem, case
 from torch import Tensor
 
 import metateleport as mt
 from metateleport.families import TaskStack
-from metateleport.learned import MODES, GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MODES, GaugeTeleporter, LearnedTeleporter, MetaOptimizer
 from metateleport.learned.gauge import LearnedGauge
 
 
@@ -23,7 +24,7 @@ def meta_of(mode: str, network: str = "equivariant", problem: Problem | None = N
     if problem is not None and network == "flat":
         stack = TaskStack([problem.task])
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in stack.tensors().items())
-    config = MetaOptimizerConfig(mode=mode, network=network, hidden=6, shapes=shapes, base="momentum")  # type: ignore[arg-type]
+    config = shape_of(mode=mode, hidden=6, shapes=shapes, base="momentum")
     meta = MetaOptimizer(config)
     if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():
@@ -82,7 +83,7 @@ def test_it_goes_on_with_the_same_steps(mode: str, network: str, name: str) -> N
 def test_its_gauges_go_on_too(name: str, deterministic: bool) -> None:
     problem, resumed = case(name).problem(), case(name).problem()
     torch.manual_seed(1)
-    meta = MetaOptimizer(MetaOptimizerConfig(stays=False, gauge="exact", hidden=6)).double()
+    meta = MetaOptimizer(shape_of(stays=False, gauge="exact", hidden=6)).double()
     optimizer = mt.LearnedOptimizer(problem.model, meta, problem.symmetries, deterministic=deterministic)
     train(problem, optimizer, 5)
     saved = through_a_file({"model": problem.model.state_dict(), "optimizer": optimizer.state_dict()})

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport import cli
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
-from metateleport.learned.rules.flat import FlatRule
+from metateleport.learned import MetaOptimizer
+from metateleport.papers.flat import FlatRule
 from metateleport.papers.reproduction import NETWORKS, Figure6, draw, figure_6, sentences_of, tables_of
 from metateleport.papers.reproduction.seeds import SeedStack, stack_seeds, unstack_seeds
 from metateleport.papers.reproduction.unguarded import Unguarded
@@ -31,7 +32,7 @@ WIDTH = {"width": 4}
 
 def metas(mode: str, count: int = 2, kind: type[MetaOptimizer] = Unguarded) -> list[MetaOptimizer]:
     shapes = (("0.weight", (4, 4)), ("2.weight", (4, 4)))
-    config = MetaOptimizerConfig(mode=mode, network="flat", hidden=5, groups=("GL",), shapes=shapes)  # type: ignore[arg-type]
+    config = shape_of(mode=mode, hidden=5, groups=("GL",), shapes=shapes)
     made = []
     for seed in range(count):
         torch.manual_seed(seed)

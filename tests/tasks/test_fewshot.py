@@ -189,7 +189,7 @@ def test_without_learn2learn_the_command_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "learn2learn", None)
     learn2learn.cache_clear()
     try:
-        assert main(["train", str(TASKS / "fewshot_digits.py"), "--no-track", "--meta-steps", "1"]) == 2
+        assert main(["train", str(TASKS / "fewshot_digits.py"), "--no-track"]) == 2
     finally:
         learn2learn.cache_clear()
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -200,10 +200,11 @@ def test_without_learn2learn_the_command_says_how_to_get_it(
 @pytest.mark.slow(seconds=30)
 def test_the_commands_train_and_evaluate_on_digits(tmp_path: Path) -> None:
     family = str(TASKS / "fewshot_digits.py")
-    small = ["--no-track", "--set", "ways=2", "--set", "shots=1", "--set", "hidden=8", "--set", "bottleneck=3"]
-    out = str(tmp_path / "out")
-    assert main(["train", family, *small, "--meta-steps", "1", "--out", out]) == 0
-    assert main(["evaluate", out, family, *small, "--tasks", "2", "--steps", "3", "--methods", "learned,gd"]) == 0
+    small, out = ("ways=2", "shots=1", "hidden=8", "bottleneck=3"), str(tmp_path / "out")
+    sets = [*(f"family.{each}" for each in small), "outer.meta_steps=1", "validation.every=1"]
+    assert main(["train", family, "--set", *sets, "--no-track", "--out", out]) == 0
+    sets = ["--no-track", *(part for each in small for part in ("--set", each))]
+    assert main(["evaluate", out, family, *sets, "--tasks", "2", "--steps", "3", "--methods", "learned,gd"]) == 0
 
 
 # Omniglot, from a copy of a few characters in the format of the real one

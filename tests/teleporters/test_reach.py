@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from learned_cases import shape_of
 from symmetry_cases import LEARNED, Case, case
 from torch import Tensor, nn
 from training_cases import tiny
@@ -17,10 +18,12 @@ from training_cases import tiny
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
-from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import LearnedTeleporter, MetaOptimizer
+from metateleport.learned.parts import TeleportSettings
+from metateleport.settings import SettingsError
 from metateleport.teleporters import TrustRegion, travel
 from metateleport.teleporters.reach import stretch, within_reach
-from metateleport.training import TrainingError, train
+from metateleport.training import train
 
 GROUPS = [GeneralLinear(4), PositiveDiagonal(4), Orthogonal(4)]
 BOUND = 0.7
@@ -161,7 +164,7 @@ def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> No
     """With a step of no length the weights move along the orbit alone, and tell where on it they are."""
     model, x, y = model_and_data()
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=1.5))
+    meta = MetaOptimizer(shape_of(mode="tele", hidden=6, base_lr=1e-300, max_stretch=1.5))
     meta.teleporter = restless(1.5)
     optimizer = mt.LearnedOptimizer(model, meta, deterministic=True)
     steps(model, optimizer, x, y, 4)
@@ -179,7 +182,7 @@ def test_an_optimizer_keeps_the_bound_and_knows_it_again_when_it_goes_on() -> No
 
 def test_an_optimizer_that_takes_a_step_back_is_where_it_was_on_the_orbit() -> None:
     model, x, y = model_and_data()
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=6, base_lr=10.0, max_stretch=3.0))
+    meta = MetaOptimizer(shape_of(mode="tele", hidden=6, base_lr=10.0, max_stretch=3.0))
     meta.teleporter = restless(3.0)
     optimizer = mt.LearnedOptimizer(model, meta, deterministic=True)
     (symmetry,) = optimizer.symmetries
@@ -217,7 +220,7 @@ def test_a_step_without_a_teleport_between_two_with_one_is_taken_back_rightly() 
     problem = case("rescaling").problem()
     stacked = problem.point().map(lambda value: torch.stack((value, value)))
     (symmetry,) = problem.symmetries
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="tele", hidden=6, base_lr=1e-300, max_stretch=3.0))
+    meta = MetaOptimizer(shape_of(mode="tele", hidden=6, base_lr=1e-300, max_stretch=3.0))
     meta.teleporter = restless(3.0)
     assert stacked.loss is not None
     worse = stacked.replace(loss=stacked.loss * torch.tensor([1.0, 9.0], dtype=torch.float64))
@@ -238,33 +241,20 @@ def test_a_step_without_a_teleport_between_two_with_one_is_taken_back_rightly() 
 def test_a_bound_that_is_none_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="a factor above one"):
         LearnedTeleporter(max_stretch=value)
-    with pytest.raises(TrainingError, match="a factor above one"):
+    with pytest.raises(SettingsError, match=r"teleport\.max_stretch has to be a number above 1"):
         tiny(max_stretch=value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"mode": "lr"}, "none is learned here"),
-        ({"stays": False, "gauge": "exact"}, "none is learned here"),
-        ({"network": "flat"}, "do not know where on the orbit"),
-    ],
-)
-def test_where_there_is_nothing_to_bound(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(TrainingError, match=words):
-        tiny(max_stretch=2.0, **changes)
 
 
 def test_the_flat_networks_have_no_bound() -> None:
     with pytest.raises(ValueError, match="do not know where on the orbit"):
-        MetaOptimizerConfig(network="flat", shapes=(("0.weight", (2, 2)),), max_stretch=2.0)
+        shape_of(shapes=(("0.weight", (2, 2)),), max_stretch=2.0)
 
 
 def test_a_checkpoint_keeps_its_bound(tmp_path: Any) -> None:
     made = load_checkpoint(train(tiny(max_stretch=2.0), tmp_path / "a"))
-    assert made.learned.config.max_stretch == 2.0
+    assert made.learned.config.teleport == TeleportSettings(3, 2.0)
     assert made.learned.teleporter.max_stretch == 2.0  # type: ignore[union-attr]
     assert mt.load(tmp_path / "a").max_stretch == 2.0  # type: ignore[attr-defined]
     # Another bound is no other network.
     further = load_checkpoint(train(tiny(max_stretch=3.0, start_from=str(tmp_path / "a")), tmp_path / "b"))
-    assert further.learned.config.max_stretch == 3.0
+    assert further.learned.config.teleport == TeleportSettings(3, 3.0)

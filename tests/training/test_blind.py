@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
 from torch import Tensor, nn
+from training_cases import family_of
 from training_cases import small as config
 
 import metateleport as mt
 from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
-from metateleport.training import MetaTrainer, TrainConfig, TrainingError, Unroll, default_settings, log_losses
+from metateleport.settings import SettingsError
+from metateleport.training import MetaTrainer, OuterSettings, Recipe, Unroll, log_losses
 from metateleport.training.stack_optimizer import StackOptimizer
 from metateleport.training.unroll import runs_blind
+
+
+def networks(settings: Recipe) -> MetaOptimizerConfig:
+    return settings.networks(MetaOptimizerConfig.groups)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
@@ -35,16 +42,12 @@ def test_which_windows_are_blind_is_a_matter_of_seed_stack_and_window() -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
 def test_the_share_is_checked(wrong: float) -> None:
-    with pytest.raises(TrainingError, match="blind is a share of the windows"):
-        TrainConfig("leaky_mlp", blind=wrong)
+    with pytest.raises(SettingsError, match=r"outer\.blind has to be a share of the windows"):
+        OuterSettings(blind=wrong)
+    assert OuterSettings().blind == 0.5
 
 
-def test_cards_of_before_hid_no_loss() -> None:
-    assert default_settings()["blind"] == 0.0
-    assert TrainConfig("leaky_mlp").blind == 0.5
-
-
-def trained(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
+def trained(settings: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
     """A trainer that has run, and which of its windows saw the loss."""
     seen: list[bool] = []
     window = Unroll.window
@@ -54,9 +57,9 @@ def trained(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
             seen.append(loss_known)
         return window(self, length, track, loss_known)
 
-    family = mt.load_family(settings.family, settings.settings)
+    family = family_of(settings)
     torch.manual_seed(0)
-    trainer = MetaTrainer(settings, family, MetaOptimizer(settings.meta_optimizer_config()), settings.meta_steps, None)
+    trainer = MetaTrainer(settings, family, MetaOptimizer(networks(settings)))
     with monkeypatch.context() as patched:
         patched.setattr(Unroll, "window", noted)
         trainer.run()
@@ -83,8 +86,8 @@ def test_a_window_tells_its_optimizer_whether_the_loss_is_known(monkeypatch: pyt
     context = module.unroll_context
     monkeypatch.setattr(module, "unroll_context", noted)
     settings = config(mode="lr")
-    stack = mt.load_family(settings.family, settings.settings).stack(range(2))
-    run = Unroll(stack, MetaOptimizer(settings.meta_optimizer_config()))
+    stack = family_of(settings).stack(range(2))
+    run = Unroll(stack, MetaOptimizer(networks(settings)))
     for known in (True, False):
         run.window(2, track=False, loss_known=known)
     assert told == [True, False]
@@ -119,7 +122,7 @@ def unroll_of(shift: float, factor: float = 1.0) -> Unroll:
         model = nn.Linear(3, 2).double()
         x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
         tasks.append(mt.Task(model, lambda out, y: factor * (out - y).square().mean() + shift, (x,), (y,), seed=seed))
-    settings = MetaOptimizerConfig(mode="tele", hidden=4, base_lr=0.05 / factor)
+    settings = shape_of(mode="tele", hidden=4, base_lr=0.05 / factor)
     return Unroll(TaskStack(tasks), MetaOptimizer(settings))
 
 
@@ -157,11 +160,11 @@ def test_meta_training_on_losses_below_zero_gives_finite_meta_gradients(name: st
 
 def test_a_run_that_goes_on_hides_the_same_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(meta_steps=8, mode="lr", blind=0.5)
-    family = mt.load_family(settings.family, settings.settings)
+    family = family_of(settings)
     whole, _ = trained(settings, monkeypatch)
 
     torch.manual_seed(0)
-    stopped = MetaTrainer(settings, family, MetaOptimizer(settings.meta_optimizer_config()), 8, None)
+    stopped = MetaTrainer(settings, family, MetaOptimizer(networks(settings)))
 
     def stop(done: Any) -> None:
         if done.meta_step == 5:
@@ -169,7 +172,7 @@ def test_a_run_that_goes_on_hides_the_same_windows(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(KeyboardInterrupt):
         stopped.run(stop)
-    resumed = MetaTrainer(settings, family, MetaOptimizer(settings.meta_optimizer_config()), 8, None)
+    resumed = MetaTrainer(settings, family, MetaOptimizer(networks(settings)))
     resumed.restore(stopped.boundary)
     resumed.run()
     assert resumed.progression.meta_losses == whole.progression.meta_losses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from training_cases import family_of
 from training_cases import small as config
 
 import metateleport as mt
 from metateleport import cli
 from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.training import Interrupted, MetaTrainer, TrainConfig, TrainingError, Unroll, train
+from metateleport.settings import SettingsError
+from metateleport.training import Interrupted, MetaTrainer, Recipe, TrainingError, Unroll, train
 from metateleport.training.cost import openness
 
 GROUPS = [GeneralLinear(5), PositiveDiagonal(5), Orthogonal(5)]
@@ -29,13 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def trainer(settings: TrainConfig) -> MetaTrainer:
+def trainer(settings: Recipe) -> MetaTrainer:
     torch.manual_seed(0)
-    shape = MetaOptimizerConfig(
-        mode=settings.mode, hidden=settings.hidden, groups=("GL",), stays=settings.stays, gauge=settings.gauge
-    )
-    family = mt.load_family(settings.family, settings.settings)
-    return MetaTrainer(settings, family, MetaOptimizer(shape), settings.meta_steps, settings.seconds)
+    return MetaTrainer(settings, family_of(settings), MetaOptimizer(settings.networks(("GL",))))
 
 
 def weights(path: Path) -> bytes:
@@ -81,7 +78,7 @@ def test_the_gradient_at_the_identity_is_zero_and_elsewhere_that_of_the_formula(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_price_s_gradient_reaches_the_gate(kind: str) -> None:
     learning = trainer(config(**KINDS[kind]))
-    stack = mt.load_family("leaky_mlp", config().settings).stack(range(3))
+    stack = family_of(config()).stack(range(3))
 
     def opened(priced: bool) -> torch.Tensor:
         unroll = Unroll(stack, learning.meta, priced=priced)
@@ -107,7 +104,7 @@ def test_without_group_elements_there_is_no_openness() -> None:
     learning = trainer(config(mode="lr"))
     learning.run()
     assert learning.progression.openness == []
-    unroll = Unroll(mt.load_family("leaky_mlp", config().settings).stack(range(2)), learning.meta)
+    unroll = Unroll(family_of(config()).stack(range(2)), learning.meta)
     unroll.window(2, track=False)
     assert unroll.openness is None
 
@@ -158,12 +155,12 @@ def test_it_is_in_the_card_and_in_what_a_resumption_needs(tmp_path: Path) -> Non
 
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "part", report=interrupt)
-    with pytest.raises(TrainingError, match=r"teleport_cost=2\.0, not 0\.0"):
+    with pytest.raises(TrainingError, match=r"outer\.teleport_cost = 2\.0, not 0\.0"):
         train(config(), tmp_path / "part", resume=True)
     path = train(settings, tmp_path / "part", resume=True)
     assert weights(path) == expected
     training = mt.load_checkpoint(path).card["training"]
-    assert training["config"]["teleport_cost"] == 2.0
+    assert training["recipe"]["outer"]["teleport_cost"] == 2.0
     assert 0 < training["runs"]["learned"]["openness"] < 1
     assert "openness" not in training["runs"]["step-only"]
 
@@ -177,9 +174,9 @@ def test_a_training_begun_before_there_was_a_price_goes_on_without_one(tmp_path:
         train(config(), tmp_path / "a", report=interrupt)
     path = tmp_path / "a.unfinished" / "state.json"
     state = json.loads(path.read_text())
-    del state["config"]["teleport_cost"]
+    del state["recipe"]["outer"]["teleport_cost"]
     path.write_text(json.dumps(state))
-    with pytest.raises(TrainingError, match=r"teleport_cost=0\.0, not 1\.0"):
+    with pytest.raises(TrainingError, match=r"teleport_cost = 0\.0, not 1\.0"):
         train(config(teleport_cost=1.0), tmp_path / "a", resume=True)
     assert train(config(), tmp_path / "a", resume=True).is_dir()
 
@@ -187,17 +184,16 @@ def test_a_training_begun_before_there_was_a_price_goes_on_without_one(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teleport_cost": -1.0}, "at least 0, not -1.0"),
-        ({"teleport_cost": math.nan}, "at least 0, not nan"),
-        ({"teleport_cost": math.inf}, "at least 0, not inf"),
-        ({"teleport_cost": 1.0, "mode": "lr"}, "'lr' learns no teleport"),
-        ({"teleport_cost": 1.0, "network": "flat"}, "no gate to close"),
+        ({"teleport_cost": -1.0}, "teleport_cost has to be a number that is not negative, not -1.0"),
+        ({"teleport_cost": math.nan}, "not negative, not nan"),
+        ({"teleport_cost": math.inf}, "not negative, not inf"),
+        ({"teleport_cost": 1.0, "mode": "lr"}, "teleport_cost = 1 .* add teleport or gauge"),
     ],
 )
 def test_bad_prices(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(TrainingError, match=words):
+    with pytest.raises(SettingsError, match=words):
         config(**changes)
-    assert dataclasses.asdict(config())["teleport_cost"] == 0.0
+    assert config().outer.teleport_cost == 0.0
 
 
 def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +203,7 @@ def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monk
         id, experiment = "1", "train/leaky_mlp"
 
         def __init__(self, _: str, __: str, parameters: dict[str, Any], *rest: Any) -> None:
-            assert parameters["teleport_cost"] == 0.5
+            assert parameters["outer.teleport_cost"] == 0.5
 
         def __enter__(self) -> Run:
             return self
@@ -221,13 +217,14 @@ def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monk
 
     monkeypatch.setattr("metateleport.tracking.Run", Run)
     monkeypatch.chdir(tmp_path)
-    sizes = ["--set", "width=3", "--meta-steps", "2", "--tasks", "2", "--unroll", "2", "--horizon", "2"]
-    assert cli.main(["train", "leaky_mlp", *sizes, "--teleport-cost", "0.5", "--out", "a"]) == 0
+    sizes = "family.width=3 outer.meta_steps=2 outer.tasks=2 outer.unroll=2 outer.horizon=2 validation.every=2"
+    sets = ["--set", *f"{sizes} outer.teleport_cost=0.5".split()]
+    assert cli.main(["train", "leaky_mlp", *sets, "--out", "a"]) == 0
     learned = [each for each in logged if "learned/meta_loss" in each]
     assert len(learned) == 2
     for each in learned:
         assert 0 < each["learned/openness"] < 1
         assert each["learned/teleport_price"] == pytest.approx(0.5 * each["learned/openness"])
     assert not any("step-only/openness" in each for each in logged)
-    assert cli.main(["train", "leaky_mlp", *sizes, "--teleport-cost", "-1", "--out", "b"]) == 2
+    assert cli.main(["train", "leaky_mlp", "--set", *sizes.split(), "outer.teleport_cost=-1", "--out", "b"]) == 2
     assert not Path("b").exists()

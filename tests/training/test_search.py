@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
+from training_cases import family_of, tiny
 from training_cases import small as config
-from training_cases import tiny
 
 import metateleport as mt
 from metateleport.cli.train import _bar, _Reporter
 from metateleport.families import TaskStack
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
-from metateleport.training import Interrupted, MetaTrainer, Progression, TrainConfig, TrainingError, Unroll, train
+from metateleport.learned import MetaOptimizer
+from metateleport.settings import SettingsError
+from metateleport.training import Interrupted, MetaTrainer, Progression, Recipe, Unroll, train
 from metateleport.training.search import constants, search_round
 
 
-def trainer(settings: TrainConfig, meta_steps: int = 1) -> MetaTrainer:
+def trainer(settings: Recipe, meta_steps: int = 1) -> MetaTrainer:
     torch.manual_seed(0)
-    meta = MetaOptimizer(MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
-    return MetaTrainer(settings, mt.load_family(settings.family, settings.settings), meta, meta_steps, None)
+    outer = dataclasses.replace(settings.outer, meta_steps=meta_steps)
+    validation = dataclasses.replace(settings.validation, every=min(settings.validation.every, meta_steps))
+    settings = dataclasses.replace(settings, outer=outer, validation=validation)
+    return MetaTrainer(settings, family_of(settings), MetaOptimizer(settings.networks(("GL",))))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_goes_down_a_valley_from_where_it_starts(seed: int) -> None:
-    meta = MetaOptimizer(MetaOptimizerConfig(hidden=4, gauge="exact"))
+    meta = MetaOptimizer(shape_of(hidden=4, gauge="exact"))
     vector = torch.nn.utils.parameters_to_vector(constants(meta)).detach()
     scales = torch.linspace(0.3, 1.0, len(vector))
     aim = vector + torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
@@ -47,7 +52,7 @@ def test_candidates_are_told_by_rank_alone() -> None:
     found = []
     for change in (lambda x: x, lambda x: 1e3 * x - 7, lambda x: x**3):
         torch.manual_seed(0)
-        meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+        meta = MetaOptimizer(shape_of(mode="lr", hidden=4))
         (bias,) = constants(meta)
         search_round(meta, lambda b=bias, c=change: c(float(b.detach().square().sum())), 0, seed=1)  # type: ignore[misc]
         found.append(bias.detach().clone())
@@ -57,7 +62,7 @@ def test_candidates_are_told_by_rank_alone() -> None:
 
 def test_constants_of_every_kind_of_network() -> None:
     def count(**changes: Any) -> int:
-        return sum(each.numel() for each in constants(MetaOptimizer(MetaOptimizerConfig(hidden=4, **changes))))
+        return sum(each.numel() for each in constants(MetaOptimizer(shape_of(hidden=4, **changes))))
 
     step = count(mode="lr")
     assert step == 3
@@ -67,7 +72,7 @@ def test_constants_of_every_kind_of_network() -> None:
     assert count() > step
     assert count(mode="update") == step + 2
     assert count(mode="update", update="adaptive") == 6
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="update", hidden=4))
+    meta = MetaOptimizer(shape_of(mode="update", hidden=4))
     assert {id(each) for each in constants(meta)} <= {id(each) for each in meta.parameters()}
 
 
@@ -118,8 +123,8 @@ def test_a_search_sees_training_tasks_over_the_whole_horizon(monkeypatch: pytest
     monkeypatch.setattr(Unroll, "window", measured)
     learning._search_round()
     assert len(lengths) == len(seen)
-    assert set(lengths) == {learning.config.horizon}
-    assert learning.config.horizon > learning.config.unroll
+    assert set(lengths) == {learning.outer.horizon}
+    assert learning.outer.horizon > learning.outer.unroll
     training = [each for each in seen if each[0] == "train"]
     assert len(set(training)) == 4
     assert len(training) % 4 == 0
@@ -198,15 +203,15 @@ def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"search": -1}, "search is a number of rounds"), ({"search": 2, "network": "flat"}, "flat networks.*search")],
+    [({"search": -1}, "outer.search has to be a number that is not negative")],
 )
 def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(TrainingError, match=words):
+    with pytest.raises(SettingsError, match=words):
         config(**changes)
 
 
 def test_a_rule_that_learns_nothing_has_no_constants() -> None:
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="lr", hidden=4))
+    meta = MetaOptimizer(shape_of(mode="lr", hidden=4))
     meta.rule.head.bias = None  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="no networks whose constants"):
         search_round(meta, lambda: 0.0, 0, 0)

@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from learned_cases import shape_of
 from torch import Tensor
+from training_cases import family_of
 from training_cases import small as config
 
 import metateleport as mt
 from metateleport.families import FamilyError, TaskStack, split_of
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
+from metateleport.settings import SettingsError
 from metateleport.training import (
     Interrupted,
     MetaTrainer,
     Progression,
-    TrainConfig,
+    Recipe,
     TrainingError,
     Unroll,
     device_for,
@@ -31,11 +34,9 @@ from metateleport.training import (
 )
 
 
-def trainer(settings: TrainConfig, meta_steps: int | None = None) -> MetaTrainer:
+def trainer(settings: Recipe) -> MetaTrainer:
     torch.manual_seed(0)
-    meta = MetaOptimizer(MetaOptimizerConfig(mode=settings.mode, hidden=settings.hidden, groups=("GL",)))
-    family = mt.load_family(settings.family, settings.settings)
-    return MetaTrainer(settings, family, meta, meta_steps or settings.meta_steps, settings.seconds)
+    return MetaTrainer(settings, family_of(settings), MetaOptimizer(settings.networks(("GL",))))
 
 
 def weights(path: Path) -> bytes:
@@ -65,11 +66,6 @@ def test_every_mode_trains_and_loads(mode: str, tmp_path: Path) -> None:
     assert (loaded.step_only is not None) == (mode == "update+tele")
     initial = MetaOptimizer(loaded.learned.config)
     assert initial.config.groups == ("GL",)
-
-
-def test_flat_networks_train(tmp_path: Path) -> None:
-    loaded = mt.load_checkpoint(train(config(network="flat", meta_steps=2), tmp_path / "a"))
-    assert loaded.learned.config.shapes == (("0.weight", (4, 4)), ("2.weight", (4, 4)))
 
 
 def test_equal_seeds_give_equal_checkpoints(whole: Path, tmp_path: Path) -> None:
@@ -161,7 +157,7 @@ def test_the_best_of_several_starts_goes_on() -> None:
     assert done.meta_step == 9
     # What goes on has the course of the best one behind it.
     assert min(score for step, score in done.validations if step <= 3) == min(done.starts)
-    alone = trainer(dataclasses.replace(settings, starts=1))
+    alone = trainer(dataclasses.replace(settings, outer=dataclasses.replace(settings.outer, starts=1)))
     alone.run()
     first = [score for step, score in alone.progression.validations if step <= 3]
     assert min(first) == done.starts[0]
@@ -188,9 +184,9 @@ def unfinished(tmp_path: Path) -> Path:
 def test_a_setting_that_an_earlier_version_did_not_know_had_its_defaults_effect(whole: Path, tmp_path: Path) -> None:
     state = unfinished(tmp_path) / "state.json"
     known = json.loads(state.read_text())
-    del known["config"]["search"]
+    del known["recipe"]["outer"]["search"]
     state.write_text(json.dumps(known))
-    with pytest.raises(TrainingError, match="was started with search=0, not 1"):
+    with pytest.raises(TrainingError, match=r"was started with outer\.search = 0, not 1"):
         train(config(search=1), tmp_path / "a", resume=True)
     assert weights(train(config(), tmp_path / "a", resume=True)) == weights(whole)
 
@@ -210,11 +206,12 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lr": 1.0}, r"lr=0\.005, not 1\.0"),
-        ({"meta_steps": 7}, "meta_steps=6, not 7"),
-        ({"settings": {"width": 5, "activation": "identity"}}, "settings="),
-        ({"seed": 9}, "seed=0, not 9"),
-        ({"mode": "lr"}, r"mode='lr\+tele', not 'lr'"),
+        ({"lr": 1.0}, r"outer\.lr = 0\.005, not 1\.0"),
+        ({"meta_steps": 7}, r"outer\.meta_steps = 6, not 7"),
+        ({"settings": {"width": 5, "activation": "identity"}}, r"family\.width = 4, not 5"),
+        ({"seed": 9}, r"outer\.seed = 0, not 9"),
+        ({"mode": "lr"}, r"teleport\.hidden = 4, not None"),
+        ({"update": "adaptive", "mode": "update+tele"}, "rule.kind = 'lr', not 'adaptive'"),
     ],
 )
 def test_resuming_with_other_settings(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -231,6 +228,7 @@ def test_resuming_from_a_damaged_state(tmp_path: Path) -> None:
     for content, words in (
         (state[:-20], "cannot be read"),
         ("[]", "not the state of a training"),
+        (json.dumps({"config": {"mode": "lr"}}), "begun by metateleport 0.2 or earlier"),
         (json.dumps({**json.loads(state), "progressions": {}}), "damaged"),
     ):
         (folder / "state.json").write_text(content)
@@ -288,7 +286,7 @@ def test_a_spoilt_task_spoils_no_other(mode: str, tmp_path: Path) -> None:
     (tmp_path / "spoilt.py").write_text(NOT_FINITE)
     settings = config(family=str(tmp_path / "spoilt.py"), settings={"every": 3}, mode=mode)
     spoilt = trainer(settings)
-    family = mt.load_family(settings.family, settings.settings)
+    family = family_of(settings)
     stack = family.stack(range(9))
     broken = [bool(target.isnan().any()) for target in stack.full[1][0]]
     assert 0 < sum(broken) < 9
@@ -313,7 +311,7 @@ def test_a_spoilt_task_spoils_no_other(mode: str, tmp_path: Path) -> None:
 def test_a_task_that_diverges_on_its_way_spoils_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation after the second step is not finite for the first task."""
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta, stack = MetaOptimizer(MetaOptimizerConfig(hidden=4)), family.stack(range(3))
+    meta, stack = MetaOptimizer(shape_of(hidden=4)), family.stack(range(3))
     own, steps = TaskStack.batch, []
 
     def batch(self: TaskStack, step: int) -> Any:
@@ -376,8 +374,8 @@ def test_training_that_has_wandered_off_goes_back_with_a_smaller_step(monkeypatc
     assert all(torch.equal(value, seen[0][name]) for name, value in weights_after[2].items())
     assert any(not torch.equal(value, seen[0][name]) for name, value in seen[2].items())
     full = [0.55 + 0.45 * math.cos(math.pi * step / 4) for step in range(4)]
-    assert rates[1] == pytest.approx(learning.config.lr * full[1])
-    assert rates[3] == pytest.approx(0.7 * learning.config.lr * full[3])
+    assert rates[1] == pytest.approx(learning.outer.lr * full[1])
+    assert rates[3] == pytest.approx(0.7 * learning.outer.lr * full[3])
     # What Adam had gathered on the way off is gone: one step since.
     assert {float(state["step"]) for state in learning.optimizer.state.values()} == {1.0}
 
@@ -432,7 +430,7 @@ def test_the_horizon_grows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_does_not_grow_over_windows() -> None:
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta = MetaOptimizer(MetaOptimizerConfig(hidden=4))
+    meta = MetaOptimizer(shape_of(hidden=4))
 
     def alive() -> int:
         gc.collect()
@@ -452,7 +450,7 @@ def test_memory_does_not_grow_over_windows() -> None:
 
 def test_an_untracked_unroll_keeps_no_graph() -> None:
     family = mt.load_family("leaky_mlp", {"width": 4, "activation": "identity"})
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="update+tele", hidden=4))
+    meta = MetaOptimizer(shape_of(mode="update+tele", hidden=4))
     tracked, untracked = Unroll(family.stack(range(2)), meta), Unroll(family.stack(range(2)), meta)
     expected, found = tracked.window(4), untracked.window(4, track=False)
     assert torch.equal(expected.detach(), found.detach())
@@ -463,7 +461,7 @@ def test_an_untracked_unroll_keeps_no_graph() -> None:
 
 def test_windows_go_on_where_the_last_one_ended() -> None:
     family = mt.load_family("leaky_mlp", {"width": 4})
-    meta = MetaOptimizer(MetaOptimizerConfig(mode="update+tele", hidden=4))
+    meta = MetaOptimizer(shape_of(mode="update+tele", hidden=4))
     whole, parts = Unroll(family.stack(range(2)), meta), Unroll(family.stack(range(2)), meta)
     expected = whole.window(6).detach()
     found = torch.cat((parts.window(2).detach(), parts.window(4).detach()))
@@ -496,7 +494,7 @@ def test_what_the_card_says(tmp_path: Path) -> None:
     assert card["family"]["name"] == "leaky_mlp"
     assert card["family"]["settings"]["width"] == 4
     assert card["training"]["command"] == "metateleport train leaky_mlp"
-    assert card["training"]["config"]["horizon"] == 6
+    assert card["training"]["recipe"]["outer"]["horizon"] == 6
     assert card["training"]["runs"]["learned"]["meta_steps"] == 6
 
 
@@ -514,26 +512,21 @@ def test_progress_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mode": "both"}, "a mode is one of"),
-        ({"tasks": 0}, "tasks has to be at least 1"),
-        ({"horizon": 2}, "raise the horizon or shorten the unroll"),
-        ({"lr": 0.0}, "positive"),
-        ({"lr": math.nan}, "positive"),
-        ({"seconds": 0}, "seconds has to be positive"),
-        ({"seed": -1}, "not negative"),
-        ({"longest": 1.0}, "longest is a number above one"),
-        ({"cooling": -0.1}, "cooling is a rate"),
-        ({"metric_memory": 1.0}, "metric_memory lies between"),
-        ({"network": "round"}, "network is one of equivariant, flat"),
-        ({"device": "tpu"}, "device is one of auto, cpu, cuda"),
-        ({"dtype": "float16"}, "dtype is one of float32, float64"),
-        ({"base": "rmsprop", "mode": "tele"}, "sgd, momentum, adam"),
+        ({"tasks": 0}, "outer.tasks has to be at least 1"),
+        ({"horizon": 2}, "outer.horizon = 2 is shorter than one window, outer.unroll = 3"),
+        ({"lr": 0.0}, "outer.lr has to be a positive number, not 0.0"),
+        ({"lr": math.nan}, "outer.lr has to be a positive number, not nan"),
+        ({"seconds": 0}, "outer.seconds has to be a positive number, not 0.0"),
+        ({"seed": -1}, "outer.seed has to be a number that is not negative"),
+        ({"device": "tpu"}, "outer.device is one of auto, cpu, cuda; not 'tpu'"),
+        ({"dtype": "float16"}, "outer.dtype is one of float32, float64; not 'float16'"),
+        ({"base": "rmsprop", "mode": "tele"}, "rule.optimizer is one of sgd, momentum, adam; not 'rmsprop'"),
         ({"settings": {"width": 4, "activation": "tanh", "samples": 9}}, "names no symmetries"),
         ({"family": "nowhere"}, "no task family"),
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises((TrainingError, FamilyError), match=words):
+    with pytest.raises((TrainingError, SettingsError, FamilyError), match=words):
         train(config(**changes), tmp_path / "a")
     assert names(tmp_path) == []
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from training_cases import family_of
 from training_cases import tiny as config
 
-import metateleport as mt
 from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
 from metateleport.learned import MetaOptimizer
-from metateleport.training import Interrupted, Progression, TrainConfig, TrainingError, train
+from metateleport.training import Interrupted, Progression, Recipe, TrainingError, train
 from metateleport.training.train import _trainers
 
 
@@ -24,16 +24,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return combine_meta_seeds(paths, folder / "both")
 
 
-def started(settings: TrainConfig) -> dict[str, MetaOptimizer]:
-    family = mt.load_family(settings.family, settings.settings)
-    return {name: trainer.meta for name, trainer in _trainers(settings, family).items()}
+def started(settings: Recipe) -> dict[str, MetaOptimizer]:
+    return {name: trainer.meta for name, trainer in _trainers(settings, family_of(settings)).items()}
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_it_starts_from_the_networks_of_the_same_meta_seed(source: Path, seed: int) -> None:
     metas = started(config(start_from=str(source), seed=seed))
     (own,) = [
-        each for each in each_meta_seed(load_checkpoint(source)) if each.card["training"]["config"]["seed"] == seed
+        each
+        for each in each_meta_seed(load_checkpoint(source))
+        if each.card["training"]["recipe"]["outer"]["seed"] == seed
     ]
     assert own.step_only is not None
     for meta, expected in ((metas["learned"], own.learned), (metas["step-only"], own.step_only)):
@@ -67,7 +68,7 @@ def test_the_rate_of_cooling_may_be_another(tmp_path: Path) -> None:
     known = load_checkpoint(source).learned
     assert metas["learned"].rule.cooling == 0.7  # type: ignore[union-attr]
     assert all(torch.equal(metas["learned"].state_dict()[name], value) for name, value in known.state_dict().items())
-    with pytest.raises(TrainingError, match=r"have cooling=0\.1, and these 0\.0"):
+    with pytest.raises(TrainingError, match=r"have rule\.cooling = 0\.1, and these 0\.0"):
         train(config(start_from=str(source)), tmp_path / "none")
 
 
@@ -80,11 +81,10 @@ def test_the_adaptive_update_may_begin_to_cool_down(tmp_path: Path) -> None:
     assert torch.equal(rule.head.bias, known.head.bias)  # type: ignore[union-attr]
 
 
-def test_where_the_rate_is_learned_the_name_of_the_update_does_not_let_it_begin(tmp_path: Path) -> None:
-    """Mode `lr` has no update: the setting of its size says nothing of the rule."""
-    shape = {"mode": "lr", "update": "adaptive"}
+def test_where_the_rate_is_learned_cooling_cannot_begin(tmp_path: Path) -> None:
+    shape = {"mode": "lr"}
     source = train(config(**shape), tmp_path / "source")
-    with pytest.raises(TrainingError, match=r"have cooling=0\.0, and these 0\.7"):
+    with pytest.raises(TrainingError, match=r"have rule\.cooling = 0\.0, and these 0\.7"):
         train(config(**shape, start_from=str(source), cooling=0.7), tmp_path / "none")
 
 
@@ -102,7 +102,7 @@ def test_the_metric_s_memory_may_be_another(tmp_path: Path) -> None:
 def test_it_is_trained_on_and_its_card_says_where_from(source: Path, tmp_path: Path) -> None:
     settings = config(start_from=str(source), seed=1, settings={"width": 4, "activation": "identity"})
     path = train(settings, tmp_path / "on")
-    assert load_checkpoint(path).card["training"]["config"]["start_from"] == str(source)
+    assert load_checkpoint(path).card["training"]["recipe"]["outer"]["start_from"] == str(source)
 
     def interrupt(name: str, progression: Progression, _: float) -> None:
         if name == "learned" and progression.meta_step == 1:
@@ -127,9 +127,8 @@ def test_it_never_ends_worse_than_it_started(source: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": 5}, "have hidden=3, and these 5"),
-        ({"mode": "update+tele"}, "have mode='lr\\+tele'"),
-        ({"starts": 2}, "use starts=1"),
+        ({"hidden": 5}, r"have rule\.hidden = 3, and these 5"),
+        ({"mode": "update+tele"}, "have rule.kind = 'lr', and these 'coordinate'"),
         ({"start_from": "nowhere"}, "cannot start from nowhere: there is no checkpoint"),
     ],
 )
@@ -143,5 +142,5 @@ def test_what_does_not_fit_is_said_before_any_work(
 
 def test_a_checkpoint_without_a_twin_starts_no_twin(tmp_path: Path) -> None:
     alone = train(config(mode="tele"), tmp_path / "alone")
-    with pytest.raises(TrainingError, match="have mode='tele'"):
+    with pytest.raises(TrainingError, match=r"have rule\.kind = 'base', and these 'lr'"):
         train(config(start_from=str(alone)), tmp_path / "c")

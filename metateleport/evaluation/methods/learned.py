@@ -15,8 +15,7 @@ from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer
-from metateleport.learned.inner_loop import InnerLoop
-from metateleport.learned.meta_optimizer import Regauge
+from metateleport.learned.meta_optimizer import InnerLoop, Regauge
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import NoTeleport, Teleporter

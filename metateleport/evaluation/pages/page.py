@@ -97,9 +97,10 @@ def _card(checkpoint: Checkpoint) -> list[str]:
     versions = card.get("versions", {})
     lines.append(f"- Versions: {', '.join(f'{library} {version}' for library, version in versions.items())}.")
     lines.append("")
-    if "command" in training:
-        lines += ["```", str(training["command"]), "```", ""]
     seeds = card.get("meta_seeds", ())
+    if "recipe" in training:
+        several = f" --meta-seeds {len(seeds)}" if seeds else ""
+        lines += ["```", f"metateleport train --recipe {checkpoint.name}{several} --out FOLDER", "```", ""]
     if seeds:
         rows = [[str(each["seed"]), number(each["validation"]), "shipped" if each["chosen"] else ""] for each in seeds]
         lines += table(["meta-seed", "score on validation tasks (lower is better)", ""], rows)

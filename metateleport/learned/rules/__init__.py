@@ -1,11 +1,33 @@
 """Update rules: how the meta-optimizer steps, once it has teleported or chosen its gauges."""
 
-from metateleport.learned.rules.base import BASES, BaseRule, UpdateRule, carried_moments, subtracted
+from metateleport.learned.rules.adaptive import AdaptiveSettings
+from metateleport.learned.rules.base import (
+    BASES,
+    BaseOptimizerSettings,
+    BaseRule,
+    RuleSettings,
+    UpdateRule,
+    carried_moments,
+    subtracted,
+)
+from metateleport.learned.rules.coordinate import CoordinateSettings
+from metateleport.learned.rules.registry import known_rules, read_rule, register
+from metateleport.learned.rules.step import StepSettings
+from metateleport.learned.rules.tensor import TensorSettings
 
 __all__ = [
     "BASES",
+    "AdaptiveSettings",
+    "BaseOptimizerSettings",
     "BaseRule",
+    "CoordinateSettings",
+    "RuleSettings",
+    "StepSettings",
+    "TensorSettings",
     "UpdateRule",
     "carried_moments",
+    "known_rules",
+    "read_rule",
+    "register",
     "subtracted",
 ]

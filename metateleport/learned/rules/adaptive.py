@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
-from metateleport.learned.rules.base import UpdateRule, carried_moments
+from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
 from metateleport.linalg import alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
+from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["AdaptiveRule"]
+__all__ = ["AdaptiveRule", "AdaptiveSettings"]
 
 _FEATURES = 7
 _NUMBERS = ("seen", "recent", "weights")
@@ -45,6 +47,24 @@ _CALM = 2.0
 
 _MIXTURE = (0.0, 1.5, -1.5)
 """Where the logits of Adam's direction, the polar factor's and the gauge's start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveSettings(RuleSettings):
+    """A learned update for minibatches (`AdaptiveRule`).
+
+    Args:
+        hidden: units of the LSTM of each tensor.
+        cooling: how fast steps get shorter with time; zero for not at all.
+    """
+
+    kind: ClassVar[str] = "adaptive"
+
+    hidden: int = setting(32, AT_LEAST_ONE)
+    cooling: float = setting(0.0, NOT_NEGATIVE)
+
+    def rule(self) -> AdaptiveRule:
+        return AdaptiveRule(self.hidden, self.cooling)
 
 
 class AdaptiveRule(nn.Module, UpdateRule):

@@ -5,21 +5,36 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from metateleport.gauges import Gauge
+from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.progress import Progress, Tolerance
+from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import fit
 from metateleport.point import Point, Tensors
+from metateleport.settings import POSITIVE, Settings, SettingsError, setting
 from metateleport.symmetries import Symmetry
-from metateleport.teleporters import Move
+from metateleport.teleporters import Move, Teleporter
 
-__all__ = ["BASES", "BaseRule", "UpdateRule", "carried_moments", "subtracted"]
+__all__ = [
+    "BASES",
+    "BaseOptimizerSettings",
+    "BaseRule",
+    "Learns",
+    "RuleSettings",
+    "UpdateRule",
+    "carried_moments",
+    "subtracted",
+]
 
-BASES = ("sgd", "momentum", "adam")
+Base = Literal["sgd", "momentum", "adam"]
+Learns = Literal["update", "lr", ""]
+
+BASES: tuple[Base, ...] = get_args(Base)
 """Names of the hand-designed optimizers of mode `tele`."""
 
 
@@ -74,6 +89,76 @@ class UpdateRule(abc.ABC):
             accepted: where the point is what the last step led to, `(tasks,)`; elsewhere that was taken back.
         """
         return state
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleSettings(Settings, abc.ABC):
+    """The settings of an update rule, which build it; `metateleport.learned.rules.registry` has them by their `kind`.
+
+    A rule of one's own is a subclass of `UpdateRule`, and one of this whose `kind` is new, its fields the settings.
+    """
+
+    part: ClassVar[str] = "rule"
+    kind: ClassVar[str] = ""
+
+    @property
+    def learns(self) -> Learns:
+        """What it learns: every coordinate's `update`, a step for each tensor (`lr`), or nothing."""
+        return "update"
+
+    @abc.abstractmethod
+    def rule(self) -> UpdateRule:
+        """A rule with new weights."""
+
+    def teleporter(self, teleport: TeleportSettings, groups: tuple[str, ...]) -> Teleporter:
+        """The teleporter that goes with it, with new weights.
+
+        Args:
+            teleport: its settings.
+            groups: names of the groups that it is to have networks for.
+        """
+        return LearnedTeleporter(groups, teleport.hidden, max_stretch=teleport.max_stretch)
+
+    def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
+        """Whether it goes with what a meta-optimizer has beside it.
+
+        Raises:
+            SettingsError: if not, naming the two that do not go together.
+        """
+
+    def table(self) -> dict[str, Any]:
+        return {"kind": self.kind, **super().table()}
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseOptimizerSettings(RuleSettings):
+    """A hand-designed optimizer, behind a teleport that is learned (`BaseRule`).
+
+    Args:
+        optimizer: `sgd`, `momentum` or `adam`.
+        lr: its step size.
+    """
+
+    kind: ClassVar[str] = "base"
+
+    optimizer: Base = setting("sgd")
+    lr: float = setting(1e-3, POSITIVE)
+
+    @property
+    def learns(self) -> Learns:
+        return ""
+
+    def rule(self) -> BaseRule:
+        return BaseRule(self.optimizer, self.lr)
+
+    def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
+        if gauge is not None:
+            raise SettingsError(
+                f"gauge.kind = {gauge.kind!r} does not go with rule.kind = 'base', whose steps are in no gauge: leave "
+                "the gauge out"
+            )
+        if teleport is None:
+            raise SettingsError("rule.kind = 'base' learns no step, and without teleport nothing is learned: add it")
 
 
 @dataclasses.dataclass(frozen=True)

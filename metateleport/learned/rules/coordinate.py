@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -10,14 +11,37 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.base import carried_moments, subtracted
-from metateleport.learned.rules.step import StepRule
+from metateleport.learned.rules.base import Learns, carried_moments, subtracted
+from metateleport.learned.rules.step import StepRule, StepSettings
 from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
+from metateleport.settings import AT_LEAST_ONE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["CoordinateRule"]
+__all__ = ["CoordinateRule", "CoordinateSettings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinateSettings(StepSettings):
+    """A learned update for every coordinate, for small models (`CoordinateRule`).
+
+    Args:
+        hidden: units of the LSTM of each tensor.
+        secants, longest, cooling: as of `StepSettings`.
+        coordinate_hidden: units of each layer of the LSTM of every coordinate.
+    """
+
+    kind: ClassVar[str] = "coordinate"
+
+    coordinate_hidden: int = setting(20, AT_LEAST_ONE)
+
+    @property
+    def learns(self) -> Learns:
+        return "update"
+
+    def rule(self) -> CoordinateRule:
+        return CoordinateRule(self.hidden, self.coordinate_hidden, self.secants, self.longest, self.cooling)
 
 
 class CoordinateRule(StepRule):

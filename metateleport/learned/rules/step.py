@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.learned.rules.base import UpdateRule, subtracted
+from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
 from metateleport.linalg import finite_gradient, fit
 from metateleport.point import Point, Tensors
+from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["StepRule"]
+__all__ = ["StepRule", "StepSettings"]
 
 Cell = tuple[Tensor, Tensor]
 _TENSOR_FEATURES = 7
@@ -31,6 +32,34 @@ _PATIENCE = 10.0
 """Rest at which steps begin to cool down: without noise too a loss may lie still for a while."""
 
 _AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings(RuleSettings):
+    """A learned step for each tensor, within the curvature bound (`StepRule`).
+
+    Args:
+        hidden: units of the LSTM.
+        secants: number of secant pairs that are built around the learned step where all data are seen.
+        longest: the longest step in units of the joint curvature bound, above one: short where a gauge makes the bound
+            tight, so that training does not answer to what a gauge leaves uneven by longer steps.
+        cooling: how fast steps on minibatches get shorter once the loss is down to its noise, at the start of training;
+            zero for not at all.
+    """
+
+    kind: ClassVar[str] = "lr"
+
+    hidden: int = setting(32, AT_LEAST_ONE)
+    secants: int = setting(0, NOT_NEGATIVE)
+    longest: float = setting(1.5, ABOVE_ONE)
+    cooling: float = setting(0.0, NOT_NEGATIVE)
+
+    @property
+    def learns(self) -> Learns:
+        return "lr"
+
+    def rule(self) -> StepRule:
+        return StepRule(self.hidden, self.secants, self.longest, self.cooling)
 
 
 class StepRule(nn.Module, UpdateRule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -10,16 +11,36 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.step import StepRule
+from metateleport.learned.rules.base import Learns
+from metateleport.learned.rules.step import StepRule, StepSettings
 from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["TensorRule"]
+__all__ = ["TensorRule", "TensorSettings"]
 
 _FEATURES = 5
 _SQUARES_MEMORY = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSettings(StepSettings):
+    """A learned update for large models (`TensorRule`).
+
+    Args:
+        hidden: units of the LSTM of each tensor.
+        secants, longest, cooling: as of `StepSettings`.
+    """
+
+    kind: ClassVar[str] = "tensor"
+
+    @property
+    def learns(self) -> Learns:
+        return "update"
+
+    def rule(self) -> TensorRule:
+        return TensorRule(self.hidden, secants=self.secants, longest=self.longest, cooling=self.cooling)
 
 
 class TensorRule(StepRule):

@@ -1,4 +1,4 @@
-"""Mechanisms of teleportation, each put to the test by one command."""
+"""Experiments on the papers' claims about teleportation, each run by one command."""
 
 from metateleport.papers.experiments.base import Claim, Experiment, ExperimentError, ExperimentResult, Findings, finite
 from metateleport.papers.experiments.registry import EXPERIMENTS, load_experiment, summary_of

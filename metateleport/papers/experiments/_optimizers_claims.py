@@ -1,4 +1,4 @@
-"""What the runs of the experiment `optimizers` say of the paper's claims."""
+"""The claims of the experiment `optimizers`, decided by its runs."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _LATE = "ascent, batch form, late"
 
 
 def along(losses: npt.ArrayLike) -> Array:
-    """Geometric mean of the losses along a run, its start left out; runs in front.
+    """Geometric mean of the losses along a run without its start; runs in front.
 
-    A loss of more than ten times the first counts as that: what has diverged has failed, however far it went.
+    Losses above ten times the first are clipped there: a run that diverged has failed, however far it went.
     """
     return np.exp(_bounded(losses)[..., 1:].mean(-1))
 
 
 def claims(data: Mapping[str, Any]) -> list[Claim]:
-    """All that is claimed, decided by the runs of all data sets.
+    """All claims, decided by the runs of all data sets.
 
     Args:
         data: for each data set and optimizer the `courses` of each step size and method.
@@ -95,12 +95,12 @@ def log_ratios(
     Args:
         data: as in `claims`.
         regime: which step sizes.
-        method: whose loss is above the line.
-        against: whose is below it.
+        method: the numerator.
+        against: the denominator.
         names: of the optimizers.
         what: `training` or `held-out`.
-        clock: by `steps` the losses are those along the run; by `evaluations` or `seconds`, those when the second
-            method is through.
+        clock: with `steps`, losses along the run; with `evaluations` or `seconds`, losses at the time when the second
+            method has finished.
     """
     key = what.replace("-", "_")
     rows = []
@@ -117,7 +117,7 @@ def log_ratios(
 
 
 def ratio_of(logs: Array) -> tuple[float, tuple[float, float]]:
-    """The median ratio and its interval over tasks: what one task gives stays together."""
+    """The median ratio and its interval; whole tasks are resampled."""
     low, high = median_interval(logs)
     value, low, high = (float(np.exp(min(each, 690.0))) for each in (float(np.median(logs)), low, high))
     return finite(value), (finite(low), finite(high))
@@ -129,7 +129,7 @@ def _bounded(losses: npt.ArrayLike) -> Array:
 
 
 def _when_through(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str, clock: str) -> Array:
-    """Logs of our losses at the time when they are through; at our end where that comes first."""
+    """Logs of our losses at the time when the other runs have finished, or at our end if that is earlier."""
     found = []
     for run, losses in enumerate(_bounded(ours[key])):
         # Of the seconds there is one column for all runs.
@@ -141,14 +141,14 @@ def _when_through(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str, 
 
 
 def _lower(logs: Array, claim: str, source: str) -> Claim:
-    """That the median ratio lies below one."""
+    """The claim that the median ratio is below one."""
     value, (low, high) = ratio_of(logs)
     holds = True if high < 1 else False if low > 1 else None
     return Claim(f"{claim}: median ratio", source, value, (low, high), holds)
 
 
 def _jump(data: Mapping[str, Any], names: Sequence[str]) -> Claim:
-    """Half-way, as at the start the outputs hardly tell the classes apart."""
+    """The claim about the jump of the held-out loss; half-way, as at the start the outputs are near chance."""
     late = [[family[name]["courses"]["plain"][_LATE]["jump"] for name in names] for family in data.values()]
     value, (low, high) = ratio_of(np.concatenate([np.log(each).T for each in late]))
     holds = True if low > 1 else False if high < 1 else None

@@ -1,4 +1,4 @@
-"""The infinitesimal action of symmetries: the vector fields that a Lie algebra moves parameters by."""
+"""The infinitesimal action of symmetries: a vector field on the parameters for each generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an experiment is: settings, a run, claims that are decided by the run, and a figure."""
+"""The interface of every experiment: settings, a run, claims that the run decides, and a figure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["LARGEST", "SCHEMA", "Claim", "Experiment", "ExperimentError", "Exper
 SCHEMA = 1
 
 LARGEST = 1e300
-"""What a number that is larger, or infinite, stands as in a result: JSON has no infinity."""
+"""Larger or infinite numbers become this in a result, as JSON has no infinity."""
 
 Progress = Callable[[str], None]
-"""Is told what is being done."""
+"""Receives messages on what is being done."""
 
 
 class ExperimentError(ValueError):
@@ -33,14 +33,14 @@ class ExperimentError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One statement, and what the run says of it.
+    """One statement, and whether the run confirms it.
 
     Args:
         claim: the statement, in words, with what `value` measures.
-        source: paper and place that states it, or `here` for what is stated by this library alone.
+        source: paper and place that states it; `here` if only this library states it.
         value: the number that decides it.
-        interval: its confidence interval; None where the value is no estimate.
-        holds: whether it does; None where this data do not decide it.
+        interval: its confidence interval; None if the value is not an estimate.
+        holds: whether it holds; None if the data do not decide.
 
     Raises:
         ValueError: if a number is not finite, or the interval is not in order.
@@ -64,7 +64,7 @@ class Claim:
             raise ValueError(f"the interval of the claim {self.claim!r} is not in order: {self.interval}")
 
     def as_json(self) -> dict[str, Any]:
-        """The claim as plain values; `interval` and `holds` may be null there, nothing else."""
+        """The claim as plain values; only `interval` and `holds` may be null."""
         interval = None if self.interval is None else [float(bound) for bound in self.interval]
         holds = None if self.holds is None else bool(self.holds)
         return {**dataclasses.asdict(self), "value": float(self.value), "interval": interval, "holds": holds}
@@ -72,7 +72,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What a run gives: plain values by name for the figure and for readers, and the claims."""
+    """Results of a run: plain values by name, and the claims."""
 
     results: Mapping[str, Any]
     claims: Sequence[Claim]
@@ -85,9 +85,9 @@ class ExperimentResult:
     Args:
         experiment: its name.
         settings: all of its settings, and the seed.
-        seconds: that the run took.
+        seconds: duration of the run.
         results: plain values: numbers, strings, booleans, lists and dictionaries of these.
-        claims: what was tested.
+        claims: the statements that were tested.
     """
 
     experiment: str
@@ -97,7 +97,7 @@ class ExperimentResult:
     claims: Sequence[Claim]
 
     def as_json(self) -> dict[str, Any]:
-        """The result for JSON: never NaN, infinity or null, but for a claim's `interval` and `holds`.
+        """The result for JSON: no NaN, infinity or null, except in a claim's `interval` and `holds`.
 
         Raises:
             ValueError: if there is such a value, with the place where it stands.
@@ -121,7 +121,7 @@ class ExperimentResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A mechanism that a paper claims, put to the test.
+    """A test of a paper's claims.
 
     An experiment is a frozen dataclass: its fields are its settings, each with a default, and `--set name=value` on
     the command line sets them. Settings that cannot work raise `ExperimentError` when it is made. Everything random
@@ -138,7 +138,7 @@ class Experiment(abc.ABC):
 
         Args:
             seed: seeds all that is random.
-            progress: is told what is being done.
+            progress: receives messages on what is being done.
         """
 
     @abc.abstractmethod
@@ -150,7 +150,7 @@ class Experiment(abc.ABC):
 
         Args:
             seed: seeds all that is random.
-            progress: is told what is being done.
+            progress: receives messages on what is being done.
 
         Raises:
             ExperimentError: if the seed is negative.
@@ -174,10 +174,10 @@ class Experiment(abc.ABC):
 
 
 def finite(value: float) -> float:
-    """A number that JSON can hold: what is infinite or larger stands as 1e300.
+    """A number that JSON can hold: infinite and larger ones become 1e300.
 
     Raises:
-        ValueError: if it is not a number at all.
+        ValueError: if it is NaN.
 
     Example:
         >>> finite(float("inf"))
@@ -185,7 +185,7 @@ def finite(value: float) -> float:
     """
     value = float(value)
     if math.isnan(value):
-        raise ValueError("a result is not a number (NaN): say in its place what it means")
+        raise ValueError("a result is NaN: replace it by a value that says what it means")
     return max(-LARGEST, min(LARGEST, value))
 
 

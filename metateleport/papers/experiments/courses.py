@@ -1,4 +1,4 @@
-"""Training runs with teleports at some of their steps, watched at checkpoints: what `optimizers` is made of."""
+"""Training runs with teleports, measured at some of their steps, for the experiment `optimizers`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Course:
         training: loss on all of the training data.
         held_out: loss on the held-out data.
         evaluations: gradient evaluations spent up to each checkpoint, those of the teleports included.
-        seconds: of processor time spent in steps and teleports, so that a busy machine tells the same.
+        seconds: CPU time spent in steps and teleports; CPU time, as it depends less on a busy machine.
         moved: number of teleports that moved the weights.
         refused: number that were refused.
         failures: how often each failure of a teleport was seen.
-        growth: of the gradient norm in a teleport, on its minibatch; geometric mean.
-        size: of a teleport, the mean norm of the generators; of one without generators that of the displacement.
-        jump: of the held-out loss in a teleport, geometric mean of after over before.
+        growth: factor of the gradient norm in a teleport, on its minibatch; geometric mean.
+        size: mean norm of the generators of a teleport, or of its displacement where there are no generators.
+        jump: factor of the held-out loss in a teleport; geometric mean.
     """
 
     training: list[float]
@@ -71,7 +71,7 @@ def follow(
         recipe: the optimizer.
         step_size: its step size.
         method: how to teleport.
-        checkpoints: after which numbers of steps to look, in order; 0 is the start.
+        checkpoints: numbers of steps after which to measure, in order; 0 is the start.
     """
     with warnings.catch_warnings():
         # What becomes of a state that cannot be carried is told of each method in words.

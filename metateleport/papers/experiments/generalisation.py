@@ -37,13 +37,13 @@ Array = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generalisation(Experiment):
-    """Sharpness and curvature against held-out loss on real digits, and teleports that raise or lower each.
+    """Sharpness and curvature against held-out loss on real digits, and teleports that raise or lower either.
 
     Settings:
-        networks: how many are trained, from as many starts, on the same data in the same order.
+        networks: number of networks, trained from different starts on the same data in the same order.
         hidden: units of both hidden layers.
         samples: training images.
-        batch: images a minibatch.
+        batch: images per minibatch.
         rate: step size of SGD.
         epochs: of training.
         teleport: the epoch after which the teleports take place.
@@ -224,7 +224,7 @@ def correlation(pairs: Array) -> float:
 
 
 def partial_correlation(triples: Array) -> float:
-    """Pearson's correlation of the first two columns when what the third says linearly is taken out of both."""
+    """Pearson's partial correlation of the first two columns, given the third."""
     x, y, z = (triples[:, place] - triples[:, place].mean() for place in range(3))
     x, y = (each - (each @ z) / max(z @ z, 1e-300) * z for each in (x, y))
     return correlation(np.stack([x, y], 1))

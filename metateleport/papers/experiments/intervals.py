@@ -1,4 +1,4 @@
-"""Confidence intervals of what experiments report."""
+"""Confidence intervals for experiments."""
 
 from __future__ import annotations
 

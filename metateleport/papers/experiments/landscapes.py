@@ -1,4 +1,4 @@
-"""Test functions whose level sets are the circles or spheres of a chart, and the rotations that move along them."""
+"""Test functions whose level sets are spheres in a chart, and the rotations that move along them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment `newton`: Newton's step split into its gradient and its symmetry component."""
+"""The experiment `newton`: Newton's step as the sum of a gradient and a symmetry component."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Newton(Experiment):
 
     Settings:
         functions: random functions of each kind.
-        dimension: of what they take.
+        dimension: of their argument.
     """
 
     name: ClassVar[str] = "newton"
@@ -251,14 +251,14 @@ def _measured(functions: Iterator[tuple[Function, Tensor]], convex: bool) -> dic
 
 
 def _hessian_gap(here: Split) -> float:
-    """How far the symmetry component stays behind the best tangent direction for its length in the Hessian's norm."""
+    """How much worse the symmetry component is than the best tangent direction of its length in the Hessian's norm."""
     basis = here.basis()
     best = basis @ torch.linalg.solve(basis.mT @ here.hessian @ basis, basis.mT @ here.ascent)
     return 1 - here.rise_for_length(here.across) / here.rise_for_length(best)
 
 
 def _model_gap(here: Split) -> float:
-    """How much lower the second-order model could end behind the gradient component, by the best tangent move."""
+    """How much lower the second-order model could get after the gradient component, by the best tangent move."""
     basis = here.basis()
     slope = basis.mT @ (here.gradient + here.hessian @ here.along)
     best = -basis @ torch.linalg.solve(basis.mT @ here.hessian @ basis, slope)

@@ -219,7 +219,7 @@ def _steepest_norm(kind: type[Landscape], x: Tensor) -> float:
 
 
 def _ordinary(kind: type[Landscape], factor: float = 1.0) -> Tensor:
-    """A point that is nothing special on its level set."""
+    """A generic point of a level set."""
     radius = factor * LEVEL[kind.name] ** 0.5
     return kind.inverse(torch.tensor([radius * 0.8, radius * 0.6], dtype=torch.float64))
 

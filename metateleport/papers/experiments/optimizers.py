@@ -30,19 +30,19 @@ LOOKS = 10
 class Optimizers(Experiment):
     """Optimizers x teleporters on scikit-learn's and MNIST's digits: teleports early, late and often.
 
-    Gradient ascent over the batch form of GL that the source takes, ascent over the exact rescalings and a random
-    element of the batch form teleport once before the first step, once half-way, or ten times; gradient descent,
-    whitening, null space and level set once before the first step. All runs of a task start from the same weights and
-    meet the same minibatches, at three step sizes: that of the source's code, where it has the optimizer; the one
-    that is best without a teleport; and, for early teleports, each method's own best. Step sizes are chosen by the
-    training loss along the run, on tasks of their own. Losses are compared by steps, by gradient evaluations and by
-    seconds of processor time, those of the teleports included. The optimizer's state is transported along rescalings
-    and starts anew after every other teleport, as in the source's code.
+    Three methods teleport once before the first step, once half-way, or ten times: gradient ascent over the batch form
+    of GL, as in the source, ascent over the exact rescalings, and a random element of the batch form. Gradient descent,
+    whitening, null space and level set teleport once before the first step. All runs of a task have the same start and
+    the same minibatches. They use three step sizes: that of the source's code, where it has the optimizer; the best one
+    without a teleport; and, for early teleports, each method's own best. Step sizes are tuned by the training loss
+    along the run, on separate tasks. Losses are compared at equal steps, gradient evaluations and seconds of CPU time,
+    those of the teleports included. The optimizer's state is transported along rescalings and reset after every other
+    teleport, as in the source's code.
 
     Settings:
         runs: tasks of each data set: other classes, initial weights and order of the minibatches.
         steps: of training.
-        batch: samples a minibatch; the batch form holds where they are no more than `hidden`.
+        batch: samples per minibatch, at most `hidden`, as the batch form needs.
         hidden: units of each hidden layer.
         depth: number of weight matrices.
         reach: largest norm of a generator, and the norm of the random ones; a tenth of it, over the norm of the
@@ -72,14 +72,16 @@ class Optimizers(Experiment):
                 f"runs={self.runs}, tuning={self.tuning}, ascent={self.ascent}"
             )
         if self.steps < LOOKS:
-            raise ExperimentError(f"optimizers looks {LOOKS} times, so steps={self.steps} has to be at least {LOOKS}")
+            raise ExperimentError(
+                f"optimizers measures {LOOKS} times in a run, so steps={self.steps} has to be at least {LOOKS}"
+            )
         if not 0 < self.reach < float("inf"):
             raise ExperimentError(f"reach is a norm, finite and positive, not {self.reach}")
         if self.depth < 3:
             raise ExperimentError(f"depth={self.depth}: the source's perceptrons have two hidden layers or more")
         if self.batch > self.hidden:
             raise ExperimentError(
-                f"the batch form holds for no more samples than units: batch={self.batch} and hidden={self.hidden}"
+                f"the batch form needs no more samples than units; got batch={self.batch} and hidden={self.hidden}"
             )
         if self.only not in ("all", *OPTIMIZERS):
             raise ExperimentError(f"only is all or one of {', '.join(OPTIMIZERS)}, not {self.only!r}")
@@ -111,7 +113,7 @@ class Optimizers(Experiment):
 
     @property
     def methods(self) -> dict[str, Method]:
-        """All that is compared, by name."""
+        """The methods that are compared, by name."""
         return methods(self.steps, self.reach, self.ascent, often=10)
 
     def _family(self, name: str) -> TaskFamily:
@@ -163,7 +165,7 @@ class Optimizers(Experiment):
 
 
 class _Ready(NamedTuple):
-    """A task whose data are picked already, as every method meets the same."""
+    """A task with its data prepared, the same for every method."""
 
     task: Task
     training: Batch
@@ -186,7 +188,7 @@ def _columns(courses: Sequence[Course]) -> dict[str, Any]:
 
 
 def _rounded(values: Any) -> Any:
-    """Six digits of each number: a file for readers needs no more."""
+    """Numbers rounded to six digits."""
     if isinstance(values, list):
         return [_rounded(each) for each in values]
     return float(f"{values:.6g}") if isinstance(values, float) else values

@@ -46,7 +46,7 @@ class Orbit(Experiment):
     """Is the orbit the whole level set? Dimensions of both for the models of the gallery.
 
     Settings:
-        largest: models with more parameters are left out, and told.
+        largest: models with more parameters are left out, and named.
         tolerance: singular values below this share of the largest count as zero.
     """
 
@@ -164,7 +164,7 @@ def _jacobian(outputs: Any, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
 
 
 def _is_data(task: Task) -> bool:
-    """Whether the input is not a batch of samples but the problem itself, as a quadratic's matrix is."""
+    """Whether the input is the problem itself, such as a quadratic's matrix, and not a batch of samples."""
     return not task.targets
 
 

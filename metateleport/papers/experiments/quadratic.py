@@ -165,7 +165,7 @@ def _position(task: Task) -> Tensor:
 
 
 def _inside(path: Tensor, box: float) -> list[list[float]]:
-    """The path up to where it leaves a box: what diverges is not drawn."""
+    """The path up to where it leaves the box that is drawn."""
     outside = ~(path.isfinite() & (path.abs() < box)).all(1)
     end = int(outside.nonzero()[0]) if bool(outside.any()) else len(path)
     return path[:end].tolist()
@@ -254,7 +254,7 @@ def _landscape_claims(name: str, found: Mapping[str, Any]) -> list[Claim]:
 
 
 def _faster(ratio: PairedRatio, where: str, source: str) -> Claim:
-    """That teleporting once and then descending ends lower than descending alone."""
+    """The claim that teleporting once and then descending ends lower than descending alone."""
     holds = True if ratio.high < 1 else False if ratio.low > 1 else None
     return Claim(
         f"one teleport to the steepest point, then gradient descent, ends lower than gradient descent alone ({where}): "

@@ -15,9 +15,9 @@ from metateleport.papers.experiments.base import ExperimentError
 __all__ = ["OPTIMIZERS", "Recipe", "best_step_size", "require"]
 
 FACTOR = 3.0
-"""Between neighbouring step sizes that are tried."""
+"""Ratio of neighbouring step sizes."""
 FURTHEST = 5
-"""How often a search may go on where the best step size is at its end."""
+"""How often the grid is extended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Recipe:
 
     Args:
         make: makes it for a model, at a step size.
-        start: the step size that the search begins at.
+        start: the step size that the search starts from.
         source: the step size of the source's code on MNIST; None where the source has no such optimizer.
-        library: the package that it comes from.
+        library: the package it comes from.
     """
 
     make: Callable[[nn.Module, float], torch.optim.Optimizer]
@@ -86,7 +86,7 @@ def require(names: list[str]) -> None:
 
 
 def best_step_size(score: Callable[[float], float], start: float) -> float:
-    """The step size of the lowest score on a ladder through `start`, which goes on where the best is at its end.
+    """The step size of the lowest score on a geometric grid around `start`, extended while the best is at its end.
 
     Args:
         score: of a step size, lower is better.

@@ -1,4 +1,4 @@
-"""Ways to teleport in a training run: teleporters, the symmetries they move along, and when."""
+"""Methods of teleporting in a training run: teleporter, symmetries, and at which steps."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["ONCE", "PLAIN", "THRICE", "WHEN", "Method", "batch_pairs", "methods"
 PLAIN = "no teleport"
 WHEN = ("early", "late", "often")
 THRICE = ("ascent, batch form", "ascent, rescaling", "random, batch form")
-"""Ways that are tried early, late and often."""
+"""Methods that teleport early, late and often."""
 ONCE = ("descent, batch form", "whitening, batch form", "null space", "level set")
-"""Ways that are tried early only."""
+"""Methods that teleport early only."""
 
 # The source's code goes no further where the squared norm of the gradient is above it.
 _SQUARED_NORM_CAP = 100.0
@@ -61,12 +61,12 @@ def batch_pairs(model: nn.Module) -> list[Symmetry]:
 
 
 def methods(steps: int, reach: float, ascent: int, often: int) -> dict[str, Method]:
-    """All that is compared, by name.
+    """The methods that are compared, by name.
 
     Args:
         steps: of training.
-        reach: largest norm of a generator, that of the random ones, and the way of the two that have no generators
-            over the norm of the weights, tenfold.
+        reach: largest norm of a generator, and the norm of the random ones. A tenth of it is the reach of null space
+            and level set, relative to the norm of the weights.
         ascent: steps of gradient ascent.
         often: number of teleports in a run that teleports often.
     """

@@ -1,4 +1,4 @@
-"""The source paper's learned teleportation, done again with what it is to be compared with."""
+"""The source paper's learned teleportation (its figure 6), reproduced with its attribution."""
 
 from metateleport.papers.reproduction.figure_6 import NETWORKS, Figure6, figure_6
 from metateleport.papers.reproduction.picture import draw

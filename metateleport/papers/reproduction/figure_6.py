@@ -1,11 +1,11 @@
-r"""Learning to teleport as in the source paper: LSTMs over flattened gradients, on the paper's regression.
+r"""Figure 6 of the source paper: LSTMs over flattened gradients that learn to teleport, on the paper's regression.
 
 Task: $L = \tfrac12 |Y - W_2 \sigma(W_1 X)|^2$, all 20x20 and uniform on [0, 1], LeakyReLU. Gradient descent with 3e-4
 stands against LSTM(update), LSTM(lr, tele) and LSTM(update, tele), each meta-trained on 700 runs of 100 steps, unrolled
 by ten, with Adam at 1e-4 on the network that steps and at 1e-3 on the one that teleports, and generators of norm 0.01.
 
-What the paper's figure leaves out stands beside it: several meta-seeds, the same networks with the teleport off or
-random, the step meta-trained without teleports, and the same networks with steps that do harm taken back.
+Beside the paper's curves: several meta-seeds, the same networks with the teleport off or random, the step meta-trained
+without teleports, and the same networks with harmful steps taken back.
 
 Source: Zhao et al., ICLR 2024 (arXiv 2305.13404), section 5, figure 6 and appendix E.
 """
@@ -24,8 +24,8 @@ from metateleport.evaluation import Evaluation, FirstOrder, Seed, evaluate, repo
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.evaluation.trajectory import Method
 from metateleport.families import TaskFamily, TaskStack
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
-from metateleport.learned.meta_optimizer import Mode
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig, TeleportSettings
+from metateleport.papers.flat import FlatSettings
 from metateleport.papers.reproduction.seeds import stack_seeds, unstack_seeds
 from metateleport.papers.reproduction.unguarded import Unguarded
 from metateleport.training import TrainingError, Unroll
@@ -33,14 +33,14 @@ from metateleport.training import TrainingError, Unroll
 __all__ = ["NETWORKS", "SCHEMA", "Figure6", "figure_6"]
 
 SCHEMA = 1
-NETWORKS: dict[str, Mode] = {
+NETWORKS = {
     "LSTM(update)": "update",
     "LSTM(update,tele)": "update+tele",
     "LSTM(lr,tele)": "lr+tele",
 }
 """The paper's three, by its names."""
 
-_ALONE: dict[str, Mode] = {"lr+tele": "lr", "update+tele": "update"}
+_ALONE = {"lr+tele": "lr", "update+tele": "update"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Figure6:
     Args:
         seeds: meta-seeds of every network, trained side by side.
         runs: training runs for each, one task each.
-        stack: runs that share a meta-step; the paper's code takes one at a time.
+        stack: runs in one meta-step; the paper's code takes one.
         steps: inner steps of a training run.
         unroll: inner steps of one meta-step.
         hidden: units of the LSTMs.
@@ -83,7 +83,7 @@ class Figure6:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} has to be at least 1, not {getattr(self, name)}")
         if self.seeds < 2:
-            raise TrainingError(f"meta-seeds differ, and one tells little: give at least 2 seeds, not {self.seeds}")
+            raise TrainingError(f"results differ between meta-seeds: give at least 2 seeds, not {self.seeds}")
         if self.steps % self.unroll or self.runs % self.stack:
             raise TrainingError(
                 f"runs are made of whole windows and stacks: {self.steps} steps by {self.unroll}, {self.runs} runs by "
@@ -111,7 +111,7 @@ def figure_6(
     Args:
         family: the tasks; the paper's are `leaky_mlp` with its own settings.
         settings: of the reproduction.
-        progress: told what is being done.
+        progress: receives messages on what is being done.
 
     Returns:
         Plain values for JSON: `schema`, `settings`; `training`, by network the `meta_seeds`, each with its mean
@@ -121,7 +121,7 @@ def figure_6(
     """
     settings = settings or Figure6()
     told = progress or (lambda _: None)
-    trained: dict[Mode, _Trained] = {}
+    trained: dict[str, _Trained] = {}
     for mode in dict.fromkeys((*NETWORKS.values(), *_ALONE.values())):
         trained[mode] = _train(family, mode, settings, told)
     reports = {name: report_of(_evaluated(family, mode, trained, settings, told)) for name, mode in NETWORKS.items()}
@@ -144,15 +144,17 @@ def figure_6(
     }
 
 
-def _train(family: TaskFamily, mode: Mode, settings: Figure6, told: Callable[[str], None]) -> _Trained:
+def _train(family: TaskFamily, mode: str, settings: Figure6, told: Callable[[str], None]) -> _Trained:
     began = time.perf_counter()
     example = family.stack([0], "train", settings.seed)
     config = MetaOptimizerConfig(
-        mode=mode,
-        network="flat",
-        hidden=settings.hidden,
+        FlatSettings(
+            shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items()),
+            hidden=settings.hidden,
+            per_coordinate=mode.startswith("update"),
+        ),
+        teleport=TeleportSettings(settings.hidden) if mode in _ALONE else None,
         groups=tuple(dict.fromkeys(symmetry.group.name for symmetry in example.symmetries)),
-        shapes=tuple((name, tuple(value.shape[1:])) for name, value in example.tensors().items()),
     )
     seeds = range(settings.seed, settings.seed + settings.seeds)
     metas = []
@@ -194,7 +196,7 @@ def _stack(family: TaskFamily, indices: range, split: Any, seeds: range) -> Task
 
 
 def _raw(logs: Tensor, unroll: Unroll) -> Tensor:
-    """The losses themselves, whose sum the source makes small; early steps, with large ones, weigh most in it."""
+    """The sum of the losses, the source's meta-loss, in which early steps with large losses weigh most."""
     assert unroll.start is not None
     return logs.exp() * unroll.start
 
@@ -208,7 +210,7 @@ def _scores(family: TaskFamily, whole: MetaOptimizer, settings: Figure6) -> list
 
 
 def _evaluated(
-    family: TaskFamily, mode: Mode, trained: dict[Mode, _Trained], settings: Figure6, told: Callable[[str], None]
+    family: TaskFamily, mode: str, trained: dict[str, _Trained], settings: Figure6, told: Callable[[str], None]
 ) -> Evaluation:
     own = trained[mode]
     best = min(range(settings.seeds), key=lambda number: own.scores[number])

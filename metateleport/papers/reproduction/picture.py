@@ -1,4 +1,4 @@
-"""The source paper's figure 6 again, with the attribution beside it."""
+"""The plot of figure 6, with the attribution beside it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BESIDE = {
 
 
 def draw(result: Mapping[str, Any], path: str | Path) -> None:
-    """Draws the paper's four curves, and for each network that teleports what it is attributed by.
+    """Draws the paper's four curves, and the attribution of each network that teleports.
 
     Curves are medians over held-out tasks of the meta-seed that is best on validation tasks; bands reach over the
     medians of all meta-seeds.

@@ -1,4 +1,4 @@
-"""Networks of several meta-seeds side by side, so that one unroll trains them all."""
+"""Networks of several meta-seeds stacked, so that one unroll trains all of them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SeedStack(nn.Module):
 
 
 def stack_seeds(metas: Sequence[MetaOptimizer]) -> MetaOptimizer:
-    """One meta-optimizer of several with `flat` networks, that serves a stack of as many equal parts."""
+    """One meta-optimizer of several with the source paper's networks, that serves a stack of as many equal parts."""
     whole = copy.deepcopy(metas[0])
     for name, module in metas[0].named_modules():
         if isinstance(module, nn.LSTMCell | nn.Linear):

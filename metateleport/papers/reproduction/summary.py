@@ -1,4 +1,4 @@
-"""A reproduction as tables and sentences for people."""
+"""Tables and sentences that sum up a reproduction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tables_of(result: Mapping[str, Any]) -> list[Table]:
 
 
 def sentences_of(result: Mapping[str, Any]) -> list[str]:
-    """What was found: which meta-seeds collapsed, and what each network's teleport brings.
+    """The findings: which meta-seeds collapsed, and the gain of each network's teleport.
 
     Args:
         result: what `metateleport.papers.reproduction.figure_6` gave.

@@ -1,4 +1,4 @@
-"""A meta-optimizer as the source paper has it: no step is ever taken back."""
+"""A meta-optimizer as in the source paper, which takes no step back."""
 
 from __future__ import annotations
 

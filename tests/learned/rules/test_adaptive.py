@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack
+from learned_cases import shape_of
 from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
-from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import MetaOptimizer
 from metateleport.learned.progress import Progress, Tolerance
 from metateleport.learned.rules.adaptive import AdaptiveRule
 from metateleport.point import Point
@@ -42,7 +43,7 @@ def rule_of(
 
 def meta_optimizer(mode: str = "update", **config: object) -> MetaOptimizer:
     torch.manual_seed(0)
-    shape = MetaOptimizerConfig(mode=mode, update="adaptive", hidden=4, **config)  # type: ignore[arg-type]
+    shape = shape_of(mode=mode, update="adaptive", hidden=4, **config)
     meta = MetaOptimizer(shape).double()
     with torch.no_grad():
         assert isinstance(meta.rule, AdaptiveRule)

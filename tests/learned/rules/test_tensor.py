@@ -10,12 +10,13 @@ import torch
 from gradient_cases import analytic, attached, compare, error, plain, recorded, stack, unrolled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learned_cases import shape_of
 from symmetry_cases import side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.families import TaskStack
-from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned import LearnedTeleporter, MetaOptimizer
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.step import StepRule
 from metateleport.learned.rules.tensor import TensorRule
@@ -39,7 +40,7 @@ def rule_of(size: float = 1.0, seed: int = 0, **sizes: int) -> TensorRule:
 
 def meta_optimizer(mode: str = "lr", hidden: int = 4) -> MetaOptimizer:
     torch.manual_seed(0)
-    meta = MetaOptimizer(MetaOptimizerConfig(mode=mode, hidden=hidden)).double()  # type: ignore[arg-type]
+    meta = MetaOptimizer(shape_of(mode=mode, hidden=hidden)).double()
     meta.rule = rule_of(hidden=hidden)
     if isinstance(meta.teleporter, LearnedTeleporter):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""learn2learn's inner loops on stacks of tasks: one set of batched kernels, and not one set a task."""
+"""Adapts learn2learn's learners to all tasks of a stack at once, with one set of batched kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Adaptation", "adapt", "on_stack"]
 def on_stack(learner: Any, stack: TaskStack) -> Any:
     """A clone of a learner for all tasks of a stack at once, in the graph of the learner's parameters.
 
-    Its model is a `TaskStack` in which every task starts from the learner's own weights: called with a batch it
-    gives the losses, `(tasks,)`, and `adapt` takes their sum. Each task then adapts as if it were alone: learning
-    rates and preconditioners that are shared by the tasks broadcast over them.
+    The clone's model is a `TaskStack` in which every task starts from the learner's weights. Called with a batch the
+    clone returns the losses, `(tasks,)`, and its `adapt` takes their sum. Each task adapts as if it were alone;
+    learning rates and preconditioners are shared.
 
     Args:
         learner: one of learn2learn's (MAML, MetaSGD, GBML), or a `TeleportingLearner`, around a single model.
-        stack: tasks of that model; the initial weights of their own are not used.
+        stack: tasks of that model; their own initial weights are not used.
 
     Returns:
         The clone.
@@ -59,12 +59,12 @@ def on_stack(learner: Any, stack: TaskStack) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What adapting did to the tasks of a stack, before the first step and after every one, `(tasks, steps + 1)`.
+    """Results of adapting to the tasks of a stack, before the first step and after every one, `(tasks, steps + 1)`.
 
     Args:
-        support: loss on what was adapted to.
-        query: loss on what was held out.
-        accuracy: on what was held out; None where the tasks have no score.
+        support: loss on the support data.
+        query: loss on the query data.
+        accuracy: on the query data; None if the tasks have no score.
         evaluations: gradient evaluations spent.
         size: Frobenius norm of the generators of the teleport before the step, of all symmetries together,
             `(tasks, steps)`.
@@ -80,7 +80,7 @@ class Adaptation:
 
 
 def adapt(learner: Any, stack: TaskStack, steps: int) -> Adaptation:
-    """Adapts to every task of a stack and measures along the way; what is measured is not counted as spent.
+    """Adapts to every task of a stack and measures after every step; measuring is not counted as spent.
 
     Args:
         learner: as for `on_stack`; it is left as it was.
@@ -124,7 +124,7 @@ def _measured(clone: Any, stack: TaskStack, held_out: Batch) -> tuple[Tensor, Te
 
 
 def _cut(clone: nn.Module) -> None:
-    """Lets go of the graph behind the fast weights."""
+    """Detaches the fast weights from their graph."""
     module: Any = clone.module
     for key, value in module._parameters.items():
         module._parameters[key] = value.detach().requires_grad_(value.requires_grad)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
+from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.base import UpdateRule
+from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule
+from metateleport.learned.rules.registry import register
 from metateleport.point import Point, Tensors
+from metateleport.settings import AT_LEAST_ONE, SettingsError, setting
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter, TrustRegion
 
-__all__ = ["FlatRule", "FlatTeleporter"]
+__all__ = ["FlatRule", "FlatSettings", "FlatTeleporter"]
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 _GENERATOR_NORM = 0.01
@@ -45,6 +49,46 @@ def _flat(point: Point, shapes: Shapes) -> Tensor:
         norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
         parts.append(gradient / norm.clamp_min(torch.finfo(gradient.dtype).tiny) * gradient.shape[-1] ** 0.5)
     return torch.cat(parts, -1)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class FlatSettings(RuleSettings):
+    """The source paper's networks, which serve one shape only (`FlatRule`, and `FlatTeleporter` for the teleport).
+
+    Args:
+        shapes: names and shapes of the parameters that they are made for.
+        hidden: units of the LSTM.
+        per_coordinate: put out the update itself, and not a learning rate for each tensor.
+    """
+
+    kind: ClassVar[str] = "flat"
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = setting()
+    hidden: int = setting(300, AT_LEAST_ONE)
+    per_coordinate: bool = setting(False)
+
+    @property
+    def learns(self) -> Learns:
+        return "update" if self.per_coordinate else "lr"
+
+    def rule(self) -> FlatRule:
+        return FlatRule(self.shapes, self.hidden, self.per_coordinate)
+
+    def teleporter(self, teleport: TeleportSettings, groups: tuple[str, ...]) -> FlatTeleporter:
+        return FlatTeleporter(self.shapes, teleport.hidden)
+
+    def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
+        if gauge is not None:
+            raise SettingsError(
+                f"gauge.kind = {gauge.kind!r} does not go with rule.kind = 'flat', whose steps are in no gauge: leave "
+                "the gauge out"
+            )
+        if teleport is not None and teleport.max_stretch is not None:
+            raise SettingsError(
+                f"teleport.max_stretch = {teleport.max_stretch:g} does not go with rule.kind = 'flat', whose networks "
+                "do not know where on the orbit they are: leave it out"
+            )
 
 
 class FlatRule(nn.Module, UpdateRule):

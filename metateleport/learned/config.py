@@ -1,0 +1,124 @@
+"""The shape of a meta-optimizer: its update rule, its teleport and its gauge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from metateleport.learned.parts import GaugeSettings, TeleportSettings
+from metateleport.learned.rules.base import RuleSettings
+from metateleport.learned.rules.registry import read_rule
+from metateleport.learned.rules.step import StepSettings
+from metateleport.settings import SettingsError
+
+__all__ = ["MODES", "MetaOptimizerConfig", "read_networks"]
+
+MODES = ("update", "lr", "update+tele", "lr+tele", "tele")
+"""What can be learned: every coordinate's update or a step for each tensor, with or without group elements, or these
+alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaOptimizerConfig:
+    """The shape of a meta-optimizer; everything that is needed to build it again.
+
+    Args:
+        rule: how it steps.
+        teleport: the teleport that stays; None for none.
+        gauge: the gauges that steps are taken in; None for none.
+        groups: names of the groups that teleporter and gauge have networks for.
+
+    Raises:
+        SettingsError: if two of them do not go together.
+
+    Example:
+        >>> MetaOptimizerConfig(StepSettings(hidden=8), teleport=None).mode
+        'lr'
+        >>> MetaOptimizerConfig(gauge=GaugeSettings("exact")).mode
+        'lr+tele'
+    """
+
+    rule: RuleSettings = dataclasses.field(default_factory=StepSettings)
+    teleport: TeleportSettings | None = dataclasses.field(default_factory=TeleportSettings)
+    gauge: GaugeSettings | None = None
+    groups: tuple[str, ...] = ("GL", "diagonal", "O")
+
+    def __post_init__(self) -> None:
+        self.rule.check(self.teleport, self.gauge)
+        if self.gauge is not None and not self.gauge_groups:
+            raise SettingsError(
+                f"gauge.kind = {self.gauge.kind!r} has nothing to choose where groups are {', '.join(self.groups)}: "
+                "leave the gauge out"
+            )
+
+    @property
+    def mode(self) -> str:
+        """What is learned, one of `MODES`."""
+        return "+".join(each for each in (self.rule.learns, "tele" if self.teleports else "") if each)
+
+    @property
+    def teleports(self) -> bool:
+        """Whether group elements are learned."""
+        return self.teleport is not None or self.gauge is not None
+
+    @property
+    def steps(self) -> bool:
+        """Whether the step is learned."""
+        return bool(self.rule.learns)
+
+    @property
+    def linearised(self) -> bool:
+        """Whether gauges are taken along pairs with an activation between them too."""
+        return self.gauge is not None and self.gauge.kind == "linearised"
+
+    @property
+    def gauge_groups(self) -> tuple[str, ...]:
+        """Groups that a gauge may be of."""
+        linearised = ("GL",) if self.linearised else ()
+        return tuple(dict.fromkeys((*(group for group in self.groups if group != "O"), *linearised)))
+
+    def without_teleport(self) -> MetaOptimizerConfig:
+        """The same step without teleports and gauges."""
+        return dataclasses.replace(self, teleport=None, gauge=None)
+
+    def table(self) -> dict[str, Any]:
+        """The shape as JSON has it."""
+        parts = {"rule": self.rule, "teleport": self.teleport, "gauge": self.gauge}
+        tables = {name: part.table() for name, part in parts.items() if part is not None}
+        return {**tables, "groups": list(self.groups)}
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> MetaOptimizerConfig:
+        """The shape of a table that `table` gave.
+
+        Raises:
+            SettingsError: if it has unknown keys, or values that cannot be.
+        """
+        for name in table:
+            if name not in ("rule", "teleport", "gauge", "groups"):
+                raise SettingsError(f"a meta-optimizer has no {name}: it has rule, teleport, gauge and groups")
+        groups = table.get("groups")
+        if not isinstance(groups, (list, tuple)) or not all(isinstance(each, str) for each in groups):
+            raise SettingsError(f"groups is a list of the names of groups, not {groups!r}")
+        return cls(*read_networks(table), groups=tuple(groups))
+
+
+def read_networks(
+    tables: Mapping[str, Any],
+) -> tuple[RuleSettings, TeleportSettings | None, GaugeSettings | None]:
+    """The parts of a meta-optimizer from the tables `rule`, `teleport` and `gauge`; the last two may be left out.
+
+    Raises:
+        SettingsError: if one of them cannot be.
+
+    Example:
+        >>> read_networks({"rule": {"kind": "lr"}})[1:]
+        (None, None)
+    """
+    for part in ("rule", "teleport", "gauge"):
+        if not isinstance(tables.get(part, {}), Mapping):
+            raise SettingsError(f"{part} is a table of settings, not {tables[part]!r}")
+    rule = read_rule(tables.get("rule", {}))
+    teleport = TeleportSettings.read(tables["teleport"]) if "teleport" in tables else None
+    return rule, teleport, GaugeSettings.read(tables["gauge"]) if "gauge" in tables else None

@@ -1,0 +1,43 @@
+"""The commands that the pages give are commands that there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from metateleport.cli.main import _parser
+from metateleport.cli.train import _recipe
+from metateleport.families import load_family
+
+ROOT = Path(__file__).resolve().parents[2]
+# The few-shot page names the command of a card, which an earlier version was given.
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "Makefile",
+    *(page for page in ROOT.glob("docs/**/*.md") if page.name != "fewshot.md"),
+]
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ").replace("$(DEMO)", "demo").replace("$(BIN)/", "")
+        # In a line of their own, or in a sentence between backticks, over several lines.
+        found += re.findall(r"^\s*(metateleport train [^`\n#]*)", text, re.MULTILINE)
+        found += [" ".join(each.split()) for each in re.findall(r"`(metateleport train [^`]+)`", text)]
+    return found
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_a_command_of_the_pages_makes_a_recipe(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    # Pages write X for any number.
+    recipe, _ = _recipe(_parser().parse_args(shlex.split(re.sub(r"=X\b", "=2", command))[1:]))
+    load_family(recipe.family.name, recipe.family.settings)
