@@ -19,7 +19,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 CODE = r"[^`]*?:\n\n```(?:python)?\n(?P<code>.*?)^```$"
 NEW = re.compile(r"^New file `(?P<path>[^`]+)`" + CODE, re.DOTALL | re.MULTILINE)
 LINES = re.compile(r"`(?P<path>[^`\n]+)`, after\s`(?P<anchor>[^`\n]+)`" + CODE, re.DOTALL | re.MULTILINE)
-COPIED = ("metateleport", "tasks", "tests", "checkpoints")
+COPIED = ("metateleport", "tasks", "tests", "benchmarks", "checkpoints")
 
 
 def carry_out(page: str, root: Path) -> dict[str, list[str]]:
