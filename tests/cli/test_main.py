@@ -231,7 +231,6 @@ def test_a_run_given_only_its_time_is_ended_by_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("command", ["--help", "train --help", "--version"])
 def test_help_does_not_wait_for_torch(command: str) -> None:
     code = f"""
-import subprocess
 import sys
 from metateleport.cli import main
 try:
