@@ -224,7 +224,7 @@ class MetaOptimizer(nn.Module):
         moved, moves = start, list[Move]()
         if along and not isinstance(chosen, NoTeleport):
             moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
-        rule_state = self.rule.carry(state.rule, moves, start, accepted)
+        rule_state = self.rule.carry(state.rule, moves, start, accepted, spend)
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)

@@ -112,7 +112,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         skipped: number of steps that were not taken, as the loss or a gradient was not finite.
-        last_step: what the last step did; None before the first.
+        last_step: what the last step did, without the weights that it led to; None before the first.
 
     Raises:
         ValueError: if a symmetry names what the model does not have, or parameters cannot be served.
@@ -293,7 +293,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._go(taken, gradients, named, rates)
         self._keep(named)
         self._rest(taken)
-        self.last_step = taken
+        # What it led to is in the model: a second copy of all weights would be kept here.
+        self.last_step = self.loop.last_step = dataclasses.replace(taken, parameters={}, teleported={})
         if self.model is not None and self.steps in (0, 10, 100) and bool(taken.size > 0) and is_averaged(self.model):
             self._say(
                 "an AveragedModel averages the weights of this model: a mean of weights before and after a teleport is "

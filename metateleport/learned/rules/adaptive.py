@@ -212,8 +212,10 @@ class AdaptiveRule(nn.Module, UpdateRule):
         }
         return moved, {**state, "cells": cells, **tensors, **numbers}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
-        return {**state, **carried_moments(state, moves, point, detach=False)} if moves else state
+    def carry(
+        self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
+    ) -> dict[str, Any]:
+        return {**state, **carried_moments(state, moves, point, False, spend)} if moves else state
 
     def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""

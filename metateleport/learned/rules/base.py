@@ -79,7 +79,7 @@ class UpdateRule(abc.ABC):
             spend: whether the state is not read again, so that its memory may be used for the new one; without a graph.
         """
 
-    def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor) -> Any:
+    def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False) -> Any:
         """Carries what the state remembers along with a teleport; by default it remembers nothing.
 
         Args:
@@ -87,6 +87,7 @@ class UpdateRule(abc.ABC):
             moves: the teleport.
             point: where it starts.
             accepted: where the point is what the last step led to, `(tasks,)`; elsewhere that was taken back.
+            spend: whether the state is not read again, as in `step`.
         """
         return state
 
@@ -218,17 +219,23 @@ class BaseRule(UpdateRule):
             moved[name] = point.parameters[name] - fit(self.lr * progress.damping, gradient) * direction
         return moved, {"momentum": momentum, "squares": squares, "time": time}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
-        return {**state, **carried_moments(state, moves, point, detach=False)}
+    def carry(
+        self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
+    ) -> dict[str, Any]:
+        return {**state, **carried_moments(state, moves, point, False, spend)}
 
 
-def carried_moments(state: dict[str, Any], moves: Sequence[Move], point: Point, detach: bool) -> dict[str, Any]:
-    momentum, squares = dict(state["momentum"]), dict(state["squares"])
+def carried_moments(
+    state: dict[str, Any], moves: Sequence[Move], point: Point, detach: bool, spend: bool = False
+) -> dict[str, Any]:
+    """Momentum and second moments carried along with a teleport; with `spend` in the memory that they were in."""
+    moments = {key: dict(state[key]) for key in ("momentum", "squares")}
     for move in moves:
         element = move.element.detach() if detach else move.element
-        momentum.update(move.symmetry.carry_covectors(element, momentum, point).tensors)
-        squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
-    return {"momentum": momentum, "squares": squares}
+        for key, carry in (("momentum", move.symmetry.carry_covectors), ("squares", move.symmetry.carry_squares)):
+            for name, value in carry(element, moments[key], point).tensors.items():
+                moments[key][name] = moments[key][name].copy_(value) if spend else value
+    return moments
 
 
 def subtracted(parameters: Tensors, changes: Tensors) -> Tensors:

@@ -129,9 +129,12 @@ class CoordinateRule(StepRule):
         layers = dict(zip(point.gradients, after, strict=True))
         return moved, {**remembered, "layers": layers, "momentum": momentum, "squares": squares}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+    def carry(
+        self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
+    ) -> dict[str, Any]:
         # The moments are features here, and features are kept out of the graph.
-        return {**super().carry(state, moves, point, accepted), **carried_moments(state, moves, point, self.detach)}
+        carried = carried_moments(state, moves, point, self.detach)
+        return {**super().carry(state, moves, point, accepted, spend), **carried}
 
 
 def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:

@@ -147,7 +147,9 @@ class StepRule(nn.Module, UpdateRule):
         changes, remembered = self._changes(point, symmetries, progress, state, gauges)
         return {**point.parameters, **subtracted(point.parameters, changes)}, remembered
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+    def carry(
+        self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
+    ) -> dict[str, Any]:
         velocity, secants = dict(state["velocity"]), list(state["secants"])
         if state["from"] is not None:
             now = point.detach()

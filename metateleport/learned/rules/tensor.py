@@ -121,13 +121,15 @@ class TensorRule(StepRule):
             moved[name] = point.parameters[name] - change
         return moved, {**remembered, "squares": squares}
 
-    def carry(self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor) -> dict[str, Any]:
+    def carry(
+        self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
+    ) -> dict[str, Any]:
         squares = dict(state["squares"])
         for move in moves:
             # Second moments are features here, and features are kept out of the graph.
             element = move.element.detach() if self.detach else move.element
             squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
-        return {**super().carry(state, moves, point, accepted), "squares": squares}
+        return {**super().carry(state, moves, point, accepted, spend), "squares": squares}
 
     def _outputs(self, features: Tensor, hidden: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs at every coordinate, in the shape and dtype of `like`.
