@@ -253,7 +253,7 @@ cooling
             inside = [key for key in changes if key.startswith(f"{part}.")]
             if part not in ("teleport", "gauge"):
                 raise SettingsError(
-                    f"{part} is a part with settings: give one as {part}.NAME" if part in PARTS else _unknown(part)
+                    f"{part} has settings of its own: give one, as {part}.NAME" if part in PARTS else _unknown(part)
                 )
             if text == "none" and not inside:
                 tables.pop(part, None)

@@ -95,7 +95,7 @@ def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
     groups = _groups(family, recipe)
     if not groups and (recipe.teleport or recipe.gauge):
         raise TrainingError(
-            f"{recipe.family.name} has no symmetries with these settings: leave teleport and gauge out of the recipe "
+            f"{recipe.family.name} names no symmetries with these settings: leave teleport and gauge out of the recipe "
             "(--set teleport=none)"
         )
     shape = recipe.networks(groups)
