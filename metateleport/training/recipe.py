@@ -279,9 +279,7 @@ cooling
 
 def _unknown(key: str) -> str:
     if key == "mode":
-        return (
-            "there is no setting mode: it follows from rule.kind and from which of teleport and gauge are present"
-        )
+        return "there is no setting mode: it follows from rule.kind and from which of teleport and gauge are present"
     parts: list[type[Settings]] = [TeleportSettings, GaugeSettings, OuterSettings, ValidationSettings]
     parts += known_rules().values()
     known = ["family.name", "rule.kind", *(f"{part.part}.{name}" for part in parts for name in part.names())]
