@@ -4,24 +4,27 @@ The names here are what a person needs first; each room of the package has the r
 """
 
 import importlib
+import importlib.util
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metateleport.checkpoint import Checkpoint, load, load_checkpoint
-from metateleport.detection import Symmetries, certify, find_symmetries, symmetries_of
-from metateleport.families import Task, TaskFamily, load_family
-from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
-from metateleport.symmetries import LinearPair, Rescaling, Symmetry
-from metateleport.teleporters import (
-    GradientAscentTeleporter,
-    NoTeleport,
-    RandomTeleporter,
-    Teleporter,
-    TeleportReport,
-    WhiteningTeleporter,
-    teleport,
-)
 from metateleport.version import VERSION
+
+if TYPE_CHECKING:
+    from metateleport.checkpoint import Checkpoint, load, load_checkpoint
+    from metateleport.detection import Symmetries, certify, find_symmetries, symmetries_of
+    from metateleport.families import Task, TaskFamily, load_family
+    from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
+    from metateleport.symmetries import LinearPair, Rescaling, Symmetry
+    from metateleport.teleporters import (
+        GradientAscentTeleporter,
+        NoTeleport,
+        RandomTeleporter,
+        Teleporter,
+        TeleportReport,
+        WhiteningTeleporter,
+        teleport,
+    )
 
 __version__ = VERSION
 
@@ -50,6 +53,33 @@ __all__ = [
     "teleport",
 ]
 
+_HOMES = {
+    "Checkpoint": "metateleport.checkpoint",
+    "GradientAscentTeleporter": "metateleport.teleporters",
+    "LearnedOptimizer": "metateleport.optim",
+    "LinearPair": "metateleport.symmetries",
+    "NoTeleport": "metateleport.teleporters",
+    "RandomTeleporter": "metateleport.teleporters",
+    "Rescaling": "metateleport.symmetries",
+    "Symmetries": "metateleport.detection",
+    "Symmetry": "metateleport.symmetries",
+    "Task": "metateleport.families",
+    "TaskFamily": "metateleport.families",
+    "TeleportReport": "metateleport.teleporters",
+    "Teleporter": "metateleport.teleporters",
+    "TeleportingOptimizer": "metateleport.optim",
+    "WhiteningTeleporter": "metateleport.teleporters",
+    "certify": "metateleport.detection",
+    "find_symmetries": "metateleport.detection",
+    "load": "metateleport.checkpoint",
+    "load_checkpoint": "metateleport.checkpoint",
+    "load_family": "metateleport.families",
+    "symmetries_of": "metateleport.detection",
+    "teleport": "metateleport.teleporters",
+}
+"""Where each name is. A room is imported when one of its names is first asked for: torch takes a second, and
+`metateleport --help` need not wait for it."""
+
 # Names that stood here before 0.3.0, by the room that has them now; they go with 0.4.0.
 _MOVED = {
     "metateleport.checkpoint": ("CheckpointError",),
@@ -66,6 +96,9 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
     for room, names in _MOVED.items():
         if name in names:
             warnings.warn(
@@ -79,4 +112,10 @@ def __getattr__(name: str) -> Any:
             "StackedModel and TaskStack are one class now: metateleport.families.TaskStack(tasks), itself the module "
             "whose parameters have the task dimension in front"
         )
+    if not name.startswith("_") and importlib.util.find_spec(f"metateleport.{name}") is not None:
+        return importlib.import_module(f"metateleport.{name}")
     raise AttributeError(f"module 'metateleport' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -103,15 +103,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left -= seconds
 
 
-def pytest_collection_finish() -> None:
-    """Thousands of tests stay in memory for as long as the run; neither collections nor `gc.get_objects` look at them.
-
-    An optimizer looks through all objects for an average of its model when it teleports for the first time.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 def _in_turn(items: list[pytest.Item], turn: int) -> Iterator[pytest.Item]:
     """One item of every test function, then another of each, and so on; turn by turn others are the first."""
     functions: dict[str, list[pytest.Item]] = {}
@@ -130,6 +121,16 @@ def _from(place: int, values: list[T]) -> list[T]:
 
 def pytest_unconfigure() -> None:
     _scratch.cleanup()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays() -> None:
+    """Tests and what they have imported, millions of objects, are out of the garbage collector's sight.
+
+    An optimizer looks through all others for an average of its model when it teleports for the first time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

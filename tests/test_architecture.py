@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import ast
 import graphlib
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+import metateleport as mt
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "metateleport"
@@ -117,3 +125,63 @@ def test_few_names_stand_at_the_top() -> None:
     import metateleport
 
     assert len(metateleport.__all__) <= 25
+
+
+def passed(function: Callable[[], Any]) -> set[str]:
+    """Files of the package that a call runs code of."""
+    found = set()
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            found.add(path.relative_to(PACKAGE).as_posix())
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def steps_of(make: Callable[[nn.Module], torch.optim.Optimizer], count: int) -> list[set[str]]:
+    """Files that each of some steps on two layers passes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.LeakyReLU(0.1), nn.Linear(64, 3))
+    x, y = torch.randn(64, 8), torch.randint(3, (64,))
+    optimizer, found = make(model), []
+    for _ in range(count):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        found.append(passed(optimizer.step))
+    return found
+
+
+def section(title: str) -> str:
+    return (ROOT / "docs" / "architecture.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def files_in(text: str) -> set[str]:
+    return set(re.findall(r"`([a-z_0-9/]+\.py)`", text))
+
+
+@pytest.mark.parametrize("way", ["The way of a step", "The way of a meta-step", "The way of an evaluation"])
+def test_the_files_that_the_page_names_are_there(way: str) -> None:
+    assert {name for name in files_in(section(way)) if not (PACKAGE / name).is_file()} == set()
+
+
+def test_a_step_passes_the_files_that_the_page_names_and_few() -> None:
+    learned = steps_of(lambda model: mt.LearnedOptimizer(model, "digits"), 30)
+    shortest = min(learned, key=len)
+    assert shortest == files_in(section("The way of a step").split("A step that looks at")[0])
+    assert len(shortest) <= 8
+    # Most steps are like that one; those that teleport pass twice as many.
+    assert sum(each == shortest for each in learned) >= 15
+    assert max(len(each) for each in learned[1:]) <= 17
+
+    def wrapped(model: nn.Module) -> torch.optim.Optimizer:
+        return mt.TeleportingOptimizer(torch.optim.AdamW(model.parameters()), model, mt.RandomTeleporter(), every=10)
+
+    between = steps_of(wrapped, 3)[-1]
+    assert between <= files_in(section("The way of a step"))
+    assert len(between) <= 8

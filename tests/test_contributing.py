@@ -16,10 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
-CODE = r"[^`]*?:\n\n```python\n(?P<code>.*?)^```$"
+CODE = r"[^`]*?:\n\n```(?:python)?\n(?P<code>.*?)^```$"
 NEW = re.compile(r"^New file `(?P<path>[^`]+)`" + CODE, re.DOTALL | re.MULTILINE)
 LINES = re.compile(r"`(?P<path>[^`\n]+)`, after\s`(?P<anchor>[^`\n]+)`" + CODE, re.DOTALL | re.MULTILINE)
-COPIED = ("metateleport", "tasks", "tests", "checkpoints")
+COPIED = ("metateleport", "tasks", "tests", "benchmarks", "checkpoints")
 
 
 def carry_out(page: str, root: Path) -> dict[str, list[str]]:
@@ -66,11 +66,16 @@ def test_an_addition_is_a_new_file_and_at_most_one_line_of_the_package(tmp_path:
     for name in COPIED:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     written = carry_out(PAGE.read_text(), tmp_path)
-    assert {name.split()[-1] for name in written} == {"symmetry", "teleporter", "rival", "family"}
+    assert {name.split()[-1] for name in written} == {"symmetry", "teleporter", "rule", "rival", "family"}
     for name, paths in written.items():
         new, *others = [path for path in paths if not path.startswith("tests/")]
         assert not (ROOT / new).exists()
         assert len(others) <= 1, name
+
+
+def test_the_examples_are_in_the_project_s_style(extended: Path) -> None:
+    run(extended, "-m", "ruff", "check", "--no-cache", ".")
+    run(extended, "-m", "ruff", "format", "--no-cache", "--check", ".")
 
 
 def test_the_symmetry_and_the_teleporter_pass_the_tests_of_all(extended: Path) -> None:
@@ -119,12 +124,24 @@ except mt.symmetries.Unsuitable as error:
 report = mt.teleport(model, mt.teleporters.MinimumNormTeleporter(), x, symmetries=[symmetry])
 found["moved"], found["drift"], found["decay"] = report.size, report.drift, report.weight_decay_change
 
-few = ["--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2"]
-small = ["none", "leaky_mlp", "--set", "width=3", *few, "--methods"]
-found["evaluate"] = cli.main(["evaluate", *small, "sign-sgd,gd", "--json", "a.json"])
-found["evaluate, misspelt"] = cli.main(["evaluate", *small, "sign-sdg"])
+small = ["--set", "width=3", "--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2", "--json", "a.json"]
+found["evaluate"] = cli.main(["evaluate", "none", "leaky_mlp", *small, "--methods", "sign-sgd,gd"])
+found["evaluate, misspelt"] = cli.main(["evaluate", "none", "leaky_mlp", *small, "--methods", "sign-sdg"])
 
-found["train"] = cli.main(["train", "sine", "--seconds", "2", "--no-track", "--out", "runs/sine"])
+two_steps = ["outer.meta_steps=2", "outer.tasks=2", "outer.unroll=2", "outer.horizon=4", "outer.starts=1"]
+two_steps += ["validation.every=2", "validation.tasks=2"]
+own = ["rule.kind=sign", "rule.lr=0.02", "family.width=3"]
+found["train, rule"] = cli.main(["train", "leaky_mlp", "--no-track", "--out", "runs/sign", "--set", *own, *two_steps])
+learned = mt.load_checkpoint("runs/sign").learned
+found["rule"] = {"kind": learned.config.rule.kind, "lr": float(learned.rule.log_lr.exp())}
+net = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2))
+start = net[0].weight.detach().clone()
+optimizer = mt.LearnedOptimizer(net, "runs/sign")
+net(x).square().mean().backward()
+optimizer.step()
+found["stepped"] = float((net[0].weight - start).norm())
+
+found["train"] = cli.main(["train", "sine", "--no-track", "--out", "runs/sine", "--set", *two_steps])
 found["training"] = mt.load_checkpoint("runs/sine").card["training"]["runs"]["learned"]
 
 with open("found.json", "w") as file:
@@ -150,6 +167,15 @@ def test_the_teleporter_moves_and_reports_its_drift(found: dict[str, Any]) -> No
     assert found["decay"] < 0
 
 
+def test_the_rule_is_trained_saved_loaded_and_steps(found: dict[str, Any]) -> None:
+    assert found["train, rule"] == 0
+    assert found["rule"]["kind"] == "sign"
+    # Two meta-steps have moved it from where the recipe starts it.
+    assert found["rule"]["lr"] != pytest.approx(0.02, rel=1e-4)
+    assert found["rule"]["lr"] == pytest.approx(0.02, rel=0.1)
+    assert found["stepped"] > 0
+
+
 def test_the_rival_is_tuned_and_compared(extended: Path, found: dict[str, Any]) -> None:
     assert found["evaluate"] == 0
     methods = json.loads((extended / "a.json").read_text())["methods"]
@@ -162,5 +188,5 @@ def test_the_rival_is_tuned_and_compared(extended: Path, found: dict[str, Any]) 
 
 def test_the_family_is_trained_on(found: dict[str, Any]) -> None:
     assert found["train"] == 0
-    assert found["training"]["meta_steps"] >= 1
+    assert found["training"]["meta_steps"] == 2
     assert math.isfinite(found["training"]["validation"])

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import metateleport.papers  # noqa: F401
 
         return int(parsed.run(parsed))
+    except SystemExit:
+        # After --help; what comes below would import every room to learn their errors.
+        raise
     except KeyboardInterrupt as stopped:
         print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)
         return 130

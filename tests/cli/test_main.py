@@ -226,3 +226,19 @@ def test_a_run_given_only_its_time_is_ended_by_time(monkeypatch: pytest.MonkeyPa
     assert cli.main(["train", "leaky_mlp", "--seconds", "5", "--no-track"]) == 0
     assert seen[0].outer.seconds == 5  # type: ignore[attr-defined]
     assert seen[0].outer.meta_steps is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", "--version"])
+def test_help_does_not_wait_for_torch(command: str) -> None:
+    code = f"""
+import sys
+from metateleport.cli import main
+try:
+    main({command.split()!r})
+except SystemExit as ended:
+    assert not ended.code, ended.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "metateleport" in done.stdout

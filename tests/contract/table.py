@@ -24,7 +24,10 @@ def covering(checkpoints: Sequence[str] = CHECKPOINTS, device: str = "cpu") -> l
 
 
 def brief(device: str = "cpu") -> list[Cell]:
-    """What takes a minute: every idiom with `digits` and with one of the others in turn, on models in turn."""
+    """What takes half a minute: every idiom with `digits` and with one of the others in turn, on models in turn.
+
+    Every model meets every checkpoint in some idiom, but for one pair.
+    """
     problems, others = list(PROBLEMS), [name for name in CHECKPOINTS if name != "digits"]
     return [
         Cell(idiom, problems[(row + 5 * CHECKPOINTS.index(name)) % len(problems)], name, device)

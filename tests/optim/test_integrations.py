@@ -31,9 +31,21 @@ def _teleporting(model: nn.Module) -> torch.optim.Optimizer:
     return mt.TeleportingOptimizer(inner, model, mt.RandomTeleporter(size=0.3, seed=0), every=3, **_told(model))
 
 
+def _learned(model: nn.Module) -> torch.optim.Optimizer:
+    """It notes whether a step has moved along a symmetry: where teleports are small, symmetries rest in between."""
+    optimizer = mt.LearnedOptimizer(model, "digits", **_told(model))
+    optimizer.teleported = False
+
+    def look(stepped: Any, *_: Any) -> None:
+        stepped.teleported |= bool(stepped.last_step.moves)
+
+    optimizer.register_step_post_hook(look)
+    return optimizer
+
+
 OPTIMIZERS: dict[str, Make] = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
-    "learned": lambda model: mt.LearnedOptimizer(model, "digits", **_told(model)),
+    "learned": _learned,
     "learned, parameters only": lambda model: mt.LearnedOptimizer(model.parameters(), "digits"),
     "teleporting": _teleporting,
 }
@@ -76,9 +88,7 @@ def _teleported(optimizer: Any) -> bool:
     """Whether the pass was seen from which a teleport starts; True for an optimizer that makes none."""
     if isinstance(optimizer, mt.TeleportingOptimizer):
         return any(each.size > 0 for each in optimizer.reports)
-    if isinstance(optimizer, mt.LearnedOptimizer) and optimizer.symmetries:
-        return bool(optimizer.last_step.moves)
-    return True
+    return getattr(optimizer, "teleported", True)
 
 
 # accelerate

@@ -1,0 +1,240 @@
+"""What a step costs in use: learned optimizers beside AdamW, Muon and SOAP, forward and backward pass included.
+
+Perceptrons of 0.1, 1 and 10 million parameters on batches of 128, and a small causal transformer. All optimizers of a
+model take their steps in turn, and CPU time on one thread is counted, which a busy machine hardly spoils. Beside the
+times stand counts that depend on no machine: operations, waits for the device, factorisations of matrices, and bytes
+that an optimizer keeps for each parameter.
+
+Example:
+    python -m benchmarks.steps --json steps.json
+    python -m benchmarks.steps --models mlp-1M gpt --methods adamw muon digits --rounds 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metateleport as mt
+from benchmarks._step_models import MODELS, Problem
+from benchmarks._timing import Summary, conditions
+from metateleport.files import write_json
+
+__all__ = ["METHODS", "main"]
+
+SCHEMA = 1
+_WARM_UP = 12
+"""Steps before any is timed: by then most symmetries rest that are going to."""
+
+_FACTORISATIONS = ("eigh", "svd", "qr", "inv", "cholesky", "matrix_exp", "lu_factor", "solve")
+
+
+class _Both(torch.optim.Optimizer):
+    """Muon on hidden matrices and AdamW on the others, as Muon's authors advise."""
+
+    def __init__(self, problem: Problem) -> None:
+        hidden = [value for name, value in problem.model.named_parameters() if name in problem.hidden]
+        others = [value for name, value in problem.model.named_parameters() if name not in problem.hidden]
+        self.parts = [torch.optim.Muon(hidden, lr=1e-3), torch.optim.AdamW(others)]
+        super().__init__([*hidden, *others], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    @property
+    def kept(self) -> list[Any]:
+        return [part.state for part in self.parts]
+
+
+def _soap(problem: Problem) -> torch.optim.Optimizer:
+    import pytorch_optimizer
+
+    return pytorch_optimizer.SOAP(problem.model.parameters(), lr=1e-3)
+
+
+def _learned(checkpoint: str, **settings: Any) -> Callable[[Problem], torch.optim.Optimizer]:
+    def make(problem: Problem) -> torch.optim.Optimizer:
+        known = settings or {"example_input": problem.inputs}
+        return mt.LearnedOptimizer(problem.model, checkpoint, **known)
+
+    return make
+
+
+def _teleporting(problem: Problem) -> torch.optim.Optimizer:
+    inner = torch.optim.AdamW(problem.model.parameters())
+    found = problem.inputs
+    return mt.TeleportingOptimizer(inner, problem.model, mt.load("digits"), every=10, example_input=found)
+
+
+METHODS: dict[str, Callable[[Problem], torch.optim.Optimizer]] = {
+    "adamw": lambda problem: torch.optim.AdamW(problem.model.parameters()),
+    "adamw-fused": lambda problem: torch.optim.AdamW(problem.model.parameters(), fused=True),
+    "muon": _Both,
+    "soap": _soap,
+    "digits": _learned("digits"),
+    "digits-without-symmetries": _learned("digits", symmetries=()),
+    "teleporting-adamw": _teleporting,
+    "leaky_mlp_mixture": _learned("leaky_mlp_mixture"),
+}
+"""Optimizers by name, each of a problem."""
+
+DEFAULT = tuple(name for name in METHODS if name not in ("soap", "leaky_mlp_mixture"))
+_EVERY = {"teleporting-adamw": 10}
+"""Steps that are timed together, where some cost more than others."""
+
+
+class _Counting(TorchDispatchMode):
+    """Counts what is computed: operations, waits for the device, factorisations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = self.factorisations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        name = str(function).removeprefix("aten.").removeprefix("_linalg_").removeprefix("linalg_").split(".")[0]
+        self.operations += 1
+        self.waits += name in ("_local_scalar_dense", "is_nonzero")
+        self.factorisations += any(name.startswith(each) for each in _FACTORISATIONS)
+        return function(*arguments, **(keywords or {}))
+
+
+class _Case:
+    """One optimizer on a model of its own, always on the same batch."""
+
+    def __init__(self, name: str, model: str) -> None:
+        torch.manual_seed(0)
+        self.name, self.problem = name, MODELS[model]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.optimizer = METHODS[name](self.problem)
+        self.steps = _EVERY.get(name, 1)
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        self.problem.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def time(self) -> None:
+        began = time.process_time()
+        for _ in range(self.steps):
+            self.step()
+        self.times.append((time.process_time() - began) / self.steps)
+
+    def counts(self) -> dict[str, float]:
+        """Of the optimizer's own step, without the passes, as a mean over the steps that are timed together."""
+        counting = _Counting()
+        for _ in range(max(self.steps, 2)):
+            self.problem.loss().backward()
+            with counting:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        done = max(self.steps, 2)
+        return {
+            "operations": counting.operations / done,
+            "waits": counting.waits / done,
+            "factorisations": counting.factorisations / done,
+            "bytes_per_parameter": _bytes(self.optimizer, self.problem.model) / self.problem.parameters,
+        }
+
+
+def _bytes(optimizer: Any, model: nn.Module) -> int:
+    """Bytes of tensors that an optimizer keeps, without the model's own."""
+    own = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    found: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for each in value.values():
+                walk(each)
+        elif isinstance(value, tuple | list):
+            for each in value:
+                walk(each)
+        elif type(value).__module__.startswith("metateleport.learned") and not isinstance(value, nn.Module):
+            walk(vars(value))
+
+    walk(getattr(optimizer, "kept", None) or dict(optimizer.state))
+    walk(vars(optimizer.loop) if hasattr(optimizer, "loop") else {})
+    return sum(size for place, size in found.items() if place not in own)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; prints a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed steps of each (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    given = parser.parse_args(arguments)
+    if given.rounds < 1:
+        parser.error("--rounds is at least 1")
+    if "soap" in given.methods and importlib.util.find_spec("pytorch_optimizer") is None:
+        parser.error("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'")
+    methods = list(dict.fromkeys(("adamw", *given.methods)))
+    torch.set_num_threads(1)
+    report = {
+        "schema": SCHEMA,
+        "rounds": given.rounds,
+        "conditions": conditions(torch.device("cpu")),
+        "models": {model: _measured(model, methods, given.rounds) for model in given.models},
+    }
+    print(_table(report))
+    if given.json is not None:
+        write_json(given.json, report)
+    return 0
+
+
+def _measured(model: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
+    cases = [_Case(name, model) for name in methods]
+    for case in cases:
+        for _ in range(_WARM_UP):
+            case.step()
+    order = random.Random(0)
+    for _ in range(rounds):
+        for case in order.sample(cases, len(cases)):
+            case.time()
+    adamw = cases[0].times
+    return {
+        "parameters": cases[0].problem.parameters,
+        "cases": {
+            case.name: {
+                "seconds": Summary.of(case.times)._asdict(),
+                "over_adamw": Summary.of([own / base for own, base in zip(case.times, adamw, strict=True)])._asdict(),
+                **case.counts(),
+            }
+            for case in cases
+        },
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    rows = [
+        "| model | optimizer | CPU ms a step | over AdamW's (range) | operations | waits | factorisations | bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model, measured in report["models"].items():
+        for name, case in measured["cases"].items():
+            over = case["over_adamw"]
+            rows.append(
+                f"| {model} | {name} | {1e3 * case['seconds']['median']:.1f} | "
+                f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f}) | {case['operations']:.0f} | "
+                f"{case['waits']:.0f} | {case['factorisations']:.1f} | {case['bytes_per_parameter']:.1f} |"
+            )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

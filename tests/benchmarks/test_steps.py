@@ -1,0 +1,48 @@
+"""The benchmark of steps in use: the shape of its report and what it counts, never how long it took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_counts_and_seconds_of_every_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import _step_models, steps
+
+    monkeypatch.setitem(steps.MODELS, "mlp-0.1M", lambda: _step_models.perceptron(12, 2))
+    names = ["adamw", "muon", "digits", "digits-without-symmetries", "teleporting-adamw"]
+    assert (
+        steps.main(["--models", "mlp-0.1M", "--rounds", "2", "--methods", *names, "--json", str(tmp_path / "a.json")])
+        == 0
+    )
+    measured = json.loads((tmp_path / "a.json").read_text())["models"]["mlp-0.1M"]
+    assert measured["parameters"] == 64 * 12 + 12 + 12 * 12 + 12 + 12 * 10 + 10
+    assert list(measured["cases"]) == names
+    for case in measured["cases"].values():
+        for figure in ("seconds", "over_adamw"):
+            assert 0 < case[figure]["min"] <= case[figure]["median"] <= case[figure]["max"]
+        assert case["operations"] > 0
+    # Two moments of four bytes; what is a number or an LSTM's state for each tensor weighs on a model as small as this.
+    assert measured["cases"]["adamw"]["bytes_per_parameter"] == pytest.approx(8, rel=0.05)
+    assert measured["cases"]["digits"]["bytes_per_parameter"] == pytest.approx(8, rel=0.4)
+    assert measured["cases"]["digits-without-symmetries"]["factorisations"] == 0
+    assert capsys.readouterr().out.count("\n") == 2 + len(names)
+
+
+def test_rounds_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.steps import main
+
+    with pytest.raises(SystemExit):
+        main(["--rounds", "0"])
+    assert "at least 1" in capsys.readouterr().err
