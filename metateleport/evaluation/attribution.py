@@ -42,17 +42,17 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
     others = [name for name in evaluation.results if name not in (*AGAINST, *ablated, REFERENCE)]
     baselines, without = {name: beside(name) for name in others}, {name: beside(name) for name in ablated}
     seeds = max(1, len(evaluation.meta_seeds))
-    words = in_words(learned.gauge, against, evaluation.steps, seeds)
+    words = in_words(learned.moves_by, against, evaluation.steps, seeds)
     return {
         REFERENCE: {
-            "gauge": learned.gauge,
+            "gauge": learned.moves_by,
             "confidence": CONFIDENCE,
             "meta_seeds": seeds,
             "against": against,
             "baselines": baselines,
             "without": {name.removeprefix(ABLATED): each for name, each in without.items()},
-            "brings": {kind: _part(kind, learned.gauge, against) for kind in ("stays", "undone")},
-            "verdict": verdict_of(learned.gauge, against),
+            "brings": {kind: _part(kind, learned.moves_by, against) for kind in ("stays", "undone")},
+            "verdict": verdict_of(learned.moves_by, against),
             "in_words": " ".join([words, *left_out(without), *ahead_or_behind(baselines, seeds)]),
         }
     }
@@ -67,7 +67,7 @@ def goes_below_zero(evaluation: Evaluation) -> bool:
 def _no_ratios(learned: Result) -> dict[str, Any]:
     return {
         REFERENCE: {
-            "gauge": learned.gauge,
+            "gauge": learned.moves_by,
             "confidence": CONFIDENCE,
             "meta_seeds": 1,
             "against": {},
@@ -86,8 +86,8 @@ def words_of(report: Mapping[str, Any]) -> list[str]:
     return [each["in_words"] for each in report.get("attribution", {}).values()]
 
 
-def _part(kind: str, gauge: str, against: Mapping[str, Any]) -> Any:
-    if gauge not in (kind, "both"):
+def _part(kind: str, moves_by: str, against: Mapping[str, Any]) -> Any:
+    if moves_by not in (kind, "both"):
         return "none"
     alone = f"{REFERENCE}/{'stays' if kind == 'stays' else 'gauge'}-off"
-    return against.get(alone if gauge == "both" else f"{REFERENCE}/teleport-off", "not run")
+    return against.get(alone if moves_by == "both" else f"{REFERENCE}/teleport-off", "not run")

@@ -57,7 +57,7 @@ def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] =
     """
     seconds = _seconds([Pair(0, learned, other)])
     found: dict[str, Any] = {
-        "gauge": other.gauge,
+        "gauge": other.moves_by,
         "gradient_evaluations": [
             {"at": place, **_ratio(_loss(other, place), _loss(learned, place))} for place in marks(steps)
         ],

@@ -99,7 +99,7 @@ def _method(result: Result) -> dict[str, Any]:
         "settings": _plain(result.settings),
     }
     if result.teleports:
-        entry["gauge"] = result.gauge
+        entry["gauge"] = result.moves_by
         entry["drift_max"] = float(_finite(np.asarray(trajectory.drift_max or 0.0)))
     if trajectory.held_out_loss is not None:
         entry["held_out_loss"] = _along(trajectory.held_out_loss)

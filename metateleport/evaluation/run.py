@@ -37,7 +37,7 @@ class Result:
     teleports: bool
     settings: dict[str, Any]
     tuning: dict[str, Any] | None
-    gauge: str = "none"
+    moves_by: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,4 +209,4 @@ def run_once(method: Method, stack: TaskStack, steps: int) -> Trajectory:
 
 def result_of(method: Method, trajectory: Trajectory) -> Result:
     """A trajectory with how its method was set."""
-    return Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)
+    return Result(trajectory, method.teleports, method.settings, method.tuning, method.moves_by)

@@ -66,7 +66,7 @@ class Method(abc.ABC):
 
     name: str
     teleports: ClassVar[bool] = False
-    gauge: str = "none"
+    moves_by: str = "none"
 
     def __init__(self, name: str, settings: Mapping[str, Any] | None = None) -> None:
         self.name = name
@@ -237,13 +237,13 @@ class Recorder:
         self._end = {name: where(marked, parameters[name].detach(), value) for name, value in before.items()}
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
-        model, held_out, score = self.stack, self.stack.held_out, self.stack.score
+        stack, held_out, score = self.stack, self.stack.held_out, self.stack.score
         found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
-            found["held_out_loss"] = model.losses_at(parameters, held_out)
+            found["held_out_loss"] = stack.losses_at(parameters, held_out)
             if score is not None:
-                outputs = model.outputs(parameters, held_out[0])
-                found["held_out_accuracy"] = model.each(score, outputs, *held_out[1])
+                outputs = stack.outputs(parameters, held_out[0])
+                found["held_out_accuracy"] = stack.each(score, outputs, *held_out[1])
         return {name: values.detach().double().cpu().numpy() for name, values in found.items()}
 
     def _now(self) -> float:

@@ -49,18 +49,18 @@ KINDS = {
 """How a group element is used, by its short name."""
 
 
-def verdict_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
+def verdict_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> str:
     """Whether a teleport helps: ahead, with its interval, of none, of a step learned alone and of a random element.
 
     Args:
-        gauge: `stays`, `undone`, `both` or `none`.
+        moves_by: `stays`, `undone`, `both` or `none`.
         against: by method what `metateleport.evaluation.compared.compared` gives.
         place: which of the marks; the last if not given.
 
     Returns:
         `helps`, `nothing`, `harms`, or `unknown` where nothing that decides was run.
     """
-    if gauge == "none":
+    if moves_by == "none":
         return "nothing"
     ends = [_at(against[name], place) for name in DECIDES if name in against]
     if not ends:
@@ -70,11 +70,11 @@ def verdict_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
     return "harms" if any(end["high"] < 1 for end in ends) else "nothing"
 
 
-def opening_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
+def opening_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> str:
     """The verdict as a clause, with the smallest of the ratios that decide where it helps.
 
     Args:
-        gauge: as for `verdict_of`, which is known.
+        moves_by: as for `verdict_of`, which is known.
         against: as for `verdict_of`.
         place: which of the marks.
 
@@ -88,21 +88,21 @@ def opening_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
         "helps": lambda: f"the teleport divides the loss by {interval(min(ends, key=lambda end: end['ratio']))}",
         "nothing": lambda: "the teleport brings nothing here",
         "harms": lambda: "the teleport does harm here",
-    }[verdict_of(gauge, against, place)]()
+    }[verdict_of(moves_by, against, place)]()
 
 
-def in_words(gauge: str, against: Mapping[str, Any], steps: int, seeds: int) -> str:
+def in_words(moves_by: str, against: Mapping[str, Any], steps: int, seeds: int) -> str:
     """What a teleport brings, with the ratios that decide.
 
     Args:
-        gauge: as for `verdict_of`.
+        moves_by: as for `verdict_of`.
         against: as for `verdict_of`; `seconds` may be missing.
         steps: the budget.
         seeds: number of meta-seeds.
     """
-    if gauge == "none":
+    if moves_by == "none":
         return f"{REFERENCE}: no teleport is learned here; what it gains is the step's."
-    if verdict_of(gauge, against) == "unknown":
+    if verdict_of(moves_by, against) == "unknown":
         return (
             f"{REFERENCE}: what the teleport brings was not measured; run {' and '.join(DECIDES)} beside it "
             "(--methods)."
@@ -116,7 +116,7 @@ def in_words(gauge: str, against: Mapping[str, Any], steps: int, seeds: int) -> 
             f"{AGAINST[name]}: {interval(ratios[name])}{seed.format(ratios[name].get('seed'))}" for name in names
         )
 
-    sentence = f"{REFERENCE}: {opening_of(gauge, against)} at {steps} gradient evaluations ({KINDS[gauge]}). "
+    sentence = f"{REFERENCE}: {opening_of(moves_by, against)} at {steps} gradient evaluations ({KINDS[moves_by]}). "
     sentence += f"Losses of others over the learned one's, at equal evaluations: {told(ends, deciding)}"
     timed = {name: over_seeds(each)["seconds"] for name, each in against.items() if "seconds" in over_seeds(each)}
     if all(name in timed for name in deciding):

@@ -152,7 +152,7 @@ class TestSameForTheSame:
 
 
 class TestWords:
-    def entry(self, *intervals: tuple[float, float, float], gauge: str = "stays", lost: int = 0) -> Entry:
+    def entry(self, *intervals: tuple[float, float, float], moves_by: str = "stays", lost: int = 0) -> Entry:
         def method(ratios: list[dict[str, float]]) -> dict[str, Any]:
             beside = {"paired_ratios_to_learned": ratios} if ratios else {}
             return {"median_loss": {"12": 2.0, "30": 1.0}, "diverged": 0, "seconds": 1.0, **beside}
@@ -163,7 +163,7 @@ class TestWords:
         ]
         methods = {"learned": method([]), "learned/step-only": method(ratios), "adam": method(ratios)}
         methods["learned"]["diverged"] = lost
-        return Entry("t", {}, {"steps": 30, "tasks": 8, "methods": methods}, gauge, "a card")
+        return Entry("t", {}, {"steps": 30, "tasks": 8, "methods": methods}, moves_by, "a card")
 
     def test_what_helps_is_said_with_its_interval(self) -> None:
         said = found_in(self.entry((3, 2, 4), (5, 4, 6)))
@@ -180,7 +180,7 @@ class TestWords:
         assert harm[3] == "Diverged: learned on 3 of 8 tasks."
 
     def test_without_a_teleport_the_step_has_the_merit(self) -> None:
-        assert "it gains is the step's" in found_in(self.entry((3, 2, 4), (5, 4, 6), gauge="none"))[0]
+        assert "it gains is the step's" in found_in(self.entry((3, 2, 4), (5, 4, 6), moves_by="none"))[0]
 
 
 class TestCards:

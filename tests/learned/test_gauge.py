@@ -379,7 +379,7 @@ def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> No
     assert np.array_equal(losses["gauge-off"], without)
     assert not np.allclose(losses["learned"], without)
     assert not np.allclose(losses["random"], losses["learned"])
-    assert [run.gauge for run in runs.values()] == ["undone", "none", "none", "undone"]
+    assert [run.moves_by for run in runs.values()] == ["undone", "none", "none", "undone"]
 
     seen: dict[str, list[Gauge]] = {}
     own = meta.step

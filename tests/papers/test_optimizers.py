@@ -22,7 +22,7 @@ from metateleport.papers.experiments._optimizers_claims import REGIMES, along, c
 from metateleport.papers.experiments.courses import follow
 from metateleport.papers.experiments.intervals import bootstrap, median_interval
 from metateleport.papers.experiments.optimizers import FAMILIES, Optimizers
-from metateleport.papers.experiments.recipes import OPTIMIZERS, best_step_size, require
+from metateleport.papers.experiments.candidates import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.ways import ONCE, PLAIN, THRICE, WHEN, Method, batch_pairs, rescalings
 from metateleport.teleporters import LevelSetTeleporter, TrustRegion
 

@@ -40,15 +40,15 @@ class FirstOrder(Method):
         return {**super().identity(), "optimizer": getattr(self.optimizer, "__qualname__", repr(self.optimizer))}
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = copy.deepcopy(stack)
-        optimizer = self.optimizer(model.parameters(), **self.settings)
+        own = copy.deepcopy(stack)
+        optimizer = self.optimizer(own.parameters(), **self.settings)
         recorder = Recorder(stack, budget)
         for step in range(budget):
             optimizer.zero_grad()
-            model(stack.batch(step)).sum().backward()
+            own(stack.batch(step)).sum().backward()
             optimizer.step()
             recorder.charge(1.0)
-            recorder.record(model.tensors())
+            recorder.record(own.tensors())
         return recorder.trajectory()
 
 

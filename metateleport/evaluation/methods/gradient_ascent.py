@@ -38,7 +38,7 @@ class GradientAscent(Method):
     """
 
     teleports = True
-    gauge = "stays"
+    moves_by = "stays"
 
     def __init__(
         self, lr: float, schedule: str = "once, before step 0", ascent_steps: int = 10, size: float = 1.0
@@ -50,15 +50,14 @@ class GradientAscent(Method):
         self.teleporter = GradientAscentTeleporter(steps=ascent_steps, step_size=size / ascent_steps, cap=size)
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack
-        parameters = {name: value.detach() for name, value in model.tensors().items()}
+        parameters = {name: value.detach() for name, value in stack.tensors().items()}
         recorder = Recorder(stack, budget)
         lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
         start: Tensor | None = None
         step, state = 0, None
         while bool(recorder.affords().any()):
             batch = stack.batch(step)
-            point = model.point_at(parameters, batch)
+            point = stack.point_at(parameters, batch)
             recorder.charge(1.0)
             assert point.loss is not None
             start = point.loss if start is None else start
@@ -70,7 +69,7 @@ class GradientAscent(Method):
                 recorder.drift(point.parameters, arrived.parameters, batch, where=~lost)
                 point = arrived
                 if arrived.stale:
-                    point = model.point_at(arrived.parameters, batch)
+                    point = stack.point_at(arrived.parameters, batch)
                     recorder.charge(1.0)
             stepped = {
                 name: value.detach() - self.lr * point.gradients[name] for name, value in point.parameters.items()

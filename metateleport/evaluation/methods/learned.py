@@ -62,7 +62,7 @@ class Learned(Method):
         stays = meta.teleporter is not None and teleport not in ("off", "stays-off")
         undone = meta.gauge is not None and teleport not in ("off", "gauge-off")
         self.teleports = stays or undone  # type: ignore[misc]
-        self.gauge = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
+        self.moves_by = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
             (stays, undone), "none"
         )
 

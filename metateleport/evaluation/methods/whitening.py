@@ -68,7 +68,7 @@ class Whitening(Method):
         super().__init__("whitening", {"lr": lr, "variant": variant, "relative": relative, "damping": damping})
         self.lr, self.variant, self.relative, self.damping = lr, variant, relative, damping
         self.side, self.stepped = VARIANTS[variant]
-        self.gauge = "undone" if self.side == "undone" else "stays"
+        self.moves_by = "undone" if self.side == "undone" else "stays"
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         parameters = {name: value.detach() for name, value in stack.tensors().items()}

@@ -19,7 +19,7 @@ from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.words import ABLATED, AGAINST, KINDS, interval
 from metateleport.families import TRAINING_LOSS
 
-__all__ = ["Entry", "entries_of", "gauge_of", "read_report", "text"]
+__all__ = ["Entry", "entries_of", "moves_by_of", "read_report", "text"]
 
 _KEY = re.compile(r"(?P<name>[^(]+)\((?P<settings>.*)\), \d+ gradient evaluations(, parts of the basis left out)?")
 
@@ -32,7 +32,7 @@ class Entry:
         task: name of the task family.
         settings: its settings, as text.
         result: what `metateleport.evaluation.card.result_of` gives, with the `command` where one is known.
-        gauge: how the learned method uses group elements: `stays`, `undone`, `both` or `none`.
+        moves_by: how the learned method uses group elements: `stays`, `undone`, `both` or `none`.
         source: where it was read, for people.
         report: the whole report, where there is one.
     """
@@ -40,7 +40,7 @@ class Entry:
     task: str
     settings: Mapping[str, str]
     result: Mapping[str, Any]
-    gauge: str
+    moves_by: str
     source: str
     report: Mapping[str, Any] | None = None
 
@@ -148,11 +148,11 @@ class Entry:
         missing = [key for key in ("tasks", "seed", "dtype", "conditions") if key not in self.result]
         if missing:
             raise KeyError(missing[0])
-        if self.gauge not in (*KINDS, "none"):
-            raise ValueError(f"the gauge {self.gauge!r} is not known")
+        if self.moves_by not in (*KINDS, "none"):
+            raise ValueError(f"the use of group elements {self.moves_by!r} is not known")
 
 
-def gauge_of(checkpoint: Checkpoint) -> str:
+def moves_by_of(checkpoint: Checkpoint) -> str:
     """How a checkpoint uses group elements: `stays`, `undone`, `both` or `none`."""
     stays, undone = checkpoint.learned.teleporter is not None, checkpoint.learned.gauge is not None
     return {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get((stays, undone), "none")
@@ -164,12 +164,12 @@ def entries_of(checkpoint: Checkpoint) -> list[Entry]:
     Raises:
         EvaluationError: if one cannot be read.
     """
-    gauge, found = gauge_of(checkpoint), []
+    moves_by, found = moves_by_of(checkpoint), []
     results = checkpoint.card.get("results", {})
     for key, result in results.items() if isinstance(results, Mapping) else [("results", results)]:
         try:
             name, settings = _task(key, result)
-            entry = Entry(name, settings, result, gauge, f"the card of {checkpoint.name}")
+            entry = Entry(name, settings, result, moves_by, f"the card of {checkpoint.name}")
             entry.check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EvaluationError(
@@ -204,9 +204,9 @@ def read_report(path: Path) -> tuple[str, Entry]:
             "version of metateleport that wrote it"
         )
     try:
-        gauge = report["attribution"].get(REFERENCE, {}).get("gauge", "none")
+        moves_by = report["attribution"].get(REFERENCE, {}).get("gauge", "none")
         settings = {name: text(value) for name, value in report["task"]["settings"].items()}
-        entry = Entry(report["task"]["name"], settings, result_of(report), gauge, path.name, report)
+        entry = Entry(report["task"]["name"], settings, result_of(report), moves_by, path.name, report)
         entry.check()
         return str(report["checkpoint"]), entry
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -89,7 +89,7 @@ def _sentences(entries: Mapping[str, Sequence[Entry]]) -> list[str]:
     said = []
     for name in sorted(entries):
         attributed = [entry for entry in entries[name] if entry.attributed]
-        verdicts = [verdict_of(entry.gauge, entry.against) for entry in attributed]
+        verdicts = [verdict_of(entry.moves_by, entry.against) for entry in attributed]
         counts = {word: verdicts.count(word) for word in ("helps", "nothing", "harms")}
         if attributed:
             words = {"helps": "helps in {}", "nothing": "brings nothing in {}", "harms": "does harm in {}"}

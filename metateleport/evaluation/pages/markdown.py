@@ -23,12 +23,12 @@ PARTS = {"stays": "teleport", "undone": "gauges", "both": "teleport and gauges",
 """What of a checkpoint moves, by how it uses group elements."""
 
 
-def called(method: str, gauge: str) -> str:
+def called(method: str, moves_by: str) -> str:
     """What rows call a method.
 
     Args:
         method: its name.
-        gauge: how the learned one uses group elements.
+        moves_by: how the learned one uses group elements.
 
     Example:
         >>> called("learned/teleport-off", "undone"), called("adam", "undone")
@@ -36,7 +36,7 @@ def called(method: str, gauge: str) -> str:
     """
     if method.startswith(ABLATED):
         return f"without {method.removeprefix(ABLATED)}"
-    return _CALLED.get(method, method).format(part=PARTS[gauge])
+    return _CALLED.get(method, method).format(part=PARTS[moves_by])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

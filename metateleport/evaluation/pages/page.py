@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metateleport.checkpoint import Checkpoint
-from metateleport.evaluation.pages.entry import Entry, gauge_of, text
+from metateleport.evaluation.pages.entry import Entry, moves_by_of, text
 from metateleport.evaluation.pages.markdown import WRITTEN, called, changed, listed, table
 from metateleport.evaluation.pages.section import section
 from metateleport.evaluation.paired import REFERENCE
@@ -83,9 +83,9 @@ def label(entry: Entry, trained: Mapping[str, Any]) -> str:
 
 
 def _card(checkpoint: Checkpoint) -> list[str]:
-    card, gauge = checkpoint.card, gauge_of(checkpoint)
+    card, moves_by = checkpoint.card, moves_by_of(checkpoint)
     learns = "a step" if checkpoint.learned.config.steps else ""
-    moves = KINDS.get(gauge, "no teleport")
+    moves = KINDS.get(moves_by, "no teleport")
     lines = [f"- Learned: {' and '.join(filter(None, [learns, moves]))}."]
     trained, training = trained_on(checkpoint), card.get("training", {})
     if trained:
@@ -117,12 +117,12 @@ def _made_for(made_for: Mapping[str, Any]) -> str:
 
 
 def _glance(entries: Sequence[Entry], trained: Mapping[str, Any]) -> list[str]:
-    gauge = entries[0].gauge
+    moves_by = entries[0].moves_by
     header = [
         "median at the end of the budget",
         "learned",
         "the worst meta-seed",
-        *(called(name, gauge) for name in _ATTRIBUTED),
+        *(called(name, moves_by) for name in _ATTRIBUTED),
     ]
     rows = []
     for entry in entries:
@@ -140,9 +140,9 @@ def cells(entry: Entry) -> list[str]:
     others = {name: entry.median(name, end) for name in entry.methods if name.partition("/")[0] != REFERENCE}
     best = min(others, key=lambda name: others[name], default=None)
     row.append("" if best is None else f"{number(others[best])} ({best})")
-    if verdict_of(entry.gauge, entry.against) == "unknown":
+    if verdict_of(entry.moves_by, entry.against) == "unknown":
         return [*row, "was not measured"]
-    return [*row, opening_of(entry.gauge, entry.against).removeprefix("the teleport ").removesuffix(" here")]
+    return [*row, opening_of(entry.moves_by, entry.against).removeprefix("the teleport ").removesuffix(" here")]
 
 
 def _anchor(title: str) -> str:

@@ -45,10 +45,10 @@ def draw(entries: Sequence[Entry], titles: Sequence[str], path: Path) -> bool:
         handles.update(_panel(axes, entry, title, colours))
     for axes in grid[len(entries) :]:
         axes.set_axis_off()
-    gauge = entries[0].gauge
+    moves_by = entries[0].moves_by
     figure.legend(
         [handles[name] for name in names],
-        [called(name, gauge).strip("*") for name in names],
+        [called(name, moves_by).strip("*") for name in names],
         loc="outside right upper",
         frameon=False,
         fontsize=8,

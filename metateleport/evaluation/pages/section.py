@@ -43,14 +43,14 @@ def _brought(entry: Entry) -> list[str]:
         return ["Parts of the basis are left out, one run each; nothing is trained anew."]
     if not against:
         return ["The learned method ran alone: whether it goes on, and whether it stays where it came to."]
-    if entry.gauge == "none":
+    if entry.moves_by == "none":
         return ["No teleport is learned here; what it gains is the step's."]
-    verdicts = [verdict_of(entry.gauge, against, place) for place in range(len(marks))]
+    verdicts = [verdict_of(entry.moves_by, against, place) for place in range(len(marks))]
     if verdicts[-1] == "unknown":
         return ["What the teleport brings was not measured here."]
-    said = [f"At {marks[-1]} gradient evaluations {opening_of(entry.gauge, against)} ({KINDS[entry.gauge]})."]
+    said = [f"At {marks[-1]} gradient evaluations {opening_of(entry.moves_by, against)} ({KINDS[entry.moves_by]})."]
     before = [
-        f"at {mark} {opening_of(entry.gauge, against, place)}"
+        f"at {mark} {opening_of(entry.moves_by, against, place)}"
         for place, mark in enumerate(marks[:-1])
         if verdicts[place] != verdicts[-1]
     ]
@@ -65,7 +65,7 @@ def _failures(entry: Entry) -> list[str]:
         worst = entry.result.get("meta_seeds", {}).get("worst", {}).get(name)
         count, of = (worst["diverged"], tasks * seeds) if worst else (method["diverged"], tasks)
         if count:
-            lost.append(f"{called(name, entry.gauge).strip('*')} on {count} of {of}")
+            lost.append(f"{called(name, entry.moves_by).strip('*')} on {count} of {of}")
     if lost:
         return [f"Diverged{', over all meta-seeds' if seeds else ''}: {', '.join(lost)} tasks."]
     return [f"No run diverged{f', of any of {seeds} meta-seeds' if seeds else ''}."]
@@ -77,7 +77,7 @@ def _medians(entry: Entry) -> list[str]:
     header += ["diverged", "seconds", "largest drift"]
     rows = []
     for name, method in entry.methods.items():
-        row = [called(name, entry.gauge), *(number(entry.median(name, mark)) for mark in entry.marks)]
+        row = [called(name, entry.moves_by), *(number(entry.median(name, mark)) for mark in entry.marks)]
         if accurate:
             accuracy = method.get("held_out_accuracy")
             row.append(f"{accuracy[str(entry.steps)]:.1%}" if accuracy else "")
@@ -106,7 +106,7 @@ def _ratios(entry: Entry) -> list[str]:
         cells = [ratio_cell(ratio) for ratio in ratios]
         if timed:
             cells.append(ratio_cell(best["seconds"]) if "seconds" in best else "")
-        rows.append([called(name, entry.gauge), *cells])
+        rows.append([called(name, entry.moves_by), *cells])
         if "worst" in ratios[-1]:
             worst = [f"{ratio_cell(ratio['worst'])} (seed {ratio['worst']['seed']})" for ratio in ratios]
             rows.append(["- for the worst meta-seed", *worst, *([""] * timed)])
@@ -132,7 +132,7 @@ def _needed(entry: Entry, found: Mapping[str, Any], goal: str) -> list[str]:
     header += ["the learned one's accuracy less this"] if accurate else []
     rows = []
     for name, each in found["methods"].items():
-        row = [called(name, entry.gauge), number(each["evaluations"]), number(each["seconds"])]
+        row = [called(name, entry.moves_by), number(each["evaluations"]), number(each["seconds"])]
         row.append(str(each["censored"] or ""))
         if accurate:
             row.append(f"{each['held_out_accuracy']:.1%}" if "held_out_accuracy" in each else "")

@@ -17,7 +17,7 @@ from metateleport.families import Task
 from metateleport.families.stack import Batch
 from metateleport.optim import TeleportingOptimizer
 from metateleport.papers.experiments.base import LARGEST, finite
-from metateleport.papers.experiments.recipes import Recipe
+from metateleport.papers.experiments.candidates import Recipe
 from metateleport.papers.experiments.ways import Method
 from metateleport.teleporters import TeleportReport, teleport
 

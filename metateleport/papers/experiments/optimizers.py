@@ -14,7 +14,7 @@ from metateleport.families.stack import Batch
 from metateleport.papers.experiments._optimizers_claims import along, claims
 from metateleport.papers.experiments.base import Experiment, ExperimentError, Findings, Progress
 from metateleport.papers.experiments.courses import Course, follow
-from metateleport.papers.experiments.recipes import OPTIMIZERS, best_step_size, require
+from metateleport.papers.experiments.candidates import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.ways import PLAIN, Method, methods
 
 if TYPE_CHECKING:
