@@ -18,11 +18,11 @@ __all__ = ["RIVALS", "FirstOrder"]
 class FirstOrder(Method):
     """An elementwise optimizer of `torch.optim`, run on the stacked parameters.
 
-    Every coordinate is treated alone, so that a stack takes the steps that each task would take by itself.
+    Every coordinate is updated independently, so a stack takes the same steps as each task alone.
 
     Args:
-        name: of the method.
-        optimizer: makes the optimizer from the parameters and the settings.
+        name: name of the method.
+        optimizer: makes the optimizer, called with the parameters and the settings.
         settings: keyword arguments of `optimizer`.
 
     Example:

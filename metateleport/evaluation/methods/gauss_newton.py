@@ -1,4 +1,4 @@
-"""Gauss-Newton, damped: what the same linear algebra buys without teleportation."""
+"""Damped Gauss-Newton: a reference with similar linear algebra and no teleport."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["RIVALS", "GaussNewton"]
 
 
 class GaussNewton(Method):
-    r"""Levenberg-Marquardt with the generalised Gauss-Newton matrix, for small problems, one batch a step.
+    r"""Levenberg-Marquardt with the generalised Gauss-Newton matrix, for small problems, with one batch per step.
 
     $$d = -(J^\top H J + \mu 1)^{-1} J^\top \nabla_z L, \qquad H = \nabla^2_z L,$$
 
     with $z$ the outputs and $J$ their Jacobian. A step that lowers the loss on its batch is taken and divides $\mu$
-    by 3; another one is not, and multiplies $\mu$ by 4. On data that does not change the Jacobian is then kept.
+    by 3. Any other step is not taken and multiplies $\mu$ by 4; on full batches the Jacobian is then reused.
 
-    What a Jacobian costs is counted by its multiplications, over those of a gradient; each trial of a step is a
-    forward pass, a third. Models have to treat their samples one by one.
+    The cost of a Jacobian is its number of multiplications over that of a gradient. Each trial of a step is a forward
+    pass, a third of a gradient evaluation. Models have to treat samples independently.
 
     Args:
-        lr: length of the step, 1 for the full one.
-        damping: $\mu$ at the start, over the mean of the diagonal of $J^\top H J$.
+        lr: factor on the step, 1 for the full step.
+        damping: $\mu$ at the start, relative to the mean of the diagonal of $J^\top H J$.
 
     Source: Nocedal and Wright, Numerical Optimization, section 10.3; Martens, JMLR 2020 (arXiv 1412.1193), section 8.
     """
@@ -80,12 +80,12 @@ RIVALS = (
 
 
 def jacobian_cost(stack: TaskStack, tensors: Tensors, batch: Batch) -> float:
-    """Multiplications of the Jacobian of the outputs, over those of one gradient of the loss.
+    """Multiplications of the Jacobian of the outputs, relative to those of one gradient of the loss.
 
     At least one: a Jacobian contains the gradient.
 
     Raises:
-        EvaluationError: if the model does not give the Jacobian of every sample by itself.
+        EvaluationError: if the model cannot be differentiated for single samples.
     """
     (inputs, targets), template = batch, stack.template
     one = {name: value[0].detach() for name, value in tensors.items()}
@@ -102,15 +102,15 @@ def jacobian_cost(stack: TaskStack, tensors: Tensors, batch: Batch) -> float:
                 function()
             except Exception as error:
                 raise EvaluationError(
-                    "gauss-newton differentiates the outputs of every sample by itself, and the tasks' model does not "
-                    f"give that ({type(error).__name__}: {str(error)[:120]}): leave gauss-newton out of --methods"
+                    "gauss-newton differentiates the outputs of every sample by itself, which the tasks' model does "
+                    f"not allow ({type(error).__name__}: {str(error)[:120]}): leave gauss-newton out of --methods"
                 ) from error
         counts.append(counter.get_total_flops())
     return max(counts[1] / max(counts[0], 1), 1.0)
 
 
 def _jacobian(stack: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
-    """Derivatives of every output of every sample by every parameter, `(samples, outputs, *parameter)`."""
+    """Derivatives of every sample's outputs with respect to every parameter, `(samples, outputs, *parameter)`."""
 
     def single(parameters: Tensors, sample: tuple[Tensor, ...]) -> Tensor:
         inputs = tuple(each.unsqueeze(0) for each in sample)
@@ -134,9 +134,9 @@ class _System:
 
     @classmethod
     def at(cls, stack: TaskStack, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
-        """The systems at some parameters, those of tasks where `where` is false as they are known.
+        """The systems at new parameters; tasks where `where` is false keep their known system.
 
-        Tasks are gone through one by one, to keep the memory small.
+        The tasks are computed one by one, to save memory.
         """
         parts = []
         for task, wanted in enumerate(where.tolist()):

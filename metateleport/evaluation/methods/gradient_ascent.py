@@ -1,4 +1,4 @@
-"""Gradient descent that teleports by gradient ascent, as the source papers do."""
+"""Gradient descent with teleports by gradient ascent, as in the source papers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ SCHEDULES: dict[str, Callable[[int], bool]] = {
     "once, before step 0": lambda step: step == 0,
     "before every 10th step": lambda step: step % 10 == 0,
 }
-"""When gradient ascent teleports, by name: from the number of the step to whether it teleports before it."""
+"""Schedules by name: a function of the step's number that says whether to teleport before the step."""
 
 
 class GradientAscent(Method):
-    r"""Gradient descent that teleports by gradient ascent on the squared gradient norm, as in the source papers.
+    r"""Gradient descent with teleports by gradient ascent on the squared gradient norm, as in the source papers.
 
-    A teleport of n ascent steps costs what they evaluate, as counted by its moves; the gradient is carried along,
-    so the step after it needs no second one.
+    A teleport costs the gradient evaluations of its ascent steps. The gradient is carried along, so the step after the
+    teleport needs no new one.
 
     Args:
         lr: step size of gradient descent.
         schedule: when to teleport, a key of `SCHEDULES`.
         ascent_steps: steps of each ascent.
-        size: largest Frobenius norm of the generator; each ascent step is `size / ascent_steps` long at first.
+        size: largest Frobenius norm of the generator; the first length of an ascent step is `size / ascent_steps`.
 
     Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), algorithm 1.
     """

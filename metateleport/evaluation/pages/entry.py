@@ -1,4 +1,4 @@
-"""One evaluation as pages show it, whether a card or a JSON file has it."""
+"""One evaluation as pages show it, read from a card or from a JSON file."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _KEY = re.compile(r"(?P<name>[^(]+)\((?P<settings>.*)\), \d+ gradient evaluation
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One evaluation: figures at the marks, ratios, conditions.
+    """One evaluation: medians at the marks, ratios and conditions.
 
     Args:
         task: name of the task family.
-        settings: its settings, as text.
-        result: what `metateleport.evaluation.card.result_of` gives, with the `command` where one is known.
+        settings: the family's settings, as text.
+        result: a result in the form of `metateleport.evaluation.card.result_of`, with its `command` if it is known.
         moves_by: how the learned method uses group elements: `stays`, `undone`, `both` or `none`.
-        source: where it was read, for people.
-        report: the whole report, where there is one.
+        source: where the evaluation was read from, in words.
+        report: the whole report, if it was read from a JSON file.
     """
 
     task: str
@@ -46,34 +46,34 @@ class Entry:
 
     @property
     def steps(self) -> int:
-        """Gradient evaluations that each method could spend."""
+        """The budget: gradient evaluations that each method could spend on each task."""
         return int(self.result["steps"])
 
     @property
     def marks(self) -> list[int]:
-        """Where there are figures."""
+        """The numbers of gradient evaluations at which there are figures."""
         return marks(self.steps)
 
     @property
     def measure(self) -> str:
-        """What tasks are judged by."""
+        """Name of the measure that tasks are judged by."""
         return str(self.result.get("measure", TRAINING_LOSS))
 
     @property
     def methods(self) -> Mapping[str, Any]:
-        """By name what each did."""
+        """The results by method name."""
         methods: Mapping[str, Any] = self.result["methods"]
         return methods
 
     @property
     def seeds(self) -> Sequence[Mapping[str, Any]]:
-        """What each meta-seed did; empty where there is but one."""
+        """The results of each meta-seed; empty if there is only one."""
         seeds: Sequence[Mapping[str, Any]] = self.result.get("meta_seeds", {}).get("seeds", ())
         return seeds
 
     @property
     def attributed(self) -> bool:
-        """Whether anything stands beside the learned method that its result is attributed by."""
+        """Whether runs of the attribution are among the methods."""
         return any(name in AGAINST and not self._rival(name) for name in self.methods) and not self.parts
 
     @property
@@ -86,14 +86,14 @@ class Entry:
         return float(self.methods[method]["median_loss"][str(mark)])
 
     def of_seeds(self, method: str, mark: int) -> list[float]:
-        """A learned method's medians at a mark, of every meta-seed; empty where there is but one."""
+        """A learned method's medians at a mark, for every meta-seed; empty if there is only one."""
         return [float(each["methods"][method]["median_loss"][str(mark)]) for each in self.seeds]
 
     def compared(self, names: Sequence[str]) -> dict[str, Any]:
-        """By method the ratios to the learned one, in the form of `metateleport.evaluation.compared.compared`.
+        """The ratios to the learned method by name, in the form of `metateleport.evaluation.compared.compared`.
 
         Args:
-            names: of the methods that are wanted; those without ratios are left out.
+            names: names of the methods; those without ratios are left out.
         """
         over = self.result.get("meta_seeds", {}).get("ratios_to_learned", {})
         found = {}
@@ -110,12 +110,12 @@ class Entry:
 
     @property
     def against(self) -> dict[str, Any]:
-        """The ratios of the learned runs that the result is attributed by."""
+        """The ratios of the runs of the attribution."""
         return self.compared([name for name in self.methods if name in AGAINST and not self._rival(name)])
 
     @property
     def rivals(self) -> dict[str, Any]:
-        """The ratios of the other methods, teleports by hand among them."""
+        """The ratios of the rivals, hand-designed teleports included."""
         return self.compared([name for name in self.methods if self._rival(name)])
 
     def _rival(self, name: str) -> bool:
@@ -123,14 +123,14 @@ class Entry:
 
     @property
     def left_out(self) -> dict[str, Any]:
-        """The ratios of the runs that leave a part of the basis out."""
+        """The ratios of the runs that leave out a part of the basis."""
         return self.compared([name for name in self.methods if name.startswith(ABLATED)])
 
     def check(self) -> None:
-        """Reads all that pages show.
+        """Checks everything that pages show.
 
         Raises:
-            KeyError, TypeError, ValueError: if something is missing or of another kind.
+            KeyError, TypeError, ValueError: if something is missing or of another type.
         """
         for name, entry in self.methods.items():
             numbers = [float(entry["diverged"]), float(entry["seconds"])]
@@ -187,7 +187,7 @@ def read_report(path: Path) -> tuple[str, Entry]:
         The name of its checkpoint, and the evaluation.
 
     Raises:
-        EvaluationError: if there is no such file, or it is something else or of another version.
+        EvaluationError: if the file is missing, is not an evaluation, or is of another version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def read_report(path: Path) -> tuple[str, Entry]:
 
 
 def _task(key: str, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Name and settings of a card's result; older ones have them in their key alone."""
+    """Name and settings of a card's result; older cards have them only in the key."""
     if "task" in result:
         return str(result["task"]["name"]), {name: text(value) for name, value in result["task"]["settings"].items()}
     read = _KEY.fullmatch(key)
@@ -225,7 +225,7 @@ def _task(key: str, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def text(value: Any) -> str:
-    """A setting as it is compared and shown: as on the command line.
+    """A setting as text, as on the command line, for comparing and printing.
 
     Example:
         >>> text(None), text(True), text(10.0)
