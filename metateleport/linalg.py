@@ -27,16 +27,16 @@ __all__ = [
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _POLAR_STEPS = 5
 _HALVES = 128
-"""Matrices of fewer rows are multiplied in float32: what bfloat16 saves is less than what it costs to begin."""
+"""Matrices of fewer rows are multiplied in float32: converting them to bfloat16 costs more than it saves."""
 
 _CHUNK = 2**24
-"""Bytes of matrices whose polar factors are taken together."""
+"""Largest number of bytes of matrices whose polar factors are computed in one call."""
 
 _RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
 
 
 def relative_shift(dtype: torch.dtype) -> float:
-    """What is added to a covariance before its logarithm, relative to its largest eigenvalue.
+    """The shift that is added to a covariance before its logarithm, relative to its largest eigenvalue.
 
     Example:
         >>> relative_shift(torch.float64)
@@ -47,14 +47,14 @@ def relative_shift(dtype: torch.dtype) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """A positive semidefinite matrix taken apart, in units of its largest eigenvalue.
+    """The eigendecomposition of a positive semidefinite matrix, in units of its largest eigenvalue.
 
     Args:
-        values: the eigenvalues in ascending order over the largest, `(*batch, k)`.
-        vectors: the eigenvectors, `(*batch, k, k)`, or None for a diagonal that is not in order.
+        values: the eigenvalues, divided by the largest, `(*batch, k)`; in ascending order if `vectors` are given.
+        vectors: the eigenvectors, `(*batch, k, k)`, or None for a diagonal matrix, whose entries are not sorted.
         largest: logarithm of the largest eigenvalue, `(*batch,)`.
-        usable: whether the matrix is of any use, `(*batch,)`; where it is not, all its logarithms are zero.
-        dtype: of the matrix; everything here is in float64.
+        usable: whether the decomposition succeeded, `(*batch,)`; where it did not, all logarithms are zero.
+        dtype: of the matrix; the decomposition itself is in float64.
 
     Example:
         >>> symmetric_spectrum(torch.diag(torch.tensor([1.0, 4.0]))).logs(0.0)
@@ -84,15 +84,15 @@ class Spectrum:
 
 
 def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
-    """Takes positive semidefinite matrices apart, in float64.
+    """The eigendecomposition of positive semidefinite matrices, in float64.
 
-    Where `eigh` does not converge (seen on ill-conditioned stacks) a shifted matrix is tried, and where that fails, or
-    the matrix is not finite, the logarithms are zero: the generator is then left out.
+    Where `eigh` does not converge (seen on ill-conditioned stacks), a shifted matrix is tried. Where that fails too, or
+    the matrix is not finite, the logarithms are zero, and a generator made of them is zero.
 
     Args:
         matrix: `(*batch, k, k)`, symmetric up to rounding.
-        rank: directions whose eigenvalue is below this, relative to the largest, get the largest: no power of the
-            matrix then stretches what is not there.
+        rank: eigenvalues below this, relative to the largest, are replaced by the largest. No power of the matrix then
+            stretches the directions that a matrix of low rank lacks.
 
     Returns:
         The spectrum.
@@ -112,7 +112,7 @@ def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
     usable = usable & converged
     largest = values[..., -1].clamp_min(tiny)
     values = values / largest.unsqueeze(-1)
-    # What is below rounding is nothing: its logarithm would be that of noise.
+    # Eigenvalues below rounding count as zero: their logarithms would be those of noise.
     noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     values = torch.where(values < noise, 0.0, values)
     values = torch.where(values < rank, 1.0, values)
@@ -120,10 +120,10 @@ def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
 
 
 def diagonal_spectrum(values: Tensor) -> Spectrum:
-    """The spectrum of a covariance's diagonal, for groups that see no more of it.
+    """The spectrum of a diagonal covariance, for groups of diagonal matrices.
 
     Args:
-        values: the diagonal, `(*batch, k)`; what rounding has made negative counts as zero.
+        values: the diagonal, `(*batch, k)`; entries that rounding has made negative count as zero.
 
     Example:
         >>> diagonal_spectrum(torch.tensor([1.0, 4.0])).log(0.0)
@@ -157,7 +157,7 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, eigenvectors and where they converged; a stack of which one matrix fails is taken apart."""
+    """Eigenvalues, eigenvectors and where they converged; where a stack fails, its matrices are tried one by one."""
     batch = matrix.shape[:-2]
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -182,8 +182,8 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     $$X \mapsto a X + (b\, X X^\top + c\, (X X^\top)^2)\, X, \qquad X_0 = G / |G|_F.$$
 
     Singular values down to a few hundredths of the Frobenius norm end up between 0.6 and 1.3, smaller ones grow by 3.4
-    a step: there is no division by what is nearly zero, and the derivative is finite everywhere. In float32 without a
-    graph the products are in bfloat16, where the device has them: what they round is far below the 0.6 and the 1.3.
+    a step: nothing is divided by a number near zero, and the derivative is finite everywhere. In float32 without a
+    graph the products are in bfloat16, where the device is fast in it: its rounding is small beside that range.
 
     Args:
         tensors: each `(*batch, rows, columns)` with one batch dimension; the further dimensions of a convolution's
@@ -217,7 +217,7 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names of tensors of one shape, in chunks of bounded memory: what `polar_factors` takes at once.
+    """Names of tensors grouped by shape, in chunks of bounded memory, each for one call of `polar_factors`.
 
     Example:
         >>> list(alike({"a": torch.ones(1, 2, 3), "b": torch.ones(1, 3, 2), "c": torch.ones(1, 2, 3)}))
@@ -253,8 +253,8 @@ def rms(tensor: Tensor) -> Tensor:
 def finite_gradient(tensor: Tensor) -> Tensor:
     """The tensor as it is; backwards, entries of its gradient that are not finite become zero.
 
-    Put where the rows of single tasks leave a network: the derivative of a factorisation can be infinite in a task
-    (a matrix that has lost its rank) that is of no use to the others.
+    It stands where a network's outputs, one row for each task, leave the network. In one task the derivative of a
+    factorisation can be infinite, as that of a matrix that has lost its rank; the other tasks' gradients stay usable.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -296,7 +296,7 @@ def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
         tensor([ True, False])
     """
     kept = [value.detach() for value in tensors]
-    # A sum is finite where its terms are, unless it overflows, and takes a tenth of the time of a look at each of them.
+    # A sum is finite where its terms are, unless it overflows, and is ten times as fast as testing each of them.
     sums = torch.stack([value.reshape(*value.shape[:batch], -1).sum(-1) for value in kept]).isfinite().all(0)
     if bool(sums.all()):
         return sums

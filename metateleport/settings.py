@@ -1,4 +1,4 @@
-"""Settings as tables: frozen dataclasses whose values are checked by name, read from and written to TOML and JSON."""
+"""Settings as tables: frozen dataclasses with checked values, read from and written to TOML and JSON."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class SettingsError(ValueError):
-    """A setting that is unknown, of a wrong type or out of its range, or two that cannot go together, by their keys."""
+    """A setting is unknown, of a wrong type or out of range, or does not go with another; the message has the keys."""
 
 
 class Text(str):
-    """A value as written on the command line, which is read in the type of its setting."""
+    """A value as written on the command line; it is converted to the type of its setting."""
 
     __slots__ = ()
 
@@ -53,8 +53,8 @@ class Range:
     """The values that a setting may have.
 
     Args:
-        words: that complete "it has to be".
-        holds: whether a value is one.
+        words: the values in words, to complete "it has to be ...".
+        holds: tells whether a value is in the range.
     """
 
     words: str
@@ -74,10 +74,10 @@ def setting(default: Any = dataclasses.MISSING, within: Range | None = None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of one part: a frozen dataclass whose values are of the types and ranges that its fields name.
+    """The settings of one part, as a frozen dataclass. Each value is checked for the type and the range of its field.
 
-    `part` is what the part is called in a table of parts. Messages name a setting by both, as `outer.lr`. Types are
-    `int`, `float`, `bool`, `str`, `Literal`, `tuple`, and one of these `| None`, which is written `"none"` in TOML.
+    `part` is the part's name in a table of parts. Messages name a setting by part and name, as `outer.lr`. Types are
+    `int`, `float`, `bool`, `str`, `Literal`, `tuple`, or one of these `| None`; None is written `"none"` in TOML.
 
     Raises:
         SettingsError: if a value is of another type or out of its range.
@@ -118,7 +118,7 @@ class Settings:
         """The settings of a table; those that it leaves out have their defaults.
 
         Raises:
-            SettingsError: if a key is unknown, one without a default is missing, or a value cannot be.
+            SettingsError: if a key is unknown, a key without a default is missing, or a value is not allowed.
         """
         for name in table:
             if name not in cls.names():
@@ -151,7 +151,7 @@ def flattened(tables: Table) -> dict[str, Any]:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that is written most like another, by itself or without its part.
+    """The known key that is spelled most like another, with or without its part.
 
     Example:
         >>> nearest("secant", ["rule.secants", "outer.seconds"])
@@ -170,7 +170,7 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
 
     Args:
         text: in TOML 1.0.
-        where: the text is from, for the message.
+        where: where the text is from, for the error message.
 
     Raises:
         SettingsError: if it is not TOML.
@@ -207,7 +207,7 @@ def _hints(kind: type[Settings]) -> dict[str, Any]:
 
 
 def _typed(wanted: Any, value: Any, key: str) -> Any:
-    """A value in the type that is wanted; integers are numbers, and only `Text` is read as something else."""
+    """A value in the wanted type. An integer may stand for a float; only `Text` is converted from a string."""
     if get_origin(wanted) in (Union, types.UnionType):
         (own,) = (each for each in get_args(wanted) if each is not type(None))
         left_out = value is None or (isinstance(value, str) and value.lower() == "none")

@@ -32,7 +32,7 @@ class Teacher(TaskFamily):
     $N(0, \text{scale}^2)$, as in `leaky_mlp` with `distribution=normal`. The labels of held-out samples carry no
     noise: the loss there is the distance from the teacher.
 
-    No layer can fit the labels alone, and a batch form would hold on one batch only: the symmetries are the
+    No layer can fit the labels alone, and a batch pair would hold on one batch only: the symmetries are the
     rescalings through LeakyReLU, exact on every batch.
 
     Settings:

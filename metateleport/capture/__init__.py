@@ -1,4 +1,4 @@
-"""The one place where a model's passes are recorded: one pass at once, or those of a training loop."""
+"""Recording of a model's forward and backward passes: a single pass, or those of a training loop."""
 
 from metateleport.capture.layout import (
     channel_modules,

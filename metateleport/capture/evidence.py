@@ -1,4 +1,4 @@
-"""What the recorded pass says of the gradients that an optimizer is about to use."""
+"""Whether a recorded pass belongs to the gradients that an optimizer is about to use, and what it adds to them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from metateleport.point import Tensors
 __all__ = ["Evidence", "evidence_of"]
 
 _ROUGH = 3e-2
-"""How well gradients agree where some of the pass was in half precision."""
+"""Relative tolerance between gradients if a part of the pass was in half precision."""
 
 _WHOLE = 0.5
-"""Share of the last pass's own gradient that a sum over several passes has at least, unless something shortened it."""
+"""A sum over several passes has at least this share of the last pass's gradient in it, unless it was shortened."""
 
 
 _DIRECTIONS = 4
-"""Along so many random directions of the outputs the two are compared."""
+"""Number of random directions of the outputs along which gradients are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What of the recorded pass may be used beside the gradients.
+    """The part of a recorded pass that may be used beside the gradients.
 
     Args:
-        activations: inputs of modules, samples in rows; empty where the gradients are not that pass's.
-        cotangents: gradients on their outputs, times the factor that makes them those of the gradients.
-        loss_fits: whether the gradients are those of the loss that was told, and no multiple of them.
-        checked: whether there was anything to hold against them.
+        activations: inputs of modules, samples in rows; empty if the gradients are not those of the recorded pass.
+        cotangents: gradients on the modules' outputs, scaled by the factor between the pass and the gradients.
+        loss_fits: whether the gradients are those of the recorded pass's loss itself, and not of a multiple of it.
+        checked: whether the pass had anything to compare the gradients with.
 
     Example:
         >>> Evidence().loss_fits
@@ -48,16 +48,16 @@ class Evidence:
 
 
 def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
-    r"""Holds the recorded pass against the gradients.
+    r"""Compares the recorded pass with the gradients.
 
-    A linear layer's gradient follows from the cotangent $c$ on its outputs and its inputs $h$, as $c^\top h$; that of
-    its bias is the sum of $c$ over the samples. Up to one positive factor for each tensor that has to be the gradient:
-    so it is with clipping, loss scaling and the average over replicas. One that does not agree, as of a sum over
-    several passes or clipped entry by entry, says that the pass tells nothing of the others either.
+    The gradient of a linear layer is $c^\top h$, with $h$ its inputs and $c$ the cotangent on its outputs; the gradient
+    of its bias is the sum of $c$ over the samples. The actual gradient $G$ has to be that, up to one positive factor
+    for each tensor, as left by clipping, loss scaling and the average over replicas. If one tensor does not agree, as
+    after several passes or clipping entry by entry, the pass is used for none of them.
 
-    The two are compared along a few random directions $v$ of the outputs, $(c v)^\top h$ with $v^\top G$: that costs
-    hardly more than reading them, where $c^\top h$ would cost a third of the pass. A difference hides from all of the
-    directions with probability zero.
+    The two are compared along a few random directions $v$ of the outputs, $(c v)^\top h$ with $v^\top G$. That costs
+    hardly more than reading them, where $c^\top h$ would cost a third of the pass. The probability that a difference is
+    zero along all directions is zero.
 
     Args:
         recorder: of the model.
@@ -90,7 +90,7 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
     if not agree:
         return Evidence(loss_fits=whole and recorder.reached > 1, checked=True)
     if not factors:
-        # One pass, of whose modules none has a gradient that follows from what it saw.
+        # No module's gradient can be compared; after a single pass there is no doubt whose gradients these are.
         return Evidence(activations, cotangents) if recorder.reached == 1 else Evidence()
     fits = all(abs(each - 1) <= tolerance for each in factors.values())
     if not fits:
@@ -100,7 +100,7 @@ def evidence_of(recorder: PassRecorder, gradients: Tensors) -> Evidence:
 
 
 def _is_rough(recorded: RecordedPass) -> bool:
-    """Whether a module has worked in half precision, of its own or under autocast."""
+    """Whether a module ran in half precision, of its own or under autocast."""
     half = (torch.float16, torch.bfloat16)
     return any(
         run.input.dtype in half or (run.output is not None and run.output[1] in half)
@@ -117,7 +117,7 @@ def _stacked(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 def _held_against(
     name: str, cotangent: Tensor, activations: Tensors, gradients: Tensors
 ) -> tuple[Tensor, Tensor] | None:
-    """A gradient as the pass gives it and as it is, along some directions; None where the pass does not tell."""
+    """A gradient computed from the pass, and the actual one, along some directions; None if the pass gives none."""
     weight, bias = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
     inputs = activations.get(name)
     if weight is not None and weight.ndim == 3 and inputs is not None:
@@ -131,9 +131,9 @@ def _held_against(
 
 
 def _compared(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float, float, float]]:
-    """Norms of what is seen and what is given, the factor between them, and the norm of what it leaves, by name.
+    """By name the norms of computed and actual gradient, the factor between them, and the norm of the rest.
 
-    The device is waited for once.
+    The device is synchronised once.
     """
     if not pairs:
         return {}
@@ -148,7 +148,7 @@ def _compared(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float,
 
 @functools.lru_cache(maxsize=256)
 def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Directions to compare along, in columns, the same ones always; of few outputs all."""
+    """Directions to compare along, in columns, always the same; the whole basis if there are few outputs."""
     if size <= _DIRECTIONS:
         return torch.eye(size, dtype=dtype, device=device)
     source = torch.Generator().manual_seed(size)

@@ -1,4 +1,4 @@
-"""What modules take in and put out: where it is found, and how it is laid out with samples in rows."""
+"""Inputs and outputs of modules: which of their tensors counts, and its layout with samples in rows."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 
 
 def rows(tensor: Tensor, batch: int = 0, channels: bool = False) -> Tensor:
-    """Lays a module's input or output out with samples in rows, `(*batch, samples, features)`.
+    """A module's input or output with samples in rows, `(*batch, samples, features)`.
 
     Args:
         tensor: `(*batch, samples, ..., features)`, or `(*batch, samples, channels, ...)` for convolutions; a vector
             is one sample, a scalar one sample of one feature.
         batch: number of batch dimensions in front.
-        channels: whether the features stand behind the samples (convolutions), not last.
+        channels: whether the features are in the dimension after the samples, as for convolutions, and not last.
 
     Example:
         >>> rows(torch.zeros(8, 3, 5, 5), channels=True).shape
@@ -50,18 +50,18 @@ def rows(tensor: Tensor, batch: int = 0, channels: bool = False) -> Tensor:
 
 
 def modules_of(symmetries: Iterable[Symmetry]) -> tuple[str, ...]:
-    """Names of the modules that some symmetries want to see, each once."""
+    """Names of the modules that symmetries read, each once."""
     return tuple(dict.fromkeys(name for symmetry in symmetries for name in symmetry.modules))
 
 
 def channel_modules(model: nn.Module, modules: Iterable[str]) -> dict[str, bool]:
-    """Which of the named modules are convolutions: their features stand behind the samples, not last."""
+    """Which of the named modules are convolutions, whose features are in the dimension after the samples."""
     named = dict(model.named_modules(remove_duplicate=False))
     return {name: isinstance(named[name], (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for name in modules}
 
 
 def first_input(inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that a module works on: its first argument, however it is passed."""
+    """A module's input: its first argument, positional or by keyword."""
     return inputs[0] if inputs else next(iter(keywords.values()))
 
 
@@ -79,7 +79,7 @@ def named_module(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model inside `torch.compile`, `nn.DataParallel` and the like, and what the wrappers put before its names.
+    """The model inside `torch.compile`, `nn.DataParallel` and the like, and the prefix that they give its names.
 
     Example:
         >>> inner = nn.Linear(2, 1)
@@ -98,17 +98,17 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` has wrapped a model, inside other wrappers or none."""
+    """Whether `torch.compile` has wrapped a model, alone or inside other wrappers."""
     return "_orig_mod." in unwrapped(model)[1]
 
 
 def input_of(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor among a module's arguments; None if it is given none."""
+    """The first tensor among a module's arguments; None if there is none."""
     return next((each for each in (*inputs, *keywords.values()) if isinstance(each, Tensor)), None)
 
 
 def output_of(output: Any) -> Tensor | None:
-    """The tensor that a module puts out, the first of several; None if it puts out none."""
+    """A module's output tensor, the first of several; None if there is none."""
     return output if isinstance(output, Tensor) else next(iter(tensors_in(output)), None)
 
 

@@ -1,4 +1,4 @@
-"""One pass of a model under hooks that are gone afterwards, and the point that it makes."""
+"""A single pass of a model under temporary hooks, and the point evaluated in it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Recording", "is_repetition", "point_of", "record", "unseen"]
 
 
 _repetitions: list[None] = []
-"""One entry for each repetition of a pass that is running: no recorder takes it for a pass of the training loop."""
+"""One entry for each block of `unseen` that is running."""
 
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Runs of a model inside the block are repetitions or trials: no `PassRecorder` records them.
+    """Inside the block no `PassRecorder` records passes: they are repetitions or trials, not the training loop's.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -43,7 +43,7 @@ class Recording:
     """Inputs and outputs of modules in one forward pass, in the order of the data flow.
 
     Args:
-        has_channels: names of the modules whose features stand in dimension 1 (convolutions).
+        has_channels: by module name whether its features are in dimension 1, as for convolutions.
     """
 
     def __init__(self, has_channels: Mapping[str, bool]) -> None:
@@ -56,7 +56,7 @@ class Recording:
         return {name: rows(value, batch, self.has_channels[name]) for name, value in self.inputs.items()}
 
     def layout(self, values: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
-        """Gradients on outputs by module name, samples in rows."""
+        """Values in the layout of the modules' outputs, such as gradients on them, with samples in rows."""
         return {name: rows(value, batch, self.has_channels[name]) for name, value in values.items()}
 
 
@@ -67,12 +67,12 @@ def record(
     """Records the named modules' first inputs and outputs while the block runs.
 
     Args:
-        model: whose modules are hooked; the hooks are gone afterwards.
+        model: the model; its hooks are removed afterwards.
         modules: names, as in `named_modules()`.
-        adjust: gets each output and returns what the model goes on with.
+        adjust: gets each module's name and output and returns the output that the model goes on with.
 
     Yields:
-        The recording, filled as the model runs; of several passes the last one stays.
+        The recording, filled as the model runs. After several passes it holds the last one.
 
     Raises:
         KeyError: if the model has no such module.
@@ -113,19 +113,19 @@ def point_of(
     loss: Callable[[Tensor], Tensor] | None = None,
     also: Iterable[str] = (),
 ) -> tuple[Point, Tensor]:
-    """Evaluates a model once and gathers what its symmetries need.
+    """Evaluates a model once and makes the point that its symmetries need.
 
     Args:
-        model: the model, in the mode (train or eval) that it shall be evaluated in.
-        symmetries: whose modules are recorded.
+        model: the model, in the mode (train or eval) to evaluate it in.
+        symmetries: the symmetries; the modules that they read are recorded.
         inputs: positional inputs of the model.
         keywords: keyword inputs of the model.
         loss: maps the outputs to a scalar; without it there are no gradients and no cotangents.
-        also: names of modules to record besides those of the symmetries.
+        also: names of further modules to record.
 
     Returns:
-        The point and the outputs, detached from the graph but for what rebuilds the backward pass. Gradients are of
-        the parameters that require one. The model's buffers stay as they are.
+        The point and the outputs. Both are detached from the graph; only the point's pullback keeps it, to rebuild the
+        backward pass. There are gradients for the parameters that require one. The model's buffers do not change.
 
     Raises:
         ValueError: if the loss is not a scalar, or does not depend on any parameter that requires a gradient.
@@ -141,7 +141,7 @@ def point_of(
             outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
         return Point(parameters={**leaves, **moved}, activations=recording.activations()), outputs
     wanted = {name: leaves[name].requires_grad_() for name, value in model.named_parameters() if value.requires_grad}
-    # The model goes on with a copy: an activation in place would turn the recorded output into its own.
+    # The model goes on with a copy: an in-place activation would overwrite the recorded output.
     with torch.enable_grad(), unseen(), record(model, modules, lambda _, output: output.clone()) as recording:
         outputs = torch.func.functional_call(model, {**leaves, **buffers}, inputs, keywords)
         value = loss(outputs)
@@ -169,11 +169,11 @@ def point_of(
         loss_at=loss_at,
     )
     pullback = pullback_through(recording.activations(), wanted, watched, recording.layout)
-    # Outputs may be any container of tensors.
+    # The outputs may be any container of tensors.
     detached = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
     return point.detach().replace(pullback=pullback), detached
 
 
 def is_repetition() -> bool:
-    """Whether what runs now is inside `unseen`."""
+    """Whether a block of `unseen` is running."""
     return bool(_repetitions)

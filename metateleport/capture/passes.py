@@ -1,4 +1,4 @@
-"""What is kept of a pass of a training loop."""
+"""The record of one pass of a training loop."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["RecordedPass", "Run"]
 
 @dataclasses.dataclass
 class Run:
-    """One run of a module inside a pass.
+    """One call of a module inside a pass.
 
     Args:
-        input: what it worked on, detached.
-        output: shape and dtype of what it put out; None where that is no tensor.
-        cotangent: gradient on what it put out; None until a backward pass has come by.
-        connected: whether its input depends on parameters.
-        awaited: whether it ran without gradients inside a pass with gradients: a block under reentrant activation
-            checkpointing runs again in the backward pass, and only then has a graph.
+        input: the module's input, detached.
+        output: shape and dtype of the module's output; None if the output is not a tensor.
+        cotangent: gradient on the output; None before the backward pass.
+        connected: whether the input depends on parameters.
+        awaited: whether the module ran without gradients inside a pass with gradients. Under reentrant activation
+            checkpointing it runs again in the backward pass, and has a graph only then.
     """
 
     input: Tensor
@@ -35,21 +35,21 @@ class Run:
 
 @dataclasses.dataclass
 class RecordedPass:
-    """One forward pass, all that it takes to repeat it, and what the backward pass said about it.
+    """One forward pass, all that is needed to repeat it, and the gradients that its backward pass left.
 
-    It holds no graph: when the caller's loss goes, the graph goes.
+    It does not keep the graph alive: the graph goes with the caller's loss.
 
     Args:
         training: whether the model was in training mode.
-        runs: by module, its runs in the order in which they were made.
-        reached: whether a backward pass has come by.
-        positional: the model's positional inputs. This and what follows is empty in a recorder that never replays.
+        runs: the runs of each module, by its name, in their order.
+        reached: whether it has had a backward pass.
+        positional: the model's positional inputs. This and all below is empty if the recorder does not replay.
         keywords: its keyword inputs.
         buffers: its buffers before the pass.
-        random: state of the random numbers before the pass, by device; that of the CPU under None.
+        random: state of the random number generators before the pass, by device; None stands for the CPU.
         autocast: device type, whether autocast was on, and its dtype.
         outputs: the model's outputs, copied.
-        output_cotangents: gradient on each of them, by position.
+        output_cotangents: gradients on the outputs, by position.
         replays: how many times the pass was repeated.
     """
 
@@ -67,7 +67,7 @@ class RecordedPass:
 
     @property
     def repeated(self) -> frozenset[str]:
-        """Modules that ran more than once: the backward pass below one of their runs alone cannot be rebuilt."""
+        """Modules that ran more than once; the backward pass below a single run of them cannot be rebuilt."""
         return frozenset(name for name, runs in self.runs.items() if len(runs) > 1)
 
     @property

@@ -36,17 +36,17 @@ def _take_off(handles: list[Any]) -> None:
 
 
 class PassRecorder:
-    """Hooks on a model that keep the forward pass with gradients that its parameters' gradients came from.
+    """Records, by hooks on a model, the forward pass that the gradients of its parameters came from.
 
-    The hooks are set once. They know the recorder by a weak reference, so the model keeps nothing alive, and a copy or
-    a saved file of the model carries hooks that do nothing. Passes without gradients are not seen, nor are those inside
-    `unseen`; the recomputation of activation checkpointing is no second pass.
+    The hooks are set once. They hold the recorder by a weak reference, so the model does not keep it alive, and the
+    hooks of a copied or saved model do nothing. Not recorded are passes without gradients and passes inside `unseen`;
+    the recomputation under activation checkpointing does not count as a second pass.
 
     Args:
         model: the model, or what it was wrapped in (`torch.compile`, `nn.DataParallel`, `DistributedDataParallel`).
-        modules: names of the modules whose inputs and output gradients are kept, as in the model that is given or as
-            in the one inside the wrappers.
-        replays: whether a pass shall be repeatable: its inputs, outputs, buffers and random numbers are kept too.
+        modules: names of the modules whose inputs and output gradients are recorded, as in the given model or as in the
+            one inside the wrappers.
+        replays: whether a pass can be repeated later: its inputs, outputs, buffers and random numbers are kept too.
 
     Raises:
         KeyError: if the model has no such module.
@@ -70,43 +70,43 @@ class PassRecorder:
         known = dict(inner.named_modules(remove_duplicate=False))
         self.model = inner if all(name in known for name in self.modules) else model
         named = named_module(self.model, self.modules)
-        # A wrapper's own hooks run where those of the compiled model inside never do.
+        # Hooks on the wrapper of a compiled model run; hooks inside it never do.
         model = model if is_compiled(model) else inner
         self.outer = model
         self._copies = len(given.device_ids) if isinstance(given, nn.DataParallel) else 1
         self.replicas: Any = None
-        """Process group of the `DistributedDataParallel` that the model was seen to run in; None for none."""
+        """Process group of the `DistributedDataParallel` that the model runs in; None if there is none."""
         self.has_channels = channel_modules(self.model, self.modules)
         self.wanted = True
-        """Whether passes that begin from now on are recorded."""
+        """Whether passes are recorded that begin from now on."""
         self.passes = 0
         """Number of forward passes with gradients since `clear`."""
         self.reached = 0
-        """Number of them that a backward pass has come by."""
+        """Number of those passes that have had a backward pass."""
         self._renewed = False
         self._begun = 0
         self._last: RecordedPass | None = None
         self._newest: RecordedPass | None = None
         self._running: RecordedPass | None = None
         self._awaiting: list[weakref.ref[RecordedPass]] = []
-        # The backward pass that last came by a recorded one, as the engine counts them.
+        # The autograd engine's number of the last backward pass through a recorded pass.
         self._reached_in = -1
         self._hooks = [_Hook(self, "_begin"), _Hook(self, "_end"), *(_Hook(self, "_see", name) for name in named)]
         self._handles = [model.register_forward_pre_hook(self._hooks[0], prepend=True, with_kwargs=True)]
         for hook, module in zip(self._hooks[2:], named.values(), strict=True):
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._hooks[1], with_kwargs=True))
-        # Hooks of recorders that are gone would slow the model down for ever.
+        # Otherwise hooks of deleted recorders would slow the model down for ever.
         weakref.finalize(self, _take_off, self._handles)
 
     @property
     def last(self) -> RecordedPass | None:
-        """The last pass that a backward pass has come by; where none has, the last forward pass with gradients."""
+        """The last pass that has had a backward pass; if none has, the last forward pass with gradients."""
         return self._newest if self._last is None else self._last
 
     @property
     def silent(self) -> str:
-        """Why nothing of the modules can be recorded, in words; empty if it can."""
+        """A sentence that says why modules cannot be recorded; empty if they can."""
         if any(hook.compiled for hook in self._hooks):
             return "the model is compiled, and hooks inside compiled code never run"
         named = dict(self.outer.named_modules(remove_duplicate=False))
@@ -120,18 +120,18 @@ class PassRecorder:
                 if compiled or (self.modules and hasattr(above, "_orig_mod")):
                     return "the model is compiled, and hooks inside compiled code never run"
         if self._copies > 1:
-            return "nn.DataParallel runs copies of the model, whose hooks see a part of the batch each"
+            return "nn.DataParallel runs copies of the model, and the hooks of each see only a part of the batch"
         return ""
 
     def close(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         self.clear()
         self.wanted = False
         for handle in self._handles:
             handle.remove()
 
     def clear(self) -> None:
-        """Forgets what was recorded; a backward pass through what was recorded before changes nothing any more."""
+        """Forgets all passes; a later backward pass through one of them is ignored."""
         self._last = self._newest = self._running = None
         self.passes, self.reached = 0, 0
         self._begun += 1
@@ -139,7 +139,7 @@ class PassRecorder:
         self._renewed = False
 
     def renew(self) -> None:
-        """Forgets what was recorded when the next pass begins, if one does: a closure need not run the model.
+        """Forgets all passes as soon as the next one begins; a closure that does not run the model changes nothing.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -153,17 +153,17 @@ class PassRecorder:
         self._renewed = True
 
     def activations(self, recorded: RecordedPass) -> Tensors:
-        """Inputs of the modules, samples in rows, of several runs one below the other.
+        """Inputs of the modules, samples in rows; those of several runs one below the other.
 
-        They have the dtype of the module's weight, float32 where that has half precision. Integers (of embeddings)
-        stay integers, in one column.
+        They have the dtype of the module's weight, but float32 for half precision. Integers (inputs of embeddings) stay
+        integers, in one column.
         """
         return {name: torch.cat([self._laid(name, run.input) for run in runs]) for name, runs in recorded.runs.items()}
 
     def cotangents(self, recorded: RecordedPass) -> Tensors:
-        """Gradients on the outputs of the modules that a backward pass has come by, in the rows of `activations`.
+        """Gradients on the outputs of the modules that a backward pass went through, in the rows of `activations`.
 
-        A run that the loss does not depend on has zeros, so that the product of the two is the weight's gradient.
+        A run that the loss does not depend on has zeros, so that cotangents times activations is the weight's gradient.
         """
         found = {}
         for name, runs in recorded.runs.items():
@@ -173,20 +173,20 @@ class PassRecorder:
         return found
 
     def evaluate(self, positional: tuple[Any, ...], keywords: dict[str, Any]) -> RecordedPass:
-        """A forward pass of its own, without gradients; buffers and random numbers are left as they were."""
+        """Runs a forward pass without gradients and records it; buffers and random numbers stay as they were."""
         recorded = self._snapshot(positional, keywords)
         recorded.outputs = self.complete(recorded)
         return recorded
 
     def complete(self, recorded: RecordedPass) -> list[Tensor]:
-        """Repeats a pass to see the inputs of the modules where hooks could not (`silent`); gives the outputs."""
+        """Repeats a pass to record the inputs of modules whose hooks could not run (`silent`); returns the outputs."""
         with _record_runs(self.model, self.modules) as runs:
             outputs = self.replay(recorded, dict(self.model.named_parameters()))
         recorded.runs = runs
         return outputs
 
     def replay(self, recorded: RecordedPass, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs at other parameters, all else as in the recorded pass: a third of a gradient evaluation."""
+        """The outputs at other parameters, all else as in the recorded pass; costs a third of a gradient evaluation."""
         recorded.replays += 1
         with torch.no_grad(), self._as_recorded(recorded):
             return tensors_in(self._call(recorded, parameters))
@@ -194,14 +194,14 @@ class PassRecorder:
     def outputs_at(
         self, recorded: RecordedPass, parameters: Mapping[str, Tensor], read: Callable[[Any], Tensor]
     ) -> Tensor:
-        """What `read` makes of the outputs at other parameters, in the graph, all else as in the recorded pass."""
+        """`read` applied to the outputs at other parameters, in the graph; all else is as in the recorded pass."""
         with self._as_recorded(recorded):
             return read(self._call(recorded, parameters))
 
     def pullback(
         self, recorded: RecordedPass, parameters: Mapping[str, Tensor], wanted: Iterable[str]
     ) -> Callable[[str, Tensor], tuple[Tensors, Tensors]]:
-        """A point's pullback: the caller's graph is gone, so the pass is repeated when it is first needed."""
+        """The pullback for a `Point`. The caller's graph is gone, so the pass is repeated when it is first called."""
         wanted = tuple(wanted)
         built: list[Callable[[str, Tensor], tuple[Tensors, Tensors]]] = []
 
@@ -219,7 +219,7 @@ class PassRecorder:
     ) -> Callable[[str, Tensor], tuple[Tensors, Tensors]]:
         recorded.replays += 1
         leaves = {name: value.detach().requires_grad_(name in wanted) for name, value in parameters.items()}
-        # The model goes on with a copy: an activation in place would turn the recorded output into its own.
+        # The model goes on with a copy: an in-place activation would overwrite the recorded output.
         with (
             torch.enable_grad(),
             self._as_recorded(recorded),
@@ -247,7 +247,7 @@ class PassRecorder:
 
     @contextlib.contextmanager
     def _as_recorded(self, recorded: RecordedPass) -> Iterator[None]:
-        """Random numbers and autocast as in the recorded pass; compiled code runs as it was written."""
+        """Inside the block random numbers and autocast are as in the recorded pass, and `torch.compile` is off."""
         devices = [device for device in recorded.random if device is not None]
         kind, enabled, dtype = recorded.autocast
         with (
@@ -272,7 +272,7 @@ class PassRecorder:
         random |= {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
         return RecordedPass(
             training=self.model.training,
-            # Copied, as models may write their inputs.
+            # Copied, because a model may overwrite its inputs.
             positional=copied(positional),
             keywords=copied(dict(keywords)),
             buffers={name: value.clone() for name, value in self.model.named_buffers()},
@@ -281,7 +281,7 @@ class PassRecorder:
         )
 
     def _laid(self, name: str, value: Tensor) -> Tensor:
-        """Samples in rows, in a dtype to compute in."""
+        """A module's input or output with samples in rows, in the dtype to compute in."""
         if not value.is_floating_point():
             return value.reshape(-1, 1)
         weight = getattr(self.model.get_submodule(name), "weight", None)
@@ -293,7 +293,7 @@ class PassRecorder:
         replicated = DistributedDataParallel._get_active_ddp_module()
         if replicated is not None:
             self.replicas = replicated.process_group
-        # What torch.func's transforms hand through a model is gone when they end.
+        # Tensors of torch.func's transforms are invalid after the transform ends.
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         unwanted = is_repetition() or transformed or not torch.is_grad_enabled()
         if self.wanted and not unwanted and not self._recomputing():
@@ -302,7 +302,7 @@ class PassRecorder:
             self._running = self._snapshot(positional, keywords)
 
     def _recomputing(self) -> bool:
-        """Whether the backward pass of a pass that was recorded is under way: what runs now repeats it."""
+        """Whether a recorded pass's backward pass is running: the model then repeats that pass."""
         return _in_backward() and self._reached_in == torch._C._current_graph_task_id()
 
     def _see(self, name: str, _: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
@@ -318,14 +318,14 @@ class PassRecorder:
         told = None if put_out is None else (put_out.shape, put_out.dtype)
         run = Run(seen.detach(), told, awaited=without)
         run.connected = seen.requires_grad
-        # A module that runs again stands where it ran last.
+        # A module that runs again comes in the order of its last run.
         recorded.runs[name] = [*recorded.runs.pop(name, ()), run]
         if without and not any(each() is recorded for each in self._awaiting):
             self._awaiting.append(weakref.ref(recorded))
         self._catch(recorded, run, put_out)
 
     def _see_again(self, name: str, seen: Tensor | None, output: Any) -> None:
-        """A run of a checkpointed block, made anew in the backward pass, this time with a graph."""
+        """Notes the repeated run of a checkpointed block in the backward pass, which has a graph."""
         passes = [each for each in (reference() for reference in self._awaiting) if each is not None]
         waiting = [(each, run) for each in passes for run in each.runs.get(name, ()) if run.awaited]
         if seen is None or not waiting:
@@ -358,13 +358,13 @@ class PassRecorder:
         reach = self._reaching(recorded)
         for place, tensor in enumerate(tensors):
             if self.replays:
-                # Copied, as the caller may go on in place.
+                # Copied, because the caller may change the outputs in place.
                 recorded.outputs.append(tensor.detach().clone())
             if tensor.requires_grad:
                 tensor.register_hook(_output_hook(recorded, place, reach, self.replays))
 
     def _reaching(self, recorded: RecordedPass) -> Callable[[], None]:
-        """Says that a backward pass has come by a pass; it keeps the pass alive as long as its graph, no longer."""
+        """A function that notes a pass's backward pass; it keeps the pass alive only as long as its graph."""
         own, begun = weakref.ref(self), self._begun
 
         def reach() -> None:
@@ -380,7 +380,7 @@ class PassRecorder:
 
 
 class _Hook:
-    """Calls a method of a recorder as long as it lives; copied and saved without it, compiled to nothing."""
+    """Calls a method of a recorder while it lives. A copied or saved hook has none; compiled code skips it."""
 
     def __init__(self, recorder: PassRecorder | None, method: str, *first: Any) -> None:
         self.recorder = None if recorder is None else weakref.ref(recorder)
@@ -411,7 +411,7 @@ def _output_hook(recorded: RecordedPass, place: int, reach: Callable[[], None], 
 
 @contextlib.contextmanager
 def _record_runs(model: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, list[Run]]]:
-    """The runs of modules in one pass without gradients."""
+    """The runs of modules during a pass without gradients."""
     found: dict[str, list[Run]] = {}
 
     def hook(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Checkpoints: weights and a card, written whole, loaded by name or path without running code."""
+"""Checkpoints: trained weights and a card, written whole, loaded by name or path without running code."""
 
 from metateleport.checkpoint.checkpoint import (
     RECIPE,

@@ -44,17 +44,17 @@ _LEARNED, _STEP_ONLY = "learned.", "step-only."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, of another version or of another mode; the message says what to do."""
+    """A checkpoint is missing, damaged, of another version or of another mode; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaSeed:
-    """One of the trainings that a checkpoint is chosen from.
+    """One of the meta-trainings that a checkpoint is chosen from.
 
     Args:
-        seed: of its networks and training tasks.
-        validation: its score on the validation tasks, which are the same for all; the smaller, the better.
-        path: a folder that `load_checkpoint` takes; the checkpoint's own for the seed that was chosen.
+        seed: seed of its networks and training tasks.
+        validation: its score on the validation tasks, which are the same for all meta-seeds; smaller is better.
+        path: its folder, as `load_checkpoint` takes it; the checkpoint's own folder for the chosen meta-seed.
     """
 
     seed: int
@@ -68,12 +68,12 @@ class Checkpoint:
 
     Args:
         path: its folder.
-        card: what it was trained on and how, its results, and where it fails.
+        card: on what and how it was trained, its results, and its limits.
         learned: the meta-optimizer.
-        step_only: the same recipe meta-trained without teleports, for attribution; None in mode `tele` and in modes
-            without a teleport.
-        meta_seeds: all the trainings it was chosen from, by their seeds, this one among them; empty where there was
-            but one.
+        step_only: a meta-optimizer trained by the same recipe without teleports, for attribution; None in mode `tele`
+            and in modes without a teleport.
+        meta_seeds: all meta-trainings that it was chosen from, in the order of their seeds, its own included; empty if
+            there was only one.
     """
 
     path: Path
@@ -94,9 +94,10 @@ class Checkpoint:
 
 
 def shipped_checkpoints() -> dict[str, Path]:
-    """The checkpoint folders that bare names resolve to, wherever the process runs.
+    """The checkpoint folders that bare names stand for, wherever the process runs.
 
-    `METATELEPORT_CHECKPOINTS` names a further folder; then come the working folder's `checkpoints/` and the project's.
+    Searched are the folder that `METATELEPORT_CHECKPOINTS` names, then `checkpoints/` in the working folder, then the
+    project's own.
     """
     found: dict[str, Path] = {}
     for folder in search_folders("checkpoints", "_checkpoints", "METATELEPORT_CHECKPOINTS"):
@@ -106,7 +107,7 @@ def shipped_checkpoints() -> dict[str, Path]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
+    """Versions of the libraries that a result may depend on."""
     return {
         "metateleport": VERSION,
         "torch": torch.__version__,
@@ -121,11 +122,11 @@ def save_checkpoint(
     """Writes a checkpoint, whole or not at all.
 
     Args:
-        path: the folder; one that exists is replaced.
+        path: the folder; an existing one is replaced.
         learned: the meta-optimizer.
-        step_only: the same recipe without teleports, or None.
-        card: what the card says beside what is written here (schema, shape, versions, hash of the weights). The recipe
-            in its `training` is written as `recipe.toml` too.
+        step_only: the meta-optimizer trained without teleports, or None.
+        card: the card's entries, except those that are added here: schema, shape, versions, hash of the weights. The
+            recipe in its entry `training` is written as `recipe.toml` too.
 
     Returns:
         The folder.
@@ -151,9 +152,9 @@ def save_checkpoint(
 
 
 def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
-    """Writes the recipe of a card, where it has one, as a file of the checkpoint's folder.
+    """Writes the recipe of a card, if it has one, into the checkpoint's folder.
 
-    That of several meta-seeds has the first of them: with their number it makes the checkpoint again.
+    For several meta-seeds `outer.seed` is the first of them; the file's comment has the command with their number.
     """
     recipe = card.get("training", {}).get("recipe")
     if not recipe:
@@ -168,13 +169,13 @@ def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
-    """Exchanges some entries of a checkpoint's card, whole or not at all."""
+    """Replaces some entries of a checkpoint's card, whole or not at all."""
     file = Path(path) / CARD
     write_json(file, {**json.loads(file.read_text()), **changes})
 
 
 def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
-    """Loads a checkpoint: its card and both of its networks, on the CPU.
+    """Loads a checkpoint: its card and its meta-optimizers, on the CPU.
 
     Args:
         name_or_path: a folder, or the bare name of a shipped checkpoint.
@@ -183,7 +184,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         The checkpoint.
 
     Raises:
-        CheckpointError: if it is not there, damaged, or of another version.
+        CheckpointError: if it is missing, damaged, or of another version.
     """
     path = _resolve(name_or_path)
     card = read_card(path)
@@ -205,9 +206,9 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
 
 
 def load(name_or_path: str | Path) -> Teleporter:
-    """Loads the learned teleporter of a checkpoint, for use with any optimizer.
+    """Loads the learned teleporter of a checkpoint, to use it with any optimizer.
 
-    Where the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
+    If the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
 
     Args:
         name_or_path: a folder, or the bare name of a shipped checkpoint.
@@ -256,7 +257,7 @@ def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
 
 def _resolve(name_or_path: str | Path) -> Path:
     path, known = Path(name_or_path), shipped_checkpoints()
-    # A folder that only happens to have a checkpoint's name does not hide it.
+    # A folder that has a checkpoint's name but no card does not hide the checkpoint.
     if str(name_or_path) in known and not (path / CARD).is_file():
         return known[str(name_or_path)]
     if path.is_dir():
@@ -270,10 +271,10 @@ def _resolve(name_or_path: str | Path) -> Path:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The card of a checkpoint's folder, in today's schema whichever it was written in.
+    """The card in a checkpoint's folder, converted to today's schema.
 
     Raises:
-        CheckpointError: if there is none, or it cannot be read.
+        CheckpointError: if there is no card, or it cannot be read.
     """
     try:
         card = json.loads((path / CARD).read_text())
@@ -317,7 +318,7 @@ def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
 def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:
     try:
         config = MetaOptimizerConfig.read(shape)
-        # The initial weights are overwritten: they shall take no random numbers of the caller's.
+        # The initial weights are overwritten: drawing them should not change the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             meta = MetaOptimizer(config)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:

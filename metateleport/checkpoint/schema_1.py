@@ -1,4 +1,4 @@
-"""Cards of schema 1, whose settings lay flat beside each other, read as cards of today's schema."""
+"""Converts cards of schema 1, which had all settings in one flat table, to today's schema."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["card_of_schema_1"]
 
-# What a setting was where a version did not know it yet.
+# Values of settings that older versions did not have yet.
 _DEFAULTS: dict[str, Any] = {
     "mode": "lr+tele",
     "network": "equivariant",
@@ -34,7 +34,7 @@ _OUTER: dict[str, Any] = {
     "lr": 5e-3,
     "clip": 1.0,
     "first_order": False,
-    # Versions that did not know it hid no losses.
+    # Versions without this setting hid no losses.
     "blind": 0.0,
     "teleport_cost": 0.0,
     "search": 0,
@@ -45,19 +45,19 @@ _OUTER: dict[str, Any] = {
     "dtype": None,
 }
 _UNBOUNDED = 10**6
-"""The meta-steps that stood in a card where the time alone ended the training."""
+"""The number of meta-steps in a card whose training was ended by the time alone."""
 
 
 def card_of_schema_1(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A card of schema 1 with its networks and its recipe in tables of today's schema.
+    """A card of schema 1 with its networks and its recipe in the tables of today's schema.
 
-    Settings that meant nothing beside others, as a gauge in mode `lr`, are left out.
+    Settings that had no effect, as a gauge in mode `lr`, are left out.
 
     Args:
         card: as it was written.
 
     Returns:
-        The card; what schema 1 and today's have in common is as it was.
+        The card; entries that schema 1 and today's have in common are unchanged.
 
     Raises:
         KeyError, TypeError, ValueError: if the card is damaged.

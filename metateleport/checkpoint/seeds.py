@@ -1,4 +1,4 @@
-"""One checkpoint of several meta-seeds: the best of them on top, the others beside it."""
+"""One checkpoint of several meta-seeds: the best in its folder, the others in a folder inside it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from metateleport.settings import flattened
 
 __all__ = ["combine_meta_seeds", "each_meta_seed"]
 
-# Where and on what device a training ran does not make it another recipe.
+# Recipes that differ in these settings alone count as the same.
 _MAY_DIFFER = ("outer.seed", "outer.device")
 
 
 def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
-    """Makes one checkpoint of several that were trained by the same recipe from different seeds.
+    """Combines checkpoints that were trained by the same recipe from different seeds into one.
 
-    The one with the best validation score lies on top, where `load` finds it; the others lie in `meta_seeds/SEED`, each
-    a whole checkpoint. All are listed in the card on top, with their scores. Results in the cards are left out: they
-    are of single seeds.
+    The one with the best validation score is the checkpoint that `load` finds; the others are whole checkpoints in its
+    `meta_seeds/SEED`. The card lists all of them with their scores. Results in the cards are left out, as each is of a
+    single seed.
 
     Args:
-        paths: folders or bare names of checkpoints; those of several meta-seeds bring all of them.
-        into: the folder to write, whole or not at all; one that exists is replaced. It may be one of `paths`.
+        paths: folders or bare names of checkpoints; one of several meta-seeds contributes all of them.
+        into: the folder to write, whole or not at all; an existing one is replaced. It may be one of `paths`.
 
     Returns:
         The folder.
@@ -77,7 +77,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
 
 
 def each_meta_seed(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """All the trainings that a checkpoint was chosen from, loaded, by their seeds; itself where there was but one.
+    """Loads all meta-seeds of a checkpoint, in the order of their seeds; the checkpoint alone if it has only one.
 
     Raises:
         CheckpointError: if one cannot be loaded.

@@ -73,7 +73,7 @@ def find_symmetries(
 
 
 def _found(
-    model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None, batch_forms: bool, frozen: bool
+    model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None, batch_pairs: bool, frozen: bool
 ) -> Symmetries:
     check_model(model)
     inputs, keywords = split(copied(example_input))
@@ -87,7 +87,7 @@ def _found(
     refused = [Refused(reason, (), module) for module, reason in unfollowed]
     found: list[Candidate] = []
     for graph in graphs:
-        more, reasons = _walked(graph, model, batch_forms, frozen)
+        more, reasons = _walked(graph, model, batch_pairs, frozen)
         found += more
         refused += reasons
     wary = any(graph.prefix for graph in graphs)
@@ -95,7 +95,7 @@ def _found(
     return Symmetries(held, refused)
 
 
-def _walked(graph: Graph, model: nn.Module, batch_forms: bool, frozen: bool) -> tuple[list[Candidate], list[Refused]]:
+def _walked(graph: Graph, model: nn.Module, batch_pairs: bool, frozen: bool) -> tuple[list[Candidate], list[Refused]]:
     graph, shared = _by_first_name(graph, model)
     pinned = _pinned(graph, model, shared, frozen)
     named = dict(model.named_parameters())
@@ -112,7 +112,7 @@ def _walked(graph: Graph, model: nn.Module, batch_forms: bool, frozen: bool) -> 
         if name in pinned and name in used:
             reasons.setdefault(pinned[name], []).append(name)
     refused = [Refused(reason, tuple(names)) for reason, names in reasons.items()]
-    batch = batch_candidates(graph, model, movable, frozen) if batch_forms and graph.calls == 1 else []
+    batch = batch_candidates(graph, model, movable, frozen) if batch_pairs and graph.calls == 1 else []
     return [*candidates(walked, model, frozen), *batch], [*refused, *_reasons(walked, named, shared)]
 
 

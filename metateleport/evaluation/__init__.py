@@ -1,4 +1,4 @@
-"""Evaluation: methods on held-out tasks, by gradient evaluations."""
+"""Evaluation: methods on held-out tasks at equal gradient evaluations, with tuning, attribution and reports."""
 
 from metateleport.evaluation.ablation import ablated_methods, basis_of, parts_of, without
 from metateleport.evaluation.attribution import attribution_of, words_of

@@ -1,4 +1,4 @@
-"""What each part of the basis brings: a learned optimizer with some generators left out of its group elements."""
+"""The effect of each part of the basis: runs of a learned optimizer that leave some generators out."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _AND, _ALL_BUT = " + ", "all but "
 
 
 def basis_of(meta: MetaOptimizer) -> tuple[str, ...]:
-    """Names of the generators that a meta-optimizer combines: of its teleport that stays, then of its gauges.
+    """Names of the generators that a meta-optimizer combines: those of its teleport that stays, then of its gauges.
 
     Args:
         meta: the meta-optimizer.
 
     Returns:
-        The names, each once; empty where there are none to leave out, as with the `flat` networks.
+        The names, each once; empty if there is no basis, as for the `flat` networks.
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
@@ -49,18 +49,18 @@ def basis_of(meta: MetaOptimizer) -> tuple[str, ...]:
 
 
 def parts_of(asked: Sequence[str], meta: MetaOptimizer) -> dict[str, tuple[str, ...]]:
-    """What to leave out together, for each run.
+    """The generators to leave out, for each run.
 
     Args:
-        asked: names of basis elements, several joined by ` + ` for one run without all of them; `all but` in front of
-            such for one run with no others; or `each`.
+        asked: for each run the name of a generator, or several joined by ` + `, to leave out; with `all but ` in front,
+            those to keep. Or `each`, for one run without each generator.
         meta: the meta-optimizer.
 
     Returns:
-        By what was asked for the names to leave out.
+        For each run, by the text that asked for it, the names to leave out.
 
     Raises:
-        EvaluationError: if there is no such element, or none at all.
+        EvaluationError: if there is no such generator, or no basis.
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
@@ -70,7 +70,7 @@ def parts_of(asked: Sequence[str], meta: MetaOptimizer) -> dict[str, tuple[str, 
     """
     known = basis_of(meta)
     if asked and not known:
-        raise EvaluationError("no group element is combined of a basis here: there is nothing to leave out")
+        raise EvaluationError("no group element is combined from a basis here: there is nothing to leave out")
     parts: dict[str, tuple[str, ...]] = {}
     for each in (name for whole in asked for name in (known if whole == EACH else (whole,))):
         names = tuple(name.strip() for name in each.removeprefix(_ALL_BUT).split(_AND))
@@ -85,14 +85,14 @@ def parts_of(asked: Sequence[str], meta: MetaOptimizer) -> dict[str, tuple[str, 
 
 
 def without(meta: MetaOptimizer, names: Sequence[str]) -> MetaOptimizer:
-    """A copy of a meta-optimizer whose teleports and gauges leave some elements of their basis out.
+    """A copy of a meta-optimizer whose teleports and gauges leave out some generators of their basis.
 
-    The networks and what they see are the same, so their other coefficients answer only to where the run has come to;
-    nothing is trained anew.
+    Networks and features are the same, and nothing is trained anew: the other coefficients change only because the run
+    comes to other points.
 
     Args:
-        meta: the meta-optimizer; it is left as it is.
-        names: of the elements, as `basis_of` gives them.
+        meta: the meta-optimizer; it is not changed.
+        names: names of the generators, as `basis_of` returns them.
 
     Example:
         >>> from metateleport.checkpoint import load_checkpoint
@@ -119,7 +119,7 @@ def ablated_methods(checkpoint: Checkpoint, parts: Mapping[str, Sequence[str]]) 
 
     Args:
         checkpoint: the checkpoint.
-        parts: by what the method is called the names to leave out, as `parts_of` gives them.
+        parts: the names to leave out, by the name of the part, as `parts_of` returns them.
 
     Example:
         >>> from metateleport.checkpoint import load_checkpoint
@@ -143,7 +143,7 @@ def _gauge_without(
     def observed(*given: Any) -> tuple[GaugeBasis, Tensor]:
         basis, features = observe(*given)
         if metric in names:
-            # The logarithms of a spectrum of no use are zero.
+            # The logarithms of a spectrum that is not usable are zero.
             spectrum = dataclasses.replace(basis.metric, usable=torch.zeros_like(basis.metric.usable))
             basis = basis._replace(metric=spectrum)
         if gradients in names:
@@ -154,6 +154,6 @@ def _gauge_without(
 
 
 def _emptied(basis: Tensor, known: Sequence[str], names: Sequence[str], symmetry: Any) -> Tensor:
-    """The generators, `(*batch, count, *group.shape)`, with those of some names put to zero."""
+    """The generators, `(*batch, count, *group.shape)`, with those of the given names set to zero."""
     empty = torch.tensor([name in names for name in known], device=basis.device)
     return basis.masked_fill(symmetry.group.expand(empty), 0.0)

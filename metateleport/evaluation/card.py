@@ -1,4 +1,4 @@
-"""Results of evaluations in the card of a checkpoint."""
+"""Writes results of evaluations into the card of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ _KEPT = ("gauge", "drift_max", "paired_ratio_to_learned", "paired_ratios_to_lear
 
 
 def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> None:
-    """Writes an evaluation's medians into a checkpoint's card, one entry for each task, its settings and the budget.
+    """Writes an evaluation's figures into a checkpoint's card, in an entry for the task, its settings and the budget.
 
-    With several meta-seeds the figures of each stand beside those of the one on top, and the ratios over all of them.
+    With several meta-seeds the entry has the chosen one's figures, those of every one, and ratios over all of them.
 
     Args:
         path: the checkpoint's folder.
-        report: what `metateleport.evaluation.report_of` gave.
-        command: the command that made it.
+        report: the evaluation's report, as `metateleport.evaluation.report_of` returns it.
+        command: the command that made the evaluation.
     """
     results = json.loads((Path(path) / CARD).read_text()).get("results", {})
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
     key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
     if any(name.startswith(ABLATED) for name in report["methods"]):
-        # Beside the results of the same task, not in their place.
+        # An entry of its own, so that it does not replace the result of the whole optimizer.
         key += ", parts of the basis left out"
     update_card(path, {"results": {**results, key: {**result_of(report), "command": command}}})
 
 
 def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation as a card has it: figures at the marks alone, to four digits.
+    """An evaluation in the form of a card: figures at the marks only, with four digits.
 
     Args:
-        report: what `metateleport.evaluation.report_of` gave.
+        report: the evaluation's report, as `metateleport.evaluation.report_of` returns it.
 
     Returns:
-        `task`, `measure`, `tasks`, `steps`, `seed`, `dtype`, `conditions`, and `methods`: by name `median_loss` and,
-        where there is such, `held_out_accuracy` by mark, `diverged` (a number of tasks), `seconds`, `drift_max`, the
-        ratios to the learned one by mark and `ratio_at_equal_seconds`, over meta-seeds where there are several. With
-        several `meta_seeds` has `seeds`, `worst` and `ratios_to_learned`; `target` is there where one was given.
+        `task`, `measure`, `tasks`, `steps`, `seed`, `dtype`, `conditions`, and `methods`. For each method:
+        `median_loss` and, if known, `held_out_accuracy` by mark; `diverged`, a number of tasks; `seconds`; `drift_max`;
+        the ratios to the learned method by mark and `ratio_at_equal_seconds`, over meta-seeds if there are several.
+        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; with a target also
+        `target`.
     """
     places = marks(report["steps"])
     timed = _timed(report)
@@ -74,13 +75,13 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """By method the ratio to the learned one at equal seconds."""
+    """For each method the ratio to the learned one at equal seconds."""
     known = report["attribution"].get(REFERENCE, {"against": {}, "baselines": {}})
     return {name: over_seeds(each)["seconds"] for name, each in {**known["against"], **known["baselines"]}.items()}
 
 
 def _rounded(value: Any) -> Any:
-    """The same with four digits of every number that is not whole: a card is for reading."""
+    """The value with every float rounded to four digits."""
     if isinstance(value, Mapping):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""One method beside the learned one: paired ratios at equal evaluations and at equal seconds, over tasks and seeds."""
+"""Compares a method with the learned one: paired ratios at equal evaluations and at equal seconds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Pair(NamedTuple):
 
 
 def pairs_of(evaluation: Evaluation, name: str) -> list[Pair]:
-    """A method's results beside the learned one's, for each meta-seed; the same for all where it has none of its own.
+    """For each meta-seed the learned method's result and another's; a rival has the same result for all meta-seeds.
 
     Args:
         evaluation: with a learned method and the method of that name.
-        name: of the other method.
+        name: name of the other method.
     """
     pairs = []
     for each in evaluation.meta_seeds:
@@ -45,19 +45,19 @@ def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] =
 
     Args:
         learned: the learned method's result.
-        other: another's on the same tasks.
+        other: the other method's result on the same tasks.
         steps: the budget of both.
-        pairs: both for every meta-seed, where there are several.
+        pairs: both results for every meta-seed, if there are several.
 
     Returns:
-        `gauge` of the other; `gradient_evaluations`, a list of `at`, `ratio`, `low`, `high` at the marks; `seconds`,
-        the same at the time when the faster of the two had spent its budget. With several meta-seeds `meta_seeds` has
-        `gradient_evaluations` and `seconds` over all of them, as `ratio_over_seeds` does, and with each the `worst`
-        seed's ratio with its interval over tasks.
+        `gauge`, the other's `moves_by`; `gradient_evaluations`, a list of `at`, `ratio`, `low`, `high` at the marks;
+        `seconds`, the same at the time when the faster of the two had spent its budget. With several meta-seeds also
+        `meta_seeds`: `gradient_evaluations` and `seconds` over all of them, as by `ratio_over_seeds`, each with the
+        ratio of the `worst` seed and its interval over tasks.
     """
     seconds = _seconds([Pair(0, learned, other)])
     found: dict[str, Any] = {
-        "gauge": other.gauge,
+        "gauge": other.moves_by,
         "gradient_evaluations": [
             {"at": place, **_ratio(_loss(other, place), _loss(learned, place))} for place in marks(steps)
         ],
@@ -96,7 +96,7 @@ def _ratio(theirs: Array, mine: Array) -> dict[str, float]:
 
 
 def _loss(result: Result, place: int) -> Array:
-    # What is not a number has diverged, and counts as the largest loss.
+    # A loss that is not finite has diverged and counts as the largest.
     return np.asarray(np.nan_to_num(result.trajectory.loss[:, place], nan=np.inf, posinf=np.inf))
 
 

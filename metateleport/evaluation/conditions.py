@@ -13,10 +13,10 @@ __all__ = ["conditions_of"]
 
 
 def conditions_of(device: str) -> dict[str, Any]:
-    """What this process computes on and with, as reports tell it.
+    """The hardware and the versions of this process, as reports name them.
 
     Args:
-        device: where the tasks are, as `cpu` or `cuda`.
+        device: the tasks' device, as `cpu` or `cuda`.
 
     Returns:
         `device`, `accelerator` (`none` on the CPU), `machine`, `threads`, and the versions `python`, `torch` and

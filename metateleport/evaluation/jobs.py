@@ -1,4 +1,4 @@
-"""The runs of a plan one after the other, or shared out over processes."""
+"""Makes the runs of a plan, one after the other or distributed over processes."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None = None) -> Evaluation:
-    """Makes every run of a plan, or takes those that are kept.
+    """Makes every run of a plan; runs that are kept from an earlier call are read.
 
-    With several processes each computes with one thread: figures are those of one process of one thread, bit for bit.
-    Seconds are those of a machine that the processes share.
+    With several processes each computes with one thread; the figures are, bit for bit, those of one process with one
+    thread. Seconds are measured while the processes share the machine.
 
     Args:
-        bench: of the plan.
-        jobs: number of processes; 1 for this one.
-        progress: is told what is being done, and how much is finished.
+        bench: the bench of the plan.
+        jobs: number of processes; 1 for this process alone.
+        progress: called with a line that says what is running and how much is finished.
 
     Returns:
         The evaluation.
 
     Raises:
-        EvaluationError: if a process ends in the middle of a run.
+        EvaluationError: if a process ends during a run.
         KeyboardInterrupt: after Ctrl-C; the message says what is kept.
     """
     account = _Account(len(bench.units), progress or (lambda _: None))
@@ -55,7 +55,7 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
 
 
 class _Account:
-    """What is finished and what is under way."""
+    """Counts the finished runs and names those that are running."""
 
     def __init__(self, total: int, tell: Callable[[str], None]) -> None:
         self.total, self.tell = total, tell
@@ -104,7 +104,7 @@ def _hand_out(worker: tuple[Any, Any], number: int, waiting: list[Unit], busy: d
         unit = waiting.pop(0)
         busy[worker[1]] = (number, unit)
         with contextlib.suppress(BrokenPipeError):
-            # One that is gone is noticed where it is listened to.
+            # A process that is gone is noticed when its answer is read.
             worker[1].send(unit)
 
 
@@ -114,8 +114,8 @@ def _heard(channel: Any, process: Any, unit: Unit, account: _Account) -> tuple[s
     except (EOFError, ConnectionResetError):
         process.join(5)
         raise EvaluationError(
-            f"the process that ran {unit} ended by itself (exit code {process.exitcode}): it was killed, or the memory "
-            f"did not do for so many. Give fewer --jobs; {account.left_off()}"
+            f"the process that ran {unit} ended by itself (exit code {process.exitcode}): it was killed, perhaps for "
+            f"lack of memory. Give fewer --jobs; {account.left_off()}"
         ) from None
     if kind == "failed":
         error, where = what
@@ -125,7 +125,7 @@ def _heard(channel: Any, process: Any, unit: Unit, account: _Account) -> tuple[s
 
 @contextlib.contextmanager
 def _workers(plan: Plan, count: int) -> Iterator[Sequence[tuple[Any, Any]]]:
-    """Processes that make runs, each with the channel to it; whatever happens, none is left behind."""
+    """Starts processes that make runs, each with a channel to it; all of them are ended with the block."""
     context = multiprocessing.get_context("spawn")
     workers = []
     try:
@@ -147,7 +147,7 @@ def _workers(plan: Plan, count: int) -> Iterator[Sequence[tuple[Any, Any]]]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """While the block runs, processes that start see these variables."""
+    """Inside the block, processes that are started get these environment variables."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -161,8 +161,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _work(plan: Plan, jobs: int, channel: Any) -> None:
-    """Makes the runs that it is sent, one after the other."""
-    # Ctrl-C goes to all processes of a terminal; the first of them ends the others.
+    """Makes the runs that it receives, one after the other."""
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
@@ -177,7 +177,7 @@ def _work(plan: Plan, jobs: int, channel: Any) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself where it can be sent to another process, else what it says."""
+    """The error itself if it can be sent to another process, else a `RuntimeError` with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""Finished runs of methods, kept on disk: an evaluation that was interrupted goes on from them."""
+"""Finished runs of methods, kept on disk, so that an interrupted evaluation goes on from them."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _JOBS = "jobs"
 
 
 def cache_folder(name: str) -> Path:
-    """Where a kind of thing is remembered: under `METATELEPORT_CACHE`, else under `~/.cache/metateleport`."""
+    """The cache folder of that name: under `METATELEPORT_CACHE` if it is set, else under `~/.cache/metateleport`."""
     root = os.environ.get("METATELEPORT_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "metateleport") / name
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptRun:
-    """A run that was made.
+    """A finished run.
 
     Args:
-        trajectory: what it gave; its seconds are those measured when it ran.
-        jobs: how many processes shared the machine then.
+        trajectory: its trajectory; the seconds are those measured when it ran.
+        jobs: number of processes that shared the machine then.
     """
 
     trajectory: Trajectory
@@ -52,17 +52,17 @@ class KeptRun:
 
 
 class KeptRuns:
-    """The finished runs on one stack of tasks with one budget.
+    """The finished runs on one stack of tasks at one budget.
 
     A run's file is named by a hash of all that its figures depend on: the package's sources, the versions and the
-    machine (`conditions_of`), the family's settings and the sources beside its file, the tasks' weights and data, the
-    budget, and what the method says of itself (`Method.identity`). Files that nobody has read for 30 days go.
+    machine (`conditions_of`), the family's settings, its file and those beside it, the tasks' weights and data, the
+    budget, and the method's `identity`. Files that were not read for 30 days are removed.
 
     Args:
         family: the tasks' family.
         stack: the tasks.
         steps: the budget.
-        folder: where the files lie; `cache_folder("runs")` if not given.
+        folder: folder of the files; `cache_folder("runs")` if not given.
 
     Example:
         >>> import tempfile
@@ -84,7 +84,7 @@ class KeptRuns:
         _sweep(self.folder)
 
     def get(self, method: Method) -> KeptRun | None:
-        """The finished run of a method; None where there is none, or its file was cut off or edited."""
+        """The finished run of a method; None if there is none, or its file was truncated or edited."""
         path = self._path(method)
         try:
             arrays: dict[str, Any] = load(path.read_bytes())
@@ -99,12 +99,12 @@ class KeptRuns:
         return KeptRun(trajectory, jobs)
 
     def put(self, method: Method, run: KeptRun) -> None:
-        """Keeps a finished run, whole or not at all."""
+        """Writes a finished run, whole or not at all."""
         fields = {field.name: getattr(run.trajectory, field.name) for field in dataclasses.fields(run.trajectory)}
         arrays = {
             name: np.ascontiguousarray(value, dtype=np.float64) for name, value in fields.items() if value is not None
         }
-        # A single number has no dimension, which making it contiguous would give it.
+        # ascontiguousarray gives a scalar a dimension, which is taken off again.
         arrays = {name: value if np.ndim(fields[name]) else value.reshape(()) for name, value in arrays.items()}
         with replacing(self._path(method)) as temporary:
             temporary.write_bytes(save({**arrays, _JOBS: np.asarray(run.jobs, dtype=np.int64)}))
@@ -115,7 +115,7 @@ class KeptRuns:
 
 
 def foundations(family: TaskFamily, stack: TaskStack, steps: int) -> str:
-    """A hash of all that a run's figures depend on, apart from its method.
+    """A hash of all that a run's figures depend on, except its method.
 
     Args:
         family: the tasks' family.
@@ -137,7 +137,7 @@ def foundations(family: TaskFamily, stack: TaskStack, steps: int) -> str:
 
 
 def digest(value: Any) -> str:
-    """A hash of plain values; what JSON does not know counts as its text."""
+    """A hash of plain values; a value that JSON does not know counts as its text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -154,7 +154,7 @@ def _sources(paths: list[Path]) -> str:
 
 
 def _beside(family: TaskFamily) -> list[Path]:
-    """The family's file and those beside it, which it may import; none where it was made without a file."""
+    """The family's file and those beside it, which it may import; empty if the family has no file."""
     try:
         return sorted(Path(inspect.getfile(type(family))).parent.glob("*.py"))
     except (OSError, TypeError):
@@ -170,7 +170,7 @@ def _tasks(stack: TaskStack) -> str:
         measured = (task.measure.name, task.measure.data) if task.measure is not None else None
         data = (task.inputs, task.targets, task.rows, task.held_out, measured)
         for value in _tensors((dict(task.model.state_dict()), data)):
-            # Tasks may share one set of data.
+            # Tasks may share their data.
             found.update(str((value.dtype, tuple(value.shape), id(value) in seen)).encode())
             if id(value) not in seen:
                 found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -190,7 +190,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes files that have lain unread for long."""
+    """Removes files that were not read for long."""
     for path in folder.glob("*.safetensors") if folder.is_dir() else ():
         if time.time() - path.stat().st_mtime > _DAYS * 86400:
             path.unlink(missing_ok=True)

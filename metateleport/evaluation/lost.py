@@ -1,4 +1,4 @@
-"""Tasks of a stack that are lost: they stay where they are, and those beside them go on."""
+"""Diverged tasks of a stack: they stay where they are, and the others go on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 __all__ = ["LOST", "where"]
 
 LOST = 1e12
-"""A task whose loss has grown by this factor stays where it is: it counts as diverged, and what overflows next would
-stop the linear algebra of the tasks beside it."""
+"""A task whose loss has grown by this factor counts as diverged and stays where it is: if it overflowed, the linear
+algebra of the whole stack would fail."""
 
 
 def where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Stacked values, `yes` for the tasks that a mask marks and `no` for the others.
+    """Stacked values: `yes` for the tasks that a mask marks, `no` for the others.
 
     Args:
         mask: boolean `(tasks,)`.

@@ -5,11 +5,11 @@ from __future__ import annotations
 __all__ = ["REFERENCE_MARKS", "marks"]
 
 REFERENCE_MARKS = (12, 30, 100, 300, 1000)
-"""Where results of different budgets are compared: a few steps, the training horizon, and far beyond it."""
+"""Marks at which results of all budgets are comparable: a few steps, the training horizon, and far beyond it."""
 
 
 def marks(steps: int) -> list[int]:
-    """The numbers of gradient evaluations that are reported: the reference marks within the budget, and its end.
+    """The gradient evaluations at which results are reported: the reference marks within the budget, and its end.
 
     Example:
         >>> marks(100), marks(50), marks(8)

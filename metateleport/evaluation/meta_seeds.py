@@ -1,4 +1,4 @@
-"""What every meta-seed of a checkpoint did in an evaluation."""
+"""The results of every meta-seed of a checkpoint in an evaluation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ ESTIMATOR = (
 
 
 def meta_seeds_of(evaluation: Evaluation, compared: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums up what the learned methods of each meta-seed did.
+    """Summarises the results of the learned methods of each meta-seed.
 
     Args:
         evaluation: the evaluation.
-        compared: what `metateleport.evaluation.compared.compared` gave, by method.
+        compared: by method the result of `metateleport.evaluation.compared.compared`.
 
     Returns:
-        Empty where there is one meta-seed only. Else `seeds`, a list of `seed`, `validation`, `chosen` and `methods`:
-        by name `median_loss` by mark, `diverged` (a number of tasks), `seconds`, and `drift_max` where it teleports;
-        `worst`, by method and mark the largest median of all seeds, and the `diverged` of all together;
-        `ratios_to_learned`, by method the ratios over seeds and tasks at the marks; `along`, the learned methods'
-        smallest and largest median of all seeds at every evaluation; `estimator` and `confidence` of the ratios.
+        Empty if there is only one meta-seed. Else `seeds`, a list with `seed`, `validation`, `chosen` and `methods`
+        (for each method `median_loss` by mark, `diverged` as a number of tasks, `seconds`, and `drift_max` if it
+        teleports); `worst`, for each method the largest median of all seeds by mark, and `diverged` over all seeds;
+        `ratios_to_learned`, for each method the ratios over seeds and tasks at the marks; `along`, for each learned
+        method the smallest and the largest median of all seeds at every evaluation; `estimator` and `confidence` of
+        the ratios.
     """
     if len(evaluation.meta_seeds) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""The paired comparison of two methods on the same tasks, and over several meta-seeds."""
+"""Paired comparisons of two methods on the same tasks, also over several meta-seeds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from metateleport.evaluation.tuning import LARGEST
 __all__ = ["CONFIDENCE", "REFERENCE", "PairedRatio", "interquartile_mean", "paired_ratio", "ratio_over_seeds"]
 
 REFERENCE = "learned"
-"""The method that others are compared to, task by task, where it is there."""
+"""Name of the method that the others are compared with, task by task."""
 
 CONFIDENCE = 0.95
-"""Of the intervals in reports."""
+"""Confidence of the intervals in reports."""
 
 _SMALLEST = 1e-300
 
 
 class PairedRatio(NamedTuple):
-    """Median over tasks of the ratio of two methods' losses on one task, with its interval."""
+    """The ratio of two methods' losses on the same task, as the median over tasks, with its interval."""
 
     ratio: float
     low: float
@@ -35,17 +35,17 @@ def paired_ratio(
 
     Args:
         losses: final losses of one method, `(tasks,)`.
-        reference: those of the other on the same tasks.
-        confidence: of the interval.
+        reference: final losses of the other method on the same tasks.
+        confidence: confidence of the interval.
         draws: number of bootstrap samples.
-        seed: seeds them.
+        seed: seed of the bootstrap.
 
     Returns:
-        The ratio, above 1 where `reference` is better, and the percentile interval. Losses are taken between 1e-300
+        The ratio, above 1 where `reference` is better, and the percentile interval. Losses are clipped to 1e-300
         and 1e300.
 
     Raises:
-        ValueError: if the tasks are not the same in number.
+        ValueError: if the numbers of tasks differ.
 
     Example:
         >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).ratio
@@ -64,24 +64,24 @@ def ratio_over_seeds(
     r"""Compares two methods over meta-seeds and tasks: the interquartile mean of log ratios, with a bootstrap interval.
 
     $r_{st} = \log L'_{st} - \log L_{st}$ for meta-seed s and task t; the middle half of all $r_{st}$ is averaged. A
-    bootstrap sample draws meta-seeds with replacement and, apart from them, tasks with replacement, the same tasks for
-    every meta-seed drawn: seeds and tasks are crossed, so that what a hard task does to all seeds does not count as
-    evidence several times. With few seeds such an interval is somewhat too narrow, as every bootstrap of few is: the
-    worst meta-seed belongs beside it.
+    bootstrap sample draws meta-seeds with replacement and, independently, tasks with replacement, the same tasks for
+    every meta-seed drawn. Seeds and tasks are crossed, so the effect of a hard task on all seeds does not count several
+    times as evidence. With few seeds the interval is somewhat too narrow, as with every bootstrap of few values, so
+    report the worst meta-seed beside it.
 
     Args:
         losses: final losses of one method, `(meta-seeds, tasks)`.
-        reference: those of the other, for the same seeds and tasks; rows are alike where it has no meta-seeds.
-        confidence: of the interval.
+        reference: those of the other method, for the same seeds and tasks; with equal rows if it has no meta-seeds.
+        confidence: confidence of the interval.
         draws: number of bootstrap samples.
-        seed: seeds them.
+        seed: seed of the bootstrap.
 
     Returns:
-        The ratio, above 1 where `reference` is better, and the percentile interval. Losses are taken between 1e-300
+        The ratio, above 1 where `reference` is better, and the percentile interval. Losses are clipped to 1e-300
         and 1e300.
 
     Raises:
-        ValueError: if the tasks or the meta-seeds are not the same in number.
+        ValueError: if the numbers of tasks or of meta-seeds differ.
 
     Source: the interquartile mean is that of Agarwal et al., NeurIPS 2021 (arXiv 2108.13264, "rliable"); resampling
     both crossed factors is Owen's pigeonhole bootstrap (Annals of Applied Statistics 1, 2007).
@@ -119,7 +119,7 @@ def _log_ratios(losses: npt.ArrayLike, reference: npt.ArrayLike) -> npt.NDArray[
 
 def _interval(value: float, samples: npt.NDArray[np.float64], confidence: float) -> PairedRatio:
     low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
-    # exp of a difference of two such logs can still overflow.
+    # The exponential of a difference of two clipped logarithms can still overflow.
     return PairedRatio(*(float(np.exp(min(each, _LARGEST_LOG))) for each in (value, low, high)))
 
 

@@ -1,4 +1,4 @@
-"""An evaluation as plain values, cut into runs that any process can make and that are kept when they are finished."""
+"""The plan of an evaluation as plain values, and its runs, which any process can make and which are kept."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from metateleport.families import TaskFamily, TaskStack, load_family
 __all__ = ["NO_CHECKPOINT", "Bench", "Done", "Plan", "Unit"]
 
 NO_CHECKPOINT = "none"
-"""Stands for a checkpoint where the rivals run alone."""
+"""The name given for a checkpoint if the rivals run alone."""
 
 
 class Unit(NamedTuple):
     """One run of an evaluation.
 
     Args:
-        method: its name.
-        seed: the meta-seed that it is of; None for rivals, and for the meta-seed that the checkpoint shows.
+        method: name of the method.
+        seed: the meta-seed; None for rivals, and for the checkpoint's chosen meta-seed.
     """
 
     method: str
@@ -53,14 +53,14 @@ class Unit(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What one run gave.
+    """The result of one run.
 
     Args:
-        unit: which.
-        result: its trajectory, and how the method was set.
-        measure: what the tasks are judged by.
-        jobs: how many processes shared the machine when it ran.
-        kept: whether an earlier call made it.
+        unit: the run.
+        result: its trajectory and the method's settings.
+        measure: name of the measure that tasks are judged by.
+        jobs: number of processes that shared the machine when it ran.
+        kept: whether an earlier call made the run.
     """
 
     unit: Unit
@@ -72,21 +72,21 @@ class Done(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be evaluated, as plain values: what every process needs to make its part.
+    """What to evaluate, as plain values that every process gets.
 
     Args:
-        task: name or file of the task family.
-        settings: of the family, as text or values.
-        checkpoint: folder or name; `NO_CHECKPOINT` for the rivals alone.
-        methods: names of what to run; None for all that the checkpoint has and all rivals that need not be asked for.
-        without: parts of the basis to leave out, as `parts_of` reads them.
+        task: name of the task family, or path of its file.
+        settings: the family's settings, as text or values.
+        checkpoint: folder or name of the checkpoint; `NO_CHECKPOINT` for the rivals alone.
+        methods: names of the methods; None for all of the checkpoint and all rivals that run without being asked for.
+        without: parts of the basis to leave out, in the form of `parts_of`.
         tasks: number of held-out tasks.
         steps: gradient evaluations that each method may spend on each task.
         seed: chooses the tasks.
-        dtype: of the tasks, as `float64`; None for the family's own.
+        dtype: dtype of the tasks, as `float64`; None for the family's own.
         device: where to run.
-        all_meta_seeds: run the learned methods of every meta-seed, and not of the chosen one alone.
-        fresh: run and tune anew, whatever is kept.
+        all_meta_seeds: run the learned methods of every meta-seed, not only of the chosen one.
+        fresh: run and tune anew, ignoring what is kept.
     """
 
     task: str
@@ -104,7 +104,7 @@ class Plan:
 
 
 class Bench:
-    """Makes the runs of a plan in this process, or takes those that are kept.
+    """Makes the runs of a plan in this process, or reads those that are kept.
 
     Args:
         plan: what to evaluate.
@@ -112,7 +112,7 @@ class Bench:
     Raises:
         FamilyError: if there is no such family, or a setting cannot work.
         CheckpointError: if the checkpoint cannot be loaded.
-        EvaluationError: if a method is unknown, cannot run here, or none is left.
+        EvaluationError: if a method is unknown or cannot run here, or no method is left.
 
     Example:
         >>> plan = Plan("leaky_mlp", {"width": 3}, "leaky_mlp", ("learned", "gd"), tasks=2, steps=3)
@@ -135,7 +135,7 @@ class Bench:
 
     @functools.cached_property
     def units(self) -> list[Unit]:
-        """The runs, those that may have to be tuned first."""
+        """The runs; those of methods that may have to be tuned come first."""
         learned = [name for name in self.names if name not in self.rivals]
         seeds = [each.seed for each, own in zip(self._seeds, self._of_seeds, strict=True) if own is not self.checkpoint]
         return [
@@ -144,12 +144,12 @@ class Bench:
         ]
 
     def run(self, unit: Unit, progress: Callable[[str], None], jobs: int = 1) -> Done:
-        """Makes one run and keeps it, or takes the one that is kept.
+        """Makes one run and keeps it, or reads the one that is kept.
 
         Args:
-            unit: which.
-            progress: is told what is being done.
-            jobs: how many processes share the machine.
+            unit: the run.
+            progress: called with a line that says what is running.
+            jobs: number of processes that share the machine.
         """
         method = self._method(unit, progress)
         kept = None if self.plan.fresh else self._runs.get(method)
@@ -161,11 +161,11 @@ class Bench:
         return Done(unit, result_of(method, run.trajectory), measure_of(self._stack), run.jobs, kept is not None)
 
     def evaluation(self, done: Sequence[Done], threads: int) -> Evaluation:
-        """The evaluation that all runs make together.
+        """The evaluation, from the results of all runs.
 
         Args:
-            done: every run of `units`.
-            threads: that each computed with.
+            done: the result of every run of `units`.
+            threads: number of threads of each run.
         """
         found = {each.unit: each.result for each in done}
         own = {name: found[Unit(name)] for name in self.names}
@@ -208,7 +208,7 @@ class Bench:
 
     @property
     def _seeds(self) -> Sequence[Any]:
-        """The meta-seeds whose learned methods are to be run; none where there is but one."""
+        """The meta-seeds whose learned methods are run; empty if there is only one."""
         if self.checkpoint is None or not self.learned or not self.plan.all_meta_seeds:
             return ()
         return self.checkpoint.meta_seeds
@@ -234,7 +234,7 @@ class Bench:
         return learned_methods(checkpoint, [unit.method], plan.seed)[0]
 
     def _chosen(self) -> tuple[list[str], list[str]]:
-        """Names of the learned methods and of the rivals that were asked for."""
+        """Names of the learned methods and of the rivals to run."""
         learned = [] if self.checkpoint is None else [each.name for each in learned_methods(self.checkpoint)]
         known = [*learned, *RIVALS]
         wanted = [*learned, *BASELINES] if self.plan.methods is None else self.plan.methods
@@ -252,15 +252,15 @@ class Bench:
         return [name for name in learned if name in wanted], [name for name in RIVALS if name in wanted]
 
     def _left_out(self) -> dict[str, tuple[str, ...]]:
-        """By part of the basis the elements to leave out."""
+        """For each part of the basis the generators to leave out."""
         if not self.plan.without:
             return {}
         if self.checkpoint is None:
             raise EvaluationError(
-                "what is left out is a part of a checkpoint's basis, and 'none' has none: name a checkpoint"
+                "a run without a part of the basis needs a checkpoint, and 'none' is given: name a checkpoint"
             )
         if REFERENCE not in self.learned:
             raise EvaluationError(
-                f"a run without a part of the basis is held against {REFERENCE}: add {REFERENCE} to the methods"
+                f"a run without a part of the basis is compared with {REFERENCE}: add {REFERENCE} to the methods"
             )
         return parts_of(self.plan.without, self.checkpoint.learned)

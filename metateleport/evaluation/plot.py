@@ -1,4 +1,4 @@
-"""The picture of an evaluation: loss by gradient evaluations, and by seconds."""
+"""The plot of an evaluation: loss by gradient evaluations, and by seconds."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["plot"]
 def plot(report: Mapping[str, Any], path: str | Path, trace: str = "") -> None:
     """Draws the median of every method with its interquartile band, by gradient evaluations and by seconds.
 
-    With several meta-seeds the band of a learned method is that of all their medians.
+    With several meta-seeds the band of a learned method covers the medians of all of them.
 
     Args:
-        report: what `report_of` gave, or a file written by `write_report`.
-        path: where to write; the suffix tells the format (png, svg, pdf).
-        trace: as for `metateleport.evaluation.style.save`.
+        report: the result of `report_of`, or of reading a file by `write_report`.
+        path: the file to write; its suffix gives the format (png, svg, pdf).
+        trace: as in `metateleport.evaluation.style.save`.
 
     Raises:
-        ValueError: if the suffix is of no format that matplotlib writes.
+        ValueError: if matplotlib does not write the suffix's format.
     """
-    # A run for every part of the basis would hide the others; the tables have them.
+    # Runs without a part of the basis would hide the others; the tables have them.
     methods = {name: entry for name, entry in report["methods"].items() if not name.startswith(ABLATED)}
     figure = new_figure(11.5, 4.8)
     by_evaluations, by_seconds = figure.subplots(1, 2, sharey=True)
     low, high = _limits(methods)
     colours = colours_of(methods)
-    # The learned method is drawn last, over the others.
+    # The learned method is drawn last, on top of the others.
     for name in sorted(methods, key=lambda each: (each == "learned", each.startswith("learned"))):
         entry = methods[name]
         median, q25, q75 = (np.clip(np.asarray(entry[key]), low, high) for key in ("median", "q25", "q75"))
@@ -67,7 +67,7 @@ def plot(report: Mapping[str, Any], path: str | Path, trace: str = "") -> None:
         [handles[each] for each in order], [labels[each] for each in order], loc="outside right upper", frameon=False
     )
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
-    # Beside the title is the legend.
+    # The legend is beside the title.
     heading = textwrap.fill(f"{report['task']['name']} ({settings})", 110)
     of_seeds = f"; learned: band of {len(report['meta_seeds']['seeds'])} meta-seeds" if report.get("meta_seeds") else ""
     suptitle(
@@ -79,14 +79,14 @@ def plot(report: Mapping[str, Any], path: str | Path, trace: str = "") -> None:
 
 
 def _limits(methods: Mapping[str, Any]) -> tuple[float, float]:
-    """Limits of the loss's axis: what diverges and exact zeros leave the picture."""
+    """Limits of the loss's axis; diverged losses and exact zeros are outside."""
     start = max(float(entry["q75"][0]) for entry in methods.values())
     values: list[npt.NDArray[np.float64]] = [
         np.asarray(entry[key]) for entry in methods.values() for key in ("q25", "median")
     ]
     together = np.concatenate(values)
     if bool((together < 0).any()):
-        # A logarithmic axis has no place for them.
+        # A logarithmic axis cannot show them.
         shown = together[(together > -LARGEST) & (together <= start)]
         room = 0.05 * (start - float(shown.min())) + 1e-12
         return float(shown.min()) - room, start + room

@@ -1,4 +1,4 @@
-"""An evaluation as JSON, and the paired comparison of two methods."""
+"""An evaluation as JSON."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ SCHEMA = 1
 def report_of(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as plain values for JSON: numbers, strings, booleans; never null, NaN or infinity.
 
-    A loss that is not finite, or is larger, stands as 1e300, and `diverged` tells so. A setting that is None reads
-    `"none"`, as it is written on the command line.
+    A loss that is not finite or above 1e300 becomes 1e300, and `diverged` says so. A setting that is None becomes
+    `"none"`, as on the command line.
 
     Args:
         evaluation: the evaluation.
 
     Returns:
-        `schema`, `task`, `measure`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and `methods`: by
-        name the lists of the measure along the trajectory (`gradient_evaluations`, `mean`, `median`, `q25`, `q75`,
-        `seconds_along`), `final` and `diverged` for each task, `seconds` of the whole run, `drift_max` and `gauge`
-        where it teleports, `settings`, `tuning` where it was tuned, `held_out_loss` and `held_out_accuracy` where the
-        tasks have such, and where there is a learned method `paired_ratio_to_learned` at the end and
-        `paired_ratios_to_learned`, a list of `at`, `ratio`, `low`, `high` at the marks. `attribution` says what its
-        teleport brings, as `attribution_of` does; `meta_seeds` what each seed did, as `meta_seeds_of` does. The
-        learned methods in `methods` are those of the checkpoint's chosen seed. `kept` names the runs that an earlier
-        call made: their seconds are those measured then. Where a loss is below zero there are no ratios, and
-        `attribution` says so.
+        `schema`, `task`, `measure`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and
+
+        - `methods`, by name: the lists of the measure along the trajectory (`gradient_evaluations`, `mean`, `median`,
+          `q25`, `q75`, `seconds_along`), `final` and `diverged` for each task, `seconds` of the whole run, `settings`;
+          if it teleports also `drift_max` and `gauge`, its `moves_by`; if it was tuned also `tuning`; if the tasks have
+          them also `held_out_loss` and `held_out_accuracy`; if there is a learned method also
+          `paired_ratio_to_learned` at the end and `paired_ratios_to_learned`, a list of `at`, `ratio`, `low`, `high` at
+          the marks. The learned methods are those of the checkpoint's chosen seed;
+        - `attribution`, the result of `attribution_of`; it says so if losses below zero allow no ratios;
+        - `meta_seeds`, the result of `meta_seeds_of`;
+        - `kept`, the names of runs that an earlier call made; their seconds are those measured then.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
     below = goes_below_zero(evaluation)
@@ -99,7 +100,7 @@ def _method(result: Result) -> dict[str, Any]:
         "settings": _plain(result.settings),
     }
     if result.teleports:
-        entry["gauge"] = result.gauge
+        entry["gauge"] = result.moves_by
         entry["drift_max"] = float(_finite(np.asarray(trajectory.drift_max or 0.0)))
     if trajectory.held_out_loss is not None:
         entry["held_out_loss"] = _along(trajectory.held_out_loss)

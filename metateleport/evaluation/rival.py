@@ -1,4 +1,4 @@
-"""What a learned optimizer is held against: a method, and the grid that it is tuned on."""
+"""A rival: a method that a learned optimizer is compared with, and the grid that it is tuned on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Choice", "Lattice", "Rival"]
 
 @dataclasses.dataclass(frozen=True)
 class Lattice:
-    """The values `10^(j/4)` of a positive setting, without an end on either side.
+    """The values `10^(j/4)` of a positive setting, unbounded on both sides.
 
     Args:
-        low: the coarse scan's first exponent of ten.
-        high: its last.
+        low: first power of ten in the coarse scan.
+        high: last power of ten in the coarse scan.
 
     Example:
         >>> Lattice(-1, 1).coarse()
@@ -41,23 +41,23 @@ class Lattice:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A setting that is one of a few values; the first is where the search starts."""
+    """A setting with a few allowed values; the search starts with the first."""
 
     values: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """A method that a learned optimizer is held against, and the grid that it is tuned on.
+    """A method that a learned optimizer is compared with, and the grid that it is tuned on.
 
     Args:
-        name: of the method.
-        make: makes the method from a step size and the values of the choices.
+        name: name of the method.
+        make: makes the method, called with a step size and the values of the choices.
         step_size: the grid of the step size, passed as `lr`.
-        choices: further settings by name. Every value is compared at a step size of its own.
+        choices: further settings by name; each value is compared at its own best step size.
         tasks: number of training tasks to tune on.
-        on_request: whether it is run only where it is asked for by name, as it takes long.
-        library: what it imports that may not be installed; empty where there is no such thing.
+        on_request: whether it runs only if it is asked for by name, because it takes long.
+        library: a library that it imports and that may not be installed; empty if there is none.
         extra: the extra of this package that brings the library.
 
     Example:
@@ -76,13 +76,13 @@ class Rival:
     extra: str = ""
 
     def missing(self) -> str:
-        """What to install before it can run; empty where nothing is missing."""
+        """A sentence that says what to install; empty if nothing is missing."""
         if not self.library or importlib.util.find_spec(self.library) is not None:
             return ""
         return f"{self.name} needs {self.library}: pip install 'metateleport[{self.extra}]'"
 
     def grid(self) -> str:
-        """The grid in words."""
+        """The grid and the search, in words."""
         words = (
             f"lr: 10^(j/4), scanned by whole powers of ten from 1e{self.step_size.low} to 1e{self.step_size.high}, "
             "then at both neighbours of the best two and one places away until both are worse, past the ends too"

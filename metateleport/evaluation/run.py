@@ -26,28 +26,28 @@ __all__ = [
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked for; the message says why."""
+    """An evaluation cannot be made as asked for; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one method did: its trajectory, and how it was set."""
+    """The result of one method: its trajectory and its settings; see `Method` for the fields."""
 
     trajectory: Trajectory
     teleports: bool
     settings: dict[str, Any]
     tuning: dict[str, Any] | None
-    gauge: str = "none"
+    moves_by: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """The learned methods of one meta-seed, to be run.
+    """The learned methods of one meta-seed, before they run.
 
     Args:
-        seed: of the training.
+        seed: seed of the meta-training.
         validation: its validation score.
-        methods: its learned methods; none for the seed whose methods are run as the checkpoint's own.
+        methods: its learned methods; empty for the chosen seed, whose methods run as the checkpoint's own.
     """
 
     seed: int
@@ -57,13 +57,13 @@ class Seed:
 
 @dataclasses.dataclass(frozen=True)
 class SeedResults:
-    """What the learned methods of one meta-seed did.
+    """The results of the learned methods of one meta-seed.
 
     Args:
-        seed: of the training.
+        seed: seed of the meta-training.
         validation: its validation score.
-        chosen: whether it is the one whose results stand as the checkpoint's own.
-        results: by method name, of the learned methods alone.
+        chosen: whether its results are the checkpoint's own.
+        results: results of the learned methods, by name.
     """
 
     seed: int
@@ -79,19 +79,19 @@ class Evaluation:
     Args:
         family: name of the task family.
         settings: its settings.
-        checkpoint: name of the checkpoint, `none` without one.
+        checkpoint: name of the checkpoint; `none` without one.
         tasks: number of tasks.
         steps: gradient evaluations that each method could spend on each task.
         seed: the run's seed.
-        dtype: of the tasks, as `float64`.
-        device: where it ran.
-        results: by method name.
-        measure: what the losses are.
+        dtype: dtype of the tasks, as `float64`.
+        device: device that it ran on.
+        results: results by method name.
+        measure: name of the measure that tasks are judged by.
         meta_seeds: results of the learned methods for each meta-seed, the chosen one among them; empty where there is
             but one.
-        threads: that each run computed with.
-        jobs: most processes that ran side by side on the machine.
-        kept: runs that an earlier call made, whose seconds are those measured then.
+        threads: number of threads of each run.
+        jobs: largest number of processes that shared the machine.
+        kept: names of the runs that an earlier call made; their seconds are those measured then.
     """
 
     family: str
@@ -122,26 +122,26 @@ def evaluate(
     progress: Callable[[str], None] | None = None,
     meta_seeds: Sequence[Seed] = (),
 ) -> Evaluation:
-    """Runs methods on held-out tasks of a family, each from the same starts with the same budget.
+    """Runs methods on held-out tasks of a family, all from the same starts and with the same budget.
 
     Args:
-        family: the tasks; the first `tasks` of the split `held-out`.
-        methods: what to compare, tuned already.
+        family: the task family; its first `tasks` tasks of the split `held-out` are used.
+        methods: the methods to compare, already tuned.
         tasks: number of tasks.
         steps: gradient evaluations that each method may spend on each task.
         seed: the run's seed.
-        dtype: of the tasks; the family's own if not given.
-        device: where to run.
-        checkpoint: name of the checkpoint that the learned methods are from.
+        dtype: dtype of the tasks; the family's own if not given.
+        device: device to run on.
+        checkpoint: name of the learned methods' checkpoint.
         progress: called with a method's name before it runs.
-        meta_seeds: the learned methods of every meta-seed, where there are several; the one without methods is the
-            one that `methods` are of.
+        meta_seeds: the learned methods of every meta-seed, if there are several; the chosen one, whose methods are in
+            `methods`, has none here.
 
     Returns:
         The evaluation.
 
     Raises:
-        EvaluationError: if there are no methods, tasks or steps, or two methods have one name.
+        EvaluationError: if there are no methods, tasks or steps, or two methods have the same name.
 
     Example:
         >>> from metateleport import load_family
@@ -158,10 +158,10 @@ def evaluate(
         if count < 1:
             raise EvaluationError(f"an evaluation needs at least 1 of {what}, not {count}")
     if seed < 0:
-        raise EvaluationError(f"a seed is not negative: {seed}")
+        raise EvaluationError(f"the seed has to be at least 0, not {seed}")
     stack = family.stack(range(tasks), "held-out", seed, dtype, device)
     if meta_seeds and sum(not each.methods for each in meta_seeds) != 1:
-        raise EvaluationError("of several meta-seeds one has no methods of its own: that which the checkpoint's are of")
+        raise EvaluationError("one of several meta-seeds has to have no methods here: the one that `methods` belong to")
     results = _run(methods, stack, steps, progress, "")
     learned = {name: result for name, result in results.items() if name.partition("/")[0] == REFERENCE}
     of_seeds = []
@@ -195,18 +195,18 @@ def _run(
 
 
 def measure_of(stack: TaskStack) -> str:
-    """What the tasks of a stack are judged by, as tables call it."""
+    """Name of the measure that the tasks of a stack are judged by."""
     return TRAINING_LOSS if stack.measure is None else stack.measure.name
 
 
 def run_once(method: Method, stack: TaskStack, steps: int) -> Trajectory:
-    """Runs a method on a stack of tasks, after a few steps that are not timed."""
-    # The first steps of a process pay for imports and memory, whichever method comes first.
+    """Runs a method on a stack of tasks, after a warm-up of two steps."""
+    # The first steps of a process include imports and allocations, whichever method comes first.
     method.run(stack, min(2, steps))
     with reproducible(stack.device):
         return method.run(stack, steps)
 
 
 def result_of(method: Method, trajectory: Trajectory) -> Result:
-    """A trajectory with how its method was set."""
-    return Result(trajectory, method.teleports, method.settings, method.tuning, method.gauge)
+    """A method's result, from its trajectory."""
+    return Result(trajectory, method.teleports, method.settings, method.tuning, method.moves_by)

@@ -55,11 +55,11 @@ LINES: dict[str, Any] = {
     "random-teleport": (0, (1, 1.5)),
     "step-only": (0, (4, 1.5, 1, 1.5)),
 }
-"""Lines of what a learned result is attributed by: those share its colour."""
+"""Line styles of the runs of the attribution, which share the learned method's colour."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that no window belongs to, in inches."""
+    """A figure without a window; the size is in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -69,14 +69,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def bare(axes: Axes, grid: bool = True) -> None:
-    """Takes the frame above and to the right away, and draws a faint grid."""
+    """Removes the frame above and to the right, and draws a faint grid."""
     if grid:
         axes.grid(visible=True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def colours_of(methods: Iterable[str]) -> dict[str, str]:
-    """A colour for each method of an evaluation; the learned one's runs share theirs.
+    """A colour for each method of an evaluation; the learned method and its attribution share one.
 
     Example:
         >>> colours_of(["learned", "learned/step-only", "mine"])["mine"]
@@ -92,12 +92,12 @@ def save(figure: Figure, path: str | Path, dpi: int = 150, trace: str = "") -> N
 
     Args:
         figure: the figure.
-        path: where to.
-        dpi: dots an inch.
-        trace: what `is_drawn` is to know a png again by.
+        path: the file to write.
+        dpi: dots per inch.
+        trace: a text stored in a png, by which `is_drawn` recognises it.
 
     Raises:
-        ValueError: if the suffix is of no format that matplotlib writes.
+        ValueError: if matplotlib does not write the suffix's format.
     """
     metadata = {"Software": None, "trace": trace} if trace else None
     with replacing(Path(path)) as temporary:
@@ -108,15 +108,15 @@ def trace_of(drawn: Any, drawing: Any) -> str:
     """A hash of what a figure shows and of the sources that draw it, this file among them.
 
     Args:
-        drawn: plain values.
-        drawing: a function of the module that draws it.
+        drawn: the values that are drawn, plain.
+        drawing: a function of the module that draws.
     """
     modules = [inspect.getmodule(each) for each in (trace_of, drawing)]
     return digest([drawn, *(inspect.getsource(module) for module in modules if module is not None)])
 
 
 def is_drawn(path: Path, trace: str) -> bool:
-    """Whether a png is there that was saved with this trace: another version of matplotlib need not draw it again."""
+    """Whether a png with this trace exists, so that another version of matplotlib does not draw it again."""
     return path.is_file() and trace.encode() in path.read_bytes()
 
 

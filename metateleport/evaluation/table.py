@@ -1,4 +1,4 @@
-"""An evaluation as a table for people."""
+"""An evaluation as a printed table."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["measured", "ratios_table_of", "table_of"]
 
 
 def measured(report: Mapping[str, Any]) -> str:
-    """What a report's lists hold, as people call it."""
+    """Name of the measure in a report."""
     return str(report.get("measure", TRAINING_LOSS))
 
 
 def table_of(report: Mapping[str, Any]) -> Table:
-    """A table of a report: a row for each method, and for the worst of several meta-seeds.
+    """The main table of a report: a row for each method, and one for the worst of several meta-seeds.
 
     Args:
-        report: what `report_of` gave, or a file written by `write_report`.
+        report: the result of `report_of`, or of reading a file by `write_report`.
 
     Returns:
-        The table: median loss at the marks and at the end of the budget, the last one's interquartile range, how
-        many tasks diverged, seconds, and the paired ratio to the learned method, above 1 where that one is better.
+        The table: the median loss at the marks and at the end of the budget, the final loss's interquartile range, the
+        number of diverged tasks, seconds, and the paired ratio to the learned method, above 1 if the latter is better.
     """
     methods: Mapping[str, Any] = report["methods"]
     steps, tasks = report["steps"], report["tasks"]
@@ -73,14 +73,14 @@ def table_of(report: Mapping[str, Any]) -> Table:
 
 
 def ratios_table_of(report: Mapping[str, Any]) -> Table | None:
-    """A table of the paired ratios to the learned method at every mark: above 1 where that one is better.
+    """The table of paired ratios to the learned method at every mark: above 1 the learned one is better.
 
     Args:
-        report: what `report_of` gave, or a file written by `write_report`.
+        report: the result of `report_of`, or of reading a file by `write_report`.
 
     Returns:
-        The table, a row for each other method; with several meta-seeds the ratio over them, and below it the worst
-        meta-seed's. None where nothing was learned, nothing stands beside it, or losses go below zero.
+        The table, with a row for each other method; with several meta-seeds the ratio over all of them, and below it
+        that of the worst. None if there is no learned method or no other one, or losses go below zero.
     """
     methods: Mapping[str, Any] = report["methods"]
     if REFERENCE not in methods or len(methods) < 2 or report.get("below_zero"):

@@ -1,4 +1,4 @@
-"""Evaluations and seconds to a given loss: that which one method has at its k-th gradient evaluation."""
+"""Evaluations and seconds that each method needs to a target: the loss that one method has at its k-th evaluation."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Target:
     """The loss that a method has at its k-th gradient evaluation, task by task.
 
     Args:
-        method: its name.
-        at: k.
+        method: name of the method.
+        at: the number k.
 
     Example:
         >>> Target.parse("adam@300")
@@ -40,7 +40,7 @@ class Target:
         """Reads `METHOD@K`.
 
         Raises:
-            EvaluationError: if it is something else.
+            EvaluationError: if the text is not of this form.
         """
         method, _, at = text.rpartition("@")
         if not method or not at.isdecimal() or int(at) < 1:
@@ -48,14 +48,14 @@ class Target:
         return cls(method, int(at))
 
     def check(self, names: Sequence[str], steps: int) -> None:
-        """Says what is wrong before anything is run.
+        """Checks the target before anything runs.
 
         Args:
-            names: of the methods that will be.
+            names: names of the methods that will run.
             steps: the budget.
 
         Raises:
-            EvaluationError: if the method is not among them, or the budget ends before.
+            EvaluationError: if the target's method is not among them, or the budget is too small.
         """
         if self.method not in names:
             raise EvaluationError(f"the target {self} needs {self.method!r} among the methods: {', '.join(names)}")
@@ -70,8 +70,8 @@ def evaluations_to(loss: npt.ArrayLike, goal: npt.ArrayLike) -> Array:
     """The first gradient evaluation at which each task's loss is at most its goal; infinite where it never is.
 
     Args:
-        loss: along the trajectory, `(tasks, budget + 1)`.
-        goal: `(tasks,)`.
+        loss: losses along the trajectory, `(tasks, budget + 1)`.
+        goal: the goal of each task, `(tasks,)`.
 
     Example:
         >>> evaluations_to([[3.0, 2.0, 1.0], [3.0, 2.5, 2.2]], [2.0, 2.0]).tolist()
@@ -82,13 +82,13 @@ def evaluations_to(loss: npt.ArrayLike, goal: npt.ArrayLike) -> Array:
 
 
 class _Goal(NamedTuple):
-    """What a run has to reach, task by task: a loss and, where one is asked for, an accuracy at the same time."""
+    """The goal of each task: a loss and, if given, an accuracy to reach at the same time."""
 
     loss: Array
     accuracy: Array | None = None
 
     def needed(self, result: Result) -> Array:
-        """The first evaluation at which each task of a run is there; infinite where it never is."""
+        """The first evaluation at which each task reaches the goal; infinite if it never does."""
         run = result.trajectory
         if self.accuracy is None or run.held_out_accuracy is None:
             return evaluations_to(run.loss, self.loss)
@@ -97,29 +97,32 @@ class _Goal(NamedTuple):
 
 
 def target_of(evaluation: Evaluation, target: Target) -> dict[str, Any]:
-    """How many gradient evaluations and seconds each method needs to the target, and how they compare.
+    """The gradient evaluations and seconds that each method needs to the target, and their ratios.
 
-    The loss is what the evaluation measures, on minibatches as well that on all of a task's training data (or the
-    task's own measure), and a task counts as there from the first time that it is at most the goal: the method of the
-    target itself may be there before its k-th evaluation.
+    The loss is the evaluation's measure: the loss on all of a task's training data, on minibatches too, or the task's
+    own measure. A task has reached the goal as soon as its loss is at most the goal, so the target's own method may
+    reach it before its k-th evaluation.
 
-    A ratio is the other method's number over the learned one's: above 1 the learned one is better. A run that does not
-    get there is censored. Of the other method its whole budget is counted, which is less than it would need; of the
-    learned one it counts as worse than any; of both, the two are alike.
+    A ratio is the other method's number over the learned one's: above 1 the learned one is better. A task that does not
+    reach the goal is censored. If the other method is censored, its whole budget is counted, which is less than it
+    would need. If the learned one is censored, it counts as worse than any number. If both are, they count as equal.
 
     Args:
         evaluation: with the target's method.
         target: the target.
 
     Returns:
-        `target`, `goal` (its median over tasks), and `methods`: by name `evaluations` and `seconds` (medians over
-        tasks, the budget's where a median is censored), `censored` (a number of tasks), `held_out_accuracy` there
-        (mean over tasks, at the end of the budget where censored; where the tasks have a score). Where there is a
-        learned method also `ratios_to_learned`: by name `evaluations` and `seconds`, each with `ratio`, `low`, `high`;
-        `held_out_accuracy`, the learned one's there less the other's, with `difference`, `low`, `high`; and with
-        several meta-seeds `meta_seeds` with the same over all of them, and the `worst` seed's; and `in_words`. Where
-        the tasks have a score also `and_accuracy`, with `methods` and `ratios_to_learned` as above: to the first
-        evaluation at which a task has both the loss and the held-out accuracy that the target's method has at its k-th.
+        `target`, `goal` (its median over tasks), and
+
+        - `methods`, by name: `evaluations` and `seconds` (medians over tasks; the budget's if the median is censored),
+          `censored` (a number of tasks), and, if the tasks have a score, the `held_out_accuracy` at the goal (mean over
+          tasks; at the end of the budget if censored);
+        - if there is a learned method, `in_words` and `ratios_to_learned`, by name: `evaluations` and `seconds`, each
+          with `ratio`, `low`, `high`; `held_out_accuracy`, the learned method's minus the other's at the goal, with
+          `difference`, `low`, `high`; with several meta-seeds also `meta_seeds`, the same over all of them and for the
+          `worst` seed;
+        - if the tasks have a score, `and_accuracy` with `methods` and `ratios_to_learned` as above, for the first
+          evaluation at which a task has both the loss and the held-out accuracy of the target.
     """
     reference = evaluation.results[target.method]
     loss = _level(reference, target.at)
@@ -134,7 +137,7 @@ def target_of(evaluation: Evaluation, target: Target) -> dict[str, Any]:
 
 
 def _to(evaluation: Evaluation, goal: _Goal) -> dict[str, Any]:
-    """What each method needs to a goal, and what the others need over the learned one where there is one."""
+    """What each method needs to a goal and, if there is a learned method, the ratios to it."""
     found: dict[str, Any] = {"methods": {name: _summary(run, goal) for name, run in evaluation.results.items()}}
     if REFERENCE not in evaluation.results:
         return found
@@ -151,7 +154,7 @@ def _to(evaluation: Evaluation, goal: _Goal) -> dict[str, Any]:
 
 
 def _level(result: Result, place: int) -> Array:
-    # A task that has diverged sets no goal that could be missed.
+    # A diverged task has an infinite goal, which every method reaches.
     return np.asarray(np.nan_to_num(result.trajectory.loss[:, place], nan=np.inf, posinf=np.inf))
 
 
@@ -184,7 +187,7 @@ def _accuracy(result: Result, needed: Array) -> Array | None:
 
 
 def _numbers(pair: Pair, goal: _Goal) -> dict[str, tuple[Array, Array]]:
-    """The other method's numbers and the learned one's, censored ones as they are to be counted."""
+    """The other method's numbers and the learned one's; censored numbers are replaced as `target_of` says."""
     mine, theirs = goal.needed(pair.learned), goal.needed(pair.other)
     both, lost = np.isinf(mine) & np.isinf(theirs), np.isinf(mine)
     found = {}
@@ -193,7 +196,7 @@ def _numbers(pair: Pair, goal: _Goal) -> dict[str, tuple[Array, Array]]:
         ("seconds", _seconds(pair.other, theirs), _seconds(pair.learned, mine)),
     ):
         own = np.where(both, other, np.where(lost, np.inf, counted))
-        # A goal that is met at the start needs nothing of either.
+        # A goal that is reached at the start takes neither any evaluations.
         found[what] = (np.where(other == own, 1.0, other), np.where(other == own, 1.0, own))
     return found
 
@@ -208,7 +211,7 @@ def _beside(pair: Pair, goal: _Goal) -> dict[str, Any]:
 
 
 def _gain(pair: Pair, goal: _Goal) -> Array | None:
-    """How much more of the held-out data the learned method gets right when it is there, `(tasks,)`."""
+    """The learned method's held-out accuracy at the goal minus the other's, `(tasks,)`."""
     mine = _accuracy(pair.learned, goal.needed(pair.learned))
     theirs = _accuracy(pair.other, goal.needed(pair.other))
     return None if mine is None or theirs is None else mine - theirs

@@ -1,4 +1,4 @@
-"""What a method is in an evaluation, and the account that its trajectory comes from."""
+"""The interface of an evaluation's methods, and the recorder that counts their evaluations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift", "rep
 
 Array = npt.NDArray[np.float64]
 
-# Costs are sums of thirds: what rounding adds to one must not push it over a whole number.
+# Costs are sums of thirds: rounding must not push a sum over a whole number.
 _ROUNDING = 1e-6
 
 
@@ -31,16 +31,16 @@ _ROUNDING = 1e-6
 class Trajectory:
     """Losses of a stack of tasks on the grid 0, 1, ..., budget of gradient evaluations.
 
-    At k stands the task's last accepted point that cost at most k; index 0 is the start.
+    Index k has the loss at the task's last accepted point that cost at most k evaluations; index 0 is the start.
 
     Args:
-        loss: what the tasks are judged by, their full training loss or another measure, `(tasks, budget + 1)`,
-            float64; not finite where a task has diverged.
-        seconds: wall seconds of the method's own work on the whole stack, passes made to report left out.
-        seconds_along: seconds that had passed when the tasks' points were reached, mean over tasks, `(budget + 1,)`.
-        held_out_loss: loss on each task's held-out data, as `loss`, where there is such data.
-        held_out_accuracy: accuracy on each task's held-out data, as `loss`, where the tasks have a score.
-        drift_max: largest relative change of the outputs by a teleport; None where none was measured.
+        loss: the measure that tasks are judged by, their full training loss or another one, `(tasks, budget + 1)`,
+            float64; not finite if a task has diverged.
+        seconds: wall-clock seconds of the method on the whole stack, without the passes that are made for the report.
+        seconds_along: seconds when the tasks' points were reached, mean over tasks, `(budget + 1,)`.
+        held_out_loss: loss on each task's held-out data, in the form of `loss`, if there are such data.
+        held_out_accuracy: accuracy on each task's held-out data, in the form of `loss`, if the tasks have a score.
+        drift_max: largest relative change of the outputs by a teleport; None if none was measured.
     """
 
     loss: Array
@@ -59,14 +59,14 @@ class Trajectory:
 class Method(abc.ABC):
     """A way to optimise a stack of tasks within a number of gradient evaluations.
 
-    `name` stands in tables and files, `settings` are what it was run with, `tuning` is how they were found (None
-    where nothing was tuned), `teleports` says whether it moves along symmetries, and `gauge` how: by a teleport that
-    `stays`, by a gauge that is `undone` after the step, or by `both`.
+    `name` is its name in tables and files; `settings` are its settings; `tuning` says how they were found (None without
+    tuning); `teleports` says whether it uses group elements, and `moves_by` how: by a teleport that `stays`, by a gauge
+    that is `undone` after the step, by `both`, or `none`.
     """
 
     name: str
     teleports: ClassVar[bool] = False
-    gauge: str = "none"
+    moves_by: str = "none"
 
     def __init__(self, name: str, settings: Mapping[str, Any] | None = None) -> None:
         self.name = name
@@ -74,15 +74,15 @@ class Method(abc.ABC):
         self.tuning: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What tells this method from any other, as plain values: its class, name and settings.
+        """All that the method's result depends on, as plain values: by default its class, name and settings.
 
-        A method that depends on more adds it: what is kept of a run is found again by this.
+        A method that depends on more has to add it: kept runs are found by this.
         """
         return {"class": type(self).__qualname__, "name": self.name, "settings": self.settings}
 
     @abc.abstractmethod
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        """Optimises every task of the stack from its start; the stack is left as it was.
+        """Optimises every task of the stack from its start; the stack is not changed.
 
         Args:
             stack: the tasks.
@@ -98,9 +98,9 @@ _ends_only: contextvars.ContextVar[bool] = contextvars.ContextVar("ends_only", d
 
 @contextlib.contextmanager
 def ends_only() -> Iterator[None]:
-    """While the block runs, recorders measure only the start and the end: a trajectory then is level up to its end.
+    """Inside the block recorders measure only the start and the end; between them a trajectory keeps its first value.
 
-    Tuning reads nothing else, and on minibatches the passes made to report cost more than the steps themselves.
+    Tuning reads no more, and on minibatches the passes for the report cost more than the steps.
     """
     token = _ends_only.set(True)
     try:
@@ -111,17 +111,16 @@ def ends_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """While the block runs, torch's random numbers (dropout's, say) are the same in every run, whatever ran before."""
+    """Inside the block torch's random numbers, as those of dropout, are the same in every run."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield
 
 
 class Recorder:
-    """Counts what each task has spent, and keeps the losses of the points it reached.
+    """Counts the gradient evaluations of each task and records the losses at the points that it reached.
 
-    The rule for a method that tests its points: a point is recorded when it is known to be accepted, so at what had
-    been spent by then.
+    A method that tests its points records a point once it is accepted, at the number of evaluations spent by then.
 
     Args:
         stack: the tasks, at their start.
@@ -159,15 +158,15 @@ class Recorder:
         self._began = self._now()
 
     def affords(self, cost: float = 1.0) -> Tensor:
-        """Tasks that can still spend `cost`, boolean `(tasks,)`, on the CPU."""
+        """Which tasks can still spend `cost`, boolean `(tasks,)`, on the CPU."""
         return self.spent + cost <= self.budget + _ROUNDING
 
     def charge(self, cost: float | Tensor) -> None:
-        """Adds gradient evaluations, one number or `(tasks,)`, to what each task has spent."""
+        """Adds gradient evaluations, one number or `(tasks,)`, to those that each task has spent."""
         self.spent = self.spent + (cost.detach().cpu().double() if isinstance(cost, Tensor) else cost)
 
     def record(self, parameters: Mapping[str, Tensor], accepted: Tensor | None = None) -> None:
-        """Notes where the tasks stand now, at what they have spent.
+        """Records the tasks' points at the evaluations that they have spent.
 
         Args:
             parameters: stacked, by name.
@@ -189,13 +188,13 @@ class Recorder:
     def drift(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], batch: Batch, where: Tensor | None = None
     ) -> Tensor:
-        """Measures how far a teleport changed the outputs on its batch, free of charge.
+        """Measures by how much a teleport changed the outputs on its batch; this is not counted.
 
         Args:
             before: stacked parameters before the teleport.
-            after: and after it.
-            batch: what the teleport was computed on.
-            where: tasks to keep the largest value of, boolean `(tasks,)`; all if not given.
+            after: stacked parameters after the teleport.
+            batch: the batch that the teleport was computed on.
+            where: tasks to include in `drift_max`, boolean `(tasks,)`; all if not given.
 
         Returns:
             The relative change, `(tasks,)`.
@@ -209,7 +208,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[float]:
-        """Stops the clock, for passes made only to report; gives the seconds so far."""
+        """Stops the clock for passes that are made for the report; yields the seconds so far."""
         paused = self._now()
         try:
             yield paused - self._began - self._paused
@@ -217,7 +216,7 @@ class Recorder:
             self._paused += self._now() - paused
 
     def trajectory(self) -> Trajectory:
-        """What was recorded, on the grid."""
+        """The recorded losses on the grid of gradient evaluations."""
         seconds = self._now() - self._began - self._paused
         if self._end is not None:
             for name, values in self._measure(self._end).items():
@@ -232,18 +231,18 @@ class Recorder:
         )
 
     def _keep(self, parameters: Mapping[str, Tensor], marked: Tensor) -> None:
-        """Remembers the parameters of some tasks, to be measured at the end."""
+        """Keeps the parameters of some tasks, to measure them at the end."""
         before = self._end or {name: value.detach() for name, value in self.stack.tensors().items()}
         self._end = {name: where(marked, parameters[name].detach(), value) for name, value in before.items()}
 
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
-        model, held_out, score = self.stack, self.stack.held_out, self.stack.score
+        stack, held_out, score = self.stack, self.stack.held_out, self.stack.score
         found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
-            found["held_out_loss"] = model.losses_at(parameters, held_out)
+            found["held_out_loss"] = stack.losses_at(parameters, held_out)
             if score is not None:
-                outputs = model.outputs(parameters, held_out[0])
-                found["held_out_accuracy"] = model.each(score, outputs, *held_out[1])
+                outputs = stack.outputs(parameters, held_out[0])
+                found["held_out_accuracy"] = stack.each(score, outputs, *held_out[1])
         return {name: values.detach().double().cpu().numpy() for name, values in found.items()}
 
     def _now(self) -> float:

@@ -1,4 +1,4 @@
-"""Tuning of baselines: a stated grid, searched from coarse to fine on training tasks, and remembered."""
+"""Tuning of rivals: a stated grid, searched from coarse to fine on training tasks; results are cached."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from metateleport.version import VERSION
 __all__ = ["LARGEST", "score", "search", "tune"]
 
 LARGEST = 1e300
-"""Stands for a loss that is not finite."""
+"""Value of a loss that is not finite."""
 
 _SMALLEST = 1e-300
 _VERSION = 1
 
 
 def score(losses: Sequence[float] | np.ndarray) -> float:
-    """Mean log of the final losses, what tuning makes small; a loss that is not finite counts as 1e300.
+    """The mean log of the final losses, which tuning minimises; a loss that is not finite counts as 1e300.
 
     Example:
         >>> round(score([1.0, math.e**2]), 9)
         1.0
     """
     values = np.nan_to_num(np.asarray(losses, dtype=np.float64), nan=LARGEST, posinf=LARGEST, neginf=_SMALLEST)
-    # Below zero there is no logarithm: there each loss counts less the further down it is.
+    # Losses below zero have no logarithm: asinh takes its place.
     return float((np.log(values.clip(_SMALLEST, LARGEST)) + np.arcsinh(values.clip(-LARGEST, 0.0))).mean())
 
 
@@ -45,12 +45,12 @@ def search(rival: Rival, evaluate: Callable[[dict[str, Any]], float]) -> list[tu
     """Searches a rival's grid.
 
     Args:
-        rival: the baseline and its grid.
+        rival: the rival and its grid.
         evaluate: the score of some settings; smaller is better.
 
     Returns:
-        The settings that were tried with their scores, in the order of trial. Of the best step size both neighbours
-        have been tried, unless it lies 60 places from 1.
+        The settings that were tried, with their scores, in the order of trial. Both neighbours of the best step size
+        were tried, unless it is 60 places from 1.
     """
     tried: dict[tuple[int, tuple[Any, ...]], float] = {}
     names = list(rival.choices)
@@ -102,23 +102,23 @@ def tune(
     fresh: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Method:
-    """Tunes a baseline on training tasks of a family, or remembers how it was.
+    """Tunes a rival on training tasks of a family, or reads the cached result.
 
-    What is made small is the mean log of the final loss, or the mean loss on held-out data where the tasks have such.
-    Every trial is written down when it is finished: a search that was interrupted goes on from there.
+    Minimised is the mean log of the final loss or, if the tasks have held-out data, the mean loss on them. Every
+    finished trial is written to the cache, so an interrupted search goes on from there.
 
     Args:
-        rival: the baseline and its grid.
-        family: the tasks; those of the split `train`, with run seed 0, are tuned on.
-        steps: gradient evaluations that each run may spend: the budget that the method is to be compared at.
-        dtype: of the tasks; the family's own if not given.
-        device: where to run.
-        cache: folder to remember in; `cache_folder("tuning")` if not given.
-        fresh: tune anew, whatever is remembered.
-        progress: is told of every trial before it runs.
+        rival: the rival and its grid.
+        family: the task family; its tasks of the split `train` with run seed 0 are used.
+        steps: gradient evaluations of each run; the budget that the method will be compared at.
+        dtype: dtype of the tasks; the family's own if not given.
+        device: device to run on.
+        cache: cache folder; `cache_folder("tuning")` if not given.
+        fresh: tune anew, ignoring the cache.
+        progress: called with a line before every trial.
 
     Returns:
-        The method at the best settings, with all that was tried in its `tuning`.
+        The method at its best settings; its `tuning` lists all trials.
     """
     folder = cache or cache_folder("tuning")
     path = folder / f"{family.name}-{rival.name}-{_key(rival, family, steps, dtype)}.json"
@@ -136,12 +136,12 @@ def tune(
 
 
 class _Trials:
-    """The scores of a search under way, on disk after every trial.
+    """The scores of a running search, written to disk after every trial.
 
     Args:
-        path: of the file.
-        foundations: what the scores depend on; those of another are forgotten.
-        fresh: forget all that is there.
+        path: path of the file.
+        foundations: hash of all that the scores depend on; scores of another hash are dropped.
+        fresh: drop all earlier scores.
     """
 
     def __init__(self, path: Path, foundations: str, fresh: bool) -> None:
@@ -178,8 +178,8 @@ def _tuned(
             trajectory = rival.make(**settings).run(stack, steps)
         if trajectory.held_out_loss is None:
             return score(trajectory.loss[:, -1])
-        # Fitting a few hundred training images exactly is no feat: some absurd step sizes do, and generalise badly.
-        # Of those the mean tells; a mean of logs would be led by the tasks whose loss has rounded to zero.
+        # Some absurd step sizes fit a few hundred training images exactly and generalise badly. The mean shows that; a
+        # mean of logs would be dominated by tasks whose loss has rounded to zero.
         return score([float(np.nan_to_num(trajectory.held_out_loss[:, -1], nan=LARGEST, posinf=LARGEST).mean())])
 
     tried = search(rival, evaluate)
@@ -198,7 +198,7 @@ def _tuned(
 
 
 def _key(rival: Rival, family: TaskFamily, steps: int, dtype: torch.dtype | None) -> str:
-    # The family's file is part of the key: a user's own is edited without a new name.
+    # The family's file is part of the key, as a user's own is edited without a new name.
     try:
         source = Path(inspect.getfile(type(family))).read_text(encoding="utf-8")
     except (OSError, TypeError):
@@ -219,7 +219,7 @@ def _key(rival: Rival, family: TaskFamily, steps: int, dtype: torch.dtype | None
 
 
 def _remembered(path: Path) -> dict[str, Any] | None:
-    """What a cache file says; None where there is none, or it was cut off or edited: then tuning runs again."""
+    """The content of a cache file; None if there is none, or it was truncated or edited: then tuning runs again."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         complete = isinstance(record["chosen"], dict) and math.isfinite(record["score"]) and bool(record["tried"])

@@ -1,4 +1,4 @@
-"""What ratios of losses say about a learned result, in words."""
+"""Sentences on the ratios of losses: whether a teleport helps, and which rivals the learned method is ahead of."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ AGAINST: dict[str, str] = {
     "whitening": "whitening by hand",
     "gradient-ascent": "gradient ascent",
 }
-"""What a learned result is attributed by, and how a sentence calls it."""
+"""Methods of the attribution, and their names in sentences."""
 
 ABLATED = f"{REFERENCE}/without "
-"""How the name of a run begins that leaves parts of the basis out."""
+"""Prefix of the names of runs that leave out a part of the basis."""
 
 DECIDES = (f"{REFERENCE}/teleport-off", f"{REFERENCE}/step-only", f"{REFERENCE}/random-teleport")
-"""What a teleport has to be ahead of, to be said to help."""
+"""The runs that the learned method has to be ahead of for the verdict `helps`."""
 
 KINDS = {
-    "stays": "a teleport that stays: the model is elsewhere on its orbit",
-    "undone": "a gauge undone after the step: the model never moves along its orbit",
+    "stays": "a teleport that stays: it moves the model along its orbit",
+    "undone": "a gauge undone after the step: the model does not move along its orbit",
     "both": "a teleport that stays, and a gauge undone after the step",
 }
-"""How a group element is used, by its short name."""
+"""How group elements are used, in words, by the values of `moves_by`."""
 
 
-def verdict_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
-    """Whether a teleport helps: ahead, with its interval, of none, of a step learned alone and of a random element.
+def verdict_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> str:
+    """The verdict on a teleport: it helps if the learned method is ahead of all of `DECIDES`, by intervals without 1.
 
     Args:
-        gauge: `stays`, `undone`, `both` or `none`.
-        against: by method what `metateleport.evaluation.compared.compared` gives.
-        place: which of the marks; the last if not given.
+        moves_by: `stays`, `undone`, `both` or `none`.
+        against: by method the result of `metateleport.evaluation.compared.compared`.
+        place: index of the mark; the last if not given.
 
     Returns:
-        `helps`, `nothing`, `harms`, or `unknown` where nothing that decides was run.
+        `helps`; `harms` if the learned method is behind one of them; else `nothing`; `unknown` if none of them was run.
     """
-    if gauge == "none":
+    if moves_by == "none":
         return "nothing"
     ends = [_at(against[name], place) for name in DECIDES if name in against]
     if not ends:
@@ -70,13 +70,13 @@ def verdict_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
     return "harms" if any(end["high"] < 1 for end in ends) else "nothing"
 
 
-def opening_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
-    """The verdict as a clause, with the smallest of the ratios that decide where it helps.
+def opening_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> str:
+    """The verdict as a clause; if the teleport helps, with the smallest of the ratios that decide.
 
     Args:
-        gauge: as for `verdict_of`, which is known.
-        against: as for `verdict_of`.
-        place: which of the marks.
+        moves_by: as in `verdict_of`; the verdict must not be `unknown`.
+        against: as in `verdict_of`.
+        place: index of the mark.
 
     Example:
         >>> end = {"at": 30, "ratio": 2.0, "low": 1.5, "high": 2.5}
@@ -88,25 +88,22 @@ def opening_of(gauge: str, against: Mapping[str, Any], place: int = -1) -> str:
         "helps": lambda: f"the teleport divides the loss by {interval(min(ends, key=lambda end: end['ratio']))}",
         "nothing": lambda: "the teleport brings nothing here",
         "harms": lambda: "the teleport does harm here",
-    }[verdict_of(gauge, against, place)]()
+    }[verdict_of(moves_by, against, place)]()
 
 
-def in_words(gauge: str, against: Mapping[str, Any], steps: int, seeds: int) -> str:
-    """What a teleport brings, with the ratios that decide.
+def in_words(moves_by: str, against: Mapping[str, Any], steps: int, seeds: int) -> str:
+    """Sentences on the effect of a teleport, with the ratios that decide.
 
     Args:
-        gauge: as for `verdict_of`.
-        against: as for `verdict_of`; `seconds` may be missing.
+        moves_by: as in `verdict_of`.
+        against: as in `verdict_of`; `seconds` may be missing.
         steps: the budget.
         seeds: number of meta-seeds.
     """
-    if gauge == "none":
-        return f"{REFERENCE}: no teleport is learned here; what it gains is the step's."
-    if verdict_of(gauge, against) == "unknown":
-        return (
-            f"{REFERENCE}: what the teleport brings was not measured; run {' and '.join(DECIDES)} beside it "
-            "(--methods)."
-        )
+    if moves_by == "none":
+        return f"{REFERENCE}: no teleport is learned here; all gain is the step's."
+    if verdict_of(moves_by, against) == "unknown":
+        return f"{REFERENCE}: the effect of the teleport was not measured; run {' and '.join(DECIDES)} too (--methods)."
     ends = {name: _at(each) for name, each in against.items()}
     deciding = [name for name in DECIDES if name in against]
 
@@ -116,8 +113,8 @@ def in_words(gauge: str, against: Mapping[str, Any], steps: int, seeds: int) -> 
             f"{AGAINST[name]}: {interval(ratios[name])}{seed.format(ratios[name].get('seed'))}" for name in names
         )
 
-    sentence = f"{REFERENCE}: {opening_of(gauge, against)} at {steps} gradient evaluations ({KINDS[gauge]}). "
-    sentence += f"Losses of others over the learned one's, at equal evaluations: {told(ends, deciding)}"
+    sentence = f"{REFERENCE}: {opening_of(moves_by, against)} at {steps} gradient evaluations ({KINDS[moves_by]}). "
+    sentence += f"Other losses over the learned one's, at equal evaluations: {told(ends, deciding)}"
     timed = {name: over_seeds(each)["seconds"] for name, each in against.items() if "seconds" in over_seeds(each)}
     if all(name in timed for name in deciding):
         sentence += f"; at equal seconds: {told(timed, deciding)}"
@@ -127,27 +124,27 @@ def in_words(gauge: str, against: Mapping[str, Any], steps: int, seeds: int) -> 
         sentence += f" Intervals are over tasks and {seeds} meta-seeds; the worst meta-seed: "
         sentence += told(worst, deciding, whose=True) + "."
     others = [name for name in against if name not in deciding]
-    return sentence + (f" Beside it, {told(ends, others)}." if others else "")
+    return sentence + (f" Further methods: {told(ends, others)}." if others else "")
 
 
 def left_out(without: Mapping[str, Any]) -> list[str]:
-    """A sentence on the runs that leave out a part of the basis, or none.
+    """A sentence on the runs that leave out a part of the basis, in a list; empty without such runs.
 
     Args:
-        without: by method what `metateleport.evaluation.compared.compared` gives.
+        without: by method the result of `metateleport.evaluation.compared.compared`.
     """
     if not without:
         return []
     said = "; ".join(f"{name.removeprefix(ABLATED)}: {interval(_at(each))}" for name, each in without.items())
-    return [f"With a part of the basis left out, others' losses over the learned one's: {said}."]
+    return [f"Losses without a part of the basis over the learned one's: {said}."]
 
 
 def ahead_or_behind(baselines: Mapping[str, Any], seeds: int) -> list[str]:
-    """A sentence on the baselines that the learned result is ahead of or behind, by an interval that excludes 1.
+    """A sentence on the rivals that the learned method is ahead of or behind, by intervals without 1, in a list.
 
     Args:
-        baselines: by method what `metateleport.evaluation.compared.compared` gives.
-        seeds: number of meta-seeds; of several the worst speaks.
+        baselines: by method the result of `metateleport.evaluation.compared.compared`.
+        seeds: number of meta-seeds; if there are several, the worst one's ratios decide.
     """
     said: dict[str, list[str]] = {"ahead of": [], "behind": []}
     for name, each in baselines.items():
@@ -164,12 +161,12 @@ def ahead_or_behind(baselines: Mapping[str, Any], seeds: int) -> list[str]:
     found = "; ".join(f"{side} {', '.join(names)}" for side, names in said.items() if names)
     if not found:
         return []
-    whose = f"the worst of {seeds} meta-seeds" if seeds > 1 else "by an interval that excludes 1 it"
-    return [f"Of the baselines, at the numbers of gradient evaluations in brackets, {whose} is {found}."]
+    whose = f"the worst of {seeds} meta-seeds" if seeds > 1 else "the learned method"
+    return [f"At the gradient evaluations in brackets {whose} is, by intervals that leave out 1, {found}."]
 
 
 def over_seeds(each: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The ratios over all meta-seeds where there are several, else those of the one."""
+    """The ratios over all meta-seeds if there are several, else those of the only one."""
     found: Mapping[str, Any] = each.get("meta_seeds", each)
     return found
 
@@ -185,7 +182,7 @@ def interval(ratio: Mapping[str, float]) -> str:
 
 
 def number(value: float) -> str:
-    """A number to three digits; what stands for one that is not finite is said.
+    """A number to three digits; the value that stands for a loss that is not finite becomes `not finite`.
 
     Example:
         >>> number(0.000123456), number(1e300)

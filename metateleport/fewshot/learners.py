@@ -182,7 +182,7 @@ class TeleportingLearner(nn.Module):
         wanted = {name: value for name, value in seen.parameters.items() if value.requires_grad}
         watched = {name: value for name, value in seen.outputs.items() if value.requires_grad}
         targets = [*wanted.values(), *watched.values()]
-        # Batch forms rebuild part of this backward pass, so its graph has to stay.
+        # Batch pairs rebuild part of this backward pass, so its graph has to stay.
         found = torch.autograd.grad(loss, targets, retain_graph=True, create_graph=second_order, allow_unused=True)
         on_outputs = dict(zip(watched, found[len(wanted) :], strict=True))
         unseen = [name for name, gradient in on_outputs.items() if gradient is None]

@@ -1,4 +1,4 @@
-"""The learned side: networks, the learned teleporter, the learned gauge and the meta-optimizer."""
+"""The meta-optimizer and its parts: update rules, the learned teleporter and the learned gauge."""
 
 from metateleport.learned.config import MODES, MetaOptimizerConfig
 from metateleport.learned.gauge_teleporter import GaugeTeleporter

@@ -15,22 +15,22 @@ from metateleport.settings import SettingsError
 __all__ = ["MODES", "MetaOptimizerConfig", "read_networks"]
 
 MODES = ("update", "lr", "update+tele", "lr+tele", "tele")
-"""What can be learned: every coordinate's update or a step for each tensor, with or without group elements, or these
-alone."""
+"""Modes: an update of every coordinate (`update`) or a step for each tensor (`lr`), alone or with group elements
+(`+tele`); or group elements alone (`tele`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaOptimizerConfig:
-    """The shape of a meta-optimizer; everything that is needed to build it again.
+    """The shape of a meta-optimizer: all settings that are needed to build it again.
 
     Args:
-        rule: how it steps.
+        rule: the update rule.
         teleport: the teleport that stays; None for none.
         gauge: the gauges that steps are taken in; None for none.
-        groups: names of the groups that teleporter and gauge have networks for.
+        groups: names of the groups that the teleporter and the gauge have networks for.
 
     Raises:
-        SettingsError: if two of them do not go together.
+        SettingsError: if two of these do not go together.
 
     Example:
         >>> MetaOptimizerConfig(StepSettings(hidden=8), teleport=None).mode
@@ -48,7 +48,7 @@ class MetaOptimizerConfig:
         self.rule.check(self.teleport, self.gauge)
         if self.gauge is not None and not self.gauge_groups:
             raise SettingsError(
-                f"gauge.kind = {self.gauge.kind!r} has nothing to choose where groups are {', '.join(self.groups)}: "
+                f"gauge.kind = {self.gauge.kind!r} has no element to choose if groups are {', '.join(self.groups)}: "
                 "leave the gauge out"
             )
 
@@ -69,12 +69,12 @@ class MetaOptimizerConfig:
 
     @property
     def linearised(self) -> bool:
-        """Whether gauges are taken along pairs with an activation between them too."""
+        """Whether gauges are also taken along pairs of layers with an activation between them."""
         return self.gauge is not None and self.gauge.kind == "linearised"
 
     @property
     def gauge_groups(self) -> tuple[str, ...]:
-        """Groups that a gauge may be of."""
+        """Names of the groups that the gauge has networks for."""
         linearised = ("GL",) if self.linearised else ()
         return tuple(dict.fromkeys((*(group for group in self.groups if group != "O"), *linearised)))
 
@@ -90,10 +90,10 @@ class MetaOptimizerConfig:
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> MetaOptimizerConfig:
-        """The shape of a table that `table` gave.
+        """The shape from a table that `table` returned.
 
         Raises:
-            SettingsError: if it has unknown keys, or values that cannot be.
+            SettingsError: if it has unknown keys or values that are not allowed.
         """
         for name in table:
             if name not in ("rule", "teleport", "gauge", "groups"):
@@ -110,7 +110,7 @@ def read_networks(
     """The parts of a meta-optimizer from the tables `rule`, `teleport` and `gauge`; the last two may be left out.
 
     Raises:
-        SettingsError: if one of them cannot be.
+        SettingsError: if one of them is not allowed.
 
     Example:
         >>> read_networks({"rule": {"kind": "lr"}})[1:]

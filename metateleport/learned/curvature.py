@@ -1,7 +1,7 @@
-"""How strongly the loss curves along each layer's weights: small matrices, and smooth bounds.
+"""Curvature of the loss along each layer's weights: small matrices, and smooth bounds.
 
-A step is taken relative to such a bound, and the bound is differentiable: through it the meta-gradient sees that a
-teleport or a gauge which evens things out allows a larger step. Without that nothing is learned.
+Steps are taken relative to such a bound, and the bound is differentiable. So the meta-gradient sees that a teleport or
+a gauge that makes the curvature more even allows a larger step; without that no teleport is learned.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["curvature_bounds", "output_curvatures", "smooth_largest"]
 def smooth_largest(factor: Tensor) -> Tensor:
     r"""A smooth upper bound on the largest eigenvalue of $A = F^\top F$: $(\operatorname{tr} A^{16})^{1/16}$.
 
-    With a lower power the bound depends more on the width where eigenvalues are alike, and a learned multiple of it
-    serves fewer widths: a white matrix of size 100 is bounded by 1.33 so, and by 3.2 with the power 4.
+    With a lower power the bound grows more with the width if the eigenvalues are alike, and a learned multiple of it
+    fits fewer widths: the identity of size 100 is bounded by 1.33 with power 16, and by 3.2 with power 4.
 
     Args:
         factor: F, `(*batch, rows, columns)`.
 
     Returns:
-        The bound, `(*batch,)`; at most $k^{1/16}$ times the eigenvalue, for rank $k$.
+        The bound, `(*batch,)`; at most $k^{1/16}$ times the largest eigenvalue, for rank $k$.
 
     Example:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
@@ -51,9 +51,9 @@ def _largest_of(matrix: Tensor) -> Tensor:
 
 
 def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
-    r"""How the outputs of each pair's lower layer bend the outputs of the network: $S$, up to a scalar.
+    r"""Curvature of the loss in the outputs of each pair's lower layer: a matrix $S$, up to a scalar.
 
-    For $y = U\, s(z)$ with slopes $d = s'(z)$ and $M$ that matrix of the layer of $U$ (the identity for the last one),
+    For $y = U\, s(z)$ with slopes $d = s'(z)$, and $M$ the matrix $S$ of the layer of $U$ (the identity for the last),
 
     $$S = (U^\top M U) \circ \frac{1}{n} \sum_{\text{samples}} d\, d^\top,$$
 
@@ -62,10 +62,10 @@ def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
 
     Args:
         point: with activations.
-        symmetries: pairs of linear layers, which tell which layer follows which.
+        symmetries: pairs of linear layers, which give the order of the layers.
 
     Returns:
-        By the lower layer's name, `(*batch, width, width)`; pairs with convolutions are left out.
+        $S$ by the lower layer's name, `(*batch, width, width)`; pairs with convolutions are left out.
 
     Source: the factorisation is that of Martens and Grosse, ICML 2015 (arXiv 1503.05671), section 3.
     """
@@ -89,7 +89,7 @@ def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
 
 
 def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Sequence[Gauge] = ()) -> Tensors:
-    r"""Bounds on the Gauss-Newton curvature along each weight and bias that the symmetries' modules show.
+    r"""Bounds on the Gauss-Newton curvature along each weight and bias of the modules in the symmetries.
 
     For a layer $z = W h + b$ whose outputs the loss curves in by at most $\gamma$, the curvature along $W$ is at most
     $\gamma\, \lambda_{\max}(h h^\top)$ and along $b$ at most $\gamma$ times the number of samples. For the layer
@@ -97,14 +97,14 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
     entropy. Below, that $\gamma$ is multiplied by $\lambda_{\max}(S)$ of `output_curvatures`; where a convolution
     follows, by $\lambda_{\max}(W^\top W)$ of each layer on the way, whose activation is taken to have slopes of at
     most one. Largest eigenvalues are bounded smoothly (`smooth_largest`). Between linear layers these are bounds; with
-    an activation, whose slopes are averaged over the samples, the curvature may lie several times above.
+    an activation, whose slopes are averaged over the samples, the curvature may be several times larger.
 
-    In a gauge $g$, $h$ is seen as $g h$, and $S$ as $g^{-\top} S g^{-1}$.
+    In a gauge $g$, the bound is that for inputs $g h$ and for $g^{-\top} S g^{-1}$ in the place of $S$.
 
     Args:
         point: with loss, activations and cotangents.
-        symmetries: pairs, which tell which layer follows which.
-        gauges: that the tensors are stepped in.
+        symmetries: pairs, which give the order of the layers.
+        gauges: the gauges that the tensors are stepped in.
 
     Returns:
         Bounds by parameter name, `(*batch,)`; parameters of other modules are left out.
@@ -161,5 +161,5 @@ def _of_pair(gauge: Gauge) -> bool:
 
 
 def _kernel(weight: Tensor, batch: int) -> int:
-    """Places of a convolution's kernel, each of which sees every input once; one for a linear layer."""
+    """Number of positions in a convolution's kernel; one for a linear layer."""
     return weight[(0,) * (batch + 2)].numel()

@@ -1,4 +1,4 @@
-"""A learned gauge as a teleport that stays: the element it would step in, moved by instead."""
+"""A learned gauge used as a teleporter: its element moves the model, and the move stays."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["GaugeTeleporter"]
 
 
 class GaugeTeleporter(Teleporter, nn.Module):
-    """Moves by the group element whose gauge a learned optimizer would step the symmetry's upper tensors in.
+    """Moves along each symmetry by the element that a learned gauge has chosen for the symmetry's upper tensors.
 
-    A step in a gauge that is then undone, and a teleport to the gauge followed by the step, are one and the same up to
-    where on the orbit the model stands. So a gauge that was learned together with a step serves any other optimizer as
-    a teleport: one element for each symmetry, the one that its upper side has chosen.
+    A step in a gauge that is undone after it, and a teleport by the gauge's element followed by the step, differ only
+    in the place on the orbit where the model ends. So a gauge that was learned together with a step also serves as a
+    teleport for any other optimizer. It takes one element for each symmetry: that of the upper side.
 
     Args:
         gauge: the learned gauge.
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
 
     Example:
         >>> teleporter = GaugeTeleporter(LearnedGauge(("GL",), hidden=4))
@@ -46,11 +46,11 @@ class GaugeTeleporter(Teleporter, nn.Module):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups that its gauge has a network for."""
+        """Names of the groups that the gauge has a network for."""
         return tuple(self.gauge.networks)
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
-        """The gauge's own state for each symmetry that it serves, and the progress."""
+        """The gauge's state for each symmetry that it has a network for, and the progress."""
         loss = _loss(point)
         stacked = _stacked(point)
         state: dict[str, Any] = {
@@ -64,15 +64,15 @@ class GaugeTeleporter(Teleporter, nn.Module):
         return {**state, "progress": state["progress"].judge(loss, deterministic)[0]}
 
     def judged(self, state: dict[str, Any], progress: Progress, accepted: Tensor) -> dict[str, Any]:
-        """The state once the last step is judged; see `Teleporter.judged`."""
+        """The state after the last step was judged; see `Teleporter.judged`."""
         return {**state, "progress": progress}
 
     def choose(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor | Chosen, dict[str, Any]]:
-        """The element of the upper side's gauge; the identity where the symmetry has none."""
+        """The element of the upper side's gauge; the identity if the symmetry has no gauge."""
         stacked = _stacked(point)
         assert stacked.loss is not None
         tasks = stacked.loss.shape
-        # Where a teleport has moved the model, running means of what was seen before it are void.
+        # After a teleport the running means of the metric, which belong to the point before it, are void.
         moved = torch.ones_like(stacked.loss, dtype=torch.bool)
         progress = state["progress"].map(lambda value: value.reshape(tasks))
         gauges, after = self.gauge.choose(
@@ -88,20 +88,20 @@ class GaugeTeleporter(Teleporter, nn.Module):
 
 
 def _linear(symmetry: Symmetry) -> tuple[Symmetry, ...]:
-    """The linear action of the symmetry's own group to choose a gauge from, if there is one."""
+    """The linear action of the symmetry's group that a gauge can be chosen along, if there is one."""
     found = gauge_symmetries([symmetry], linearised=True)
     same = tuple(each for each in found if each.group.name == symmetry.group.name)
     return same or gauge_symmetries([symmetry], linearised=False)
 
 
 def _loss(point: Point) -> Tensor:
-    """The loss; one where it was not seen, as after a caller's own backward pass."""
+    """The point's loss; one if it is not known, as after a caller's own backward pass."""
     if point.loss is None:
         return next(iter(point.parameters.values())).new_ones(())
     return point.loss.detach()
 
 
 def _stacked(point: Point) -> Point:
-    """The point with a loss and with one task dimension in front, as the gauge wants it."""
+    """The point with a loss and with one task dimension in front, as the gauge needs it."""
     seen = point.replace(loss=_loss(point))
     return seen if point.loss is not None and point.loss.ndim else seen.map(lambda value: value.unsqueeze(0))

@@ -1,4 +1,4 @@
-"""What a meta-optimizer may have beside its update rule: a teleport that stays, and a gauge."""
+"""Settings of the parts that a meta-optimizer may have beside its update rule: a teleport that stays, and a gauge."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TeleportSettings(Settings):
 
     Args:
         hidden: units of the LSTM of each kind of group.
-        max_stretch: the largest factor by which all teleports together may stretch or shrink anything, above one, so
-            that they do not lead ever further along the orbit; None for no bound.
+        max_stretch: the largest factor, above one, by which all teleports together may stretch or shrink anything;
+            None for no bound.
 
     Example:
         >>> TeleportSettings(max_stretch=2).table()
@@ -32,14 +32,15 @@ class TeleportSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class GaugeSettings(Settings):
-    """A learned gauge for each tensor, in which its step is taken and which is undone after it (`LearnedGauge`).
+    """A learned gauge for each tensor: the step is taken in it, and it is undone after the step (`LearnedGauge`).
 
     Args:
-        kind: `exact` along exact symmetries, `linearised` along pairs of linear layers too, with what stands between
-            them taken as linear.
+        kind: `exact` for gauges along exact symmetries; `linearised` for gauges along pairs of linear layers too, as
+            if the activation between them were linear.
         hidden: units of the LSTM of each kind of group.
-        metric_memory: of the running mean that a gauge's metric is on minibatches, in [0, 1): long against their noise,
-            short where the metric moves with the weights, as along the factors of a product.
+        metric_memory: share of the metric's running mean that is kept at each step on minibatches, in [0, 1). A long
+            memory averages over their noise; a short one follows a metric that changes with the weights, as for the
+            factors of a product.
 
     Example:
         >>> GaugeSettings("exact").metric_memory

@@ -1,4 +1,4 @@
-"""How a task is getting on, as scale-free features that every learned network reads."""
+"""The progress of a task: whether its last step is accepted, and scale-free features that every network reads."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ __all__ = ["PROGRESS_FEATURES", "Progress", "Tolerance"]
 PROGRESS_FEATURES = 5
 
 _RESTLESS = 0.1
-"""Power of the calm that rest is forgotten by.
+"""The rest is multiplied by the calm to this power at every evaluation.
 
-Where the loss falls by a fifth at every evaluation the rest never gets to ten; at a tenth it gets to twelve and goes
-back to five, at a twentieth it grows to nearly thirty.
+If the loss falls by a fifth at every evaluation, the rest never reaches ten; if it falls by a tenth, the rest reaches
+twelve and goes back to five; if it falls by a twentieth, the rest grows to nearly thirty.
 """
 
 
 _USUAL_CALM = 0.5
-"""Stands for the calm of minibatches whose losses are not told."""
+"""The calm on minibatches whose losses are not known."""
 
 _PATIENT = 3
-"""How often in a row a step on minibatches is taken back before the losses themselves are doubted."""
+"""After so many steps taken back in a row on minibatches the losses count as noisier than was thought."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """How far the loss of a minibatch may lie above the running mean before a step is taken back.
+    """How far the loss of a minibatch may be above the running mean before a step is taken back.
 
     Args:
-        spreads: running deviations about the mean.
-        share: further, of the mean itself.
-        memory: of the running mean.
-        start: share of the first loss below which nothing is taken back.
-        ceiling: multiple of the first loss above which everything is: a running mean follows a loss that creeps up.
+        spreads: allowed excess in units of the running deviation about the mean.
+        share: allowed excess beyond that, as a share of the mean.
+        memory: memory of the running mean.
+        start: share of the first loss; below it no step is taken back.
+        ceiling: multiple of the first loss; above it every step is taken back, as a running mean follows a loss that
+            creeps up.
     """
 
     spreads: float = 3.0
@@ -49,26 +50,26 @@ class Tolerance:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What is remembered of the course of each task; tensors are `(tasks,)`.
+    """The progress of each task of a stack; tensors are `(tasks,)`.
 
-    Whoever keeps it in an unroll gives it losses cut from the graph: what a network reads of it are features.
+    In an unroll its losses are cut from the graph, because networks read it as features.
 
     Args:
         time: number of evaluations seen.
         start: loss at the first evaluation.
-        last: loss at the last accepted evaluation; its running mean on minibatches.
-        spread: running root mean square of the loss about its mean; zero where every evaluation sees all data.
+        last: loss at the last accepted evaluation; on minibatches its running mean.
+        spread: running root mean square of the loss about its mean; zero if every evaluation sees all data.
         gain: log of the last accepted loss over the one before.
         damping: factor on the step, at most one; falls when a step is taken back.
         rejected: number of steps taken back.
         accepted: whether the last evaluation was accepted.
-        rest: how many evaluations long the loss has been at rest, on minibatches: hardly falling, only spread. It is
-            forgotten where the loss falls, and zero where every evaluation sees all data.
+        rest: for how many evaluations the loss on minibatches has been at rest, that is, has hardly fallen beside its
+            spread. It decays while the loss falls, and is zero if every evaluation sees all data.
         row: number of evaluations in a row that were not accepted.
         seen: loss at the last evaluation, accepted or not.
         deterministic: whether every evaluation sees all data.
-        known: whether the last evaluation told its loss. Where it did not, nothing is taken back, and the features of
-            the loss are masked: they say what they say at the start of a task.
+        known: whether the last evaluation's loss is known. If not, no step is taken back, and the features of the loss
+            have the values that they have at the start of a task.
 
     Example:
         >>> start = torch.tensor([1.0, 1.0])
@@ -94,7 +95,7 @@ class Progress:
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:
-        """The state before the first evaluation, whose losses are given, `(tasks,)`, is judged."""
+        """The progress before the first evaluation is judged; its losses are given, `(tasks,)`."""
         zero, one = torch.zeros_like(loss), torch.ones_like(loss)
         return cls(0, loss, torch.full_like(loss, float("inf")), zero, zero, one, zero, one.bool(), zero, zero, loss)
 
@@ -105,13 +106,13 @@ class Progress:
         return Progress(**{**values, **tensors})
 
     def judge(self, loss: Tensor, deterministic: bool, tolerance: Tolerance | None = None) -> tuple[Progress, Tensor]:
-        """Decides which tasks accept the point they stepped to, and what is remembered then.
+        """Decides which tasks accept the point that they stepped to, and updates the progress.
 
-        On a fixed data set a step is accepted if the loss did not rise. On minibatches the loss of another batch is
-        compared with the running mean, and some spreads above it are allowed. There a task that is taken back again
-        and again stands where it stood, with a step damped to nearly nothing: what its losses still tell is that they
-        are noisier than was thought. So from the third time on the running mean and spread take them in where they do
-        not rise any further, and the damping falls no further.
+        On a fixed data set a step is accepted if the loss did not rise. On minibatches the loss on another batch is
+        compared with the running mean, and an excess of some spreads is allowed. If a task is taken back again and
+        again, its steps are soon damped to nearly nothing, so a high loss can only mean that the losses are noisier
+        than was thought. From the third time on, as long as the losses do not rise further, they are included in the
+        running mean and the spread, and the damping falls no further.
 
         Args:
             loss: the loss of the new point, `(tasks,)`.
@@ -119,7 +120,7 @@ class Progress:
             tolerance: on minibatches; the default one if not given.
 
         Returns:
-            The progress after it, and where the point is accepted.
+            The new progress, and where the point is accepted, `(tasks,)`.
         """
         first = self.last.isinf()
         allowed = tolerance or Tolerance()
@@ -130,7 +131,7 @@ class Progress:
         if not deterministic and allowed.ceiling < float("inf"):
             bound = bound.minimum(allowed.ceiling * self.start.abs())
         accepted = loss.isfinite() & (first | (loss <= bound))
-        # A first loss that is not finite is none: the next one is the first.
+        # A first loss that is not finite does not count: the next one is the first.
         start = torch.where(first & accepted, loss, self.start)
         seen = torch.where(accepted, loss, self.last)
         before = torch.where(first, seen, self.last)
@@ -147,7 +148,7 @@ class Progress:
         row = torch.where(accepted, 0.0, self.row + 1)
         damped = self.damping * 0.3
         if not deterministic:
-            # A loss that goes on rising from evaluation to evaluation is no noise.
+            # A loss that rises from one evaluation to the next is not noise.
             stuck = (row >= _PATIENT) & (loss <= self.seen)
             level = torch.where(stuck, loss, before)
             spread = torch.where(stuck, (kept * spread.square() + new * (level - before).square()).sqrt(), spread)
@@ -176,7 +177,7 @@ class Progress:
         return after, accepted
 
     def unjudged(self) -> Progress:
-        """What is remembered after an evaluation whose loss is not told: it is accepted.
+        """The progress after an evaluation whose loss is not known; the point is accepted.
 
         Example:
             >>> Progress.begin(torch.ones(1)).unjudged().features()
@@ -194,7 +195,7 @@ class Progress:
         """Features of order one, `(tasks, PROGRESS_FEATURES)`."""
         known = self.__dict__.get("_features")
         if known is None:
-            # Every network of a step reads them, and nothing of it changes: it is frozen.
+            # Cached: every network of a step reads them, and the fields of a frozen dataclass do not change.
             known = self.__dict__["_features"] = self._made_features()
         return known
 
@@ -211,5 +212,5 @@ class Progress:
 
 
 def _calm(spread: Tensor, level: Tensor) -> Tensor:
-    """One where a loss stays as it is, zero where it falls or is spread by more than its own size, `(tasks,)`."""
+    """One if a loss stays level, zero if it falls or if its spread is above its own size, `(tasks,)`."""
     return torch.exp(-spread / level.abs().clamp_min(torch.finfo(level.dtype).tiny))

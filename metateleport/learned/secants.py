@@ -1,4 +1,4 @@
-"""Secant pairs: what past steps have shown of the curvature, built around the learned step."""
+"""Secant pairs: the curvature that past steps have measured, built around the learned step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Secant(NamedTuple):
 
     Args:
         step: by parameter name, `(tasks, ...)`.
-        change: likewise.
-        weight: `(tasks,)`; zero where the pair is not to be used.
+        change: the same.
+        weight: $1 / \langle s, y \rangle$, `(tasks,)`; zero where the pair is not used.
     """
 
     step: Tensors
@@ -34,11 +34,11 @@ def secant_between(before: tuple[Tensors, Tensors], after: tuple[Tensors, Tensor
 
     Args:
         before: parameters and gradients, by name, `(tasks, ...)`.
-        after: likewise, where the step led to.
-        usable: where the step was taken and kept, boolean `(tasks,)`.
+        after: the same after the step.
+        usable: where the step was taken and accepted, boolean `(tasks,)`.
 
     Returns:
-        The pair; its weight is zero where not usable, and where the gradient does not grow along the step.
+        The pair; its weight is zero where it is not usable, or the gradient does not grow along the step.
     """
     step = {name: torch.where(_fit(usable, value), value - before[0][name], 0.0) for name, value in after[0].items()}
     change = {name: torch.where(_fit(usable, value), value - before[1][name], 0.0) for name, value in after[1].items()}
@@ -52,9 +52,9 @@ def with_secants(secants: Sequence[Secant], direction: Tensors, inner: Callable[
     r"""Limited-memory BFGS around a given first metric: `inner` takes the place of the scaled identity.
 
     Args:
-        secants: the oldest first.
+        secants: the pairs, the oldest first.
         direction: gradients or their running mean, by name, `(tasks, ...)`.
-        inner: the step of the first metric, linear in what it is given; symmetric and positive.
+        inner: the step of the first metric; linear, symmetric and positive.
 
     Returns:
         The step to subtract, by name.

@@ -1,4 +1,4 @@
-"""A stand-in for the loss, where a rule divides by it and nobody has told it."""
+"""A stand-in for an unknown loss, for update rules that divide by the loss."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ _FIRST = 0.02
 """Length of the first step, over the weights' norm, that Polyak's rule would take with the stand-in."""
 
 _SMALLEST = 1e-2
-"""Stands for the root mean square of weights that are smaller: a model that starts at zero has to move."""
+"""Smallest root mean square of the weights that is reckoned with, so that a model that starts at zero moves."""
 
 _MEMORY = 0.5
-"""Of the slope that is left at the end of a step: one minibatch tells little of it."""
+"""Memory of the running mean of the slope that is left, as one minibatch says little of it."""
 
 _LEAST = 0.05
-"""Of a step that was shortened by more than this the gradients say nothing about the whole one."""
+"""A step shortened by more than this factor says nothing about the whole step."""
 
 _RATE = 0.4
-"""Log of the largest factor that it grows by from step to step; it may fall by twice that."""
+"""Log of the largest growth from step to step; it may fall by twice as much."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    r"""What stands for the loss $L$ in a step length: Polyak's $L / |G|^2$, or a bound $|c|^2 / 2L$ on the curvature.
+    r"""A stand-in for the loss $L$ in step lengths: in Polyak's $L / |G|^2$, or in a curvature bound $|c|^2 / 2L$.
 
-    All such lengths are proportional to it, so that it is a common factor on the steps. It is $\eta\,|G|^2$, with which
-    Polyak's step is $\eta G$, and the gradients tell whether $\eta$ is too long or too short. With $\Delta$ the last
-    step, $G$ the gradient before it and $G'$ the one after it, $-\langle G', \Delta \rangle$ is the slope that is left
-    at its end: positive where it might have been longer, negative where it went too far. So
+    All such lengths are proportional to $L$, so the stand-in is a common factor on the steps. It is $\eta\,|G|^2$, with
+    which Polyak's step is $\eta G$; gradients tell whether $\eta$ is too large or too small. With $\Delta$ the last
+    step, $G$ the gradient before it and $G'$ the gradient after it, $-\langle G', \Delta \rangle$ is the slope that is
+    left at the end of the step: positive if the step could have been longer, negative if it went too far. So
 
     $$\eta \mapsto \eta\, e^{0.4 \bar x}, \qquad \bar x \mapsto (\bar x + x) / 2, \qquad
       x = 2 \frac{-\langle G', \Delta \rangle}{|\langle G, \Delta \rangle| + |\langle G', \Delta \rangle|}.$$
 
-    As $\Delta$ was made without the data that $G'$ is of, noise in the two is independent: at rest no slope is left on
-    average, and a step is as long as pays with the noise that there is. It starts where Polyak's step is a fiftieth of
-    the weights' norm. It goes with the scale of the gradients, so that a loss which is scaled, with the gradients
-    unscaled again or not, changes no step.
+    $\Delta$ was computed without the data of $G'$, so their noise is independent: in the steady state no slope is left
+    on average, which is the best length at the given noise. At the start $\eta$ is such that Polyak's step is a
+    fiftieth of the weights' norm. $\eta$ follows the scale of the gradients, so scaling the loss, with or without
+    unscaling the gradients, changes no step.
 
     Args:
         length: $\eta$, `(tasks,)`, positive.
         left: $\bar x$, `(tasks,)`.
-        slope: the slope at the start of the last step, `(tasks,)`.
+        slope: the slope of the loss at the start of the last step, along it, `(tasks,)`.
         change: $\Delta$, by parameter name; empty before the first step.
-        factor: what the caller has multiplied the last step by, which is not to be made up for.
+        factor: factor by which the caller has multiplied the last step on purpose, as a schedule does.
 
     Example:
         >>> point = Point({"w": torch.ones(1, 4)}, {"w": torch.full((1, 4), 0.5)}, loss=torch.ones(1))
@@ -78,12 +78,12 @@ class StandIn:
 
     @classmethod
     def none(cls, like: Tensor) -> StandIn:
-        """One that stands for nothing yet, of length zero, for tasks of the shape of `like`."""
+        """An empty stand-in, of length zero, for tasks of the shape of `like`."""
         zero = torch.zeros_like(like)
         return cls(zero, zero, zero, {})
 
     def value(self, gradients: Tensors) -> Tensor:
-        """What stands for the loss at an evaluation with these gradients, `(tasks,)`, positive."""
+        """The stand-in for the loss at an evaluation with these gradients, `(tasks,)`, positive."""
         return (self.length * _squares(gradients, self.slope)).clamp_min(torch.finfo(self.slope.dtype).tiny)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StandIn:
@@ -92,13 +92,13 @@ class StandIn:
         return StandIn(function(self.length), function(self.left), function(self.slope), change, self.factor)
 
     def seen(self, gradients: Tensors) -> StandIn:
-        """The stand-in after an evaluation: what its gradients say of the last step."""
+        """The stand-in after an evaluation, whose gradients tell whether the last step was too long."""
         if not self.change or not self.factor:
             return self
         after = -_product(gradients, self.change, self.slope)
-        # What would be left at the end of the whole step, were the loss a parabola along it.
+        # The slope that would be left at the end of the whole step, if the loss were a parabola along it.
         whole = self.slope - (self.slope - after) / max(self.factor, _LEAST)
-        # A step that led uphill is no step to learn from, and one that left the finite was too long.
+        # A step that started uphill says nothing; one that led to values that are not finite was too long.
         whole = torch.where(whole.isfinite(), whole, -self.slope.abs())
         size = self.slope.abs() + whole.abs()
         share = torch.where((self.slope > 0) & (size > 0), 2 * whole / torch.where(size > 0, size, 1.0), 0.0)
@@ -106,7 +106,7 @@ class StandIn:
         return dataclasses.replace(self, length=self.length * (_RATE * left).exp(), left=left)
 
     def stepped(self, before: Tensors, after: Tensors, gradients: Tensors) -> StandIn:
-        """The stand-in with a step remembered, from the parameters `before` to those `after` it."""
+        """The stand-in with the step from the parameters `before` to `after` noted."""
         change = {name: (after[name] - before[name]).detach() for name in gradients}
         return dataclasses.replace(self, slope=-_product(gradients, change, self.slope), change=change)
 
@@ -116,7 +116,7 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def _squares(gradients: Tensors, like: Tensor) -> Tensor:
-    """Squared norm of the gradient of each task; never so small that nothing could be divided by it."""
+    """Squared norm of each task's gradient, with a positive lower bound, as it is a divisor."""
     total = sum((_square(value) for value in gradients.values()), torch.zeros_like(like))
     return total.clamp_min(torch.finfo(like.dtype).tiny ** 0.5)
 

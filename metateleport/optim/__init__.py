@@ -1,4 +1,4 @@
-"""What a person holds: optimizers for a training loop of their own, and when a teleport is due."""
+"""Optimizers for a training loop of one's own, and schedules that say when a teleport is due."""
 
 from metateleport.optim.learned import LearnedOptimizer
 from metateleport.optim.schedules import AtSteps, Every, Schedule, WhenStalled

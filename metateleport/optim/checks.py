@@ -1,4 +1,4 @@
-"""What a teleporting optimizer is asked to do, held against the model and the inner optimizer before any work."""
+"""Checks of a teleporting optimizer's arguments against the model and the inner optimizer, before any work."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def check_kinds(optimizer: Any, teleporter: Any, held_out: Any, window: Any) -> 
 
 
 def checked_state(state: Any, optimizer: torch.optim.Optimizer, teleporter: Teleporter) -> str:
-    """What becomes of the optimizer's state in a teleport: what was asked for, or what is usual.
+    """How a teleport treats the optimizer's state: as asked for, or the default.
 
     Args:
         state: one of `transport`, `keep` and `reset`, or None.
-        optimizer: the inner one.
-        teleporter: there is nothing to transport by where it moves along no symmetry.
+        optimizer: the inner optimizer.
+        teleporter: if it moves along no symmetry, there is no group element to transport the state by.
 
     Raises:
-        ValueError: if it is none of these, or not defined under the teleporter.
+        ValueError: if `state` is none of these, or is not defined for this teleporter.
     """
     if state not in (None, *_STATES):
         raise ValueError(f"state is one of {', '.join(_STATES)}, not {state!r}")
@@ -67,13 +67,13 @@ def checked_state(state: Any, optimizer: torch.optim.Optimizer, teleporter: Tele
         )
     if state is None and teleporter.needs_symmetries:
         return "transport"
-    # What L-BFGS remembers are differences between points, of which one is no longer there.
+    # L-BFGS remembers differences between points; after a teleport one of the two points is no longer there.
     usual = "reset" if isinstance(optimizer, torch.optim.LBFGS) else "keep"
     return usual if state is None else str(state)
 
 
 def check_parameters(groups: Sequence[dict[str, Any]], model: nn.Module) -> None:
-    """Raises a `ValueError` if parameter groups hold what is not the model's, or is sharded over processes."""
+    """Raises a `ValueError` if a parameter is not the model's, or is sharded over processes."""
     known = {id(value) for value in model.parameters()}
     for name, value in model.named_parameters():
         if type(value).__name__ in ("DTensor", "FlatParameter") or hasattr(value, "device_mesh"):
@@ -93,15 +93,15 @@ def check_parameters(groups: Sequence[dict[str, Any]], model: nn.Module) -> None
 
 
 def found_symmetries(model: nn.Module, optimizer: torch.optim.Optimizer, example_input: Any) -> Sequence[Symmetry]:
-    """The exact symmetries of a model that move nothing but what an optimizer holds.
+    """The exact symmetries of a model that move only parameters that an optimizer holds.
 
     Args:
         model: the model.
-        optimizer: the inner one.
-        example_input: what the model is traced and certified on; without it only an `nn.Sequential` is read.
+        optimizer: the inner optimizer.
+        example_input: input to trace and certify the model on; without one only an `nn.Sequential` is searched.
 
     Raises:
-        ValueError: if there are none, or they cannot be found without an example.
+        ValueError: if there are none, or they cannot be found without `example_input`.
     """
     if example_input is None:
         try:
@@ -109,11 +109,11 @@ def found_symmetries(model: nn.Module, optimizer: torch.optim.Optimizer, example
         except Unsuitable as error:
             raise Unsuitable(
                 f"teleports need symmetries, and none were found in this {type(model).__name__}: {error}; give "
-                "example_input=, a batch that the model takes, to have those of any model found and certified, or "
+                "example_input=, a batch that the model takes, to find and certify the symmetries of any model, or "
                 "name them with symmetries="
             ) from error
     else:
-        # Clones, as models may write their inputs.
+        # Cloned, because a model may overwrite its inputs.
         copied = tree_map_only(Tensor, lambda value: value.detach().clone(), example_input)
         found = exact_symmetries(model, copied, buffers=False)
     held = {id(value) for group in optimizer.param_groups for value in group["params"]}
@@ -121,7 +121,7 @@ def found_symmetries(model: nn.Module, optimizer: torch.optim.Optimizer, example
     names = {name for name, value in named.items() if id(value) in held and value.requires_grad}
     kept = [each for each in found if names.issuperset(each.parameters)]
     if not kept:
-        why = f"; each of the {len(found)} there are moves what is frozen or not the optimizer's" if found else ""
+        why = f"; all {len(found)} that exist move parameters that are frozen or not the optimizer's" if found else ""
         raise Unsuitable(
             f"teleports need symmetries, and none were found that move only what the optimizer trains{why}: name them "
             "with symmetries=, or train without teleports"
@@ -148,7 +148,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raises a `ValueError` if a symmetry moves what the model lacks, the optimizer does not hold or is frozen."""
+    """Raises a `ValueError` if a symmetry moves a parameter that is missing, frozen or not held by the optimizer."""
     if not symmetries:
         raise ValueError("there is no symmetry to move along: leave symmetries= out to have them found")
     named, modules = dict(model.named_parameters()), dict(model.named_modules())
@@ -161,7 +161,7 @@ def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Opti
             )
         for name in symmetry.modules:
             if name not in modules:
-                raise ValueError(f"{symmetry!r} wants to see the module {name!r}, which the model does not have")
+                raise ValueError(f"{symmetry!r} reads the module {name!r}, which the model does not have")
         for name in symmetry.parameters:
             if name not in named:
                 raise ValueError(f"{symmetry!r} moves {name!r}, which the model does not have")
@@ -175,9 +175,9 @@ def check_symmetries(symmetries: Sequence[Symmetry], optimizer: torch.optim.Opti
 
 
 def is_averaged(model: nn.Module) -> bool:
-    """Whether some `torch.optim.swa_utils.AveragedModel` stands beside a model and averages one like it."""
+    """Whether a `torch.optim.swa_utils.AveragedModel` exists that may average this model."""
     shapes = [value.shape for value in model.parameters()]
-    # It copies the model and keeps no link to it. Types alone are asked: objects may answer isinstance by loading.
+    # It copies the model and keeps no link to it. Not isinstance: some objects load a module when they are asked.
     averaged = [each for each in gc.get_objects() if issubclass(type(each), AveragedModel)]
     return any([value.shape for value in each.parameters()] == shapes for each in averaged)
 
@@ -189,17 +189,17 @@ def try_symmetries(
     keywords: dict[str, Any],
     limit: float,
 ) -> None:
-    """Moves the model by a small element of each symmetry, out of place, and looks at its outputs.
+    """Checks that a small element of each symmetry leaves the outputs unchanged; the model is not moved.
 
     Args:
         recorder: of the model.
-        symmetries: what to try; those whose condition fails on these inputs are passed over.
+        symmetries: the symmetries to try; one whose condition fails on these inputs is skipped.
         positional: the model's positional inputs.
         keywords: its keyword inputs.
         limit: largest relative change of the outputs.
 
     Raises:
-        Unsuitable: if the outputs change, or a module that a symmetry looks at does not run.
+        Unsuitable: if the outputs change, or a module that a symmetry reads does not run.
     """
     recorded = recorder.evaluate(positional, keywords)
     named = dict(recorder.model.named_parameters())

@@ -1,4 +1,4 @@
-"""What a step is told by its closure."""
+"""The loss that a closure or a caller tells a step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def scalar(loss: Any) -> Tensor:
     """
     loss = torch.as_tensor(loss).detach()
     if loss.numel() != 1:
-        raise ValueError(f"a step is told a scalar loss; this one has shape {tuple(loss.shape)}")
+        raise ValueError(f"the loss of a step has to be a scalar; this one has shape {tuple(loss.shape)}")
     return loss.reshape(())
 
 
 def told_loss(loss: Any) -> Tensor | None:
-    """The loss that a step is told, detached and without dimensions; None for what is no number.
+    """The loss that a step is told, detached and without dimensions; None if it is not a number.
 
-    A closure may return what its caller needs, as `torch.optim`'s own hand through.
+    A closure may return anything that its caller needs: `torch.optim`'s own optimizers pass it on too.
 
     Raises:
-        ValueError: if it is a tensor of several entries, or of none.
+        ValueError: if it is a tensor of several entries, or an empty one.
 
     Example:
         >>> told_loss(0.5), told_loss({"logits": torch.ones(3)})
@@ -44,7 +44,7 @@ def told_loss(loss: Any) -> Tensor | None:
 
 
 def scalar_or_none(result: Any) -> Tensor | None:
-    """What a step returned, if it is a scalar."""
+    """The value that a step returned if it is a scalar, else None."""
     if isinstance(result, bool) or not isinstance(result, Tensor | int | float):
         return None
     found = torch.as_tensor(result).detach()
@@ -52,9 +52,9 @@ def scalar_or_none(result: Any) -> Tensor | None:
 
 
 def known_at_first(closure: Callable[[], Any], loss: Any, groups: Sequence[dict[str, Any]]) -> Callable[[], Any]:
-    """The closure, whose value is known as long as nobody changes the weights or the gradients.
+    """The closure, which returns the known loss without evaluating until the weights or the gradients change.
 
-    Values are compared and not versions, as optimizers that write through `.data` leave no trace in those.
+    Values are compared, not versions: an optimizer that writes through `.data` does not raise the version.
     """
     held = [each for group in groups for each in group["params"]]
     known = [(each.detach().clone(), None if each.grad is None else each.grad.detach().clone()) for each in held]
@@ -69,7 +69,7 @@ def known_at_first(closure: Callable[[], Any], loss: Any, groups: Sequence[dict[
         nonlocal known
         if known and unchanged():
             return loss
-        # Once it has changed there is nothing left to compare with.
+        # After the first change the copies are of no more use.
         known = []
         return closure()
 

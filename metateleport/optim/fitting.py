@@ -1,4 +1,4 @@
-"""Whether a checkpoint, a model and its parameters go together, found out before any work."""
+"""Checks that a checkpoint, a model and its parameters go together, before any work."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from metateleport.symmetries import Pair, Symmetry, Unsuitable
 __all__ = ["check_parameters", "fitting_symmetries", "say_what_fits"]
 
 _FOR_ANY = "digits"
-"""The checkpoint that warnings point to."""
+"""The checkpoint that warnings recommend."""
 
 _MOST = 0.5
-"""Share of the weights that a bound on the curvature has to be known for."""
+"""Share of the weights that need a known bound on the curvature; below it a warning says so."""
 
 
 def check_parameters(groups: Sequence[dict[str, Any]]) -> None:
-    """Raises a `ValueError` if parameters are of a kind that no step is taken on.
+    """Raises a `ValueError` if no step can be taken on some of the parameters.
 
     Args:
         groups: parameter groups, as `torch.optim` makes them.
@@ -65,18 +65,18 @@ def fitting_symmetries(
     symmetries: Sequence[Symmetry] | None,
     example_input: Any,
 ) -> tuple[Symmetry, ...]:
-    """The symmetries that an optimizer goes on with; found in the model if not given.
+    """The symmetries that an optimizer will use; found in the model if not given.
 
-    Where none can be found training goes on without them, and one warning says what to give.
+    Where none can be found, training goes on without symmetries, and one warning says what to pass.
 
     Args:
         model: the model.
         meta: the meta-optimizer.
-        symmetries: those given, or None.
+        symmetries: the symmetries that were given, or None.
         example_input: of the model, or None.
 
     Raises:
-        ValueError: if a symmetry that was given names what the model does not have, or moves a buffer.
+        ValueError: if a given symmetry names something that the model does not have, or moves a buffer.
     """
     if symmetries is not None:
         found = tuple(symmetries)
@@ -117,15 +117,15 @@ def say_what_fits(
     parameters: Mapping[str, Tensor],
     deterministic: bool,
 ) -> None:
-    """One warning, where a checkpoint is not for what it has been given.
+    """Gives one warning if a checkpoint is not made for its model, its data or its parameters.
 
     Args:
         meta: the meta-optimizer.
         called: the checkpoint's name, as warnings call it.
-        made_for: the entry of its card: whether it has learned on `minibatches`, on which
-            `losses` and on symmetries of which `groups`.
-        symmetries: that it goes on with.
-        parameters: that it trains, by name.
+        made_for: the entry `made_for` of its card: whether it was trained on `minibatches`, with which
+            `losses` and along symmetries of which `groups`.
+        symmetries: those that the optimizer will use.
+        parameters: those that it trains, by name.
         deterministic: whether every step sees the same data.
     """
     own = {each.group.name for each in symmetries}
@@ -163,7 +163,7 @@ def say_what_fits(
 
 
 def _serves(meta: MetaOptimizer, symmetries: Sequence[Symmetry]) -> bool:
-    """Whether a network that chooses group elements serves any of the symmetries; true where there is none."""
+    """Whether the networks serve the group of at least one symmetry; true if the checkpoint has no such networks."""
     if meta.gauge is None and meta.teleporter is None:
         return True
     if meta.gauge is not None:

@@ -1,4 +1,4 @@
-"""Failures of a teleport that show only while training goes on."""
+"""Failures of a teleport that show only in the steps after it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from metateleport.teleporters.report import TeleportReport
 
 __all__ = ["Judge", "held_out_loss", "slope"]
 
-# Fewer losses than this on one side of a teleport have no slope worth comparing.
+# Fewer losses than this, before or after a teleport, give no slope that is worth comparing.
 _FEWEST = 4
-# A rate of descent that grows by less than this is no gain.
+# A smaller growth of the rate of descent than this counts as no gain.
 _LEAST_GAIN = 1e-6
 
 
 class Judge:
-    """Compares what training did after a teleport with what it did before.
+    """Compares how fast the loss falls after a teleport with how fast it fell before.
 
-    Losses are kept as tensors and looked at only when judged, so that a step waits for no device.
+    Losses are kept as tensors and read only when the teleport is judged, so that no step waits for the device.
 
     Args:
-        window: number of steps looked at on either side.
+        window: number of steps that are compared, before and after the teleport each.
     """
 
     def __init__(self, window: int) -> None:
@@ -38,12 +38,12 @@ class Judge:
         self.waiting = False
 
     def see(self, loss: Tensor | None) -> None:
-        """Is told the loss that a step started from; None where it is not known."""
+        """Notes the loss that a step started from; None where it is not known."""
         if loss is not None:
             self._losses.append(loss.detach())
 
     def start(self) -> None:
-        """The next loss that is seen is the first after a teleport; those so far stand before it."""
+        """Notes that a teleport takes place now: losses seen from here on count as those after it."""
         self._before = list(self._losses)
         self._losses.clear()
         self.waiting = True
@@ -54,11 +54,11 @@ class Judge:
         return self.waiting and len(self._losses) > self.window
 
     def verdict(self, report: TeleportReport, held_out: Callable[[], float]) -> TeleportReport:
-        """The report of the teleport with what has been seen since; it is judged only once.
+        """The report of the teleport with the failures that have shown since. A teleport is judged once.
 
         Args:
-            report: of the teleport.
-            held_out: evaluates the held-out loss now; NaN where there is none.
+            report: the teleport's report.
+            held_out: evaluates the held-out loss now; it returns NaN where there is no held-out data.
         """
         if not self.waiting:
             return report
@@ -89,7 +89,7 @@ def held_out_loss(function: Callable[[], Any] | None, model: nn.Module) -> float
 
 
 def slope(values: Sequence[float]) -> float:
-    """Change in one step, by least squares.
+    """Change per step, by least squares.
 
     Example:
         >>> slope([4.0, 3.0, 2.0, 1.0])
@@ -102,11 +102,11 @@ def slope(values: Sequence[float]) -> float:
 
 
 def _no_gain(before: Sequence[float], after: Sequence[float]) -> str:
-    """That the loss fell no faster after a teleport than before, in words; empty if it did."""
+    """A sentence if the loss fell no faster after a teleport than before; empty if it fell faster."""
     steps, what, least = len(after) - 1, "loss", _LEAST_GAIN * max(abs(loss) for loss in after)
     if not all(math.isfinite(loss) for loss in after):
         return f"the loss was not finite within {steps} steps after it"
-    # Linear convergence is a straight line in logs.
+    # Under linear convergence the logarithm of the loss is a straight line.
     if min(*before, *after) > 0:
         what, least = "log of the loss", _LEAST_GAIN
         before, after = [math.log(loss) for loss in before], [math.log(loss) for loss in after]

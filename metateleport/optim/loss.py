@@ -21,13 +21,13 @@ __all__ = ["Known", "check_loss", "know_loss"]
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A point with the loss as a function.
+    """A point that knows its loss as a function of the weights.
 
     Args:
-        point: where to start. For a teleporter without symmetries its gradients are the loss's own.
-        evaluations: gradient evaluations that it cost to know this.
-        factor: what those gradients have to be multiplied by to be `p.grad`.
-        reason: why nobody can teleport from here; empty if one can.
+        point: where to start. For a teleporter without symmetries its gradients are those of the loss function.
+        evaluations: gradient evaluations that were spent on this.
+        factor: the number that makes those gradients equal to `p.grad`.
+        reason: why no teleport can start here; empty if one can.
     """
 
     point: Point
@@ -37,11 +37,11 @@ class Known:
 
 
 def check_loss(teleporter: Teleporter, loss: Any) -> None:
-    """Raises if a step that teleports was not given the loss that its teleporter needs.
+    """Raises if a step that teleports lacks the loss that its teleporter needs.
 
     Raises:
-        TypeError: if the loss is no function.
-        ValueError: if there is none and the teleporter evaluates it.
+        TypeError: if the loss is not a function.
+        ValueError: if there is no loss and the teleporter evaluates it.
     """
     known = isinstance(loss, Tensor | float | int) and not teleporter.needs_loss
     if loss is not None and not callable(loss) and not known:
@@ -64,21 +64,21 @@ def know_loss(
 ) -> Known:
     """Gives a point the loss as a function, on the recorded pass's inputs and with its draws.
 
-    The function is tried at the weights as they are and held against what the closure returned, at a third of an
-    evaluation. A teleporter without symmetries starts from its gradient there, an evaluation, which also says whether
-    `p.grad` is a multiple of it: only then is it known at the new place.
+    The function is evaluated at the current weights and compared with the loss that the closure returned, which costs a
+    third of a gradient evaluation. For a teleporter without symmetries its gradient is evaluated there too, one
+    evaluation. If `p.grad` is a multiple of that gradient, it is known after the teleport as well; else not.
 
     Args:
         recorder: of the model.
         recorded: the forward pass to start from.
-        point: where to start, with `p.grad`, and the closure's loss where there is one.
+        point: where to start, with `p.grad`, and with the closure's loss if there is one.
         loss: maps the model's outputs to the loss.
         named: the model's parameters.
         groups: the optimizer's parameter groups, whose parameters may move.
         free: whether the teleporter moves along no symmetry.
 
     Raises:
-        ValueError: if the function is not the closure's loss, or no scalar.
+        ValueError: if the function is not the closure's loss, or does not return a scalar.
     """
 
     def loss_at(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -119,12 +119,12 @@ def _compare(told: Tensor, value: Tensor, passes: int) -> None:
     if abs(closure - ours) > tolerance * max(abs(closure), abs(ours)):
         raise ValueError(
             f"loss= gives {ours:.6g} where the closure returned {closure:.6g} after {passes} forward passes: it has "
-            "to be the closure's loss, of the outputs of one pass and of nothing else (no penalty on the weights)"
+            "to be the closure's loss, a function of the outputs of one pass alone (no penalty on the weights)"
         )
 
 
 def _factor(given: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> float | None:
-    """The number that makes the fresh gradients the given ones; None if there is none."""
+    """The number that, times the fresh gradients, gives the given ones; None if there is none."""
     squares = sum(float(value.double().square().sum()) for value in fresh.values())
     both = sum(float((value.double() * given[name].double()).sum()) for name, value in fresh.items())
     factor = both / squares if squares > 0 else 0.0

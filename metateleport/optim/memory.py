@@ -1,4 +1,4 @@
-"""What a learned optimizer remembers, as tensors with names, and back: how it is saved and loaded."""
+"""A learned optimizer's state as a flat table of named tensors, and back, for saving and loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def flattened(value: Any, prefix: str) -> Tensors:
-    """Nested dicts, tuples, dataclasses, numbers and tensors as tensors alone, by their paths; None is left out.
+    """Flattens dicts, tuples, dataclasses, numbers and tensors into tensors by their paths; None is left out.
 
     Example:
         >>> flattened({"a": (1, torch.ones(2))}, "state")
@@ -44,10 +44,10 @@ def flattened(value: Any, prefix: str) -> Tensors:
 
 
 def unflattened(like: Any, saved: Mapping[str, Tensor], prefix: str) -> Any:
-    """What `flattened` was given, of the types of a fresh state; what was not saved is as in that.
+    """Undoes `flattened`: a state of the types of `like`, whose values stay where nothing was saved.
 
     Raises:
-        ValueError: if a tensor's shape is another.
+        ValueError: if a saved tensor has another shape.
     """
     if isinstance(like, Tensor):
         value = saved.get(prefix)
@@ -55,7 +55,7 @@ def unflattened(like: Any, saved: Mapping[str, Tensor], prefix: str) -> Any:
             return like
         if value.shape != like.shape:
             raise ValueError(
-                f"the saved entry {prefix!r} has shape {tuple(value.shape)}, and this model asks for "
+                f"the saved entry {prefix!r} has shape {tuple(value.shape)}, and this model needs "
                 f"{tuple(like.shape)}: load it with the same model, symmetries and checkpoint, or start anew"
             )
         return value.to(like)
@@ -73,7 +73,7 @@ def unflattened(like: Any, saved: Mapping[str, Tensor], prefix: str) -> Any:
 
 
 def saved_parts(state: MetaState) -> Tensors:
-    """All of a state but the rule's and what is kept by tensor, as tensors by their paths."""
+    """A state as tensors by their paths; the rule's state is left out, as it is saved with each parameter."""
     parts = {
         "progress": state.progress,
         "teleporter": state.teleporter,
@@ -85,10 +85,10 @@ def saved_parts(state: MetaState) -> Tensors:
 
 
 def restored_parts(fresh: MetaState, saved: Mapping[str, Tensor]) -> MetaState:
-    """A state with what `saved_parts` gave; the rule's is the fresh one's.
+    """Undoes `saved_parts`; the rule's state is that of `fresh`.
 
     Raises:
-        ValueError: if it does not fit the model and its symmetries.
+        ValueError: if the saved state does not fit the model and its symmetries.
     """
     like = fresh.progress.start
     changes: dict[str, Any] = {
@@ -106,7 +106,7 @@ def restored_parts(fresh: MetaState, saved: Mapping[str, Tensor]) -> MetaState:
 
 
 def renamed(path: str, names: Mapping[str, str]) -> str:
-    """A path of `saved_parts` with the parameter that it ends with under another name, where it has one.
+    """A path of `saved_parts` with the parameter at its end renamed, if `names` has a new name for it.
 
     Example:
         >>> renamed("accepted/gradients/0.weight", {"0.weight": "3"})
@@ -120,7 +120,7 @@ def renamed(path: str, names: Mapping[str, str]) -> str:
 
 
 def fingerprint(meta: nn.Module) -> Tensor:
-    """A number that tells networks apart by their weights."""
+    """A hash of the networks' weights, to tell checkpoints apart."""
     digest = hashlib.blake2b(digest_size=7)
     for name, value in meta.state_dict().items():
         digest.update(name.encode())

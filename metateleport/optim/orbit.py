@@ -1,4 +1,4 @@
-"""How far all teleports of an optimizer together have led along each symmetry's orbit, and a bound on it."""
+"""How far all teleports together have moved a model along each symmetry's orbit, and a bound on it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["Given", "Orbit", "travel_along"]
 
 
 class Orbit:
-    r"""Products of all elements that a model was moved by, by symmetry, and how its tensors' norms were changed.
+    r"""The product of all elements that a model was moved by, for each symmetry, and the change of its tensors' norms.
 
-    A bound on each teleport bounds nothing when they are many: what has to be bounded is where they lead. Along each
-    symmetry that is the stretch of the product of its elements, and where several symmetries meet in one tensor, the
-    factor by which teleports have changed the tensor's norm in all.
+    Many teleports, each within its bound, may still lead far away. So the product of all elements is bounded too: along
+    each symmetry by its stretch, and, as several symmetries may move one tensor, by the factor by which all teleports
+    have changed each tensor's norm.
 
     Args:
-        max_stretch: the largest such factor; None for no bound.
+        max_stretch: the largest stretch or factor that is allowed; None for no bound.
 
     Raises:
-        ValueError: if the bound is not above one.
+        ValueError: if `max_stretch` is not above one.
     """
 
     def __init__(self, max_stretch: float | None) -> None:
@@ -41,13 +41,13 @@ class Orbit:
         self.scales: dict[str, float] = {}
 
     def shortened(self, moves: Sequence[Move], share: float = 1.0) -> dict[int, Tensor]:
-        """Elements to take in the place of those that lead beyond a share of the bound, by the move's place."""
+        """Shorter elements for the moves that lead beyond `share` of the bound, by the move's index."""
         found = {}
         for place, move in enumerate(moves):
             group, element = move.symmetry.group, move.element
             if not bool(move.size > 0) or not math.isfinite(self.bound):
                 continue
-            # Short of it by a little more than rounding.
+            # Below the bound by a little more than rounding.
             bound = (1 - 1e-4) * share * self.bound
             short = shortened(group, element, self._place(move.symmetry, element), bound)
             if short is not element:
@@ -55,7 +55,7 @@ class Orbit:
         return found
 
     def unbalanced(self, start: Point, arrived: Point) -> str:
-        """The tensor that a move would take beyond the bound, in words; empty if there is none."""
+        """A sentence that names a tensor whose norm a teleport would take beyond the bound; empty if there is none."""
         for name, scale in self._scales(start, arrived).items():
             if abs(scale) > max(self.bound, abs(self.scales.get(name, 0.0))) + 1e-6:
                 return (
@@ -65,7 +65,7 @@ class Orbit:
         return ""
 
     def go(self, moves: Sequence[Move], start: Point, arrived: Point) -> None:
-        """Remembers a teleport that was carried out."""
+        """Notes a teleport that was carried out."""
         for move in moves:
             if bool(move.size > 0):
                 place = self._place(move.symmetry, move.element)
@@ -73,14 +73,14 @@ class Orbit:
         self.scales = self._scales(start, arrived)
 
     def stretch(self, symmetries: Sequence[Symmetry]) -> float:
-        """The largest factor until now."""
+        """The largest stretch or factor until now."""
         places = [(each.group, self.reached[each.key]) for each in symmetries if each.key in self.reached]
         logs = [float(stretch(group, place)) for group, place in places]
         largest = max([*logs, *map(abs, self.scales.values())], default=0.0)
         return math.exp(largest) if largest < 700 else math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been reached, as dicts of tensors and numbers."""
+        """The state as dicts of tensors and numbers."""
         return {"reached": dict(self.reached), "scales": dict(self.scales)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Orbit:
         return found.to(like)
 
     def _scales(self, start: Point, arrived: Point) -> dict[str, float]:
-        """Logs of the factors that the tensors' norms would have been changed by; vectors may start at zero."""
+        """Logarithms of the factors that the norms would have changed by; vectors are left out, as they may be zero."""
         found = dict(self.scales)
         for name, before in start.parameters.items():
             after = arrived.parameters[name]
@@ -108,12 +108,12 @@ class Orbit:
 
 
 class Given(Teleporter):
-    """Moves by elements that were chosen already, in the place of the teleporter that chose them.
+    """A teleporter that repeats a teleport with given elements.
 
     Args:
-        teleporter: that one; it says what a gain is.
-        moves: what it did.
-        elements: what to take instead, by the move's place.
+        teleporter: the teleporter that chose the moves; it defines the gain.
+        moves: the moves to repeat.
+        elements: elements to use instead of those of the moves, by the move's index.
     """
 
     def __init__(self, teleporter: Teleporter, moves: Sequence[Move], elements: Mapping[int, Tensor]) -> None:
@@ -123,14 +123,14 @@ class Given(Teleporter):
         self.moves = {id(move.symmetry): (move, elements.get(place)) for place, move in enumerate(moves)}
 
     def choose(self, symmetry: Symmetry, point: Point, state: Any) -> tuple[Chosen, Any]:
-        """The given element; its size is the proposed one's, in the share that is left of it."""
+        """The given element; its size is the proposed size, reduced as the element was."""
         move, element = self.moves[id(symmetry)]
         if element is None:
             return Chosen(move.element, move.size, move.evaluations), state
         one = symmetry.group.identity(dtype=element.dtype, device=element.device)
         whole = torch.linalg.vector_norm(move.element - one).clamp_min(torch.finfo(element.dtype).tiny)
         share = (torch.linalg.vector_norm(element - one) / whole).clamp_max(1.0)
-        # What rounding leaves at the bound is no move.
+        # At the bound only rounding is left of a move: it counts as none.
         share = torch.where(share > 1e-4, share, 0.0)
         return Chosen(torch.where(share > 0, element, one), move.size * share, move.evaluations), state
 
@@ -141,7 +141,7 @@ class Given(Teleporter):
 def travel_along(
     teleporter: Teleporter, start: Point, moves: Sequence[Move], elements: Mapping[int, Tensor]
 ) -> tuple[Point, list[Move]]:
-    """The same way anew with other elements; what was refused of it stays refused."""
+    """Repeats the moves with other elements; a move that was refused stays refused."""
     symmetries = [move.symmetry for move in reversed(moves)]
     arrived, made, _ = travel(Given(teleporter, moves, elements), start, symmetries)
     told = [

@@ -1,4 +1,4 @@
-"""Parameters as a stack of one task, in one working precision, and what is remembered of each of them."""
+"""Parameters as a stack of one task in one working precision, and the state that is kept for each of them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = [
 ]
 
 _SMALLEST = 0.04
-"""Stands for the root mean square of tensors that are smaller, as a bound on their steps."""
+"""Smallest root mean square of a tensor that bounds on its steps are computed from."""
 
 REACH = "reach"
-"""Entry of a parameter's state: the longest step that is taken on it."""
+"""Entry of a parameter's state: the bound on its steps."""
 
 COMPENSATION = "compensation"
-"""Entry of a parameter's state: what rounding to half precision has cut off."""
+"""Entry of a parameter's state: the rounding error of its half-precision weights."""
 
 
 Entries = MutableMapping[str, Tensor]
 
 
 def trainable(parameter: Tensor) -> bool:
-    """Whether a step can be taken along a parameter now: it has a gradient, and entries.
+    """Whether a step can be taken on a parameter now: it has a gradient, requires one and is not empty.
 
     Example:
         >>> trainable(nn.Parameter(torch.ones(2)))
@@ -50,7 +50,7 @@ def trainable(parameter: Tensor) -> bool:
 
 
 def working_dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
-    """What steps are computed in: float64 where a parameter is of it, else float32.
+    """The dtype that steps are computed in: float64 if a parameter is float64 or complex128, else float32.
 
     Example:
         >>> working_dtype({"w": torch.ones(1, dtype=torch.bfloat16)})
@@ -61,7 +61,7 @@ def working_dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def raised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in the working precision with a task dimension in front: complex numbers as pairs, a number as a vector.
+    """A tensor in the working precision with a task dimension in front: complex numbers as pairs, scalars as vectors.
 
     Args:
         tensor: a parameter or its gradient, detached.
@@ -75,7 +75,7 @@ def raised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         torch.Size([1, 3, 2])
     """
     if tensor.is_complex():
-        # A tensor may carry its conjugation as a mark, which has no view as pairs.
+        # A lazily conjugated tensor has no view as pairs of real numbers.
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.ndim == 0:
         tensor = tensor.reshape(1)
@@ -83,7 +83,7 @@ def raised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, whole: a sparse one has zeros where it says nothing."""
+    """A parameter's gradient as a dense tensor."""
     assert parameter.grad is not None
     gradient = parameter.grad.detach()
     return gradient.to_dense() if gradient.layout != torch.strided else gradient
@@ -92,13 +92,13 @@ def dense_gradient(parameter: Tensor) -> Tensor:
 def write(parameter: Tensor, value: Tensor, state: dict[str, Tensor]) -> None:
     """Writes a value of the working precision into a parameter.
 
-    In half precision a step is often smaller than the spacing of the numbers, and would be lost: what rounding cuts off
-    is kept, in half precision too, and `master` adds it again (Kahan's summation).
+    In half precision a step is often smaller than the spacing of the numbers and would be lost. So the rounding error
+    is kept, in half precision too, and `master` adds it again (Kahan summation).
 
     Args:
         parameter: overwritten.
         value: `(1, *shape)`, as `raised` gives it.
-        state: of the parameter; gets the entry `compensation` in half precision.
+        state: the parameter's state; gets the entry `compensation` in half precision.
     """
     flat = value.squeeze(0)
     if parameter.is_complex():
@@ -117,7 +117,7 @@ def write(parameter: Tensor, value: Tensor, state: dict[str, Tensor]) -> None:
 def stacked_pullback(
     single: Callable[[str, Tensor], tuple[Tensors, Tensors]],
 ) -> Callable[[str, Tensor], tuple[Tensors, Tensors]]:
-    """What rebuilds part of a model's backward pass, for a stack of one task."""
+    """The pullback of a model as the pullback of a stack of one task."""
 
     def pullback(module: str, cotangent: Tensor) -> tuple[Tensors, Tensors]:
         gradients, cotangents = single(module, cotangent.squeeze(0))
@@ -131,14 +131,14 @@ def _unsqueezed(tensors: Tensors) -> Tensors:
 
 
 def within(start: Tensor, value: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """A step no longer than half its tensor was at first: a bound on the curvature is far too low near zero weights.
+    """A step shortened to half of its tensor's norm at the first step: near zero weights curvature bounds are too low.
 
-    What it was at first, so that weights which run away do it step by step and not by powers.
+    The norm is that at the first step, so that weights which grow without end do so linearly and not exponentially.
 
     Args:
         start: where the step starts, `(1, *shape)`.
         value: where it leads.
-        state: of the parameter; gets the entry `reach` at the first step.
+        state: the parameter's state; gets the entry `reach` at the first step.
 
     Example:
         >>> within(torch.ones(1, 2), torch.full((1, 2), 5.0), {})
@@ -151,7 +151,7 @@ def within(start: Tensor, value: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def master(parameter: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor]) -> Tensor:
-    """A parameter in the working precision, `(1, *shape)`, with what rounding had cut off."""
+    """A parameter in the working precision, `(1, *shape)`, with the rounding error that `write` kept added."""
     value = raised(parameter.detach(), dtype)
     kept = state.get(COMPENSATION)
     return value if kept is None else value + raised(kept, dtype)
@@ -160,15 +160,15 @@ def master(parameter: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor]) -
 def rule_state(
     rule: UpdateRule, whole: Mapping[str, Any] | None, entries: Mapping[str, Entries], fresh: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A rule's state for the tensors of one step, those that are new with the state that they start from.
+    """A rule's state for the tensors of one step; tensors that are stepped for the first time get a fresh state.
 
     Args:
         rule: says which entries of its state are kept for each tensor.
-        whole: its entries that are not; None before the first step.
-        entries: what is kept of each tensor, by its name.
-        fresh: the rule's initial state for all of the tensors.
+        whole: its other entries; None before the first step.
+        entries: what is kept for each tensor, by its name.
+        fresh: the rule's initial state for all tensors.
     """
-    # Fresh entries may share memory, and a checkpoint that is read in place would write one over the other.
+    # Fresh entries may share memory: loading a state dict in place would then write one over the other.
     fresh = _copied(fresh)
     state = {**fresh, **(whole or {})}
     for entry in rule.per_tensor:
@@ -185,12 +185,12 @@ def rule_state(
 
 
 def known_state(rule: UpdateRule, whole: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
-    """A rule's state for tensors that have all been stepped before.
+    """A rule's state if all tensors have been stepped before.
 
     Args:
         rule: says which entries of its state are kept for each tensor.
-        whole: its entries that are not.
-        entries: what is kept of each tensor, by its name.
+        whole: its other entries.
+        entries: what is kept for each tensor, by its name.
     """
     state = dict(whole)
     for entry in rule.per_tensor:
@@ -215,7 +215,7 @@ def _copied(value: Any) -> Any:
 
 
 def update_entries(rule: UpdateRule, state: Mapping[str, Any], entries: Mapping[str, Entries]) -> dict[str, Any]:
-    """Puts a rule's state back where it is kept by tensor; the other entries are returned."""
+    """Writes a rule's entries for each tensor into the tensors' states; returns the other entries."""
     for entry in rule.per_tensor:
         for name, value in state[entry].items():
             if isinstance(value, tuple):

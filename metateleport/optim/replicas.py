@@ -1,4 +1,4 @@
-"""Teleports of models that are replicated over processes: what one has chosen, all carry out."""
+"""Teleports of a model that is replicated over processes: the first process chooses, and all carry it out."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def group_of(model: nn.Module) -> Any:
 def check_replicas(teleporter: Teleporter, symmetries: Sequence[Symmetry]) -> str:
     """Why replicas would not stay equal, in words; empty if they would.
 
-    Along an exact symmetry the same element moves all of them alike. A batch form moves by what is in a process's own
-    batch, and without symmetries the loss on it decides.
+    Along an exact symmetry the same element moves all replicas alike. A batch pair depends on a process's own batch,
+    and so does the loss that a teleporter without symmetries evaluates.
     """
     cure = "train in one process, or take exact symmetries and a teleporter along them"
     if not teleporter.needs_symmetries:
@@ -47,7 +47,7 @@ def all_agree(own: bool, group: Any, device: torch.device) -> bool:
 
 
 def all_can(own: Sequence[bool], group: Any, device: torch.device) -> list[bool]:
-    """What all processes can do, of several things."""
+    """For each of several things, whether all processes can do it."""
     said = torch.tensor(list(own), dtype=torch.int32, device=device)
     torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=group)
     return [bool(each) for each in said]

@@ -1,4 +1,4 @@
-"""What a teleporter or a meta-optimizer remembers, as a state dict holds it, saved and loaded."""
+"""The state of a teleporter or a meta-optimizer in the form of a state dict, for saving and loading."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from metateleport.teleporters import Teleporter
 __all__ = ["OWN", "merged", "plain", "restored", "sources_of", "without"]
 
 OWN = "teleporting"
-"""The entry of a state dict that is not the inner optimizer's."""
+"""Name of the entry that is added to the inner optimizer's state dict."""
 
 
 def plain(value: Any) -> Any:
-    """A state as dicts, lists, tensors and numbers, which a checkpoint takes."""
+    """A state as dicts, lists, tensors and numbers, which `torch.save` and `torch.load(weights_only=True)` take."""
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):
@@ -29,12 +29,12 @@ def plain(value: Any) -> Any:
 
 
 def restored(like: Any, saved: Any, entry: str) -> Any:
-    """What `plain` was given, of the types of a fresh state.
+    """Undoes `plain`: a saved state in the types of a fresh one.
 
     Args:
         like: a fresh state.
         saved: what `plain` gave.
-        entry: the entry of the state dict that it came from.
+        entry: name of the state dict's entry, for the error message.
 
     Raises:
         ValueError: if the two do not fit together.
@@ -60,7 +60,7 @@ def restored(like: Any, saved: Any, entry: str) -> Any:
 
 
 def merged(fresh: Any, state: Any) -> Any:
-    """What a teleporter or a gauge remembers, with what a fresh one has for symmetries that it has not met yet.
+    """A state with the entries of a fresh one added for symmetries that were not moved along yet.
 
     Example:
         >>> merged({"a": 0, "places": {"a": 0, "b": 0}}, {"a": 1, "places": {"a": 1}})
@@ -75,7 +75,7 @@ def merged(fresh: Any, state: Any) -> Any:
 
 
 def without(state: Any, keys: Collection[str]) -> Any:
-    """A saved state with some entries left out, in all dicts inside it too.
+    """A saved state without some entries; nested dicts are searched too.
 
     Example:
         >>> without({"a": 1, "places": {"a": 1, "b": 2}}, {"a"})

@@ -1,4 +1,4 @@
-"""When to teleport: at given steps, every few, where the gradient stalls, or whenever a function says so."""
+"""When to teleport: at given steps, every few steps, when the gradient norm stalls, or when a function says so."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ __all__ = ["AtSteps", "Calling", "Every", "Schedule", "WhenStalled", "schedule_o
 class Schedule(abc.ABC):
     """Says before which steps a `TeleportingOptimizer` teleports.
 
-    It is asked once for each step, after the step before it, so that an optimizer knows in time which forward pass to
-    catch; and again where a state dict was loaded.
+    `due` is called once for each step, right after the step before it, so that the optimizer knows in time which
+    forward pass to record; and once more after a state dict was loaded.
     """
 
     needs_gradient_norm: bool = False
-    """Whether `observe` is told the norm of the gradient; else it is told NaN, which costs nothing."""
+    """Whether `observe` gets the norm of the gradient; otherwise it gets NaN, which costs nothing to compute."""
 
     @abc.abstractmethod
     def due(self, step: int) -> bool:
         """Whether to teleport before a step.
 
         Args:
-            step: its number; the first is 0.
+            step: number of the step; the first is 0.
         """
 
     def observe(self, step: int, gradient_norm: float, teleported: bool) -> None:  # noqa: B027
-        """Is told of a step that was taken; most schedules need not know, and do nothing.
+        """Notes a step that was taken; does nothing unless a schedule overrides it.
 
         Args:
-            step: its number.
-            gradient_norm: norm of the gradient that was stepped with, of all parameters that have one.
-            teleported: whether a teleport came before it, carried out or refused.
+            step: number of the step.
+            gradient_norm: norm of the gradient of that step, over all parameters that have one.
+            teleported: whether a teleport came right before the step, carried out or refused.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as numbers and lists."""
+        """The schedule's state, as numbers and lists."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave.
 
         Raises:
-            ValueError: if the state is that of another schedule.
+            ValueError: if the state is of another schedule.
         """
         if state:
-            raise ValueError(f"{self!r} remembers nothing, and the saved state does: it is another schedule's")
+            raise ValueError(f"{self!r} has no state, and the saved one is not empty: it is another schedule's")
 
 
 class Every(Schedule):
-    """Every so many steps, from a first one on.
+    """Teleports every `steps` steps, from step `start` on.
 
     Args:
         steps: number of steps from one teleport to the next.
@@ -83,7 +83,7 @@ class Every(Schedule):
 
 
 class AtSteps(Schedule):
-    """At the steps that are named, and at no other.
+    """Teleports at the given steps and at no others.
 
     Args:
         steps: their numbers; the first step is 0.
@@ -116,19 +116,19 @@ class AtSteps(Schedule):
 
 
 class WhenStalled(Schedule):
-    r"""Where the norm of the gradient has stopped to fall.
+    r"""Teleports when the norm of the gradient has stopped falling.
 
-    With $n$ the norms of the last `window` steps, it is due once
+    With $n$ the norms of the last `window` steps, a teleport is due once
 
     $$1 - \frac{\text{mean of the later half of } n}{\text{mean of the earlier half of } n} < \text{threshold}.$$
 
-    Halves are compared and not two steps, so that the noise of minibatches averages out. A teleport starts the window
-    anew, since norms before and after it are those of different gradients, and so does one that is refused, so that
-    it is not proposed at every step. The next comes after `window` or `cooldown` steps at the soonest.
+    Halves are compared and not single steps, so that the noise of minibatches averages out. A teleport starts the
+    window anew, since the gradients before and after it differ. A refused teleport does so too, so that it is not
+    tried again at every step. The next teleport comes after `window` or `cooldown` steps at the earliest.
 
     Args:
-        window: number of steps looked at, at least 2.
-        threshold: smallest relative decrease that counts as getting on; negative to wait until the norm rises.
+        window: number of steps to compare, at least 2.
+        threshold: smallest relative decrease that counts as progress; negative to wait until the norm rises.
         cooldown: smallest number of steps from one teleport to the next.
 
     Raises:
@@ -186,10 +186,10 @@ class WhenStalled(Schedule):
 
 
 class Calling(Schedule):
-    """Whenever a function of the step's number says so; `schedule=` takes the bare function too.
+    """Teleports when a function of the step's number returns true; `schedule=` takes the bare function too.
 
     Args:
-        function: is called once for each step with its number, the first being 0.
+        function: called once for each step with its number; the first is 0.
 
     Example:
         >>> Calling(lambda step: step in (1, 2, 4, 8)).due(4)
@@ -209,11 +209,11 @@ class Calling(Schedule):
 
 
 def schedule_of(every: int | None, schedule: Schedule | Callable[[int], bool] | None) -> Schedule:
-    """The schedule that is meant by `every` or by `schedule`; every ten steps if neither is given.
+    """The schedule given by `every` or by `schedule`; every ten steps if neither is given.
 
     Raises:
         TypeError: if the schedule is neither a `Schedule` nor callable.
-        ValueError: if both are given, or `every` is no number of steps.
+        ValueError: if both are given, or `every` is not a number of steps.
     """
     if schedule is None:
         return Every(10 if every is None else every)

@@ -1,4 +1,4 @@
-"""Where a teleport between two steps starts, and what it would do: nothing here writes to the model."""
+"""The point where a teleport between two steps starts, and its consequences; nothing here writes to the model."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = [
 
 
 class NothingSeen(RuntimeError):
-    """There is no pass, or no gradient, for a teleport to start from."""
+    """There is no forward pass, or no gradient, that a teleport could start from."""
 
 
 def pass_to_start_from(recorder: PassRecorder, example_input: Any) -> RecordedPass:
-    """The last pass that a backward pass has come by, else the last forward pass, or one on the example.
+    """The last forward pass that has had a backward pass; else the last forward pass; else one on the example input.
 
     Raises:
-        NothingSeen: if there is none of them.
+        NothingSeen: if there is none of these.
     """
     recorded, problem = recorder.last, ""
     if recorded is None:
@@ -67,8 +67,8 @@ class Start(NamedTuple):
 
     Args:
         point: the point.
-        symmetries: those that can be moved along from there.
-        left_out: why others cannot, in words.
+        symmetries: the symmetries that can be moved along from there.
+        left_out: for each of the others a sentence that says why not.
         reason: why a teleport cannot start there at all; empty if it can.
     """
 
@@ -85,13 +85,13 @@ def start_of(
     symmetries: Sequence[Symmetry],
     loss: Tensor | None,
 ) -> Start:
-    """The point that a teleport starts from, in float32 at least, and the symmetries that it can go along.
+    """The point that a teleport starts from, in float32 or better, and the symmetries that it can move along.
 
     Args:
         recorder: of the model.
         recorded: the forward pass to start from.
         named: the model's parameters, with the gradients that the optimizer is about to use.
-        symmetries: those to move along.
+        symmetries: the symmetries to move along.
         loss: the loss, where it is known.
     """
     gradients = {
@@ -125,7 +125,7 @@ def start_of(
 
 
 def _unusable(symmetry: Symmetry, point: Point, recorded: RecordedPass, named: Mapping[str, nn.Parameter]) -> str:
-    """Why a symmetry cannot be moved along from a pass, in words; empty if it can."""
+    """A sentence that says why a symmetry cannot be moved along after this pass; empty if it can."""
     missing = [name for name in symmetry.parameters if name not in named]
     if missing:
         return f"the model has no parameter {missing[0]!r} any more"
@@ -156,14 +156,14 @@ def _not_finite(point: Point, recorded: RecordedPass) -> str:
 
 
 def _single(value: Tensor) -> Tensor:
-    """In float32 where it has half precision: group elements are."""
+    """A half-precision tensor in float32, as group elements are; others as they are."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def _factor(rebuilding: Sequence[Pair], point: Point, cotangents: Tensors) -> tuple[float, str]:
-    """What the gradients of the caught pass have to be multiplied by to be `p.grad`, and why there is no such number.
+    """The number that, times the gradients of the recorded pass, gives `p.grad`; and a sentence if there is none.
 
-    The gradient of a layer follows from the cotangent on its outputs and its inputs: it is held against `p.grad`.
+    The gradient of a layer follows from its inputs and the cotangent on its outputs; it is compared with `p.grad`.
     """
     found: float | None = None
     for symmetry in rebuilding:
@@ -191,14 +191,14 @@ def _factor(rebuilding: Sequence[Pair], point: Point, cotangents: Tensors) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class Consequences:
-    """What a teleport would do.
+    """The consequences that a teleport would have.
 
     Args:
-        drift: relative change of the outputs, or of the loss where that is all that has to stay.
-        loss_change: change of the loss, to first order in the drift where it was not evaluated; NaN where the gradient
-            on the outputs is not known either.
-        reason: why it may not be carried out; empty if it may.
-        broken: the same, where it is for what would come of it: a drift beyond the bound, values that are not finite.
+        drift: relative change of the outputs, or of the loss if the teleporter keeps only the loss.
+        loss_change: change of the loss; to first order in the drift where it was not evaluated; NaN if the gradient on
+            the outputs is not known either.
+        reason: why the teleport may not be carried out; empty if it may.
+        broken: the same reason if it is a drift beyond the bound or a value that is not finite; else empty.
     """
 
     drift: float = 0.0
@@ -210,15 +210,15 @@ class Consequences:
 def consequences_of(
     recorder: PassRecorder, recorded: RecordedPass, start: Point, arrived: Point, teleporter: Teleporter
 ) -> Consequences:
-    """Looks at a teleport's end before anything is written.
+    """Measures the consequences of a teleport before anything is written.
 
     Args:
         recorder: of the model.
-        recorded: the forward pass that the teleport started from; it is repeated at the end, a third of an evaluation,
-            unless the loss is all that has to stay.
+        recorded: the forward pass that the teleport started from. It is repeated at the arrival, for a third of an
+            evaluation, unless the teleporter keeps only the loss.
         start: where it starts.
         arrived: where it ends.
-        teleporter: says what has to stay, and by how much it may change.
+        teleporter: says whether outputs or loss are kept, and by how much they may change.
     """
     keeps, bound = teleporter.keeps, teleporter.trust_region.max_drift
     stale = [name for name in start.gradients if name in arrived.stale]
@@ -241,9 +241,9 @@ def consequences_of(
         broken = f"the {keeps} would change by {drift:.1e}, more than {bound:g}"
         return Consequences(drift, reason=broken, broken=broken)
     if not teleporter.needs_symmetries:
-        # It has evaluated the loss where it went.
+        # The teleporter has evaluated the loss at the arrival.
         return Consequences(drift, float(arrived.loss) - float(start.loss))  # type: ignore[arg-type]
-    # The gradient on the outputs of the last pass says nothing of others before it.
+    # After several passes the gradient on the outputs of the last one does not give the change of the whole loss.
     if recorder.passes != 1 or not recorded.output_cotangents:
         return Consequences(drift, float("nan"))
     change = sum(

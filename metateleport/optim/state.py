@@ -1,4 +1,4 @@
-"""How an optimizer's state comes along when a teleport moves its parameters."""
+"""How an optimizer's state is carried along when a teleport moves its parameters."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from metateleport.teleporters.base import Move
 
 __all__ = ["StateReport", "cannot_carry", "carry_state"]
 
-# Names in the states of the optimizers of torch and of pytorch_optimizer. First-order ones are sums of gradients, so
-# they go with the gradient; second-order ones are sums of squared gradients, roots are largest absolute values.
+# Names of entries in the states of the optimizers of torch and pytorch_optimizer. Covectors are sums of gradients and
+# move as the gradient does; squares are sums of squared gradients; roots are largest absolute values of gradients.
 _COVECTORS = ("momentum_buffer", "exp_avg", "grad_avg", "prev")
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 _ROOTS = ("exp_inf",)
-# Copies of weights, which move as weights do. What is not known by name is one if it points where the weights do.
+# Copies of weights, which move as weights do. An entry of another name is one if it is nearly parallel to the weights.
 _WEIGHTS = ("z", "slow_params", "backup_params", "slow", "slow_buffer", "ema", "ax", "anchor", "master_param")
 _LEAST_COSINE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class StateReport:
-    """What became of an optimizer's state in a teleport.
+    """How an optimizer's state was carried through a teleport.
 
     Args:
-        summary: `transport` where all of it is exact, `approximate` where some is not, else `keep` or `reset`.
+        summary: `transport` if every entry was carried exactly, `approximate` if not all were, or `keep` or `reset`.
         entries: for each entry of the state `exact`, `approximate`, `kept` or `reset`.
     """
 
@@ -43,12 +43,12 @@ class StateReport:
 def cannot_carry(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], symmetries: Sequence[Symmetry] | None
 ) -> str:
-    """Why a teleport would leave weights that an optimizer keeps in its state behind; empty if it would not.
+    """Why weights that an optimizer keeps in its state could not move along; empty if they can, or there are none.
 
     Args:
-        optimizer: whose state it is.
+        optimizer: the optimizer.
         named: the model's parameters.
-        symmetries: those to move along; None for a move along no symmetry.
+        symmetries: the symmetries to move along; None for a move along no symmetry.
     """
     kept = sorted(
         {
@@ -60,7 +60,7 @@ def cannot_carry(
     if not kept:
         return ""
     if any("train_mode" in group for group in optimizer.param_groups):
-        # What it trains is a mean that goes on moving towards its other weights: no report could tell where to.
+        # Its parameters are a running mean that goes on moving towards the weights in its state.
         return (
             f"{type(optimizer).__name__} trains a running mean of weights that it keeps in its state {kept[0]!r} "
             "(schedule-free): teleport with an optimizer whose weights are the model's"
@@ -80,23 +80,23 @@ def carry_state(
     start: Point,
     warned: set[str],
 ) -> StateReport:
-    """Brings an optimizer's state along, in place.
+    """Carries an optimizer's state along a teleport, in place.
 
     Args:
-        optimizer: whose state it is.
+        optimizer: the optimizer.
         how: `transport`, `keep` or `reset`.
         named: the model's parameters.
-        moves: what each symmetry did, in the order travelled.
+        moves: the moves of the teleport, in their order.
         start: where the teleport started.
-        warned: names of the entries that were warned of already; added to.
+        warned: names of the entries that a warning was given for; extended here.
 
     Returns:
-        What became of each entry.
+        How each entry was carried.
     """
     moves = [move for move in moves if bool(move.size > 0)]
     moved = dict.fromkeys(name for move in moves for name in move.symmetry.parameters)
     if isinstance(optimizer, torch.optim.LBFGS) and how != "keep":
-        # Its memory is differences of weights and of gradients of all parameters, flattened: a new start.
+        # It remembers differences of weights and of gradients, flattened over all parameters: it starts anew.
         entries = {key: "reset" for state in optimizer.state.values() for key in state}
         optimizer.state.clear()
         return StateReport("reset", entries)
@@ -157,7 +157,7 @@ def _carry(
 
 
 def _reset(state: Any, moved: Sequence[nn.Parameter], others: Mapping[str, Mapping[str, Any]], filled: bool) -> None:
-    """Drops the state of what moved; where weights stand in it, its optimizer set it up: the rest is emptied then."""
+    """Drops the state of what moved; if it holds weights, which its optimizer does not set up again, zeros the rest."""
     if not filled:
         for parameter in moved:
             state.pop(parameter, None)
@@ -167,7 +167,7 @@ def _reset(state: Any, moved: Sequence[nn.Parameter], others: Mapping[str, Mappi
 
 
 def _weights_in(found: Mapping[str, Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> list[str]:
-    """Entries that are copies of weights: known by name, or alike in direction over all parameters together."""
+    """Entries that are copies of weights: known by name, or nearly parallel to the weights of all parameters."""
     weights = []
     for key, kept in found.items():
         if not all(_like_weights(value, named[name]) for name, value in kept.items()):
@@ -192,7 +192,7 @@ def _like_weights(value: Any, parameter: nn.Parameter) -> bool:
 def _move_weights(kept: Tensors, moves: Sequence[Move], start: Point) -> None:
     """Moves weights that an optimizer keeps, in place, by the elements that moved the model's.
 
-    The actions are linear, so that whatever is interpolated between the two (schedule-free's averages) moves too.
+    The actions are linear, so that averages of the two (as in schedule-free optimizers) move along too.
     """
     here = {name: kept.get(name, value).to(value.dtype) for name, value in start.parameters.items()}
     point = Point(here, activations=start.activations, loss=start.loss)
@@ -203,7 +203,7 @@ def _move_weights(kept: Tensors, moves: Sequence[Move], start: Point) -> None:
 
 
 def _entries(state: Any, named: Mapping[str, nn.Parameter], moved: Mapping[str, None]) -> dict[str, dict[str, Any]]:
-    """What the state remembers of the moved parameters, by entry and parameter; counters and settings left out."""
+    """The state's tensors of the moved parameters, by entry and parameter; counters and settings are left out."""
     found: dict[str, dict[str, Any]] = {}
     for name in moved:
         for key, value in state.get(named[name], {}).items():
@@ -217,14 +217,14 @@ def _warn_of(key: str, optimizer: torch.optim.Optimizer, warned: set[str]) -> No
     if key not in warned:
         warned.add(key)
         warnings.warn(
-            f"the state {key!r} of {type(optimizer).__name__} is not known to be made of gradients: a teleport "
-            "keeps it as it is; state='reset' drops it instead",
+            f"the entry {key!r} in the state of {type(optimizer).__name__} is not known to be made of gradients: a "
+            "teleport keeps it as it is; state='reset' drops it instead",
             stacklevel=6,
         )
 
 
 def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Point) -> dict[str, tuple[Tensors, bool]]:
-    """Means of squares about the mean, which stay positive, and sums of gradients over the roots of them."""
+    """RMSprop's entries: squares about a mean, which stay positive, and sums of gradients over roots of the squares."""
     squares, means, ratios = (entries.get(key, {}) for key in ("square_avg", "grad_avg", "momentum_buffer"))
     spread = {
         name: (value - means[name].square()).clamp_min(0) if name in means else value for name, value in squares.items()
@@ -233,7 +233,7 @@ def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Po
     carried, exact = _carried("square", spread, moves, start)
     if means:
         moved, _ = _carried("covector", means, moves, start)
-        # By a little more than rounding takes away.
+        # Larger by a little more than rounding.
         room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
         found["square_avg"] = (
             {name: value + room[name] * moved[name].square() for name, value in carried.items()},
@@ -250,12 +250,12 @@ def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Po
 
 
 def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
-    """What an entry is made of; the same name may mean something else beside other entries."""
+    """The kind of an entry; the same name may mean something else beside other entries."""
     if key == "momentum_buffer" and "pre_cond_0" in entries:
-        # Shampoo's is the last step, behind its preconditioners.
+        # Shampoo's momentum buffer is its last step, which is preconditioned.
         return "unknown"
     if key == "exp_avg_sq" and "GG" in entries:
-        # SOAP's squares are those in the eigenbasis of its preconditioners.
+        # SOAP's squares are in the eigenbasis of its preconditioners.
         return "unknown"
     for kind, names in (("covector", _COVECTORS), ("square", _SQUARES), ("root", _ROOTS)):
         if key in names:
@@ -267,7 +267,7 @@ def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> t
     """The tensors after all moves, and whether they are exact."""
     tensors = {name: value.square() for name, value in kept.items()} if kind == "root" else dict(kept)
     exact = True
-    # Without gradients and cotangents, so that no move makes its part of the backward pass anew.
+    # Without gradients and cotangents, so that no move rebuilds a part of the backward pass.
     point = Point(start.parameters, activations=start.activations, loss=start.loss)
     for move in moves:
         own = {name: tensors[name].to(move.element.dtype) for name in move.symmetry.parameters if name in tensors}
@@ -283,9 +283,9 @@ def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> t
 
 
 def _lacks_a_bias(move: Move, own: Tensors) -> bool:
-    """Whether a translation moves a weight's entry by that of a bias, which the optimizer keeps elsewhere.
+    """Whether a translation needs the bias's entry to carry that of a weight, and the optimizer has none there.
 
-    So do optimizers that step weights and biases by different rules, as Muon with Adam does.
+    Optimizers that step weights and biases by different rules, as Muon with Adam, have none.
     """
     symmetry = move.symmetry
     return isinstance(symmetry, BiasTranslation) and any(

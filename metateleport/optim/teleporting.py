@@ -1,4 +1,4 @@
-"""Teleports inside an ordinary training loop: an optimizer around any other."""
+"""Teleports inside an ordinary training loop: an optimizer that wraps any other."""
 
 from __future__ import annotations
 
@@ -44,98 +44,104 @@ _NAN = float("nan")
 
 
 class TeleportingOptimizer(Wrapping):
-    r"""Teleports a model every few steps, and steps with any other optimizer.
+    r"""Teleports a model every few steps and takes the steps with any other optimizer.
 
-    Before the steps that its schedule names, 0, `every`, 2 `every`, ... if no other is given, it moves the model along
-    its symmetries, brings `p.grad` and the optimizer's state along, and then lets the optimizer step as ever. Parameter
-    groups, defaults and state are the inner optimizer's own, so that learning-rate schedulers, `zero_grad`,
+    Before the steps that its schedule names (by default 0, `every`, 2 `every`, ...) it moves the model along its
+    symmetries, carries `p.grad` and the optimizer's state along, and then lets the inner optimizer step. Parameter
+    groups, defaults and state are the inner optimizer's own, so learning-rate schedulers, `zero_grad`,
     `add_param_group`, `torch.amp.GradScaler` and step hooks work on the wrapper. The state dict is the inner
     optimizer's with one more entry, `teleporting`.
 
-    What a teleport needs to know is caught by hooks on the model, during forward passes with gradients before a step
-    that teleports. The loss has to depend on the parameters through the model's outputs only: a penalty on the
-    weights themselves is no invariant (weight decay in the optimizer is what it is: a teleport changes
-    $\tfrac12|w|^2$, and the report says by how much).
+    Hooks on the model record the forward passes with gradients before a step that teleports. The loss has to depend on
+    the parameters through the model's outputs only: a penalty on the weights themselves is not invariant. Weight decay
+    in the optimizer is allowed; a teleport changes $\tfrac12|w|^2$, and the report says by how much.
 
-    **Gradients.** Under exact symmetries `p.grad` is a covector and is carried along, whatever was done to it: summed
-    over several backward passes, clipped, unscaled by a `GradScaler`. Under batch-exact ones the part below the moved
-    layer is rebuilt from the last forward pass, times whatever factor lies between that pass and `p.grad`; where
-    there is no such factor (accumulated over several batches, clipped entry by entry) the teleport is refused.
+    **Gradients.** Under exact symmetries `p.grad` is carried along as a covector, whatever was done to it: summed over
+    several backward passes, clipped, unscaled by a `GradScaler`. Under batch-exact symmetries the part of it below the
+    moved layer is rebuilt from the last forward pass, times the factor between that pass's gradient and `p.grad`. If
+    there is no such factor (gradients accumulated over several batches, or clipped entry by entry), the teleport is
+    refused.
 
-    **Without symmetries.** Teleporters that evaluate the loss at other weights (level set, null space, gradient ascent
-    on the sharpness) are given it at every step that teleports, `step(closure, loss=...)`, as a function of the model's
-    outputs; it is evaluated on the caught pass. Those that need no symmetry find none, and move what the optimizer
-    holds and has a gradient. `p.grad` then becomes the gradient at the new place, which the teleporter has evaluated,
-    times the factor that lay between `p.grad` and the loss's gradient; where there is none, the teleport is refused.
+    **Without symmetries.** Some teleporters evaluate the loss at other weights: level set, null space, gradient ascent
+    on the sharpness. They need `step(closure, loss=...)` at every step that teleports, where `loss` is a function of
+    the model's outputs; it is evaluated on the recorded pass. Teleporters that need no symmetries move all parameters
+    that the optimizer holds and that have a gradient. `p.grad` then becomes the gradient at the arrival, which the
+    teleporter has evaluated, times the factor between `p.grad` and the loss's gradient at the start; if there is no
+    such factor, the teleport is refused.
 
-    Gradients that are not finite, a loss that is not, and an empty batch are no place to teleport from: the teleport is
-    refused, and the step is the inner optimizer's.
+    If the loss or a gradient is not finite, or the batch is empty, the teleport is refused, and the inner optimizer
+    steps as it would alone.
 
-    **Where it may go.** However many teleports there are, all of them together stretch, shrink or unbalance nothing by
-    more than `max_stretch`: an element that would is cut off at the bound. Each report tells how far they have got.
-    Along a symmetry with a tensor that is frozen now, or a module that the last pass did not use, nothing moves; the
-    others go on.
+    **Where it may go.** All teleports together stretch, shrink or unbalance nothing by more than `max_stretch`: an
+    element that would lead further is shortened to the bound. Each report tells how far all teleports have led.
+    Nothing moves along a symmetry with a tensor that is frozen now, or with a module that did not run in the last pass;
+    the other symmetries are used.
 
     **State.** With `state="transport"` sums of gradients (momentum) are carried as the gradient is, and sums of squared
-    gradients by squared coefficients: exact for momentum under exact symmetries and for squares under diagonal
-    groups, else approximate; the report says so of each entry. What is of another kind (the preconditioners of Shampoo
-    and SOAP) is kept, with a warning, and named in the report. L-BFGS remembers differences of flattened weights: it
-    starts anew after a teleport (`reset`). A move along no symmetry is no group action, so that there is nothing to
-    transport by: there `state` is `keep` or `reset`. Weights that an optimizer keeps (the averages of schedule-free
-    ones, the slow weights of Lookahead) move as the weights do, in every mode, along exact symmetries; else the
+    gradients by squared coefficients. That is exact for momentum under exact symmetries and for squares under diagonal
+    groups, else approximate; the report says which for each entry. Entries of other kinds (the preconditioners of
+    Shampoo and SOAP) are kept, with a warning, and the report names them. L-BFGS remembers differences of flattened
+    weights, so it starts anew after a teleport (`reset`). A move along no symmetry has no group element to transport
+    by: there `state` is `keep` or `reset`. Copies of weights in the state (the averages of schedule-free optimizers,
+    the slow weights of Lookahead) move as the weights do, whatever `state` is, along exact symmetries; along others the
     teleport is refused.
 
-    **Averages of weights** that are kept outside (`torch.optim.swa_utils.AveragedModel`, EMA): a mean of two points on
-    an orbit is not on it, so average between teleports only: start anew after each `last_report` with a size above
-    zero, or let teleports end before averaging begins (`schedule=metateleport.optim.AtSteps([0])`).
+    **Averages of weights** outside the optimizer (`torch.optim.swa_utils.AveragedModel`, EMA): a mean of two points of
+    an orbit is not on the orbit. So average between teleports only: start a new average after each `last_report` with
+    a size above zero, or end teleports before averaging begins (`schedule=metateleport.optim.AtSteps([0])`).
 
-    **Wrapped models.** `nn.DataParallel`, `DistributedDataParallel` and `torch.compile` may stand around the model, or
-    be given as the model. Names are those of the model inside. In a compiled model, whose inner hooks never run, the
-    pass is repeated once without compilation before each teleport. Under `DistributedDataParallel` the first process
-    chooses and all carry out the same, along exact symmetries.
+    **Wrapped models.** The model may be wrapped in `nn.DataParallel`, `DistributedDataParallel` or `torch.compile`,
+    before or after it is given here. Names are those of the model inside. Hooks inside a compiled model never run, so
+    there the pass is repeated once without compilation before each teleport. Under `DistributedDataParallel` the first
+    process chooses the elements and all processes carry them out, along exact symmetries.
 
-    **Refusals.** A teleport out of the teleporter's trust region, or with a drift above its `max_drift`, is refused:
-    weights, gradients and state stay bit for bit as they were. What the teleporter itself remembers goes on.
+    **Refusals.** A teleport outside the teleporter's trust region, or with a drift above its `max_drift`, is refused:
+    weights, gradients and the optimizer's state stay bit for bit as they were. The teleporter's own state goes on.
 
-    **Failures.** A report's `failures` name what was seen to go wrong: `no gain`, what the teleporter sought did not
-    grow, or the loss fell no faster in the steps after the teleport than in those before it (the closure tells the
-    loss; as every run slows down by itself, this is a sign and no proof); `worse held-out loss`, where `held_out` is
-    given, right after the teleport or those steps later; `unstable element`, refused as too large, ill-conditioned, not
-    finite or with too large a drift, or with outputs that lost half of their digits. What the steps have to show
-    appears once they have been taken.
+    **Failures.** A report's `failures` name what went wrong:
 
-    **Cost.** A teleport that moves repeats the model's forward pass once to measure the drift, which counts a third,
-    with the random numbers and buffers of the caught pass, that are left as they were; rebuilding adds another third
-    and its share of a backward pass. The loss after a teleport is told to first order in the drift, from the
-    gradient on the outputs, without another evaluation. The function `loss` is held against the closure at the weights
-    as they are, a third; without symmetries its gradient there is taken too, an evaluation in all.
+    - `no gain`: the teleporter's objective did not improve, or the loss fell no faster in the steps after the teleport
+      than in those before it, as told by the closure. Every run slows down by itself, so this is a sign and no proof.
+    - `worse held-out loss`: `held_out` rose, right after the teleport or `window` steps later.
+    - `unstable element`: it was refused as too large, ill-conditioned, not finite or with too large a drift; or the
+      outputs lost half of their digits.
+
+    Failures that show in the steps after a teleport are added to its report once those steps are taken.
+
+    **Cost.** A teleport that moves repeats the model's forward pass once to measure the drift, which counts a third of
+    a gradient evaluation; it uses the recorded pass's random numbers and buffers and leaves the current ones as they
+    are. Rebuilding adds another third and its share of a backward pass. The loss after a teleport is reported to first
+    order in the drift, from the gradient on the outputs, without another evaluation. The function `loss` is compared
+    with the closure's loss at the current weights, for a third; without symmetries its gradient is evaluated there too,
+    which makes one evaluation in all.
 
     Args:
         optimizer: the optimizer that steps.
         model: the model whose parameters it holds.
         teleporter: chooses the group elements. A learned one is moved to the model's device.
-        symmetries: those to move along, in the order of the data flow; found in the model if not given. A teleporter
-            that needs none takes no notice of them.
+        symmetries: the symmetries to move along, in the order of the data flow; found in the model if not given. A
+            teleporter that needs no symmetries ignores them.
         every: number of steps from one teleport to the next; 10 if neither this nor a schedule is given.
-        example_input: a tensor, a tuple of positional or a dict of keyword inputs. The symmetries of any model are
-            found and certified on it; those that are given are tried on it at once. It stands in where a step has had
-            no forward pass.
-        state: what becomes of the optimizer's state: `transport`, `keep` or `reset` (of the moved parameters). If not
-            given it is transported along symmetries, and kept where the teleporter moves along none.
+        example_input: a tensor, a tuple of positional or a dict of keyword inputs. With it the symmetries of any model
+            are found and certified; given symmetries are tried on it at once. If a step had no forward pass, the
+            teleport starts from a pass on it.
+        state: how a teleport treats the optimizer's state: `transport`, `keep` or `reset` (of the moved parameters).
+            By default it is transported along symmetries, and kept if the teleporter moves along none.
         schedule: says before which steps to teleport, instead of `every`: a `metateleport.optim.Schedule`, or a
             function of the step's number.
         held_out: evaluates the loss on held-out data and returns it. It is called before and after each teleport and
             once more `window` steps later, without gradients, and is not counted in a report's evaluations.
-        window: number of steps on either side of a teleport that failures are looked for in.
+        window: number of steps before and after a teleport in which failures are looked for.
         max_stretch: the largest factor by which all teleports together may stretch, shrink or unbalance anything; None
             for no bound.
 
     Raises:
-        TypeError: if the optimizer, the teleporter, the schedule or `held_out` is something else.
-        ValueError: if `every`, `window`, `max_stretch` or `state` cannot be, the state is to be transported along no
-            symmetry, the optimizer's parameters are not the model's or are sharded over processes, no symmetry is found
-            or given, the teleporter has no network for the group of any, a symmetry moves what the optimizer does not
-            hold or may not change, or one does not hold on the example.
+        TypeError: if the optimizer, the teleporter, the schedule or `held_out` is of another type.
+        ValueError: if `every`, `window`, `max_stretch` or `state` is out of range; the state is to be transported but
+            the teleporter moves along no symmetry; the optimizer's parameters are not the model's or are sharded over
+            processes; no symmetry is found or given; the teleporter has no network for the group of any of them; a
+            symmetry moves a parameter that is frozen or that the optimizer does not hold; or one does not hold on the
+            example input.
 
     Example:
         >>> from metateleport.teleporters import RandomTeleporter
@@ -163,7 +169,7 @@ class TeleportingOptimizer(Wrapping):
     """
 
     REPORTS = 1000
-    """How many of the latest reports are kept."""
+    """Number of reports that are kept; the latest ones."""
 
     def __init__(
         self,
@@ -209,7 +215,7 @@ class TeleportingOptimizer(Wrapping):
         self._due = self.schedule.due(0)
         self._recorder: PassRecorder | None = None
         self._set_up()
-        # What was found was certified where it was found.
+        # Symmetries that were found are certified already.
         if example_input is not None and given:
             assert self._recorder is not None
             limit = teleporter.trust_region.max_drift
@@ -220,8 +226,8 @@ class TeleportingOptimizer(Wrapping):
                 raise
 
     def _named_model(self) -> nn.Module:
-        """The model that the symmetries name parameters of: the one inside the wrappers, unless they were made of it
-        with its wrappers."""
+        """The model whose parameter names the symmetries use: the one inside the wrappers, unless the symmetries were
+        made with the wrappers' names."""
         inner = unwrapped(self.model)[0]
         named = dict(inner.named_parameters())
         outside = any(name not in named for each in self.symmetries for name in each.parameters)
@@ -265,7 +271,7 @@ class TeleportingOptimizer(Wrapping):
         super().add_param_group(param_group)
 
     def remove_hooks(self) -> None:
-        """Takes the hooks off the model; from then on steps are the inner optimizer's alone."""
+        """Takes the hooks off the model; from then on there are no teleports, only the inner optimizer's steps."""
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
@@ -275,24 +281,24 @@ class TeleportingOptimizer(Wrapping):
     def step(
         self, closure: Callable[[], Any] | None = None, loss: Callable[[Any], Tensor] | Tensor | float | None = None
     ) -> Any:
-        """Teleports if it is time, then steps.
+        """Teleports if a teleport is due, then steps.
 
         Args:
             closure: clears the gradients, evaluates the model, calls `backward()` and returns the loss. On a step that
-                teleports it is evaluated once before the teleport; the inner optimizer gets that loss, and evaluates
-                it again only after having changed the weights (L-BFGS). Without a closure the teleport starts from
-                the last forward pass that a backward pass has come by, and `p.grad` as it is.
-            loss: maps the model's outputs to the loss of the last forward pass, for teleporters that evaluate it at
-                other weights; it has to be the closure's loss. Others may be told its value, where there is no closure.
+                teleports it is called once before the teleport. The inner optimizer gets that loss, and the closure is
+                called again only after the weights have changed (L-BFGS). Without a closure the teleport starts from
+                the last forward pass that has had a backward pass, and from `p.grad` as it is.
+            loss: a function from the model's outputs to the loss of the last forward pass, for teleporters that
+                evaluate the loss at other weights; it has to be the closure's loss. For other teleporters it may be
+                the value of the loss, if there is no closure.
 
         Returns:
-            The loss that the step started from, which is the closure's, or where a teleport without symmetries led;
-            None without a closure.
+            The loss that the step started from: the closure's or, after a teleport without symmetries, the loss where
+            it led. None without a closure.
 
         Raises:
-            TypeError: if `loss` is neither a function nor a value that is enough.
-            ValueError: if it is time to teleport and the teleporter needs `loss` and there is none, or it is not the
-                closure's.
+            TypeError: if `loss` is not a function and the teleporter needs one.
+            ValueError: if a teleport is due and needs `loss`, and it is missing or not the closure's.
         """
         if closure is None and self._only_sets_up():
             return self.optimizer.step()
@@ -314,7 +320,7 @@ class TeleportingOptimizer(Wrapping):
             self.reports.append(report)
             self._recorder.clear()
             self._judge.start()
-            # Nothing that the inner optimizer evaluates is wanted.
+            # Passes that the inner optimizer evaluates are not recorded.
             self._recorder.wanted = False
             if closure is not None:
                 if report.size > 0 and not self.teleporter.needs_symmetries:
@@ -334,8 +340,8 @@ class TeleportingOptimizer(Wrapping):
         return result
 
     def _only_sets_up(self) -> bool:
-        """Whether this is no step of training, but makes the state's entries, as `torch.distributed.checkpoint` does
-        before it saves: no backward pass, zero gradients and zero step sizes."""
+        """Whether this step only makes the state's entries, as `torch.distributed.checkpoint` does before it saves:
+        no backward pass, zero gradients and zero step sizes."""
         if self.optimizer.state or (self._recorder is not None and self._recorder.reached):
             return False
         if any(bool(torch.as_tensor(group.get("lr", 1.0) != 0)) for group in self.param_groups):
@@ -435,14 +441,14 @@ class TeleportingOptimizer(Wrapping):
         return next(self.model.parameters()).device
 
     def _sizes(self, moves: Sequence[Move]) -> tuple[float, ...]:
-        """Sizes in the order of all symmetries, those that were left out included."""
+        """Sizes in the order of all symmetries; zero for those that were left out."""
         if not self.symmetries:
             return tuple(float(move.size) for move in reversed(moves))
         own = {move.symmetry.key: float(move.size) for move in moves}
         return tuple(own.get(symmetry.key, 0.0) for symmetry in self.symmetries)
 
     def _allowed_from(self, recorder: PassRecorder, begun: Start, named: dict[str, nn.Parameter]) -> Start:
-        """Leaves out what replicas cannot all move along, refuses what the state cannot follow, and says so once."""
+        """Leaves out symmetries that some replica cannot use, and refuses a teleport that the state cannot follow."""
         symmetries = None if not self.teleporter.needs_symmetries else begun.symmetries
         reason = begun.reason or cannot_carry(self.optimizer, named, symmetries)
         group = recorder.replicas = group_of(self.model) or recorder.replicas
@@ -460,7 +466,7 @@ class TeleportingOptimizer(Wrapping):
     def _travel(
         self, recorder: PassRecorder, start: Point, symmetries: Sequence[Symmetry], told: Tensor | None
     ) -> tuple[Point, list[Move], str]:
-        """Where the teleporter leads, within the bound on the orbit; and why that is nowhere to go."""
+        """Where the teleporter leads, within `max_stretch`, and its moves; or a sentence that says why it cannot go."""
         with torch.no_grad():
             before = self._teleporter_state
             try:
@@ -521,7 +527,7 @@ class TeleportingOptimizer(Wrapping):
                 if name in point.gradients and arrived.gradients[name] is not point.gradients[name]:
                     assert parameter.grad is not None
                     parameter.grad.copy_(arrived.gradients[name])
-        # It takes a look at all objects there are.
+        # Rarely, as the test reads all objects in memory.
         if len(self.reports) in (0, 10, 100) and is_averaged(self.model):
             self._warn_once(
                 "an AveragedModel averages the weights of this model: a mean of weights before and after a teleport is "
@@ -544,7 +550,7 @@ class TeleportingOptimizer(Wrapping):
     def _state_at(self, point: Point, symmetries: Sequence[Symmetry], loss: Tensor | None) -> Any:
         fresh = self.teleporter.initial_state(point, symmetries)
         if self._teleporter_state is None and self._loaded_state is not None:
-            # Symmetries that are not moved along now are still to come.
+            # Symmetries that are left out now may be used later: their saved state is kept.
             later = {each.key for each in self.symmetries} - {each.key for each in symmetries}
             self._teleporter_state = restored(fresh, without(self._loaded_state, later), OWN)
             self._loaded_state = None
@@ -554,10 +560,12 @@ class TeleportingOptimizer(Wrapping):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict; its entry `teleporting` has the number of steps, where on the orbit all
-        teleports have led, and what the teleporter and the schedule remember, draws of random numbers included, so that
-        a run that goes on from it takes the same steps. The state-dict API of `torch.distributed.checkpoint` leaves
-        that entry out, as it keeps parameters' states only: save it beside."""
+        """The inner optimizer's state dict with one more entry, `teleporting`.
+
+        That entry has the number of steps, the place on the orbit that all teleports have led to, and the states of the
+        teleporter, its random numbers and the schedule, so that a resumed run takes the same steps. The state-dict API
+        of `torch.distributed.checkpoint` keeps parameters' states only and leaves the entry out: save it separately.
+        """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         packed: dict[str, Any] = self.optimizer.state_dict()
@@ -575,8 +583,9 @@ class TeleportingOptimizer(Wrapping):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of the bare inner optimizer; from the latter it starts at step 0, and
-        what is known of where teleports have led stays.
+        """Loads a state dict of this class or of the bare inner optimizer.
+
+        With the latter the steps are counted from 0, and the known place on the orbit stays.
 
         Raises:
             ValueError: if it was saved with another teleporter or schedule, or does not fit the inner optimizer.
@@ -609,5 +618,5 @@ class TeleportingOptimizer(Wrapping):
             after(self)
 
     def _saved_state(self) -> Any:
-        # What was loaded takes its form at the next teleport; until then it is passed on as it is.
+        # A loaded state is converted at the next teleport; until then it is passed on as it is.
         return self._loaded_state if self._teleporter_state is None else plain(self._teleporter_state)

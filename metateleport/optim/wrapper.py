@@ -1,4 +1,4 @@
-"""An optimizer that passes for the one inside it."""
+"""The base of an optimizer that wraps another one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Wrapping"]
 class Wrapping(torch.optim.Optimizer):
     """Shares parameter groups, defaults and state with the optimizer inside it, and has hooks of its own.
 
-    A subclass sets `optimizer` and calls `_become_an_optimizer`; the constructor of the base class, which would make
-    groups and a state anew, is never called.
+    A subclass sets `optimizer` and calls `_become_an_optimizer`. The base class's constructor, which would make new
+    groups and a new state, is never called.
     """
 
     optimizer: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""MLflow: runs of meta-training and evaluation; the one room that imports it."""
+"""Runs of meta-training and evaluation in MLflow; no other room imports it."""
 
 from metateleport.tracking.runs import Run, TrackingError, require_mlflow, track_evaluation, tracking_uri
 

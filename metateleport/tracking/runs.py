@@ -1,4 +1,4 @@
-"""Tracking of runs with MLflow, which is imported here, when it is needed, and nowhere before."""
+"""Tracking of runs with MLflow, which is imported only when a run is tracked."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 __all__ = ["Run", "TrackingError", "require_mlflow", "track_evaluation", "tracking_uri"]
 
 _BATCH = 1000
-"""Metrics that MLflow takes in one call; parameters it takes a tenth of."""
+"""Largest number of metrics in one call of MLflow; for parameters it is a tenth of this."""
 
 
 class TrackingError(RuntimeError):
-    """Tracking that cannot work here; the message says how to go on."""
+    """Tracking cannot work here; the message says how to go on."""
 
 
 def require_mlflow() -> None:
-    """Makes sure that MLflow is there, before any work starts.
+    """Checks that MLflow is installed, before any work starts.
 
     Raises:
         TrackingError: if it is not installed.
@@ -45,14 +45,14 @@ def database_of(uri: str) -> Path | None:
 class Run:
     """One MLflow run, opened in a `with` statement.
 
-    Metrics are kept and sent in batches: one call for a thousand points, where a call a point would take minutes.
+    Metrics are collected and sent in batches of a thousand points; one call for each point would take minutes.
 
     Args:
-        experiment: name of the experiment; made where it is new.
-        name: of the run.
-        parameters: what the run was made with.
-        tags: what it is found by.
-        say: is told that the database is being made, which takes seconds.
+        experiment: name of the experiment; created if it is new.
+        name: name of the run.
+        parameters: settings of the run.
+        tags: tags to find the run by.
+        say: called with a message while the database is created, which takes seconds.
 
     Raises:
         TrackingError: if MLflow is not installed or its store cannot be reached.
@@ -75,14 +75,14 @@ class Run:
         self._send_parameters(parameters or {})
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Notes metrics at a step."""
+        """Logs metrics at a step."""
         now = int(time.time() * 1000)
         self._metrics += [(name, float(value), now, step) for name, value in metrics.items()]
         if len(self._metrics) >= _BATCH:
             self.flush()
 
     def log_curves(self, curves: Mapping[str, Sequence[float]]) -> None:
-        """Notes whole curves, by name, their points at steps 0, 1, 2, ..."""
+        """Logs whole curves by name, with their points at steps 0, 1, 2, ..."""
         now = int(time.time() * 1000)
         self._metrics += [
             (name, float(v), now, step) for name, values in curves.items() for step, v in enumerate(values)
@@ -90,7 +90,7 @@ class Run:
         self.flush()
 
     def artifact(self, path: str | Path) -> None:
-        """Keeps a file, or a folder under its own name."""
+        """Stores a file, or a folder under its own name, with the run."""
         path = Path(path)
         if path.is_dir():
             self._client.log_artifacts(self.id, str(path), artifact_path=path.name)
@@ -98,7 +98,7 @@ class Run:
             self._client.log_artifact(self.id, str(path))
 
     def flush(self) -> None:
-        """Sends what was noted."""
+        """Sends the metrics that were logged."""
         from mlflow.entities import Metric
 
         waiting, self._metrics = self._metrics, []
@@ -107,7 +107,7 @@ class Run:
             self._client.log_batch(self.id, metrics=batch)
 
     def end(self, status: str = "FINISHED") -> None:
-        """Sends what is left and closes the run; `status` is MLflow's: FINISHED, FAILED or KILLED."""
+        """Sends the remaining metrics and closes the run; `status` is MLflow's: FINISHED, FAILED or KILLED."""
         if self._status == "RUNNING":
             self._status = status
             self.flush()
@@ -138,15 +138,15 @@ def track_evaluation(
 ) -> dict[str, str]:
     """Tracks an evaluation: a run for each method, all in the experiment named after the task.
 
-    The runs have the same metric names (`loss_median`, `loss_mean`, `loss_q25`, `loss_q75` along the gradient
-    evaluations; `final_median`, `diverged`, `seconds`), so that the UI's compare page lays them over each other,
-    those of earlier evaluations too. The tag `evaluation` says which belong together.
+    All runs have the same metric names (`loss_median`, `loss_mean`, `loss_q25`, `loss_q75` along the gradient
+    evaluations; `final_median`, `diverged`, `seconds`), so that the UI's compare page plots them together, earlier
+    evaluations included. Runs of one evaluation have the same tag `evaluation`.
 
     Args:
-        report: what `metateleport.evaluation.report_of` gave.
-        files: plot and JSON; kept with every run.
-        checkpoint: its folder, card and weights; kept with the run of the learned method.
-        say: is told that the database is being made.
+        report: an evaluation's report, as `metateleport.evaluation.report_of` returns it.
+        files: plot and JSON; stored with every run.
+        checkpoint: the checkpoint's folder; card and weights are stored with the run of the learned method.
+        say: called with a message while the database is created.
 
     Returns:
         The ids of the runs by method name.

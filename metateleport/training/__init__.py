@@ -1,4 +1,4 @@
-"""Meta-training through truncated, differentiable unrolls."""
+"""Recipes, and meta-training through truncated, differentiable unrolls."""
 
 from metateleport.training.meta_seeds import train_meta_seeds
 from metateleport.training.progression import Progression

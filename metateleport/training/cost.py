@@ -1,4 +1,4 @@
-"""What teleports cost in meta-training: how far their group elements lie from the identity, between 0 and 1."""
+"""The price on teleports in meta-training: how far group elements are from the identity, between 0 and 1."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["openness", "openness_of"]
 
 
 def openness(group: Group, element: Tensor) -> Tensor:
-    r"""How far a group element is from the identity: 0 there, towards 1 far off.
+    r"""The distance of a group element from the identity, on a scale from 0 at the identity towards 1 far away.
 
     $$r^2 = \frac{|g - 1|^2 + |g^{-1} - 1|^2}{2k}, \qquad s = \log(1 + r), \qquad o = \frac{s}{1 + s}$$
 
-    For $g = \exp T$ near the identity $r$ is $|T| / \sqrt k$, and far from it $s$ grows as $T$'s largest eigenvalue
-    does: it tells a weak teleport from a strong one at every width, and $g$ and $g^{-1}$ are equally far. Close to the
-    identity it is linear in the generator, not quadratic, so that a price on it closes a gate whose gain is below
-    the price, in the place of shrinking every gate a little.
+    For $g = \exp T$ near the identity $r$ is $|T| / \sqrt k$; far from it $s$ grows with the largest eigenvalue of $T$.
+    So $o$ tells a weak teleport from a strong one at every width, and it is the same for $g$ and $g^{-1}$. Near the
+    identity it is linear in the generator, not quadratic: a price on it closes a gate whose gain is below the price,
+    instead of closing every gate a little.
 
     Args:
         group: the element's group, acting on k dimensions.
-        element: `(*batch, *group.shape)`, in the graph of what chose it.
+        element: the element, `(*batch, *group.shape)`, in the graph.
 
     Returns:
         `(*batch,)`, in the graph; its gradient at the identity itself is zero.
@@ -36,7 +36,7 @@ def openness(group: Group, element: Tensor) -> Tensor:
     one = group.identity(dtype=element.dtype, device=element.device)
     square = sum(group.norm(each - one).square() for each in (element, group.inverse(element))) / (2 * group.size)
     assert isinstance(square, Tensor)
-    # The root's derivative is infinite at zero, where a refused element would put a NaN.
+    # The root's derivative is infinite at zero: a refused element, which is the identity, would give a NaN.
     away = square > torch.finfo(square.dtype).eps ** 2
     size = torch.where(away, torch.where(away, square, 1.0).sqrt(), 0.0).log1p()
     return size / (1 + size)
@@ -46,11 +46,11 @@ def openness_of(step: Step, stays: bool) -> Tensor | None:
     """Mean openness of a step's group elements, over the teleports that stay and the gauges, `(tasks,)`.
 
     Args:
-        step: what the meta-optimizer gave.
-        stays: whether it learns a teleport that stays; without one, its moves are all empty and do not count.
+        step: the meta-optimizer's step.
+        stays: whether it learns a teleport that stays; if not, its moves are empty and do not count.
 
     Returns:
-        In the graph; what was refused counts as closed. None where the step chooses no group element.
+        The openness, in the graph; a refused element counts as the identity. None if no group element is learned.
     """
     chosen = [(move.symmetry.group, move.element) for move in step.moves] if stays else []
     chosen += [(gauge.symmetry.group, gauge.element) for gauge in step.gauges]

@@ -1,4 +1,4 @@
-"""Several meta-trainings by one recipe, from different seeds, in one checkpoint."""
+"""Several meta-trainings by one recipe from different seeds, combined into one checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["seeds_folder", "train_meta_seeds"]
 
 
 def seeds_folder(out: str | Path) -> Path:
-    """Where the meta-seeds that are done wait for the others, beside the checkpoint they will make."""
+    """The folder beside the final checkpoint where finished meta-seeds wait for the others."""
     out = Path(out)
     return out.with_name(f"{out.name}.meta-seeds")
 
@@ -33,25 +33,24 @@ def train_meta_seeds(
 ) -> Path:
     """Meta-trains from several seeds, one after another, and writes one checkpoint.
 
-    On top of the checkpoint lies the seed with the best validation score; see
+    The checkpoint is that of the seed with the best validation score; the others are inside its folder, see
     `metateleport.checkpoint.seeds.combine_meta_seeds`.
 
     Args:
-        recipe: what is trained, on what and how; the seeds are `outer.seed`, `outer.seed + 1`, and so on. A limit of
-            time is of each.
+        recipe: the recipe. The seeds are `outer.seed`, `outer.seed + 1`, and so on; `outer.seconds` is for each seed.
         out: folder of the checkpoint.
-        seeds: their number.
-        resume: go on where it was interrupted; the recipe has to be the same, the number may be another.
-        report: called after every meta-step as by `train`, with `seed N/` before the network's name.
+        seeds: number of seeds.
+        resume: go on where it was interrupted; the recipe has to be the same, the number of seeds may differ.
+        report: called after every meta-step as by `train`, with `seed N/` before the name of the network.
         command: the command that this run was started by, for the cards.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        TrainingError: if settings cannot work, or there is nothing to resume, or it was started with other settings.
+        TrainingError: if settings cannot work, there is nothing to resume, or it was started with other settings.
         FamilyError: if the task family cannot be loaded.
-        Interrupted: after Ctrl-C, when the state has been saved.
+        Interrupted: after Ctrl-C, once the state is saved.
     """
     if seeds < 1:
         raise TrainingError(f"a training needs at least one meta-seed, not {seeds}")
@@ -85,7 +84,7 @@ def _named(
 
 def _has_settings(path: Path, recipe: Recipe) -> None:
     started = load_recipe(path)
-    # A file writes what is None as a word, and the family knows which of its words mean that.
+    # A file has the word "none" for None; the family knows for which of its settings.
     started = started.of_family(load_family(started.family.name, started.family.settings))
     changed = first_difference(started, recipe)
     if changed is not None:

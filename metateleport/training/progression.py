@@ -1,4 +1,4 @@
-"""How far a meta-training has come, and what a later run needs to go on with it."""
+"""The progress of a meta-training, and the snapshot that it is resumed from."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["Progression", "Snapshot"]
 
 @dataclasses.dataclass
 class Progression:
-    """How far a meta-training has come; plain numbers, so that it can be written as JSON.
+    """The progress of a meta-training, as plain numbers that can be written as JSON.
 
     Args:
         meta_step: meta-steps taken.
         stack: number of the next training stack.
-        skipped: meta-steps left out because something was not finite.
+        skipped: meta-steps left out because their losses or gradients were not finite.
         seconds: seconds of training so far.
         best: validation score of the chosen networks.
-        best_step: the meta-step they are from.
+        best_step: the meta-step that the chosen networks are from.
         meta_losses: the meta-loss of each meta-step.
         validations: `[meta-step, score]` pairs.
-        returns: how often training went back to the best networks.
-        start: which of the starts is under way; the number of starts once the best of them goes on.
+        returns: how many times training went back to the best networks.
+        start: index of the start that is being tried; the number of starts once the best one goes on.
         starts: the best validation score of each start tried.
-        openness: how far teleports and gauges were open in each meta-step, between 0 and 1; empty where there are none.
-        best_openness: the same of the chosen networks on the validation tasks.
+        openness: mean openness of teleports and gauges in each meta-step, between 0 and 1; empty without teleports.
+        best_openness: mean openness of the chosen networks on the validation tasks.
         searched: the score of each round of the search for constants.
     """
 
@@ -50,7 +50,13 @@ class Progression:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A meta-training between two stacks: tensors by name, the progression as plain values, and the best start yet."""
+    """The state of a meta-training between two stacks.
+
+    Args:
+        tensors: networks and Adam's state, by name.
+        progression: the progression as plain values.
+        kept: the snapshot of the best start so far, if several are tried.
+    """
 
     tensors: dict[str, Tensor]
     progression: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Recipes: what is meta-trained, on what and how, as nested tables in which only what goes together can be written."""
+"""Recipes: all settings of a meta-training in nested tables, which refuse settings that do not go together."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ PARTS = ("family", "rule", "teleport", "gauge", "outer", "validation")
 
 
 class TrainingError(ValueError):
-    """A meta-training that cannot begin or go on; the message says why."""
+    """A meta-training cannot begin or go on; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FamilySettings(Settings):
-    """The tasks: a family and its settings, which stand beside its name in a table.
+    """The tasks: a family and its settings. In the table the settings stand beside the name.
 
     Args:
         name: the task family's bare name, or the path of its file.
-        settings: its settings, those of a mixture among them where the family has one.
+        settings: its settings, including those of a mixture if the family has one.
     """
 
     part: ClassVar[str] = "family"
@@ -63,24 +63,25 @@ class OuterSettings(Settings):
     """The outer loop: how the networks are trained.
 
     Args:
-        meta_steps: updates of the networks, for each of the networks trained; None where the time ends the training.
-        seconds: stop after so many seconds, if sooner; shared by the networks trained.
-        tasks: tasks stacked in one graph.
-        unroll: inner steps of one truncated window; each gives one meta-step.
-        horizon: inner steps that tasks are followed for at the end of the curriculum; it starts at one window.
-        lr: step size of Adam on the networks, annealed to a tenth by a cosine.
+        meta_steps: number of meta-steps for each network; None if the time ends the training.
+        seconds: stop after so many seconds, if that is sooner; shared by the networks.
+        tasks: number of tasks in a stack.
+        unroll: inner steps of one truncated window; each window gives one meta-step.
+        horizon: inner steps on each task at the end of the curriculum, which begins with one window.
+        lr: step size of Adam on the networks; a cosine anneals it to a tenth.
         clip: largest norm of the meta-gradient.
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
-        blind: share of the windows in which the networks see no loss, in [0, 1]: they have to do without where a
-            training loop gives none.
-        teleport_cost: price on teleports that stay and on gauges, so that they close where they do not pay. The
+        blind: share of the windows in which the networks see no loss, in [0, 1], so that they learn to work in training
+            loops that do not tell it.
+        teleport_cost: price on teleports that stay and on gauges, so that they close where they bring too little. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
-        search: rounds of an evolution strategy, before the meta-steps, on the constants that the networks put out at
-            the start; zero to start from constants that serve most families.
-        starts: initialisations that are tried for a third of the meta-steps; the best on validation goes on.
-        start_from: a checkpoint whose networks the training starts from, those of the same meta-seed where it has them;
-            None for random ones.
+        search: rounds of an evolution strategy, before the meta-steps, on the networks' output biases; zero to start
+            from biases that serve most families.
+        starts: number of random initialisations; each is tried for a third of the meta-steps, and the best on
+            validation goes on.
+        start_from: a checkpoint to start from, from its networks of the same meta-seed if it has them; None for random
+            networks.
         seed: seeds the networks and the tasks.
         device: `auto`, `cpu` or `cuda`.
         dtype: of the tasks; None for the family's own.
@@ -114,8 +115,8 @@ class OuterSettings(Settings):
             )
         if self.start_from is not None and self.starts > 1:
             raise SettingsError(
-                f"outer.starts = {self.starts} are random ones, and outer.start_from gives one that is not: use one of "
-                "the two"
+                f"outer.starts = {self.starts} asks for random networks, and outer.start_from for those of a "
+                "checkpoint: use one of the two"
             )
         if self.meta_steps is None and self.seconds is None:
             raise SettingsError("outer.meta_steps and outer.seconds are both none, and one has to end the training")
@@ -128,11 +129,11 @@ class OuterSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ValidationSettings(Settings):
-    """How the checkpoint is chosen.
+    """How the networks of the checkpoint are chosen.
 
     Args:
-        tasks: number of the tasks that it is chosen on.
-        every: meta-steps between validations; there is one at the end in any case.
+        tasks: number of validation tasks.
+        every: meta-steps between validations; the last one is always at the end.
     """
 
     part: ClassVar[str] = "validation"
@@ -143,18 +144,18 @@ class ValidationSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is meta-trained, on what and how; as TOML a checkpoint's `recipe.toml`, and in its card.
+    """All settings of a meta-training. A checkpoint has them in its `recipe.toml` and in its card.
 
     Args:
         family: the tasks.
         rule: the update rule.
-        teleport: the teleport that stays; None, or no table of it, for none.
-        gauge: the gauges that steps are taken in; None, or no table of it, for none.
+        teleport: the teleport that stays; None, or no such table, for none.
+        gauge: the gauges that steps are taken in; None, or no such table, for none.
         outer: the outer loop.
         validation: how the checkpoint is chosen.
 
     Raises:
-        SettingsError: if two of them do not go together.
+        SettingsError: if two settings do not go together.
 
     Example:
         >>> family = FamilySettings("leaky_mlp", {"width": 12})
@@ -180,13 +181,13 @@ cooling
         shape = self.networks(MetaOptimizerConfig.groups)
         if self.outer.teleport_cost and not shape.teleports:
             raise SettingsError(
-                f"outer.teleport_cost = {self.outer.teleport_cost:g} is a price on what is not learned: leave it out, "
-                "or add teleport or gauge"
+                f"outer.teleport_cost = {self.outer.teleport_cost:g} is a price on teleports, and none is learned: "
+                "leave it out, or add teleport or gauge"
             )
         if self.outer.meta_steps is not None and self.validation.every > self.outer.meta_steps:
             raise SettingsError(
                 f"validation.every = {self.validation.every} is never reached in outer.meta_steps = "
-                f"{self.outer.meta_steps}: lower the one or raise the other"
+                f"{self.outer.meta_steps}: lower the former or raise the latter"
             )
 
     @property
@@ -195,7 +196,7 @@ cooling
         return self.networks(MetaOptimizerConfig.groups).mode
 
     def networks(self, groups: tuple[str, ...]) -> MetaOptimizerConfig:
-        """The shape of the networks to train; that of the step alone is its `without_teleport()`.
+        """The shape of the networks to train; for the step alone it is `networks(groups).without_teleport()`.
 
         Args:
             groups: names of the groups of the symmetries that the tasks have.
@@ -203,11 +204,11 @@ cooling
         return MetaOptimizerConfig(self.rule, self.teleport, self.gauge, groups)
 
     def of_family(self, family: TaskFamily) -> Recipe:
-        """The recipe with all settings of a family that is loaded, in their types."""
+        """The recipe with all settings of its loaded family, defaults included, in their types."""
         return dataclasses.replace(self, family=FamilySettings(self.family.name, family.settings()))
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """All settings, a table for each part that is there, as JSON has them."""
+        """All settings as JSON has them, with a table for each part."""
         parts = {name: getattr(self, name) for name in PARTS}
         return {name: part.table() for name, part in parts.items() if part is not None}
 
@@ -220,7 +221,7 @@ cooling
         """A recipe from its tables; settings that they leave out have their defaults.
 
         Raises:
-            SettingsError: if a part or a setting is unknown or missing, or cannot be, or two do not go together.
+            SettingsError: if a part or a setting is unknown, missing or not allowed, or two do not go together.
         """
         for part, table in tables.items():
             if part not in PARTS:
@@ -235,13 +236,13 @@ cooling
         )
 
     def changed(self, changes: Mapping[str, str]) -> Recipe:
-        """The recipe with some settings as a person writes them on the command line.
+        """The recipe with some settings changed, as they are written on the command line.
 
-        Another `rule.kind`, `gauge.kind` or `family.name` begins its part anew, from the defaults of that one. A whole
-        part is left out by `teleport` or `gauge` as `none`, and a teleport added by `teleport` as `default`.
+        With another `rule.kind`, `gauge.kind` or `family.name` the part's other settings become the defaults of that
+        kind. `teleport=none` and `gauge=none` remove the part; `teleport=default` adds a teleport.
 
         Args:
-            changes: text by dotted key.
+            changes: values as text, by dotted key.
 
         Raises:
             SettingsError: as `read`.
@@ -278,9 +279,7 @@ cooling
 
 def _unknown(key: str) -> str:
     if key == "mode":
-        return (
-            "there is no setting mode: what is learned follows from rule.kind, and from teleport and gauge being there"
-        )
+        return "there is no setting mode: it follows from rule.kind and from which of teleport and gauge are present"
     parts: list[type[Settings]] = [TeleportSettings, GaugeSettings, OuterSettings, ValidationSettings]
     parts += known_rules().values()
     known = ["family.name", "rule.kind", *(f"{part.part}.{name}" for part in parts for name in part.names())]
@@ -289,10 +288,10 @@ def _unknown(key: str) -> str:
 
 
 def device_for(name: str) -> torch.device:
-    """The device of a name: `auto` is CUDA where there is one.
+    """The device of a name; `auto` is CUDA if there is a GPU, else the CPU.
 
     Raises:
-        TrainingError: if the device is unknown or not there.
+        TrainingError: if the device is unknown or not present.
 
     Example:
         >>> device_for("cpu")

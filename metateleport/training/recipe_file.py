@@ -1,4 +1,4 @@
-"""Recipes in files: found by the name of a checkpoint, read from TOML or from a card."""
+"""Recipes in files: found by the name of a checkpoint, and read from TOML or from a card."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         The recipe.
 
     Raises:
-        TrainingError: if there is none.
-        SettingsError: if it cannot be; the message names the file and the setting.
+        TrainingError: if there is no recipe there.
+        SettingsError: if a setting is not allowed; the message names the file and the setting.
 
     Example:
         >>> load_recipe("digits").rule.kind
@@ -43,7 +43,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def recipe_name(name_or_path: str | Path) -> str:
-    """What a recipe is called: as its checkpoint, or as its file.
+    """The name of a recipe: that of its checkpoint, or of its file.
 
     Example:
         >>> recipe_name("checkpoints/digits/recipe.toml"), recipe_name("short.toml")

@@ -1,4 +1,4 @@
-"""What a meta-optimizer is scored by: the mean log loss along a whole horizon, over stacks of several settings."""
+"""The score of a meta-optimizer: the mean log loss along a whole horizon, over stacks with several settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Score", "dealt", "mean_openness", "priced", "score"]
 
 
 class Score(NamedTuple):
-    """A score, the price of teleports in it; and how far teleports and gauges were open, zero where there are none."""
+    """A score, which includes the price on teleports, and the mean openness of teleports; zero without teleports."""
 
     value: float
     openness: float
@@ -27,16 +27,16 @@ class Score(NamedTuple):
 def dealt(
     family: TaskFamily, outer: OuterSettings, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]
 ) -> Iterator[TaskStack]:
-    """Tasks dealt out to stacks, each with settings of its own.
+    """Distributes tasks over stacks, each with its own settings.
 
     Args:
-        family: where tasks come from.
-        outer: of the training, for dtype and device.
-        tasks: their number; what does not go into equal parts is left out.
+        family: the task family.
+        outer: the outer loop's settings, for dtype and device.
+        tasks: number of tasks; it is rounded down to equal parts.
         parts: number of stacks.
-        first: number of the first stack.
+        first: index of the first stack.
         split: `train` or `validation`.
-        seeds: of the settings that are varied, and of the tasks.
+        seeds: the seed of the varied settings, and the seed of the tasks.
 
     Yields:
         The stacks.
@@ -49,13 +49,13 @@ def dealt(
 
 
 def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: float) -> Score:
-    """Mean log loss along the horizon, with what teleports cost added; without a graph.
+    """Mean log loss along the horizon plus the price on teleports, without a graph.
 
     Args:
         meta: the meta-optimizer.
-        stacks: at the start of their tasks; they are moved along.
-        horizon: inner steps.
-        cost: the price of a teleport that is wide open.
+        stacks: the stacks at the start of their tasks; their parameters are changed.
+        horizon: number of inner steps.
+        cost: the price on a teleport that is wide open.
 
     Returns:
         The score.
@@ -79,7 +79,7 @@ def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: 
 
 
 def priced(loss: Tensor, opened: Tensor | None, cost: float) -> Tensor:
-    """The loss with what teleports cost added; itself, bit for bit, where they cost nothing.
+    """The loss plus the price on teleports; the loss itself, bit for bit, if the price is zero.
 
     Example:
         >>> priced(torch.tensor(-2.0), torch.tensor(0.5), cost=3.0)
@@ -89,7 +89,7 @@ def priced(loss: Tensor, opened: Tensor | None, cost: float) -> Tensor:
 
 
 def mean_openness(unroll: Unroll) -> Tensor | None:
-    """Over the steps and tasks of a window where it is finite; None where no group element is learned."""
+    """Mean openness over the steps and tasks of a window, finite values only; None if no group element is learned."""
     opened = unroll.openness
     if opened is None:
         return None
@@ -98,5 +98,5 @@ def mean_openness(unroll: Unroll) -> Tensor | None:
 
 
 def _bounded(losses: Tensor) -> Tensor:
-    """Log losses with what is not finite put far up, so that a diverged task spoils the score but leaves a number."""
+    """Log losses with a large number for those that are not finite: a diverged task gives a bad score, not a NaN."""
     return torch.nan_to_num(losses, 100.0, 100.0, -100.0).clamp_max(100.0)

@@ -1,4 +1,4 @@
-"""The first phase of a training: the constants that the networks start from, by an evolution strategy."""
+"""The first phase of a meta-training: an evolution strategy on the constants that the networks put out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SPREAD = 1.0
 """Standard deviation of the first round, in logits."""
 
 _DECAY = 0.9
-"""Of the spread, from round to round: the stacks of a round are few, and late rounds shall average over them."""
+"""Factor on the spread from round to round: late rounds average over the few stacks of each."""
 
 
 def constants(meta: MetaOptimizer) -> list[nn.Parameter]:
-    """What the networks put out before they have seen anything: the biases of their last layers.
+    """The constants that the networks put out: the biases of their last layers.
 
     Args:
         meta: the meta-optimizer.
 
     Returns:
-        The biases, a step's logits and each group's coefficients and gate; empty for a rule that learns nothing.
+        The biases: the step's logits, and each group's coefficients and gate. Empty for a rule that learns nothing.
 
     Example:
         >>> from metateleport.learned import MetaOptimizerConfig
@@ -39,23 +39,23 @@ def constants(meta: MetaOptimizer) -> list[nn.Parameter]:
 def search_round(meta: MetaOptimizer, score: Callable[[], float], number: int, seed: int) -> float:
     r"""One round of an evolution strategy on the constants; they are changed in place.
 
-    Of $\lambda$ candidates $\theta + \sigma \epsilon_i$, in mirrored pairs and scored on the same tasks, the better
-    half is averaged by rank,
+    It draws $\lambda$ candidates $\theta + \sigma \epsilon_i$ in mirrored pairs, scores them on the same tasks, and
+    averages the better half by rank,
 
     $$\theta \mapsto \theta + \sigma \sum_{i \le \lambda / 2} w_i \epsilon_{(i)}, \qquad
       w_i \propto \log(\tfrac{\lambda + 1}{2}) - \log i, \qquad \lambda \approx 4 + 3 \log d,$$
 
-    with $\sigma$ falling from round to round. A truncated window does not see what a constant does over the whole
-    horizon, and its gradient through an unstable inner loop says little; the score sees all of it, and needs no graph.
+    with $\sigma$ falling from round to round. A truncated window does not show the effect of a constant over the whole
+    horizon, and its gradient through an unstable inner loop says little; the score covers all of it without a graph.
 
     Args:
         meta: the meta-optimizer.
-        score: of the meta-optimizer as it is, on tasks that stay the same through a round; less is better.
-        number: of the round, from zero.
-        seed: of its candidates.
+        score: scores the meta-optimizer as it is, on the same tasks throughout a round; smaller is better.
+        number: number of the round, from zero.
+        seed: seed of the candidates.
 
     Returns:
-        The mean score of the candidates that were kept.
+        The mean score of the better half of the candidates.
 
     Raises:
         ValueError: if there are no constants.
@@ -75,7 +75,7 @@ def search_round(meta: MetaOptimizer, score: Callable[[], float], number: int, s
     """
     biases = constants(meta)
     if not biases:
-        raise ValueError("this meta-optimizer has no networks whose constants could be searched")
+        raise ValueError("this meta-optimizer learns nothing: it has no networks whose constants could be searched")
     start = nn.utils.parameters_to_vector(biases).detach().clone()
     pairs = max(2, round((4 + 3 * math.log(len(start))) / 2))
     source = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ def search_round(meta: MetaOptimizer, score: Callable[[], float], number: int, s
 
 
 def _put(vector: Tensor, biases: Sequence[nn.Parameter]) -> None:
-    """Copies: `vector_to_parameters` would leave the parameters as views of one vector."""
+    """Copies a vector into the biases; `vector_to_parameters` would make them views of one vector."""
     with torch.no_grad():
         for bias, values in zip(biases, vector.split([bias.numel() for bias in biases]), strict=True):
             bias.copy_(values.view_as(bias))

@@ -1,4 +1,4 @@
-"""A meta-optimizer over a stack of tasks, in the style of `torch.optim`: what `higher` makes differentiable."""
+"""A meta-optimizer over a stack of tasks as a `torch.optim` optimizer, which `higher` makes differentiable."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["StackOptimizer"]
 
 
 class StackOptimizer(torch.optim.Optimizer):
-    """A meta-optimizer over a `TaskStack`: the optimizer whose differentiable twin is registered with `higher`.
+    """A meta-optimizer over a `TaskStack`; its differentiable twin is registered with `higher`.
 
     Args:
         model: the stack.
         meta: the meta-optimizer.
         deterministic: whether every evaluation sees the same data.
-        teleporter: takes the place of the learned one (attribution).
+        teleporter: replaces the learned one (for attribution).
 
     Attributes:
         loop: the inner loop.
-        loss_known: whether the inner loop is told the losses. Without them nothing is taken back.
+        loss_known: whether the inner loop is told the losses. Without them no step is taken back.
         first_order: whether an unroll leaves the derivative of the inner gradients out of the meta-gradient.
 
     Example:
@@ -53,7 +53,7 @@ class StackOptimizer(torch.optim.Optimizer):
         """One step on every task.
 
         Args:
-            closure: returns what the stack gives with `probe=True`; no backward pass is needed.
+            closure: evaluates the stack with `probe=True` and returns the result; no backward pass is needed.
 
         Returns:
             The losses before the step, `(tasks,)`.
@@ -61,17 +61,17 @@ class StackOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: without a closure.
             TypeError: if the closure returns anything else, losses alone for example.
-            ValueError: if it runs another stack.
+            ValueError: if it evaluates another stack.
         """
         if closure is None:
-            raise RuntimeError("a stack's step needs a closure that returns what the stack gives with probe=True")
+            raise RuntimeError("the step of a stack needs a closure that returns stack(batch, probe=True)")
         with torch.enable_grad():
             given = closure()
         tensors = self.model.tensors()
         seen = ProbedLosses.checked(given, {name: tensors[name] for name in self.model.names})
         with torch.no_grad():
             point = seen.point(in_graph=False)
-            # Copies, as the point is remembered and the parameters are overwritten.
+            # Copied, because the point is kept while the parameters are overwritten.
             point = point.update({name: value.clone() for name, value in point.parameters.items()})
             self.model.load(self.loop.advance(point, self.loss_known).parameters)
         return seen.losses.detach()

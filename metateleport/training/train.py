@@ -1,4 +1,4 @@
-"""A whole meta-training run: the networks, their attribution twin without teleports, and the checkpoint."""
+"""A whole meta-training: the networks, those of the step alone for attribution, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _LOOKED_AT = 32
 
 
 class Interrupted(Exception):
-    """Training was interrupted and its state is saved; the message says where."""
+    """The training was interrupted and its state is saved; the message says where."""
 
 
 def resume_folder(out: str | Path) -> Path:
-    """Where the state of an unfinished training is kept, beside the checkpoint it will make."""
+    """The folder beside the final checkpoint where the state of an unfinished training is saved."""
     out = Path(out)
     return out.with_name(f"{out.name}.unfinished")
 
@@ -48,23 +48,23 @@ def train(
 ) -> Path:
     """Meta-trains and writes a checkpoint.
 
-    In a mode with a teleport a second meta-optimizer is trained by the same recipe without teleports, half of the
-    time each: what the learned result is attributed by (`learned/step-only`) ships in the same checkpoint.
+    In a mode with a teleport or a gauge a second meta-optimizer is trained by the same recipe without them, each for
+    half of the time. It is part of the checkpoint and the method `learned/step-only` of an evaluation's attribution.
 
     Args:
-        recipe: what is trained, on what and how.
+        recipe: the recipe.
         out: folder of the checkpoint.
-        resume: go on with a training that was interrupted; the recipe has to be the same.
-        report: called after every meta-step with the network's name, its progression and its share done.
-        command: the command that this run was started by, for the card.
+        resume: go on with an interrupted training; the recipe has to be the same.
+        report: called after every meta-step with the network's name, its progression and the share that is done.
+        command: the command that started this training, for the card.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        TrainingError: if settings cannot work, or there is nothing to resume, or it was started with other settings.
+        TrainingError: if settings cannot work, there is nothing to resume, or it was started with other settings.
         FamilyError: if the task family cannot be loaded.
-        Interrupted: after Ctrl-C, when the state has been saved.
+        Interrupted: after Ctrl-C, once the state is saved.
     """
     device_for(recipe.outer.device)
     family = load_family(recipe.family.name, recipe.family.settings)
@@ -90,7 +90,7 @@ def train(
 
 def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
     outer = recipe.outer
-    # A first stack: what cannot be evaluated is told before any work.
+    # A first stack, so that tasks that cannot be evaluated are reported before any work.
     family.stack([0], "train", outer.seed, outer.torch_dtype)
     groups = _groups(family, recipe)
     if not groups and (recipe.teleport or recipe.gauge):
@@ -116,7 +116,7 @@ def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
 
 
 def _groups(family: TaskFamily, recipe: Recipe) -> tuple[str, ...]:
-    """Names of the groups that the tasks of a training have, over the settings that it varies."""
+    """Names of the groups of the tasks' symmetries, over all settings that the training varies."""
     outer = recipe.outer
     families = [family, *(family.augmented(number, outer.seed) for number in range(_LOOKED_AT))]
     tasks = [each.task(0, "train", outer.seed, outer.torch_dtype) for each in dict.fromkeys(families)]
@@ -141,7 +141,7 @@ def _reporting(
 
 
 def first_difference(started: Recipe, wanted: Recipe) -> str | None:
-    """The first setting that a training was started with and that is another now, in words; the device may differ.
+    """A sentence on the first setting that differs from the one at the start; the device may differ.
 
     Example:
         >>> from metateleport.training import FamilySettings, OuterSettings
@@ -163,7 +163,7 @@ def _save(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> Non
             for part, snapshot in {name: trainer.boundary, f"{name}-kept": trainer.boundary.kept}.items():
                 if snapshot is not None:
                     save_file(snapshot.tensors, temporary / f"{part}.safetensors")
-                    # JSON knows no infinity; the score before the first validation is one.
+                    # JSON has no infinity, which is the score before the first validation.
                     best = min(snapshot.progression["best"], 1e300)
                     states[part] = {**snapshot.progression, "best": best}
         write_json(temporary / "state.json", {"recipe": recipe.table(), "progressions": states})

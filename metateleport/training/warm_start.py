@@ -1,4 +1,4 @@
-"""Meta-training that starts from the networks of a checkpoint."""
+"""Starting a meta-training from the networks of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _HEAD = "rule.head."
 
 
 def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
-    """The training to start from: the checkpoint's own of that meta-seed where it has one, else the one on top.
+    """The meta-seed of a checkpoint to start from: the one with the same seed if there is one, else the chosen one.
 
     Args:
         name_or_path: a folder, or the bare name of a shipped checkpoint.
-        seed: of the training that is to start.
+        seed: the seed of the training that starts.
 
     Returns:
         The checkpoint.
@@ -42,19 +42,19 @@ def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
 
 
 def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = False) -> None:
-    """Gives networks the weights of a checkpoint's.
+    """Copies the weights of a checkpoint's networks.
 
-    The two have to be of one shape, but for the groups, the bounds on teleports, the metric's memory, and for secants:
-    what a rule with secants has beyond one without, its trust in them, stays as it was. Where both cool down, they may
-    do so at different rates, and the `adaptive` update at any.
+    The two have to be of one shape. They may differ in the groups, `teleport.max_stretch`, `gauge.metric_memory`, and
+    in whether there are secants, whose additional output, the trust in them, is then left as it is. The rate of
+    `cooling` may differ if both rules have one; for the `adaptive` update it may be any.
 
     Args:
         meta: the networks; changed in place.
-        checkpoint: where the weights are from.
-        step_only: take those of the step alone.
+        checkpoint: the checkpoint.
+        step_only: copy the networks of the step alone.
 
     Raises:
-        TrainingError: if the checkpoint has no such networks, or they are of another shape.
+        TrainingError: if the checkpoint lacks these networks, or they are of another shape.
 
     Example:
         >>> checkpoint = warm_start_checkpoint("leaky_mlp", seed=0)
@@ -69,7 +69,7 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
     own_shape, its_shape = flattened(meta.config.table()), flattened(source.config.table())
     for key in dict.fromkeys((*own_shape, *its_shape)):
         wanted, there = own_shape.get(key), its_shape.get(key)
-        # Where the rate is learned on, networks without one have no output for it.
+        # If the rate is learned from a start value, networks without a rate have no output for it.
         constant = isinstance(meta.rule, AdaptiveRule)
         another_rate = key == "rule.cooling" and (constant or bool(wanted and there))
         if key not in _MAY_DIFFER and wanted != there and not another_rate:

@@ -178,7 +178,7 @@ def test_a_teleport_finds_the_exact_ones_alone() -> None:
     assert len(report.sizes) == 1
 
 
-def test_batch_forms_are_found_where_the_samples_are_few() -> None:
+def test_batch_pairs_are_found_where_the_samples_are_few() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2))
     few = mt.find_symmetries(model, x(4, 6))
     assert [(each.exactness, each.dimension) for each in few] == [("exact", 5), ("batch-exact", 25)]
@@ -214,7 +214,7 @@ def test_the_2024_form_is_found_through_any_activation_and_holds_on_its_batch_on
         assert float((model(fresh) - elsewhere).norm() / elsewhere.norm()) > 1e-4
 
 
-def test_batch_forms_through_functions_sequences_and_chains() -> None:
+def test_batch_pairs_through_functions_sequences_and_chains() -> None:
     def forward(m: Any, h: Tensor) -> Tensor:
         return m.c(nn.functional.gelu(m.b(torch.tanh(m.a(h))), approximate="tanh"))
 
@@ -228,7 +228,7 @@ def test_batch_forms_through_functions_sequences_and_chains() -> None:
 
 
 @pytest.mark.parametrize("between", [[nn.Softmax(-1)], [nn.Tanh(), nn.LayerNorm(8)], [nn.Tanh(), nn.Dropout(0.5)]])
-def test_batch_forms_need_one_activation_and_nothing_else(between: list[nn.Module]) -> None:
+def test_batch_pairs_need_one_activation_and_nothing_else(between: list[nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(6, 8), *between, nn.Linear(8, 2)).train()
     assert not [each for each in mt.find_symmetries(model, x(3, 6)) if each.exactness == "batch-exact"]
 

@@ -169,7 +169,7 @@ def test_lora_as_peft_builds_it() -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "inner"), [("vit", 2, 64), ("vgg11_bn", 2, 64), ("BERT", 2, 24), ("MiniLM", 6, 1536)]
 )
-def test_batch_forms_of_layers_wider_than_the_batch(name: str, layers: int, inner: int) -> None:
+def test_batch_pairs_of_layers_wider_than_the_batch(name: str, layers: int, inner: int) -> None:
     batch = [each for each in built(name)[2] if each.exactness == "batch-exact"]
     assert [(each.kind, each.dimension) for each in batch] == [("batch pair, 2024 form", inner**2)] * layers
     assert all(0 < each.drift <= 1e-6 for each in batch)

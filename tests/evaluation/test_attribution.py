@@ -37,15 +37,15 @@ from metateleport.teleporters import Teleporter
 TASKS, STEPS = 24, 20
 
 
-def result(factor: float, gauge: str = "none", speed: float = 1.0, noise: float = 0.05, seed: int = 0) -> Result:
+def result(factor: float, moves_by: str = "none", speed: float = 1.0, noise: float = 0.05, seed: int = 0) -> Result:
     """Loss `factor` times what every task has at its evaluation, half as much after each; one evaluation a second."""
     task = np.exp(np.random.default_rng(99).normal(size=(TASKS, 1)))
     spread = np.exp(noise * np.random.default_rng(seed).normal(size=(TASKS, 1)))
     along = 0.5 ** np.arange(STEPS + 1)
     loss = factor * task * spread * along
     seconds = np.arange(STEPS + 1) / speed
-    trajectory = Trajectory(loss, float(seconds[-1]), seconds, drift_max=None if gauge == "none" else 0.0)
-    return Result(trajectory, gauge != "none", {}, None, gauge)
+    trajectory = Trajectory(loss, float(seconds[-1]), seconds, drift_max=None if moves_by == "none" else 0.0)
+    return Result(trajectory, moves_by != "none", {}, None, moves_by)
 
 
 def named(results: dict[str, Result]) -> dict[str, Result]:
@@ -116,17 +116,17 @@ def test_it_says_in_words_what_the_teleport_brings(off: float, alone: float, ver
 
 
 @pytest.mark.parametrize(
-    ("gauge", "stays", "undone"),
+    ("moves_by", "stays", "undone"),
     [("stays", 5.0, "none"), ("undone", "none", 5.0), ("both", 3.0, 2.0), ("none", "none", "none")],
 )
-def test_what_stays_and_what_is_undone_are_kept_apart(gauge: str, stays: Any, undone: Any) -> None:
+def test_what_stays_and_what_is_undone_are_kept_apart(moves_by: str, stays: Any, undone: Any) -> None:
     each = found(
-        learned=result(1.0, gauge, noise=0),
+        learned=result(1.0, moves_by, noise=0),
         learned__teleport_off=result(5.0, noise=0),
         learned__stays_off=result(3.0, noise=0),
         learned__gauge_off=result(2.0, noise=0),
     )
-    assert each["gauge"] == gauge
+    assert each["gauge"] == moves_by
     for kind, expected in (("stays", stays), ("undone", undone)):
         brings = each["brings"][kind]
         ratio = brings if isinstance(brings, str) else brings["gradient_evaluations"][-1]["ratio"]

@@ -152,7 +152,7 @@ class TestSameForTheSame:
 
 
 class TestWords:
-    def entry(self, *intervals: tuple[float, float, float], gauge: str = "stays", lost: int = 0) -> Entry:
+    def entry(self, *intervals: tuple[float, float, float], moves_by: str = "stays", lost: int = 0) -> Entry:
         def method(ratios: list[dict[str, float]]) -> dict[str, Any]:
             beside = {"paired_ratios_to_learned": ratios} if ratios else {}
             return {"median_loss": {"12": 2.0, "30": 1.0}, "diverged": 0, "seconds": 1.0, **beside}
@@ -163,24 +163,24 @@ class TestWords:
         ]
         methods = {"learned": method([]), "learned/step-only": method(ratios), "adam": method(ratios)}
         methods["learned"]["diverged"] = lost
-        return Entry("t", {}, {"steps": 30, "tasks": 8, "methods": methods}, gauge, "a card")
+        return Entry("t", {}, {"steps": 30, "tasks": 8, "methods": methods}, moves_by, "a card")
 
     def test_what_helps_is_said_with_its_interval(self) -> None:
         said = found_in(self.entry((3, 2, 4), (5, 4, 6)))
         assert said[0].startswith("At 30 gradient evaluations the teleport divides the loss by 5 [4, 6] (a teleport")
-        assert said[1].endswith("is ahead of adam (12, 30).")
+        assert said[1].endswith("leave out 1, ahead of adam (12, 30).")
         assert said[-1] == "No run diverged."
 
     def test_what_brings_nothing_or_does_harm_is_said(self) -> None:
         assert "the teleport brings nothing here" in found_in(self.entry((1, 0.5, 2), (1.1, 0.9, 1.4)))[0]
         harm = found_in(self.entry((3, 2, 4), (0.5, 0.4, 0.6), lost=3))
         assert "At 30 gradient evaluations the teleport does harm here" in harm[0]
-        assert harm[1] == "Before that it is otherwise: at 12 the teleport divides the loss by 3 [2, 4]."
+        assert harm[1] == "Earlier the verdict differs: at 12 the teleport divides the loss by 3 [2, 4]."
         assert "behind adam (30)" in harm[2]
         assert harm[3] == "Diverged: learned on 3 of 8 tasks."
 
     def test_without_a_teleport_the_step_has_the_merit(self) -> None:
-        assert "it gains is the step's" in found_in(self.entry((3, 2, 4), (5, 4, 6), gauge="none"))[0]
+        assert "all gain is the step's" in found_in(self.entry((3, 2, 4), (5, 4, 6), moves_by="none"))[0]
 
 
 class TestCards:

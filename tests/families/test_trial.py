@@ -318,6 +318,6 @@ def test_evaluations_of_losses_below_zero_say_differences(tmp_path: Any) -> None
     table_of(report)
     plot(report, tmp_path / "plot.png")
     assert not any("paired_ratio_to_learned" in entry for entry in report["methods"].values())
-    assert "ratio of two says nothing" in " ".join(words_of(report))
+    assert "their ratios have no meaning" in " ".join(words_of(report))
     assert ratios_table_of(report) is None
     write_report(tmp_path / "report.json", report)

@@ -188,7 +188,7 @@ def test_the_gradient_after_a_teleport_is_the_one_evaluated_there() -> None:
     _afresh(TeleportingMAML(model, 0.3, Fixed()), mt.symmetries_of(model), Fixed(), 0.3)
 
 
-def test_batch_forms_rebuild_the_gradient_and_are_counted() -> None:
+def test_batch_pairs_rebuild_the_gradient_and_are_counted() -> None:
     with torch.random.fork_rng():
         model = nn.Sequential(
             nn.Linear(3, 7), nn.LeakyReLU(SLOPE), nn.Linear(7, 6), nn.LeakyReLU(SLOPE), nn.Linear(6, 3)

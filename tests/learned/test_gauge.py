@@ -379,7 +379,7 @@ def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> No
     assert np.array_equal(losses["gauge-off"], without)
     assert not np.allclose(losses["learned"], without)
     assert not np.allclose(losses["random"], losses["learned"])
-    assert [run.gauge for run in runs.values()] == ["undone", "none", "none", "undone"]
+    assert [run.moves_by for run in runs.values()] == ["undone", "none", "none", "undone"]
 
     seen: dict[str, list[Gauge]] = {}
     own = meta.step
@@ -399,12 +399,12 @@ def test_attribution_takes_the_gauges_away_or_draws_others_of_their_size() -> No
 
 def test_what_a_gauge_may_act_along() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 4), nn.Linear(4, 2))
-    batch_form, linear = BatchPair2022(model, "0", "2", model[1]), mt.LinearPair(model, "2", "3")
-    assert [each.kind for each in gauge_symmetries([batch_form, linear], linearised=True)] == [
+    batch_pair, linear = BatchPair2022(model, "0", "2", model[1]), mt.LinearPair(model, "2", "3")
+    assert [each.kind for each in gauge_symmetries([batch_pair, linear], linearised=True)] == [
         "linearised pair",
         "linear pair",
     ]
-    assert gauge_symmetries([batch_form, linear], linearised=False) == (linear,)
+    assert gauge_symmetries([batch_pair, linear], linearised=False) == (linear,)
     convolutions = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
     with pytest.raises(Unsuitable, match="convolution"):
         LinearisedPair(mt.Rescaling(convolutions, "0", "2"))

@@ -146,7 +146,7 @@ def test_one_model_is_a_stack_of_one(mode: str, kind: str) -> None:
 
 @pytest.mark.parametrize("problem", SQUARE, ids=str)
 def test_one_model_is_a_stack_of_one_on_chains(problem: Case) -> None:
-    """Below the second pair of a chain of batch forms the backward pass has to be rebuilt."""
+    """Below the second pair of a chain of batch pairs the backward pass has to be rebuilt."""
     meta = meta_optimizer("lr+tele")
     course, optimizer = single_run(problem, meta, steps=3)
     for ours, theirs in zip(course, stacked_run(problem, meta, 1, steps=3), strict=True):

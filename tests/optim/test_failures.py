@@ -160,7 +160,7 @@ def scripted(*values: float) -> tuple[Callable[[], float], list[float]]:
     return held_out, told
 
 
-def test_a_batch_form_that_harms_other_data_is_seen_at_once() -> None:
+def test_a_batch_pair_that_harms_other_data_is_seen_at_once() -> None:
     problem = case("2022 form").problem()
     others = [torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)]
 

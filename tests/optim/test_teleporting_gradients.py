@@ -120,7 +120,7 @@ def test_a_gradient_summed_over_batches_is_carried_by_exact_symmetries() -> None
         assert_close(carried, gradients(problem.model), 1e-10)
 
 
-def test_a_gradient_summed_over_batches_is_refused_by_batch_forms() -> None:
+def test_a_gradient_summed_over_batches_is_refused_by_batch_pairs() -> None:
     problem = case("2022 form").problem()
     optimizer = wrap(problem, frozen_steps(problem))
     for inputs in (case("2022 form").fresh_inputs(), problem.inputs):

@@ -19,10 +19,10 @@ import metateleport as mt
 from metateleport.optim import AtSteps, Every
 from metateleport.papers.experiments import ExperimentError, ExperimentResult, load_experiment
 from metateleport.papers.experiments._optimizers_claims import REGIMES, along, claims
+from metateleport.papers.experiments.contenders import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.courses import follow
 from metateleport.papers.experiments.intervals import bootstrap, median_interval
 from metateleport.papers.experiments.optimizers import FAMILIES, Optimizers
-from metateleport.papers.experiments.recipes import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.ways import ONCE, PLAIN, THRICE, WHEN, Method, batch_pairs, rescalings
 from metateleport.teleporters import LevelSetTeleporter, TrustRegion
 
@@ -267,12 +267,12 @@ def test_a_teleport_between_steps_keeps_its_loss_and_starts_the_optimizer_anew()
     task, step = small_task(), 3
     batches = [task.batch(number) for number in range(step + 1)]
     method = Method(lambda _: LevelSetTeleporter(steps=3), schedule=AtSteps([step]))
-    recipe = OPTIMIZERS["adam"]
-    course = follow(task, task.training, batches, recipe, 1e-2, method, [0, step, step + 1])
+    contender = OPTIMIZERS["adam"]
+    course = follow(task, task.training, batches, contender, 1e-2, method, [0, step, step + 1])
     assert course.moved == 1
     assert course.growth > 1
     other = small_task()
-    optimizer = recipe.make(other.model, 1e-2)
+    optimizer = contender.make(other.model, 1e-2)
     for number in range(step + 1):
         inputs, targets = batches[number]
         if number == step:
@@ -280,7 +280,7 @@ def test_a_teleport_between_steps_keeps_its_loss_and_starts_the_optimizer_anew()
                 other.model, LevelSetTeleporter(steps=3), inputs, lambda out: other.loss(out, *batches[step][1])
             )
             assert report.loss_after == pytest.approx(report.loss_before)
-            optimizer = recipe.make(other.model, 1e-2)
+            optimizer = contender.make(other.model, 1e-2)
         optimizer.zero_grad()
         other.loss(other.model(*inputs), *targets).backward()
         optimizer.step()

@@ -19,7 +19,7 @@ BATCH = [each for each in CASES if not each.exact]
 
 
 @pytest.mark.parametrize("case", BATCH, ids=str)
-def test_batch_forms_do_not_hold_elsewhere(case: Case) -> None:
+def test_batch_pairs_do_not_hold_elsewhere(case: Case) -> None:
     problem, inputs = case.problem(), case.fresh_inputs()
     arrived = moved(case, problem.point())
     assert relative(problem.outputs(arrived.parameters, inputs), problem.outputs(inputs=inputs)) > 1e-3
@@ -35,7 +35,7 @@ def test_the_2024_form_has_no_group_law_below_its_width() -> None:
 
 
 @pytest.mark.parametrize("case", BATCH, ids=str)
-def test_gradients_below_a_batch_form_are_differentiable_in_the_element(case: Case) -> None:
+def test_gradients_below_a_batch_pair_are_differentiable_in_the_element(case: Case) -> None:
     problem = case.problem()
     start = problem.point()
     symmetry = problem.symmetries[-1]
@@ -74,7 +74,7 @@ def test_a_rank_is_full_as_long_as_a_quarter_of_the_digits_is_left(power: float,
     assert bool(symmetry.holds(point)) is (power < 0.75)
 
 
-def test_conditions_of_the_batch_forms() -> None:
+def test_conditions_of_the_batch_pairs() -> None:
     for name, width in (("2022 form", 6), ("2024 form", 7)):
         build = case(name)
         problem = build.problem()

@@ -1,4 +1,4 @@
-"""What is evaluated: the learned optimizer with its attribution, and its rivals."""
+"""The methods of an evaluation: the learned optimizer with its attribution, and its rivals."""
 
 from metateleport.evaluation.methods.first_order import FirstOrder
 from metateleport.evaluation.methods.gauss_newton import GaussNewton

@@ -18,11 +18,11 @@ __all__ = ["RIVALS", "FirstOrder"]
 class FirstOrder(Method):
     """An elementwise optimizer of `torch.optim`, run on the stacked parameters.
 
-    Every coordinate is treated alone, so that a stack takes the steps that each task would take by itself.
+    Every coordinate is updated independently, so a stack takes the same steps as each task alone.
 
     Args:
-        name: of the method.
-        optimizer: makes the optimizer from the parameters and the settings.
+        name: name of the method.
+        optimizer: makes the optimizer, called with the parameters and the settings.
         settings: keyword arguments of `optimizer`.
 
     Example:
@@ -40,15 +40,15 @@ class FirstOrder(Method):
         return {**super().identity(), "optimizer": getattr(self.optimizer, "__qualname__", repr(self.optimizer))}
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = copy.deepcopy(stack)
-        optimizer = self.optimizer(model.parameters(), **self.settings)
+        own = copy.deepcopy(stack)
+        optimizer = self.optimizer(own.parameters(), **self.settings)
         recorder = Recorder(stack, budget)
         for step in range(budget):
             optimizer.zero_grad()
-            model(stack.batch(step)).sum().backward()
+            own(stack.batch(step)).sum().backward()
             optimizer.step()
             recorder.charge(1.0)
-            recorder.record(model.tensors())
+            recorder.record(own.tensors())
         return recorder.trajectory()
 
 

@@ -1,4 +1,4 @@
-"""Gauss-Newton, damped: what the same linear algebra buys without teleportation."""
+"""Damped Gauss-Newton: a reference with similar linear algebra and no teleport."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["RIVALS", "GaussNewton"]
 
 
 class GaussNewton(Method):
-    r"""Levenberg-Marquardt with the generalised Gauss-Newton matrix, for small problems, one batch a step.
+    r"""Levenberg-Marquardt with the generalised Gauss-Newton matrix, for small problems, with one batch per step.
 
     $$d = -(J^\top H J + \mu 1)^{-1} J^\top \nabla_z L, \qquad H = \nabla^2_z L,$$
 
     with $z$ the outputs and $J$ their Jacobian. A step that lowers the loss on its batch is taken and divides $\mu$
-    by 3; another one is not, and multiplies $\mu$ by 4. On data that does not change the Jacobian is then kept.
+    by 3. Any other step is not taken and multiplies $\mu$ by 4; on full batches the Jacobian is then reused.
 
-    What a Jacobian costs is counted by its multiplications, over those of a gradient; each trial of a step is a
-    forward pass, a third. Models have to treat their samples one by one.
+    The cost of a Jacobian is its number of multiplications over that of a gradient. Each trial of a step is a forward
+    pass, a third of a gradient evaluation. Models have to treat samples independently.
 
     Args:
-        lr: length of the step, 1 for the full one.
-        damping: $\mu$ at the start, over the mean of the diagonal of $J^\top H J$.
+        lr: factor on the step, 1 for the full step.
+        damping: $\mu$ at the start, relative to the mean of the diagonal of $J^\top H J$.
 
     Source: Nocedal and Wright, Numerical Optimization, section 10.3; Martens, JMLR 2020 (arXiv 1412.1193), section 8.
     """
@@ -39,11 +39,10 @@ class GaussNewton(Method):
         self.lr, self.damping = lr, damping
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack
-        tensors = {name: value.detach() for name, value in model.tensors().items()}
+        tensors = {name: value.detach() for name, value in stack.tensors().items()}
         count = len(stack)
         recorder = Recorder(stack, budget)
-        price = jacobian_cost(model, tensors, stack.batch(0))
+        price = jacobian_cost(stack, tensors, stack.batch(0))
         damping = torch.full((count,), self.damping, device=stack.device, dtype=next(iter(tensors.values())).dtype)
         known: _System | None = None
         fresh = torch.ones(count, dtype=torch.bool, device=stack.device)
@@ -53,11 +52,11 @@ class GaussNewton(Method):
                 batch = stack.batch(number)
                 if bool(fresh.any()):
                     recorder.charge(torch.where(fresh, price, 0.0))
-                    known = _System.at(model, tensors, batch, fresh, known)
+                    known = _System.at(stack, tensors, batch, fresh, known)
                 assert known is not None
                 step = known.step(damping)
                 trial = {name: value + self.lr * step[name] for name, value in tensors.items()}
-                after = model.losses_at(trial, batch)
+                after = stack.losses_at(trial, batch)
                 recorder.charge(1 / 3)
                 better = after < known.losses
                 tensors = {name: where(better, trial[name], value) for name, value in tensors.items()}
@@ -80,42 +79,42 @@ RIVALS = (
 )
 
 
-def jacobian_cost(model: TaskStack, tensors: Tensors, batch: Batch) -> float:
-    """Multiplications of the Jacobian of the outputs, over those of one gradient of the loss.
+def jacobian_cost(stack: TaskStack, tensors: Tensors, batch: Batch) -> float:
+    """Multiplications of the Jacobian of the outputs, relative to those of one gradient of the loss.
 
     At least one: a Jacobian contains the gradient.
 
     Raises:
-        EvaluationError: if the model does not give the Jacobian of every sample by itself.
+        EvaluationError: if the model cannot be differentiated for single samples.
     """
-    (inputs, targets), template = batch, model.template
+    (inputs, targets), template = batch, stack.template
     one = {name: value[0].detach() for name, value in tensors.items()}
-    fixed = {name: value[0] for name, value in model.fixed().items()}
+    fixed = {name: value[0] for name, value in stack.fixed().items()}
     given, wanted = tuple(value[0] for value in inputs), tuple(value[0] for value in targets)
 
     def loss(values: Tensors) -> Tensor:
-        return model.loss(torch.func.functional_call(template, {**fixed, **values}, given), *wanted)
+        return stack.loss(torch.func.functional_call(template, {**fixed, **values}, given), *wanted)
 
     counts = []
-    for function in (lambda: torch.func.grad(loss)(one), lambda: _jacobian(model, one, fixed, given)):
+    for function in (lambda: torch.func.grad(loss)(one), lambda: _jacobian(stack, one, fixed, given)):
         with FlopCounterMode(display=False) as counter, torch.enable_grad():
             try:
                 function()
             except Exception as error:
                 raise EvaluationError(
-                    "gauss-newton differentiates the outputs of every sample by itself, and the tasks' model does not "
-                    f"give that ({type(error).__name__}: {str(error)[:120]}): leave gauss-newton out of --methods"
+                    "gauss-newton differentiates the outputs of every sample by itself, which the tasks' model does "
+                    f"not allow ({type(error).__name__}: {str(error)[:120]}): leave gauss-newton out of --methods"
                 ) from error
         counts.append(counter.get_total_flops())
     return max(counts[1] / max(counts[0], 1), 1.0)
 
 
-def _jacobian(model: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
-    """Derivatives of every output of every sample by every parameter, `(samples, outputs, *parameter)`."""
+def _jacobian(stack: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...]) -> Tensors:
+    """Derivatives of every sample's outputs with respect to every parameter, `(samples, outputs, *parameter)`."""
 
     def single(parameters: Tensors, sample: tuple[Tensor, ...]) -> Tensor:
         inputs = tuple(each.unsqueeze(0) for each in sample)
-        return torch.func.functional_call(model.template, {**fixed, **parameters}, inputs).flatten()
+        return torch.func.functional_call(stack.template, {**fixed, **parameters}, inputs).flatten()
 
     return torch.func.vmap(torch.func.jacrev(single), (None, 0))(values, given)
 
@@ -134,10 +133,10 @@ class _System:
         self.factors, self.rights, self.losses, self.shapes = factors, rights, losses, shapes
 
     @classmethod
-    def at(cls, model: TaskStack, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
-        """The systems at some parameters, those of tasks where `where` is false as they are known.
+    def at(cls, stack: TaskStack, tensors: Tensors, batch: Batch, where: Tensor, known: _System | None) -> _System:
+        """The systems at new parameters; tasks where `where` is false keep their known system.
 
-        Tasks are gone through one by one, to keep the memory small.
+        The tasks are computed one by one, to save memory.
         """
         parts = []
         for task, wanted in enumerate(where.tolist()):
@@ -146,22 +145,22 @@ class _System:
                 continue
             values = {name: value[task] for name, value in tensors.items()}
             given, targets = (tuple(value[task] for value in part) for part in batch)
-            fixed = {name: value[task] for name, value in model.fixed().items()}
-            parts.append(cls._of_one(model, values, fixed, given, targets))
+            fixed = {name: value[task] for name, value in stack.fixed().items()}
+            parts.append(cls._of_one(stack, values, fixed, given, targets))
         factors, rights, losses = (torch.stack(each) for each in zip(*parts, strict=True))
         return cls(factors, rights, losses, {name: value.shape[1:] for name, value in tensors.items()})
 
     @staticmethod
     def _of_one(
-        model: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+        stack: TaskStack, values: Tensors, fixed: Tensors, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = torch.func.functional_call(model.template, {**fixed, **values}, given)
+        outputs = torch.func.functional_call(stack.template, {**fixed, **values}, given)
 
         def loss(flat: Tensor) -> Tensor:
-            return model.loss(flat.reshape(outputs.shape), *wanted)
+            return stack.loss(flat.reshape(outputs.shape), *wanted)
 
         jacobian = torch.cat(
-            [value.reshape(outputs.numel(), -1) for value in _jacobian(model, values, fixed, given).values()], 1
+            [value.reshape(outputs.numel(), -1) for value in _jacobian(stack, values, fixed, given).values()], 1
         )
         flat = outputs.flatten()
         slope = torch.func.grad(loss)(flat)

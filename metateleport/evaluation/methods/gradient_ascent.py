@@ -1,4 +1,4 @@
-"""Gradient descent that teleports by gradient ascent, as the source papers do."""
+"""Gradient descent with teleports by gradient ascent, as in the source papers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ SCHEDULES: dict[str, Callable[[int], bool]] = {
     "once, before step 0": lambda step: step == 0,
     "before every 10th step": lambda step: step % 10 == 0,
 }
-"""When gradient ascent teleports, by name: from the number of the step to whether it teleports before it."""
+"""Schedules by name: a function of the step's number that says whether to teleport before the step."""
 
 
 class GradientAscent(Method):
-    r"""Gradient descent that teleports by gradient ascent on the squared gradient norm, as in the source papers.
+    r"""Gradient descent with teleports by gradient ascent on the squared gradient norm, as in the source papers.
 
-    A teleport of n ascent steps costs what they evaluate, as counted by its moves; the gradient is carried along,
-    so the step after it needs no second one.
+    A teleport costs the gradient evaluations of its ascent steps. The gradient is carried along, so the step after the
+    teleport needs no new one.
 
     Args:
         lr: step size of gradient descent.
         schedule: when to teleport, a key of `SCHEDULES`.
         ascent_steps: steps of each ascent.
-        size: largest Frobenius norm of the generator; each ascent step is `size / ascent_steps` long at first.
+        size: largest Frobenius norm of the generator; the first length of an ascent step is `size / ascent_steps`.
 
     Source: Zhao et al., NeurIPS 2022 (arXiv 2205.10637), algorithm 1.
     """
 
     teleports = True
-    gauge = "stays"
+    moves_by = "stays"
 
     def __init__(
         self, lr: float, schedule: str = "once, before step 0", ascent_steps: int = 10, size: float = 1.0
@@ -50,15 +50,14 @@ class GradientAscent(Method):
         self.teleporter = GradientAscentTeleporter(steps=ascent_steps, step_size=size / ascent_steps, cap=size)
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
-        model = stack
-        parameters = {name: value.detach() for name, value in model.tensors().items()}
+        parameters = {name: value.detach() for name, value in stack.tensors().items()}
         recorder = Recorder(stack, budget)
         lost = torch.zeros(len(stack), dtype=torch.bool, device=stack.device)
         start: Tensor | None = None
         step, state = 0, None
         while bool(recorder.affords().any()):
             batch = stack.batch(step)
-            point = model.point_at(parameters, batch)
+            point = stack.point_at(parameters, batch)
             recorder.charge(1.0)
             assert point.loss is not None
             start = point.loss if start is None else start
@@ -70,7 +69,7 @@ class GradientAscent(Method):
                 recorder.drift(point.parameters, arrived.parameters, batch, where=~lost)
                 point = arrived
                 if arrived.stale:
-                    point = model.point_at(arrived.parameters, batch)
+                    point = stack.point_at(arrived.parameters, batch)
                     recorder.charge(1.0)
             stepped = {
                 name: value.detach() - self.lr * point.gradients[name] for name, value in point.parameters.items()

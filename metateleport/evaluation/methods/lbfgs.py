@@ -1,4 +1,4 @@
-"""L-BFGS as torch has it, with a strong Wolfe line search, every evaluation counted."""
+"""torch's L-BFGS with a strong Wolfe line search; every evaluation is counted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["LBFGS", "RIVALS"]
 class LBFGS(Method):
     """`torch.optim.LBFGS` with strong Wolfe line search, task by task.
 
-    Its points are recorded when the line search has accepted them, at all that it has evaluated by then. On
-    minibatches each iteration stays on one batch.
+    A point is recorded once the line search has accepted it, at the number of evaluations spent by then. On minibatches
+    each iteration uses one batch.
 
     Args:
-        lr: length of the first trial of each line search; the default is the textbook's.
-        history_size: pairs of steps and gradient differences that are kept.
+        lr: length of the first trial of each line search; 1 is the textbook's choice.
+        history_size: number of pairs of steps and gradient differences that are kept.
 
     Example:
         >>> LBFGS(lr=1.0).name
@@ -53,9 +53,8 @@ class LBFGS(Method):
 class _Solver:
     """One task under L-BFGS, one iteration at a time.
 
-    torch evaluates the start of every call again. On data that does not change this is the point that the last line
-    search ended at: its loss and gradient are remembered, so that single iterations evaluate exactly what one long
-    call would.
+    torch evaluates the start of every call again. On full batches that is the point where the last line search ended,
+    so its loss and gradient are reused: single iterations evaluate exactly what one long call would.
     """
 
     def __init__(self, task: Task, device: torch.device, lr: float, history_size: int) -> None:
@@ -66,7 +65,7 @@ class _Solver:
             [value for value in self.parameters.values() if value.requires_grad],
             lr=lr,
             max_iter=1,
-            # Newer versions of torch end a line search at what is left of this; older ones always after 25 trials.
+            # Newer versions of torch end a line search at the rest of this number; older ones always after 25 trials.
             max_eval=26,
             tolerance_grad=0.0,
             tolerance_change=0.0,
@@ -79,7 +78,7 @@ class _Solver:
         self._batch: Batch | None = None
 
     def iterate(self) -> int:
-        """One iteration; the number of evaluations it made, zero where the search has ended."""
+        """Takes one iteration; returns its number of evaluations, zero if the search has ended."""
         if self.ended:
             return 0
         fixed = self.task.batch_size is None
@@ -125,5 +124,5 @@ class _Solver:
         return loss.detach(), gradients
 
 
-# Its line search finds the length; lr is only the first trial's.
+# The line search finds the length; lr is only that of its first trial.
 RIVALS = (Rival("lbfgs", LBFGS, Lattice(-1, 0), tasks=8),)

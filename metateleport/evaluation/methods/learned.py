@@ -1,4 +1,4 @@
-"""The learned optimizer in an evaluation, and what its result is attributed by."""
+"""The learned optimizer in an evaluation, and the runs of its attribution."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ATTRIBUTIONS = (
     "learned/random-teleport",
     "learned/step-only",
 )
-"""Runs that stand beside every learned result: what remains without the teleport, or with another."""
+"""The runs of the attribution: without the teleport, with random elements, and with the step alone."""
 
 Kind = Literal["learned", "off", "stays-off", "gauge-off", "random"]
 
 
 @dataclasses.dataclass
 class _Sizes:
-    """Frobenius norms of the generators of one step, by what was moved."""
+    """Frobenius norms of the generators of one step, by symmetry and by gauge."""
 
     stays: dict[str, Tensor]
     gauges: dict[tuple[str, str], Tensor]
@@ -45,15 +45,15 @@ class _Sizes:
 class Learned(Method):
     """A meta-optimizer on a stack of tasks.
 
-    A point counts as reached when the evaluation at it has been paid for and it was accepted: the learned optimizer
-    may take its last step back, so a step that has not been looked at yet is not credited.
+    A point is recorded once it was evaluated and accepted. The learned optimizer may take its last step back, so a step
+    that was not evaluated yet is not recorded.
 
     Args:
-        name: of the method.
+        name: name of the method.
         meta: the meta-optimizer.
-        teleport: `learned`; `off` for g = 1 with the same networks; `stays-off` and `gauge-off` for that of one
-            alone; `random` for elements of the same Frobenius norm at the same steps.
-        seed: seeds the random elements.
+        teleport: `learned`; `off` for g = 1 with the same networks; `stays-off` or `gauge-off` for g = 1 in one of the
+            two alone; `random` for random elements of the same Frobenius norm at the same steps.
+        seed: seed of the random elements.
     """
 
     def __init__(self, name: str, meta: MetaOptimizer, teleport: Kind = "learned", seed: int = 0) -> None:
@@ -62,7 +62,7 @@ class Learned(Method):
         stays = meta.teleporter is not None and teleport not in ("off", "stays-off")
         undone = meta.gauge is not None and teleport not in ("off", "gauge-off")
         self.teleports = stays or undone  # type: ignore[misc]
-        self.gauge = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
+        self.moves_by = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
             (stays, undone), "none"
         )
 
@@ -122,7 +122,7 @@ class Learned(Method):
 
 
 class _SameSizes(Teleporter):
-    """Random directions, of the sizes that another run's teleports had at the same steps."""
+    """A teleporter of random directions, with the sizes that another run's teleports had at the same steps."""
 
     name = "random"
 
@@ -141,7 +141,7 @@ class _SameSizes(Teleporter):
 
 
 class _SameGauges:
-    """Random gauges, of the sizes that another run's had at the same steps."""
+    """Random gauges, with the sizes that another run's gauges had at the same steps."""
 
     def __init__(self, sizes: list[_Sizes], source: torch.Generator) -> None:
         self.sizes, self.source, self.step = sizes, source, 0
@@ -164,11 +164,11 @@ def _place(gauge: Gauge) -> tuple[str, str]:
 
 
 def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None, seed: int = 0) -> list[Learned]:
-    """The learned optimizer of a checkpoint, and those of its attributions that its mode allows.
+    """The learned optimizer of a checkpoint, and the runs of its attribution that its mode has.
 
     Args:
         checkpoint: the checkpoint.
-        wanted: names to make; all if not given.
+        wanted: names of the methods; all if not given.
         seed: seeds the random elements.
     """
     made = [Learned("learned", checkpoint.learned)]

@@ -1,4 +1,4 @@
-"""The rivals that a learned optimizer is held against: a file of this folder each, and a line here."""
+"""The rivals that a learned optimizer is compared with: each has a file in this folder and a line here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILES = (
     "gauss_newton",
     "soap",
 )
-"""Files of this folder, each with a tuple `RIVALS`, in the order of tables."""
+"""Files of this folder, each with a tuple `RIVALS`, in the order in which tables list the rivals."""
 
 
 def _registered() -> dict[str, Rival]:
@@ -25,10 +25,10 @@ def _registered() -> dict[str, Rival]:
 
 
 RIVALS: dict[str, Rival] = _registered()
-"""By method name."""
+"""All rivals by name."""
 
 BASELINES: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if not rival.on_request}
-"""Those that run where no names are given."""
+"""The rivals that run if no names are given."""
 
 REFERENCES: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if rival.on_request}
-"""Those that run where they are asked for by name: they take long, or need a further package."""
+"""The rivals that run only if they are asked for by name: they take long, or need a further package."""

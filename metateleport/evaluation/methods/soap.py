@@ -1,4 +1,4 @@
-"""Optimizers that look at whole matrices, one for every task of a stack: SOAP."""
+"""Optimizers that use whole matrices, with one optimizer for every task of a stack: SOAP."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["RIVALS", "PerTask", "soap"]
 
 
 class PerTask(Method):
-    """An optimizer that looks at whole matrices: every task of a stack has one of its own.
+    """An optimizer that uses whole matrices; every task of a stack has an optimizer of its own.
 
-    A task whose parameters are not finite stays where it was.
+    A task whose gradients are not finite stays where it is.
 
     Args:
-        name: of the method.
-        optimizer: makes an optimizer from one task's parameters and the settings.
+        name: name of the method.
+        optimizer: makes an optimizer, called with one task's parameters and the settings.
         settings: keyword arguments of `optimizer`.
 
     Example:

@@ -1,4 +1,4 @@
-"""Gradient descent behind the whitening teleporter: the hand-designed method that a learned teleport has to beat."""
+"""Gradient descent with whitening teleports: the hand-designed method that a learned teleport has to beat."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "features, upper layers": ("features", "upper"),
     "balanced": ("balanced", "all"),
 }
-"""By name: the side that a teleport whitens, or `undone` for a gauge per tensor; and the tensors that a step moves."""
+"""By name: the side that a teleport whitens, or `undone` for a gauge; and which tensors a step moves."""
 
 
 class Whitening(Method):
     r"""Gradient descent that teleports to a whitening element before every step.
 
-    The variants: `features` whitens what the upper layer of each pair sees; `balanced` makes both factors alike;
-    `alternating` whitens the lower side and steps the upper layers, then the reverse; `gauge per tensor` steps each
-    tensor in the gauge that suits it and undoes the gauge, so that it never moves along the orbit (for linear pairs
-    that is ScaledGD); `gauges in turn` does so with the upper layers at one step and the lower ones at the next. Where
-    only `upper layers` are named, the others stay as the teleport leaves them.
+    Variants: `features` whitens the inputs of the upper layer of each pair; `balanced` makes both factors alike;
+    `alternating` whitens the lower side and steps the upper layers, then the reverse. `gauge per tensor` steps each
+    tensor in its whitening gauge and undoes the gauge, so that the model does not move along its orbit (for linear
+    pairs that is ScaledGD); `gauges in turn` does so for the upper layers at one step and for the lower ones at the
+    next. In variants that name the upper layers, only the teleport moves the lower ones.
 
-    Gradients are carried along where they are covectors, and what is rebuilt is counted. Tensors that no symmetry moves
-    take the same step.
+    Gradients are carried along as covectors or rebuilt, and rebuilding is counted. Tensors that no symmetry moves take
+    the same step.
 
     Args:
-        lr: step size; a factor on the inverse of the layer's smooth curvature bound, if relative.
+        lr: step size; if `relative`, a factor on the inverse of the layer's smooth curvature bound.
         variant: one of `VARIANTS`.
-        relative: whether the step is relative to the curvature bound; tensors without one take Polyak's step
-            $L / |\nabla L|^2$ in its place.
-        damping: of the teleporter, relative to the largest eigenvalue.
+        relative: whether the step is relative to the curvature bound; tensors without a bound then take Polyak's step
+            $L / |\nabla L|^2$.
+        damping: the teleporter's damping, relative to the largest eigenvalue.
 
     Raises:
         ValueError: if the variant is unknown.
@@ -68,7 +68,7 @@ class Whitening(Method):
         super().__init__("whitening", {"lr": lr, "variant": variant, "relative": relative, "damping": damping})
         self.lr, self.variant, self.relative, self.damping = lr, variant, relative, damping
         self.side, self.stepped = VARIANTS[variant]
-        self.gauge = "undone" if self.side == "undone" else "stays"
+        self.moves_by = "undone" if self.side == "undone" else "stays"
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
         parameters = {name: value.detach() for name, value in stack.tensors().items()}
@@ -110,7 +110,7 @@ class Whitening(Method):
         return recorder.trajectory()
 
     def _names(self, number: int, names: list[str], symmetries: tuple[Symmetry, ...]) -> Names:
-        """The tensors that a step moves: all, or those of one side and what no symmetry moves."""
+        """The tensors that a step moves: all, or those of one side and those that no symmetry moves."""
         if self.stepped == "all":
             return tuple(names)
         sides = [(name, each.side(name)) for each in symmetries for name in each.parameters]

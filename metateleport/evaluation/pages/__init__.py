@@ -1,4 +1,4 @@
-"""Pages of results, written from cards and from the JSON of evaluations alone."""
+"""Pages of results, written from checkpoints' cards and from the JSON files of evaluations."""
 
 from metateleport.evaluation.pages.entry import Entry
 from metateleport.evaluation.pages.write import Written, write_pages

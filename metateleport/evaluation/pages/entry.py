@@ -1,4 +1,4 @@
-"""One evaluation as pages show it, whether a card or a JSON file has it."""
+"""One evaluation as pages show it, read from a card or from a JSON file."""
 
 from __future__ import annotations
 
@@ -19,61 +19,61 @@ from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.words import ABLATED, AGAINST, KINDS, interval
 from metateleport.families import TRAINING_LOSS
 
-__all__ = ["Entry", "entries_of", "gauge_of", "read_report", "text"]
+__all__ = ["Entry", "entries_of", "moves_by_of", "read_report", "text"]
 
 _KEY = re.compile(r"(?P<name>[^(]+)\((?P<settings>.*)\), \d+ gradient evaluations(, parts of the basis left out)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One evaluation: figures at the marks, ratios, conditions.
+    """One evaluation: medians at the marks, ratios and conditions.
 
     Args:
         task: name of the task family.
-        settings: its settings, as text.
-        result: what `metateleport.evaluation.card.result_of` gives, with the `command` where one is known.
-        gauge: how the learned method uses group elements: `stays`, `undone`, `both` or `none`.
-        source: where it was read, for people.
-        report: the whole report, where there is one.
+        settings: the family's settings, as text.
+        result: a result in the form of `metateleport.evaluation.card.result_of`, with its `command` if it is known.
+        moves_by: how the learned method uses group elements: `stays`, `undone`, `both` or `none`.
+        source: where the evaluation was read from, in words.
+        report: the whole report, if it was read from a JSON file.
     """
 
     task: str
     settings: Mapping[str, str]
     result: Mapping[str, Any]
-    gauge: str
+    moves_by: str
     source: str
     report: Mapping[str, Any] | None = None
 
     @property
     def steps(self) -> int:
-        """Gradient evaluations that each method could spend."""
+        """The budget: gradient evaluations that each method could spend on each task."""
         return int(self.result["steps"])
 
     @property
     def marks(self) -> list[int]:
-        """Where there are figures."""
+        """The numbers of gradient evaluations at which there are figures."""
         return marks(self.steps)
 
     @property
     def measure(self) -> str:
-        """What tasks are judged by."""
+        """Name of the measure that tasks are judged by."""
         return str(self.result.get("measure", TRAINING_LOSS))
 
     @property
     def methods(self) -> Mapping[str, Any]:
-        """By name what each did."""
+        """The results by method name."""
         methods: Mapping[str, Any] = self.result["methods"]
         return methods
 
     @property
     def seeds(self) -> Sequence[Mapping[str, Any]]:
-        """What each meta-seed did; empty where there is but one."""
+        """The results of each meta-seed; empty if there is only one."""
         seeds: Sequence[Mapping[str, Any]] = self.result.get("meta_seeds", {}).get("seeds", ())
         return seeds
 
     @property
     def attributed(self) -> bool:
-        """Whether anything stands beside the learned method that its result is attributed by."""
+        """Whether runs of the attribution are among the methods."""
         return any(name in AGAINST and not self._rival(name) for name in self.methods) and not self.parts
 
     @property
@@ -86,14 +86,14 @@ class Entry:
         return float(self.methods[method]["median_loss"][str(mark)])
 
     def of_seeds(self, method: str, mark: int) -> list[float]:
-        """A learned method's medians at a mark, of every meta-seed; empty where there is but one."""
+        """A learned method's medians at a mark, for every meta-seed; empty if there is only one."""
         return [float(each["methods"][method]["median_loss"][str(mark)]) for each in self.seeds]
 
     def compared(self, names: Sequence[str]) -> dict[str, Any]:
-        """By method the ratios to the learned one, in the form of `metateleport.evaluation.compared.compared`.
+        """The ratios to the learned method by name, in the form of `metateleport.evaluation.compared.compared`.
 
         Args:
-            names: of the methods that are wanted; those without ratios are left out.
+            names: names of the methods; those without ratios are left out.
         """
         over = self.result.get("meta_seeds", {}).get("ratios_to_learned", {})
         found = {}
@@ -110,12 +110,12 @@ class Entry:
 
     @property
     def against(self) -> dict[str, Any]:
-        """The ratios of the learned runs that the result is attributed by."""
+        """The ratios of the runs of the attribution."""
         return self.compared([name for name in self.methods if name in AGAINST and not self._rival(name)])
 
     @property
     def rivals(self) -> dict[str, Any]:
-        """The ratios of the other methods, teleports by hand among them."""
+        """The ratios of the rivals, hand-designed teleports included."""
         return self.compared([name for name in self.methods if self._rival(name)])
 
     def _rival(self, name: str) -> bool:
@@ -123,14 +123,14 @@ class Entry:
 
     @property
     def left_out(self) -> dict[str, Any]:
-        """The ratios of the runs that leave a part of the basis out."""
+        """The ratios of the runs that leave out a part of the basis."""
         return self.compared([name for name in self.methods if name.startswith(ABLATED)])
 
     def check(self) -> None:
-        """Reads all that pages show.
+        """Checks everything that pages show.
 
         Raises:
-            KeyError, TypeError, ValueError: if something is missing or of another kind.
+            KeyError, TypeError, ValueError: if something is missing or of another type.
         """
         for name, entry in self.methods.items():
             numbers = [float(entry["diverged"]), float(entry["seconds"])]
@@ -148,11 +148,11 @@ class Entry:
         missing = [key for key in ("tasks", "seed", "dtype", "conditions") if key not in self.result]
         if missing:
             raise KeyError(missing[0])
-        if self.gauge not in (*KINDS, "none"):
-            raise ValueError(f"the gauge {self.gauge!r} is not known")
+        if self.moves_by not in (*KINDS, "none"):
+            raise ValueError(f"the use of group elements {self.moves_by!r} is not known")
 
 
-def gauge_of(checkpoint: Checkpoint) -> str:
+def moves_by_of(checkpoint: Checkpoint) -> str:
     """How a checkpoint uses group elements: `stays`, `undone`, `both` or `none`."""
     stays, undone = checkpoint.learned.teleporter is not None, checkpoint.learned.gauge is not None
     return {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get((stays, undone), "none")
@@ -164,12 +164,12 @@ def entries_of(checkpoint: Checkpoint) -> list[Entry]:
     Raises:
         EvaluationError: if one cannot be read.
     """
-    gauge, found = gauge_of(checkpoint), []
+    moves_by, found = moves_by_of(checkpoint), []
     results = checkpoint.card.get("results", {})
     for key, result in results.items() if isinstance(results, Mapping) else [("results", results)]:
         try:
             name, settings = _task(key, result)
-            entry = Entry(name, settings, result, gauge, f"the card of {checkpoint.name}")
+            entry = Entry(name, settings, result, moves_by, f"the card of {checkpoint.name}")
             entry.check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EvaluationError(
@@ -187,7 +187,7 @@ def read_report(path: Path) -> tuple[str, Entry]:
         The name of its checkpoint, and the evaluation.
 
     Raises:
-        EvaluationError: if there is no such file, or it is something else or of another version.
+        EvaluationError: if the file is missing, is not an evaluation, or is of another version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -204,9 +204,9 @@ def read_report(path: Path) -> tuple[str, Entry]:
             "version of metateleport that wrote it"
         )
     try:
-        gauge = report["attribution"].get(REFERENCE, {}).get("gauge", "none")
+        moves_by = report["attribution"].get(REFERENCE, {}).get("gauge", "none")
         settings = {name: text(value) for name, value in report["task"]["settings"].items()}
-        entry = Entry(report["task"]["name"], settings, result_of(report), gauge, path.name, report)
+        entry = Entry(report["task"]["name"], settings, result_of(report), moves_by, path.name, report)
         entry.check()
         return str(report["checkpoint"]), entry
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -214,7 +214,7 @@ def read_report(path: Path) -> tuple[str, Entry]:
 
 
 def _task(key: str, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Name and settings of a card's result; older ones have them in their key alone."""
+    """Name and settings of a card's result; older cards have them only in the key."""
     if "task" in result:
         return str(result["task"]["name"]), {name: text(value) for name, value in result["task"]["settings"].items()}
     read = _KEY.fullmatch(key)
@@ -225,7 +225,7 @@ def _task(key: str, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def text(value: Any) -> str:
-    """A setting as it is compared and shown: as on the command line.
+    """A setting as text, as on the command line, for comparing and printing.
 
     Example:
         >>> text(None), text(True), text(10.0)

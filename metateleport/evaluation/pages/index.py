@@ -1,4 +1,4 @@
-"""The index of a folder of results, and the extract that another page shows."""
+"""The index of a folder of results, and its extract for another page."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ Every figure is written by `metateleport report` from the checkpoints' cards and
 `metateleport evaluate --json`; each section names the command that made its own.
 
 - Losses are medians over held-out tasks, at a number of **gradient evaluations**: one is a forward and backward pass of
-  the task's loss on one batch, a forward pass alone counts a third, and whatever a teleporter or a line search
+  the task's loss on one batch; a forward pass alone counts a third. Everything that a teleporter or a line search
   evaluates is counted.
-- **Learned** is the meta-seed that validation chose; *the worst meta-seed* is the largest median of all, at each mark.
-- A **ratio** is another method's loss over the learned one's on the same task: above 1 the learned one is better. Over
-  several meta-seeds it is the interquartile mean over seeds and tasks, else the median over tasks; in brackets the
-  bootstrap interval of 95 %. Bold leaves out 1.
-- What a result is **attributed** by stands beside it: the same networks with the teleport or the gauge off (g = 1),
-  random elements of the same size, and a step that was learned without a teleport. It is said to help where it is ahead
-  of all that were run of these, by intervals that leave out 1, and to do harm where one of them is ahead of it.
+- **Learned** is the meta-seed that was chosen on validation tasks; *the worst meta-seed* is the largest median of all
+  meta-seeds, at each mark.
+- A **ratio** is another method's loss over the learned one's on the same task: above 1 the learned one is better. With
+  several meta-seeds it is the interquartile mean over seeds and tasks, else the median over tasks; in brackets is the
+  bootstrap interval of 95 %. Ratios whose interval leaves out 1 are bold.
+- The **attribution** of a result is three runs beside it: the same networks with the teleport or the gauge off (g = 1),
+  random elements of the same size, and a step that was learned without a teleport. The teleport *helps* if the learned
+  method is ahead of all of these that were run, by intervals that leave out 1. It *does harm* if one of them is ahead.
 - Baselines are tuned on training tasks for their loss at the end of the budget. Seconds are of all tasks together."""
 
 
@@ -45,23 +46,23 @@ def index(named: Mapping[str, Checkpoint], entries: Mapping[str, Sequence[Entry]
 
     Args:
         named: the checkpoints, by name.
-        entries: their evaluations, by name; some may be of no checkpoint that was given.
+        entries: evaluations by the checkpoint's name, also of checkpoints that are not in `named`.
     """
     lines = [WRITTEN, "", "# Results", "", *_READING.splitlines(), ""]
     lines += table(_HEADER, _rows(named, entries, ""))
     lines += _sentences(entries)
     others = [name for name in sorted(entries) if headline(entries[name], trained_on(named.get(name))) is None]
-    lines += [f"- [{name}]({name}.md): nothing that a result is attributed by was run." for name in others]
+    lines += [f"- [{name}]({name}.md): no attribution was run." for name in others]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def extract(named: Mapping[str, Checkpoint], entries: Mapping[str, Sequence[Entry]], folder: str) -> list[str]:
-    """The lines that another page shows: a row for each checkpoint, and where to read on.
+    """The lines of the extract: a table with a row for each checkpoint, the verdicts, and a link to the pages.
 
     Args:
         named: the checkpoints, by name.
         entries: their evaluations, by name.
-        folder: of the pages, as links name it, ending in a slash; empty for the page's own.
+        folder: folder of the pages as in links, with a slash at the end; empty for the folder of the page itself.
     """
     return [
         "",
@@ -85,11 +86,11 @@ def _rows(named: Mapping[str, Checkpoint], entries: Mapping[str, Sequence[Entry]
 
 
 def _sentences(entries: Mapping[str, Sequence[Entry]]) -> list[str]:
-    """In how many of its settings each checkpoint's teleport helps, brings nothing or does harm at the end."""
+    """For each checkpoint, in how many settings its teleport helps, brings nothing or does harm, at the last mark."""
     said = []
     for name in sorted(entries):
         attributed = [entry for entry in entries[name] if entry.attributed]
-        verdicts = [verdict_of(entry.gauge, entry.against) for entry in attributed]
+        verdicts = [verdict_of(entry.moves_by, entry.against) for entry in attributed]
         counts = {word: verdicts.count(word) for word in ("helps", "nothing", "harms")}
         if attributed:
             words = {"helps": "helps in {}", "nothing": "brings nothing in {}", "harms": "does harm in {}"}

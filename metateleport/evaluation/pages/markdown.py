@@ -1,4 +1,4 @@
-"""Pieces of Markdown that pages are made of."""
+"""Building blocks of the pages in Markdown."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _CALLED = {
     f"{REFERENCE}/step-only": "the step learned alone",
 }
 PARTS = {"stays": "teleport", "undone": "gauges", "both": "teleport and gauges", "none": "teleport"}
-"""What of a checkpoint moves, by how it uses group elements."""
+"""The name in tables of what is switched off, by the values of `moves_by`."""
 
 
-def called(method: str, gauge: str) -> str:
-    """What rows call a method.
+def called(method: str, moves_by: str) -> str:
+    """The name of a method in the rows of tables.
 
     Args:
-        method: its name.
-        gauge: how the learned one uses group elements.
+        method: name of the method.
+        moves_by: how the learned method uses group elements.
 
     Example:
         >>> called("learned/teleport-off", "undone"), called("adam", "undone")
@@ -36,11 +36,11 @@ def called(method: str, gauge: str) -> str:
     """
     if method.startswith(ABLATED):
         return f"without {method.removeprefix(ABLATED)}"
-    return _CALLED.get(method, method).format(part=PARTS[gauge])
+    return _CALLED.get(method, method).format(part=PARTS[moves_by])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table; the first column is of words, the others of figures.
+    """The lines of a table; the first column has text, the others numbers.
 
     Example:
         >>> table(["", "12"], [["adam", "0.5"]])
@@ -54,7 +54,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def ratio_cell(ratio: Mapping[str, float]) -> str:
-    """A ratio with its interval, bold where the interval leaves out 1."""
+    """A ratio with its interval, bold if the interval leaves out 1."""
     shown = interval(ratio)
     return f"**{shown}**" if ratio["low"] > 1 or ratio["high"] < 1 else shown
 
@@ -65,7 +65,7 @@ def listed(settings: Mapping[str, str]) -> str:
 
 
 def changed(settings: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
-    """The settings that are not as they are known.
+    """The settings that differ from known ones.
 
     Example:
         >>> changed({"width": "40", "depth": "2"}, {"width": "20", "depth": "2"})

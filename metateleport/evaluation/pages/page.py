@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metateleport.checkpoint import Checkpoint
-from metateleport.evaluation.pages.entry import Entry, gauge_of, text
+from metateleport.evaluation.pages.entry import Entry, moves_by_of, text
 from metateleport.evaluation.pages.markdown import WRITTEN, called, changed, listed, table
 from metateleport.evaluation.pages.section import section
 from metateleport.evaluation.paired import REFERENCE
@@ -24,56 +24,56 @@ _ATTRIBUTED = tuple(f"{REFERENCE}/{name}" for name in ("teleport-off", "random-t
 
 
 def page(name: str, checkpoint: Checkpoint | None, entries: Sequence[Entry], pictures: Mapping[int, str]) -> str:
-    """The text of a checkpoint's page.
+    """The text of the page of a checkpoint.
 
     Args:
         name: of the checkpoint.
-        checkpoint: None where only evaluations are known of it.
+        checkpoint: the checkpoint; None if only evaluations of it are known.
         entries: its evaluations.
-        pictures: names of pictures, by the number of the evaluation; that of -1 shows all of them.
+        pictures: names of pictures by the index of the evaluation; -1 for the picture of all of them.
     """
     lines = [WRITTEN, "", f"# {name}", "", f"[All checkpoints]({INDEX})", ""]
-    lines += ["No card was given: what follows are evaluations alone.", ""] if checkpoint is None else _card(checkpoint)
+    lines += ["No card was given: this page has evaluations only.", ""] if checkpoint is None else _card(checkpoint)
     trained = trained_on(checkpoint)
     attributed = [entry for entry in entries if entry.attributed]
     if attributed:
         lines += ["## At a glance", "", *_glance(attributed, trained)]
         if -1 in pictures:
             lines += [f"![medians by gradient evaluations, by setting]({pictures[-1]})", ""]
-            lines += ["Bands reach over the medians of all meta-seeds.", ""]
+            lines += ["Bands cover the medians of all meta-seeds.", ""]
     if not entries:
-        lines += ["On this card no evaluation is recorded: `metateleport evaluate --card` writes one there.", ""]
+        lines += ["On this card no evaluation is recorded: `metateleport evaluate --card` records one.", ""]
     for number_of, entry in enumerate(entries):
         lines += section(entry, title_of(entry, trained), pictures.get(number_of))
     return "\n".join(lines).rstrip() + "\n"
 
 
 def headline(entries: Sequence[Entry], trained: Mapping[str, Any]) -> Entry | None:
-    """The evaluation that stands for a checkpoint: the first with an attribution, if there is one."""
+    """The evaluation that represents a checkpoint: the first one with an attribution, if there is one."""
     return next((entry for entry in in_order(entries, trained) if entry.attributed), None)
 
 
 def in_order(entries: Sequence[Entry], trained: Mapping[str, Any]) -> list[Entry]:
-    """Those with an attribution first, then longer runs, then parts of the basis; the settings of training first."""
+    """Evaluations in order: those with an attribution, then longer runs, then parts of the basis; training's first."""
     return sorted(entries, key=lambda entry: (not entry.attributed, entry.parts, label(entry, trained) != _TRAINED))
 
 
 def trained_on(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Name and settings, as text, of the family that a checkpoint was trained on; empty where no card says it."""
+    """Name and settings, as text, of the family that a checkpoint was trained on; empty if no card says it."""
     family = {} if checkpoint is None else checkpoint.card.get("family", {})
     settings = {name: text(value) for name, value in family.get("settings", {}).items()}
     return {"name": family["name"], "settings": settings} if family else {}
 
 
 def title_of(entry: Entry, trained: Mapping[str, Any]) -> str:
-    """What a section is called: the task, how it differs from training, and the budget."""
+    """The title of a section: the task, how it differs from training, and the budget."""
     known = label(entry, trained)
     title = f"{entry.task}: {known}" if entry.task == trained.get("name") else known
     return f"{title}, {entry.steps} gradient evaluations" + (", parts of the basis left out" if entry.parts else "")
 
 
 def label(entry: Entry, trained: Mapping[str, Any]) -> str:
-    """How an evaluation's tasks differ from those of training."""
+    """A label that says how an evaluation's tasks differ from those of training."""
     if not trained:
         return f"{entry.task} ({listed(entry.settings)})"
     other = listed(changed(entry.settings, trained["settings"]))
@@ -83,9 +83,9 @@ def label(entry: Entry, trained: Mapping[str, Any]) -> str:
 
 
 def _card(checkpoint: Checkpoint) -> list[str]:
-    card, gauge = checkpoint.card, gauge_of(checkpoint)
+    card, moves_by = checkpoint.card, moves_by_of(checkpoint)
     learns = "a step" if checkpoint.learned.config.steps else ""
-    moves = KINDS.get(gauge, "no teleport")
+    moves = KINDS.get(moves_by, "no teleport")
     lines = [f"- Learned: {' and '.join(filter(None, [learns, moves]))}."]
     trained, training = trained_on(checkpoint), card.get("training", {})
     if trained:
@@ -93,7 +93,7 @@ def _card(checkpoint: Checkpoint) -> list[str]:
     made_for = card.get("made_for", {})
     if made_for:
         lines.append(f"- Made for {_made_for(made_for)}.")
-    lines += [f"- Its card says of limits: {limit}" for limit in card.get("limits", ())]
+    lines += [f"- Limit: {limit}" for limit in card.get("limits", ())]
     versions = card.get("versions", {})
     lines.append(f"- Versions: {', '.join(f'{library} {version}' for library, version in versions.items())}.")
     lines.append("")
@@ -117,12 +117,12 @@ def _made_for(made_for: Mapping[str, Any]) -> str:
 
 
 def _glance(entries: Sequence[Entry], trained: Mapping[str, Any]) -> list[str]:
-    gauge = entries[0].gauge
+    moves_by = entries[0].moves_by
     header = [
         "median at the end of the budget",
         "learned",
         "the worst meta-seed",
-        *(called(name, gauge) for name in _ATTRIBUTED),
+        *(called(name, moves_by) for name in _ATTRIBUTED),
     ]
     rows = []
     for entry in entries:
@@ -132,7 +132,7 @@ def _glance(entries: Sequence[Entry], trained: Mapping[str, Any]) -> list[str]:
 
 
 def cells(entry: Entry) -> list[str]:
-    """The medians at the end of an evaluation's budget, those that the learned one is held against, and the verdict."""
+    """The cells of a row: medians at the end of the budget of the learned method and of others, and the verdict."""
     end = entry.steps
     worst = max(entry.of_seeds(REFERENCE, end), default=None)
     row = [number(entry.median(REFERENCE, end)), "" if worst is None else number(worst)]
@@ -140,11 +140,11 @@ def cells(entry: Entry) -> list[str]:
     others = {name: entry.median(name, end) for name in entry.methods if name.partition("/")[0] != REFERENCE}
     best = min(others, key=lambda name: others[name], default=None)
     row.append("" if best is None else f"{number(others[best])} ({best})")
-    if verdict_of(entry.gauge, entry.against) == "unknown":
+    if verdict_of(entry.moves_by, entry.against) == "unknown":
         return [*row, "was not measured"]
-    return [*row, opening_of(entry.gauge, entry.against).removeprefix("the teleport ").removesuffix(" here")]
+    return [*row, opening_of(entry.moves_by, entry.against).removeprefix("the teleport ").removesuffix(" here")]
 
 
 def _anchor(title: str) -> str:
-    """A heading's anchor, as GitHub makes it."""
+    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

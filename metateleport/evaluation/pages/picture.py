@@ -1,4 +1,4 @@
-"""The picture of a checkpoint: medians at the marks, a panel for each evaluation with an attribution."""
+"""The picture of a checkpoint: medians at the marks, with a panel for each evaluation that has an attribution."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from metateleport.evaluation.style import LINES, bare, colours_of, is_drawn, new
 __all__ = ["draw"]
 
 _MARKERS = {"teleport-off": "o", "random-teleport": "^", "step-only": "s"}
-# What diverges leaves the picture.
+# Diverged losses are outside.
 _SMALLEST, _LARGEST = 1e-40, 1e12
 
 
 def draw(entries: Sequence[Entry], titles: Sequence[str], path: Path) -> bool:
-    """Draws the medians at the marks, with bands over those of all meta-seeds.
+    """Draws the medians at the marks, with bands that cover all meta-seeds.
 
     Args:
-        entries: evaluations, each a panel.
-        titles: of the panels.
-        path: where to write a png; one of the same drawing stays as it is.
+        entries: evaluations, one for each panel.
+        titles: titles of the panels.
+        path: the png file to write; a file with the same drawing is left as it is.
 
     Returns:
-        Whether it was drawn.
+        Whether it was written.
     """
     trace = trace_of([[dict(entry.result), title] for entry, title in zip(entries, titles, strict=True)], draw)
     if is_drawn(path, trace):
@@ -45,10 +45,10 @@ def draw(entries: Sequence[Entry], titles: Sequence[str], path: Path) -> bool:
         handles.update(_panel(axes, entry, title, colours))
     for axes in grid[len(entries) :]:
         axes.set_axis_off()
-    gauge = entries[0].gauge
+    moves_by = entries[0].moves_by
     figure.legend(
         [handles[name] for name in names],
-        [called(name, gauge).strip("*") for name in names],
+        [called(name, moves_by).strip("*") for name in names],
         loc="outside right upper",
         frameon=False,
         fontsize=8,
@@ -61,7 +61,7 @@ def _panel(axes: Any, entry: Entry, title: str, colours: dict[str, str]) -> dict
     from matplotlib.ticker import NullLocator
 
     handles = {}
-    # The learned method is drawn last, over the others.
+    # The learned method is drawn last, on top of the others.
     for name in sorted(entry.methods, key=lambda each: (each == REFERENCE, each.startswith(REFERENCE))):
         own = name == REFERENCE
         line = LINES.get(name.partition("/")[2], "-")

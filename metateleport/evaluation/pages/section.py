@@ -1,4 +1,4 @@
-"""What a page says of one evaluation: sentences, tables, conditions."""
+"""A page's section on one evaluation: sentences, tables and conditions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["found_in", "section"]
 
 
 def section(entry: Entry, title: str, picture: str | None = None) -> list[str]:
-    """The lines of a page on one evaluation.
+    """The lines of the section.
 
     Args:
         entry: the evaluation.
-        title: of the section.
-        picture: name of a picture of it.
+        title: title of the section.
+        picture: name of the evaluation's picture, if there is one.
     """
     lines = [f"## {title}", "", " ".join(found_in(entry)), ""]
     if picture is not None:
@@ -29,7 +29,7 @@ def section(entry: Entry, title: str, picture: str | None = None) -> list[str]:
 
 
 def found_in(entry: Entry) -> list[str]:
-    """The sentences that the figures of an evaluation come to."""
+    """The sentences on an evaluation: the teleport's effect, the rivals, and what diverged."""
     said = []
     if REFERENCE in entry.methods:
         said += _brought(entry)
@@ -42,33 +42,33 @@ def _brought(entry: Entry) -> list[str]:
     if entry.parts:
         return ["Parts of the basis are left out, one run each; nothing is trained anew."]
     if not against:
-        return ["The learned method ran alone: whether it goes on, and whether it stays where it came to."]
-    if entry.gauge == "none":
-        return ["No teleport is learned here; what it gains is the step's."]
-    verdicts = [verdict_of(entry.gauge, against, place) for place in range(len(marks))]
+        return ["The learned method ran alone: does it go on, and does it stay at the loss that it has reached?"]
+    if entry.moves_by == "none":
+        return ["No teleport is learned here; all gain is the step's."]
+    verdicts = [verdict_of(entry.moves_by, against, place) for place in range(len(marks))]
     if verdicts[-1] == "unknown":
-        return ["What the teleport brings was not measured here."]
-    said = [f"At {marks[-1]} gradient evaluations {opening_of(entry.gauge, against)} ({KINDS[entry.gauge]})."]
+        return ["The effect of the teleport was not measured here."]
+    said = [f"At {marks[-1]} gradient evaluations {opening_of(entry.moves_by, against)} ({KINDS[entry.moves_by]})."]
     before = [
-        f"at {mark} {opening_of(entry.gauge, against, place)}"
+        f"at {mark} {opening_of(entry.moves_by, against, place)}"
         for place, mark in enumerate(marks[:-1])
         if verdicts[place] != verdicts[-1]
     ]
-    return said + ([f"Before that it is otherwise: {'; '.join(before)}."] if before else [])
+    return said + ([f"Earlier the verdict differs: {'; '.join(before)}."] if before else [])
 
 
 def _failures(entry: Entry) -> list[str]:
-    """Which methods diverged, and on how many tasks; that none did is said too."""
+    """A sentence that says which methods diverged and on how many tasks, or that none did."""
     tasks, seeds = int(entry.result["tasks"]), len(entry.seeds)
     lost = []
     for name, method in entry.methods.items():
         worst = entry.result.get("meta_seeds", {}).get("worst", {}).get(name)
         count, of = (worst["diverged"], tasks * seeds) if worst else (method["diverged"], tasks)
         if count:
-            lost.append(f"{called(name, entry.gauge).strip('*')} on {count} of {of}")
+            lost.append(f"{called(name, entry.moves_by).strip('*')} on {count} of {of}")
     if lost:
         return [f"Diverged{', over all meta-seeds' if seeds else ''}: {', '.join(lost)} tasks."]
-    return [f"No run diverged{f', of any of {seeds} meta-seeds' if seeds else ''}."]
+    return [f"No run diverged{f' with any of {seeds} meta-seeds' if seeds else ''}."]
 
 
 def _medians(entry: Entry) -> list[str]:
@@ -77,7 +77,7 @@ def _medians(entry: Entry) -> list[str]:
     header += ["diverged", "seconds", "largest drift"]
     rows = []
     for name, method in entry.methods.items():
-        row = [called(name, entry.gauge), *(number(entry.median(name, mark)) for mark in entry.marks)]
+        row = [called(name, entry.moves_by), *(number(entry.median(name, mark)) for mark in entry.marks)]
         if accurate:
             accuracy = method.get("held_out_accuracy")
             row.append(f"{accuracy[str(entry.steps)]:.1%}" if accuracy else "")
@@ -106,7 +106,7 @@ def _ratios(entry: Entry) -> list[str]:
         cells = [ratio_cell(ratio) for ratio in ratios]
         if timed:
             cells.append(ratio_cell(best["seconds"]) if "seconds" in best else "")
-        rows.append([called(name, entry.gauge), *cells])
+        rows.append([called(name, entry.moves_by), *cells])
         if "worst" in ratios[-1]:
             worst = [f"{ratio_cell(ratio['worst'])} (seed {ratio['worst']['seed']})" for ratio in ratios]
             rows.append(["- for the worst meta-seed", *worst, *([""] * timed)])
@@ -127,12 +127,12 @@ def _target(entry: Entry) -> list[str]:
 def _needed(entry: Entry, found: Mapping[str, Any], goal: str) -> list[str]:
     accurate = any("held_out_accuracy" in each for each in found["methods"].values())
     over = found.get("ratios_to_learned", {})
-    header = [goal, "evaluations", "seconds", "tasks not there", *(["accuracy there"] if accurate else [])]
+    header = [goal, "evaluations", "seconds", "tasks that miss it", *(["accuracy there"] if accurate else [])]
     header += ["evaluations over the learned one's", "worst meta-seed", "seconds over the learned one's"]
-    header += ["the learned one's accuracy less this"] if accurate else []
+    header += ["the learned one's accuracy minus this"] if accurate else []
     rows = []
     for name, each in found["methods"].items():
-        row = [called(name, entry.gauge), number(each["evaluations"]), number(each["seconds"])]
+        row = [called(name, entry.moves_by), number(each["evaluations"]), number(each["seconds"])]
         row.append(str(each["censored"] or ""))
         if accurate:
             row.append(f"{each['held_out_accuracy']:.1%}" if "held_out_accuracy" in each else "")

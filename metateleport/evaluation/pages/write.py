@@ -21,16 +21,16 @@ from metateleport.files import write_text
 __all__ = ["BEGIN", "END", "Written", "write_pages"]
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-"""Between these lines of a file the extract stands."""
+"""The lines of a file between which the extract is written."""
 
 
 class Written(NamedTuple):
-    """What was done.
+    """The files of a report.
 
     Args:
-        files: that are there now, in order.
-        changed: those of them that were written.
-        strangers: pages in the folder that were written once and are of nothing that was given.
+        files: all files of the report, in order.
+        changed: those that were written now, as they had changed.
+        strangers: pages of earlier reports in the folder that belong to no checkpoint of this one.
     """
 
     files: list[Path]
@@ -44,20 +44,20 @@ def write_pages(
     evaluations: Sequence[Path] = (),
     extract_in: Path | None = None,
 ) -> Written:
-    """Writes pages of results from cards and evaluations alone; equal ones give equal files.
+    """Writes pages of results from cards and evaluations; the same input gives the same files.
 
     Args:
         out: the folder.
-        checkpoints: whose cards to read.
+        checkpoints: the checkpoints whose cards are read.
         evaluations: files that `metateleport evaluate --json` wrote; each goes to its checkpoint's page.
-        extract_in: a file between whose marks the extract is written too.
+        extract_in: a file; the extract is written between its marks.
 
     Returns:
-        What was written.
+        The files.
 
     Raises:
-        EvaluationError: before anything is written, if an input cannot be read, two checkpoints have one name, or the
-            file for the extract has no marks.
+        EvaluationError: before anything is written, if an input cannot be read, two checkpoints have the same name, or
+            the file for the extract has no marks.
     """
     named = {checkpoint.name: checkpoint for checkpoint in checkpoints}
     if len(named) < len(checkpoints):
@@ -109,7 +109,7 @@ def _curves(entry: Entry, path: Path) -> bool:
 
 
 def _put(path: Path, text: str) -> bool:
-    """Writes a file that is not so yet."""
+    """Writes a file if its content has changed; returns whether it was written."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     write_text(path, text)
@@ -117,7 +117,7 @@ def _put(path: Path, text: str) -> bool:
 
 
 def _marked(path: Path) -> tuple[str, str]:
-    """What stands before and behind the marks of a file."""
+    """The text before and after the marks of a file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -128,7 +128,7 @@ def _marked(path: Path) -> tuple[str, str]:
 
 
 def _link(out: Path, file: Path) -> str:
-    """The folder of pages as a file beside or above it links to it."""
+    """The path of the folder of pages in links of a file."""
     try:
         found = out.resolve().relative_to(file.resolve().parent).as_posix()
     except ValueError:

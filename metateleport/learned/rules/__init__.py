@@ -1,4 +1,4 @@
-"""Update rules: how the meta-optimizer steps, once it has teleported or chosen its gauges."""
+"""Update rules: how the meta-optimizer computes the step after the teleport and the choice of gauges."""
 
 from metateleport.learned.rules.adaptive import AdaptiveSettings
 from metateleport.learned.rules.base import (

@@ -1,4 +1,4 @@
-"""Update rules: how gradients become a step; the interface, and the hand-designed ones."""
+"""The interface of update rules, which turn gradients into a step, and the hand-designed rules."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ BASES: tuple[Base, ...] = get_args(Base)
 class UpdateRule(abc.ABC):
     """Turns a point into the parameters to evaluate next.
 
-    `tolerance` says when its steps on minibatches are taken back, `divides_by_loss` whether the length of its steps
-    goes with the loss, so that where that is not known a stand-in is needed. A state is a dict: `per_tensor` names the
-    entries that are themselves dicts by parameter name, and `void_on_change` those that mean nothing where other
-    tensors are stepped than the time before, and `void_on_growth` those that are made anew where some are stepped for
-    the first time.
+    `tolerance` says when steps on minibatches are taken back. `divides_by_loss` says whether the length of the steps
+    depends on the loss; then a stand-in is used if the loss is not known. The state is a dict. `per_tensor` names its
+    entries that are dicts by parameter name; `void_on_change` those that are dropped when other tensors are stepped
+    than the time before; `void_on_growth` those that are made anew when a tensor is stepped for the first time.
     """
 
     tolerance: ClassVar[Tolerance] = Tolerance()
@@ -72,22 +71,22 @@ class UpdateRule(abc.ABC):
 
         Args:
             point: where the model stands after its teleport, gradients carried along; one task dimension in front.
-            symmetries: which tell how the layers follow one another.
+            symmetries: the model's symmetries, which give the order of the layers.
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
-            gauges: that the tensors are to be stepped in; rules that learn no step of their own take none.
-            spend: whether the state is not read again, so that its memory may be used for the new one; without a graph.
+            gauges: the gauges to step the tensors in; hand-designed rules ignore them.
+            spend: whether the memory of `state` may be reused, as nobody reads it again; only without a graph.
         """
 
     def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False) -> Any:
-        """Carries what the state remembers along with a teleport; by default it remembers nothing.
+        """Carries the state along with a teleport; by default there is nothing to carry.
 
         Args:
-            state: what `initial_state` or the last call of `step` gave.
+            state: the result of `initial_state` or of the last call of `step`.
             moves: the teleport.
             point: where it starts.
-            accepted: where the point is what the last step led to, `(tasks,)`; elsewhere that was taken back.
-            spend: whether the state is not read again, as in `step`.
+            accepted: where the last step was accepted, `(tasks,)`; elsewhere it was taken back.
+            spend: whether the memory of `state` may be reused, as in `step`.
         """
         return state
 
@@ -96,7 +95,8 @@ class UpdateRule(abc.ABC):
 class RuleSettings(Settings, abc.ABC):
     """The settings of an update rule, which build it; `metateleport.learned.rules.registry` has them by their `kind`.
 
-    A rule of one's own is a subclass of `UpdateRule`, and one of this whose `kind` is new, its fields the settings.
+    A new rule needs a subclass of `UpdateRule`, and a subclass of this one with a `kind` of its own and the settings as
+    fields.
     """
 
     part: ClassVar[str] = "rule"
@@ -104,27 +104,27 @@ class RuleSettings(Settings, abc.ABC):
 
     @property
     def learns(self) -> Learns:
-        """What it learns: every coordinate's `update`, a step for each tensor (`lr`), or nothing."""
+        """What the rule learns: an `update` of every coordinate, a step for each tensor (`lr`), or nothing."""
         return "update"
 
     @abc.abstractmethod
     def rule(self) -> UpdateRule:
-        """A rule with new weights."""
+        """The rule, with new weights."""
 
     def teleporter(self, teleport: TeleportSettings, groups: tuple[str, ...]) -> Teleporter:
         """The teleporter that goes with it, with new weights.
 
         Args:
-            teleport: its settings.
-            groups: names of the groups that it is to have networks for.
+            teleport: the teleporter's settings.
+            groups: names of the groups to have networks for.
         """
         return LearnedTeleporter(groups, teleport.hidden, max_stretch=teleport.max_stretch)
 
     def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
-        """Whether it goes with what a meta-optimizer has beside it.
+        """Checks that the rule goes with the other parts of a meta-optimizer.
 
         Raises:
-            SettingsError: if not, naming the two that do not go together.
+            SettingsError: if not; the message names the two settings.
         """
 
     def table(self) -> dict[str, Any]:
@@ -133,11 +133,11 @@ class RuleSettings(Settings, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class BaseOptimizerSettings(RuleSettings):
-    """A hand-designed optimizer, behind a teleport that is learned (`BaseRule`).
+    """A hand-designed optimizer after a learned teleport (`BaseRule`).
 
     Args:
         optimizer: `sgd`, `momentum` or `adam`.
-        lr: its step size.
+        lr: step size.
     """
 
     kind: ClassVar[str] = "base"
@@ -155,7 +155,7 @@ class BaseOptimizerSettings(RuleSettings):
     def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
         if gauge is not None:
             raise SettingsError(
-                f"gauge.kind = {gauge.kind!r} does not go with rule.kind = 'base', whose steps are in no gauge: leave "
+                f"gauge.kind = {gauge.kind!r} does not go with rule.kind = 'base', which ignores gauges: leave "
                 "the gauge out"
             )
         if teleport is None:
@@ -164,10 +164,10 @@ class BaseOptimizerSettings(RuleSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BaseRule(UpdateRule):
-    """A hand-designed optimizer on the stack: what mode `tele` puts behind the learned teleporter.
+    """A hand-designed optimizer on a stack of tasks: the update rule of mode `tele`.
 
-    The same steps as `torch.optim.SGD` (with momentum) and `torch.optim.Adam`, differentiable, times the damping of
-    the task. A task that goes back to its last accepted point starts without momentum: what it had was carried on.
+    It takes the steps of `torch.optim.SGD` (with momentum) and `torch.optim.Adam`, differentiably and times the task's
+    damping. A task that goes back to its last accepted point starts without momentum, as the momentum was moved on.
 
     Args:
         optimizer: `sgd`, `momentum` or `adam`.
@@ -208,7 +208,7 @@ class BaseRule(UpdateRule):
             if self.optimizer == "adam":
                 momentum[name] = 0.9 * kept + 0.1 * gradient
                 squares[name] = 0.999 * state["squares"][name] + 0.001 * gradient.square()
-                # The root's derivative is infinite at zero, where a gradient of exactly zero would put a NaN.
+                # The root's derivative is infinite at zero: a gradient of exactly zero would give a NaN.
                 root = (squares[name] / (1 - 0.999**time) + 1e-30).sqrt()
                 direction = momentum[name] / (1 - 0.9**time) / (root + 1e-8)
             elif self.optimizer == "momentum":
@@ -228,7 +228,7 @@ class BaseRule(UpdateRule):
 def carried_moments(
     state: dict[str, Any], moves: Sequence[Move], point: Point, detach: bool, spend: bool = False
 ) -> dict[str, Any]:
-    """Momentum and second moments carried along with a teleport; with `spend` in the memory that they were in."""
+    """Momentum and second moments carried along with a teleport; with `spend` in place."""
     moments = {key: dict(state[key]) for key in ("momentum", "squares")}
     for move in moves:
         element = move.element.detach() if detach else move.element

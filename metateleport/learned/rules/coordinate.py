@@ -24,12 +24,12 @@ __all__ = ["CoordinateRule", "CoordinateSettings"]
 
 @dataclasses.dataclass(frozen=True)
 class CoordinateSettings(StepSettings):
-    """A learned update for every coordinate, for small models (`CoordinateRule`).
+    """A learned update of every coordinate, for small models (`CoordinateRule`).
 
     Args:
         hidden: units of the LSTM of each tensor.
-        secants, longest, cooling: as of `StepSettings`.
-        coordinate_hidden: units of each layer of the LSTM of every coordinate.
+        secants, longest, cooling: as in `StepSettings`.
+        coordinate_hidden: units of each layer of the LSTM that all coordinates share.
     """
 
     kind: ClassVar[str] = "coordinate"
@@ -45,7 +45,7 @@ class CoordinateSettings(StepSettings):
 
 
 class CoordinateRule(StepRule):
-    r"""A learned update for every coordinate: a two-layer LSTM shared by all, on top of the learned step.
+    r"""A learned update of every coordinate: a two-layer LSTM, shared by all, modifies the learned step.
 
     $$W \mapsto W - \left(2\sigma(o_2)\,\Delta + \mathrm{rms}(\Delta)\tanh(o_1)\right)$$
 
@@ -56,8 +56,8 @@ class CoordinateRule(StepRule):
     Args:
         hidden: units of the per-tensor LSTM.
         coordinate_hidden: units of each layer of the coordinate-wise LSTM.
-        secants: number of secant pairs.
-        longest, cooling: as of `StepRule`.
+        secants: number of secant pairs, as in `StepRule`.
+        longest, cooling: as in `StepRule`.
 
     Source: Andrychowicz et al., NeurIPS 2016 (arXiv 1606.04474), section 2.1.
     """
@@ -106,7 +106,7 @@ class CoordinateRule(StepRule):
         momentum, squares, inputs, sizes = {}, {}, [], {}
         for name, gradient in point.gradients.items():
             fixed = gradient.detach() if self.detach else gradient
-            # What a task remembers where its last step is taken back belongs to a place that it has left.
+            # If the last step is taken back, the moments belong to the point that was left.
             kept = fit(progress.accepted, gradient).to(gradient.dtype)
             momentum[name] = 0.9 * kept * state["momentum"][name] + 0.1 * fixed
             squares[name] = 0.95 * kept * state["squares"][name] + 0.05 * fixed.square()
@@ -132,7 +132,7 @@ class CoordinateRule(StepRule):
     def carry(
         self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
     ) -> dict[str, Any]:
-        # The moments are features here, and features are kept out of the graph.
+        # Here the moments are features, which are kept out of the graph.
         carried = carried_moments(state, moves, point, self.detach)
         return {**super().carry(state, moves, point, accepted, spend), **carried}
 

@@ -1,4 +1,4 @@
-"""The update rules that there are, by the kind that a recipe and a checkpoint's card call them."""
+"""The update rules, by their kind, which is their name in recipes and in checkpoints' cards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _RULES: dict[str, type[RuleSettings]] = {}
 def register(settings: type[RuleSettings]) -> type[RuleSettings]:
     """Makes an update rule known by the `kind` of its settings.
 
-    A rule of one's own is one file: an `UpdateRule`, its `RuleSettings`, and this call. Whoever loads a checkpoint that
-    was trained with it imports that file first.
+    A new rule is one file: an `UpdateRule`, its `RuleSettings`, and this call. To load a checkpoint that was trained
+    with it, import that file first.
 
     Args:
-        settings: of the rule; they build it.
+        settings: the class of the rule's settings.
 
     Returns:
-        The settings, so that this can decorate them.
+        The class, so that this can be used as a decorator.
 
     Raises:
         ValueError: if the kind is empty, or another rule has it.
@@ -37,7 +37,7 @@ def register(settings: type[RuleSettings]) -> type[RuleSettings]:
         'lr'
     """
     known = _RULES.get(settings.kind, settings)
-    # A file that is run again defines its classes again.
+    # A file that is imported again defines its classes again.
     if (known.__module__, known.__qualname__) != (settings.__module__, settings.__qualname__) or not settings.kind:
         raise ValueError(f"rule.kind {settings.kind!r} of {settings.__name__} is taken or empty: give it another")
     _RULES[settings.kind] = settings
@@ -53,13 +53,13 @@ def read_rule(table: Mapping[str, Any]) -> RuleSettings:
     """The settings of an update rule.
 
     Args:
-        table: `kind`, and settings that a rule of this kind has.
+        table: `kind`, and settings of a rule of this kind.
 
     Returns:
         The settings.
 
     Raises:
-        SettingsError: if no rule of this kind is known, it has no such setting, or a value cannot be.
+        SettingsError: if no rule of this kind is known, it lacks a setting, or a value is not allowed.
 
     Example:
         >>> read_rule({"kind": "adaptive", "secants": 3})
@@ -73,8 +73,8 @@ cooling
         said = f"rule.kind is missing: it is one of {', '.join(_RULES)}"
         if kind:
             said = (
-                f"no update rule of rule.kind = {kind!r} is known: known are {', '.join(_RULES)}. A rule of one's own "
-                "has to be imported first, those of the source paper by 'import metateleport.papers'"
+                f"no update rule of rule.kind = {kind!r} is known: known are {', '.join(_RULES)}. Import the file of "
+                "your own rule first; those of the source paper by 'import metateleport.papers'"
             )
         raise SettingsError(said)
     every, has = {name for settings in _RULES.values() for name in settings.names()}, _RULES[kind].names()

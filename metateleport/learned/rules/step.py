@@ -26,10 +26,10 @@ __all__ = ["StepRule", "StepSettings"]
 Cell = tuple[Tensor, Tensor]
 _TENSOR_FEATURES = 7
 _PLACE = 3.0
-"""How loud a tensor's place is: at one, some meta-seeds never learn to step two layers by different amounts."""
+"""Scale of the features of a tensor's place: at one, some meta-seeds never learn different steps for two layers."""
 
 _PATIENCE = 10.0
-"""Rest at which steps begin to cool down: without noise too a loss may lie still for a while."""
+"""Rest at which steps begin to get shorter: even without noise a loss may stay level for a while."""
 
 _AT_REST: dict[str, Any] = {"moving": False, "secants": (), "from": None}
 
@@ -40,11 +40,11 @@ class StepSettings(RuleSettings):
 
     Args:
         hidden: units of the LSTM.
-        secants: number of secant pairs that are built around the learned step where all data are seen.
-        longest: the longest step in units of the joint curvature bound, above one: short where a gauge makes the bound
-            tight, so that training does not answer to what a gauge leaves uneven by longer steps.
-        cooling: how fast steps on minibatches get shorter once the loss is down to its noise, at the start of training;
-            zero for not at all.
+        secants: number of secant pairs that are built around the learned step if every evaluation sees all data.
+        longest: the longest step in units of the joint curvature bound, above one. Keep it short where a gauge makes
+            the bound tight: with longer steps training makes up for an uneven gauge instead of improving it.
+        cooling: how fast steps on minibatches get shorter once the loss is down to its noise; the value at the start of
+            meta-training, which is learned further. Zero for steps that do not get shorter.
     """
 
     kind: ClassVar[str] = "lr"
@@ -63,45 +63,45 @@ class StepSettings(RuleSettings):
 
 
 class StepRule(nn.Module, UpdateRule):
-    r"""Gradient descent with momentum, step and momentum of each tensor learned.
+    r"""Gradient descent with a learned step and a learned momentum for each tensor.
 
     $$v \mapsto \beta v + (1 - \beta) G, \qquad W \mapsto W - m\,s\,d\,P v / \kappa, \qquad \sum s = 1$$
 
-    $P$ is the gauge of the tensor (`metateleport.gauges.precondition`; one where there is none), $\kappa$ the smooth
-    curvature bound of the layer in it, $d \le 1$ the task's damping. An LSTM for each tensor (weights shared, state its
-    own) puts out its share $s$ of the step, at the start the same for all, $m \in (0, m_{\max})$, at the start one, and
-    $\beta \in (0, 1)$, at the start a twentieth. The bounds are of each layer alone, and layers that each take what
-    they could alone overshoot together; with shares they do not. For residuals with the Jacobian
-    $(J_1, \dots, J_n)$, by Cauchy and Schwarz,
+    $P$ is the preconditioner of the tensor's gauge (`metateleport.gauges.precondition`; the identity without a gauge),
+    $\kappa$ the smooth curvature bound of the layer in that gauge, $d \le 1$ the task's damping. An LSTM for each
+    tensor (with shared weights and a state of its own) puts out the tensor's share $s$ of the step, at the start the
+    same for all; $m \in (0, m_{\max})$, at the start one; and $\beta \in (0, 1)$, at the start a twentieth. Each bound
+    is of one layer alone; if every layer took the longest step that it could take alone, they would overshoot together.
+    Shares prevent that. For residuals with the Jacobian $(J_1, \dots, J_n)$, by Cauchy and Schwarz,
 
     $$\Big|\sum_i J_i \delta_i\Big|^2 \le \sum_i |J_i \delta_i|^2 / s_i,$$
 
-    so that where the bounds hold $\kappa_i / s_i$ bound the curvature jointly, and a step with $m = 1$ lowers the
-    Gauss-Newton model. Much above that it pays only in what a gauge has left uneven, and keeps the gauge from learning
-    to even it out.
+    so that, where the bounds hold, $\kappa_i / s_i$ bound the curvature jointly, and a step with $m = 1$ lowers the
+    Gauss-Newton model. Steps with a much larger $m$ gain only where a gauge has left the curvature uneven, and then the
+    gauge does not learn to make it even.
 
     The velocity is a covector and moves with a teleport; a task that goes back to its last accepted point starts with
-    $v = G$. Tensors without a bound take Polyak's step $L / \langle G, P G \rangle$, summed over all such, in the place
-    of $s / \kappa$.
+    $v = G$. For tensors without a bound Polyak's step $L / \langle G, P G \rangle$, with the sum over all such tensors,
+    replaces $s / \kappa$.
 
     The LSTM's inputs are kept out of the graph, as those of the teleporter are; only tests of the gradient itself set
-    `detach` to False, or put another function in the place of `observe`.
+    `detach` to False, or replace `observe`.
 
-    With `secants` the last so many steps and changes of the gradient are built around $m P / \kappa$ as limited-memory
-    BFGS does around its scaled identity; what they tell is kept out of the graph, and a learned trust in (0, 1) mixes
-    that step with the one above, tensor by tensor. Only where all data are seen at every evaluation: the gradients of
-    two minibatches have no secant.
+    With `secants` the last steps and changes of the gradient are built around $m P / \kappa$, as limited-memory BFGS
+    builds them around its scaled identity. The pairs are kept out of the graph, and a learned trust in (0, 1) mixes
+    that step with the one above, tensor by tensor. This needs the same data at every evaluation: gradients of two
+    different minibatches give no secant.
 
-    With a `cooling` rate $a$ steps on minibatches get shorter where the loss is down to its noise, by
-    $1 / (1 + a\,e^{o} (r - 10)_+)$ with $r$ the rest (`Progress`) and $o \in (-2, 2)$ put out for each tensor: Robbins
-    and Monro's sequence, which averages noise away, begun where the loss has all but stopped to fall. Without it a step
-    that is long enough for data without noise keeps up the error that it makes from noise.
+    With a `cooling` rate $a$ steps on minibatches get shorter once the loss is down to its noise, by the factor
+    $1 / (1 + a\,e^{o} (r - 10)_+)$, with $r$ the rest (`Progress`) and $o \in (-2, 2)$ an output for each tensor. This
+    is Robbins and Monro's sequence, which averages noise away, begun once the loss has nearly stopped falling. Without
+    it, steps long enough for data without noise keep up the error that they make from noise.
 
     Args:
         hidden: units of the LSTM.
         secants: number of secant pairs.
         longest: $m_{\max}$, above one. From two on a step overshoots where the bound is met.
-        cooling: $a$, the rate at the start of training; zero for steps that never get shorter by themselves.
+        cooling: $a$, the rate at the start of training; zero for steps that do not get shorter.
 
     Example:
         >>> sum(p.numel() for p in StepRule(hidden=8).parameters())
@@ -121,7 +121,7 @@ class StepRule(nn.Module, UpdateRule):
         self.observe: Callable[..., Tensor] = _observe
         self.secant: Callable[..., Secant] = secant_between
         self.cell = nn.LSTMCell(_TENSOR_FEATURES + PROGRESS_FEATURES, hidden)
-        # Hardly any trust at first: a step that secants have bent shows little of what a gauge is worth.
+        # Hardly any trust at first: in a step that secants have changed, the effect of a gauge hardly shows.
         start = [-math.log(longest - 1), -3.0, 0.0, *([0.0] if cooling else []), *([-3.0] if secants else [])]
         self.head = nn.Linear(hidden, len(start))
         with torch.no_grad():
@@ -168,7 +168,7 @@ class StepRule(nn.Module, UpdateRule):
         state: dict[str, Any],
         gauges: Sequence[Gauge],
     ) -> tuple[Tensors, dict[str, Any]]:
-        """What to subtract from each tensor with a gradient, and what is remembered of the step."""
+        """The change to subtract from each tensor with a gradient, and the new state."""
         scales, velocity, trusts, cells = self._velocities(point, symmetries, progress, state, gauges)
 
         def inner(direction: Tensors) -> Tensors:
@@ -193,7 +193,7 @@ class StepRule(nn.Module, UpdateRule):
         state: dict[str, Any],
         gauges: Sequence[Gauge],
     ) -> tuple[Tensors, Tensors, Tensors, dict[str, Cell]]:
-        """Of each tensor the factor on its step in its gauge, `(tasks,)`, the velocity and the trust in secants."""
+        """For each tensor the factor on its step in its gauge, `(tasks,)`, the velocity and the trust in secants."""
         assert point.loss is not None
         bounds = curvature_bounds(point, symmetries, gauges)
         polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
@@ -214,7 +214,7 @@ class StepRule(nn.Module, UpdateRule):
         memories = outputs[..., 1].sigmoid()
         shares = _shares(outputs[..., 2], [name in bounds for name in names])
         multipliers = self.longest * outputs[..., 0].sigmoid() * shares
-        # Polyak's step is as long as a step may be; what is longest in units of a bound says nothing of it.
+        # Polyak's step is the longest that a step may be; `longest`, in units of a bound, does not apply to it.
         whole = torch.tensor([[name in bounds] for name in names], device=shares.device)
         multipliers = torch.where(whole, multipliers, multipliers.clamp_max(1.0))
         if self.cooling:
@@ -237,7 +237,7 @@ class StepRule(nn.Module, UpdateRule):
 
 
 def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
-    """What part of a step each tensor with a bound takes, adding up to one, `(tensors, tasks)`; one for the others."""
+    """The shares of the step of tensors with a bound, which sum to one, `(tensors, tasks)`; one for the others."""
     if not any(bounded):
         return torch.ones_like(logits)
     inside = torch.tensor(bounded, device=logits.device).unsqueeze(-1)
@@ -245,7 +245,7 @@ def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
 
 
 def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
-    """A secant pair moved along; void where its teleport has no linear action to move it by."""
+    """A secant pair carried along a teleport; void if the teleport has no linear action to carry it by."""
     moved = move.size > 0
     if not bool(moved.any()):
         return secant
@@ -259,7 +259,7 @@ def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
 
 
 def _reciprocal(bound: Tensor) -> Tensor:
-    """One over a bound; zero where there is no curvature, as there is no gradient either."""
+    """One over a bound; zero where the curvature is zero, as the gradient is zero there too."""
     flat = bound <= 1e3 * torch.finfo(bound.dtype).tiny
     return torch.where(flat, 0.0, torch.where(flat, 1.0, bound).reciprocal())
 
@@ -277,12 +277,12 @@ def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tens
 def _observe(
     point: Point, bounds: Tensors, progress: Progress, gauges: Sequence[Gauge], symmetries: Sequence[Symmetry]
 ) -> Tensor:
-    """What the step network sees of every tensor with a gradient, `(tensors, tasks, features)`."""
+    """Features of every tensor with a gradient for the step network, `(tensors, tasks, features)`."""
     shared = progress.features()
     raised = precondition(gauges, point.gradients, point)
     lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
     shares = {name: _share(point, name, bounds[name], raised[name]) for name in point.gradients if name in bounds}
-    # Layers that each could take the same error overshoot together; one that sees this sum can make room for the rest.
+    # Layers that each could remove the same error overshoot together; with this sum a tensor sees the others' part.
     promised = sum(shares.values(), torch.full_like(shared[..., 0], 1e-17)).log() / 5
     rows = []
     for name in point.gradients:
@@ -300,7 +300,7 @@ def _share(point: Point, name: str, bound: Tensor, raised: Tensor) -> Tensor:
 
 
 def _tensor_features(point: Point, name: str, share: Tensor | None) -> Tensor:
-    """How uneven a tensor's inputs are, how steep it is in its gauge, and whether its curvature is known."""
+    """How uneven a tensor's inputs are, how steep the loss is along it in its gauge, and whether its bound is known."""
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
     tiny = torch.finfo(point.loss.dtype).tiny
@@ -316,7 +316,7 @@ def _tensor_features(point: Point, name: str, share: Tensor | None) -> Tensor:
 
 
 def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
-    """Whether a tensor is a bias, whether a layer follows it, and how many samples there are for its inputs."""
+    """Whether a tensor is a bias, whether another layer follows, and the number of samples over that of inputs."""
     assert point.loss is not None
     layer, _, kind = name.rpartition(".")
     inputs = point.activations.get(layer)

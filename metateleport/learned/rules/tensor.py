@@ -1,4 +1,4 @@
-"""The update for large models: an LSTM for each tensor steers a small network that every coordinate goes through."""
+"""The learned update for large models: an LSTM for each tensor modulates a small network over its coordinates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TensorSettings(StepSettings):
 
     Args:
         hidden: units of the LSTM of each tensor.
-        secants, longest, cooling: as of `StepSettings`.
+        secants, longest, cooling: as in `StepSettings`.
     """
 
     kind: ClassVar[str] = "tensor"
@@ -44,7 +44,7 @@ class TensorSettings(StepSettings):
 
 
 class TensorRule(StepRule):
-    r"""A learned update for every coordinate whose memory is the tensor's, on top of the learned step.
+    r"""A learned update of every coordinate, with one LSTM state for each tensor, that modifies the learned step.
 
     $$W \mapsto W - \left(2\sigma(o_2)\,\Delta + \mathrm{rms}(\Delta)\tanh(o_1)\right)$$
 
@@ -58,14 +58,14 @@ class TensorRule(StepRule):
     gradient descent, like Adam or by the sign, and differently as time goes on. At the start of meta-training they are
     near zero, and this is the learned step alone.
 
-    It remembers a velocity and a second moment for each parameter, and one LSTM state for each tensor. A coordinate's
-    step is at most twice its learned step and once the root mean square of the tensor's.
+    The state is a velocity and a second moment for each coordinate, and one LSTM state for each tensor. A coordinate's
+    step is at most twice its learned step plus once the root mean square of the tensor's.
 
     Args:
         hidden: units of the LSTM of each tensor.
-        units: of the network that every coordinate goes through.
-        secants: number of secant pairs, which remember two more numbers a parameter each.
-        longest, cooling: as of `StepRule`.
+        units: units of the network over coordinates.
+        secants: number of secant pairs; each keeps two more numbers per coordinate.
+        longest, cooling: as in `StepRule`.
 
     Example:
         >>> rule = TensorRule(hidden=8, units=4)
@@ -112,7 +112,7 @@ class TensorRule(StepRule):
         for name, step in steps.items():
             seen = (point.gradients[name], remembered["velocity"][name], point.parameters[name])
             gradient, fixed, weight = (each.detach() for each in seen) if self.detach else seen
-            # What a task remembers where its last step is taken back belongs to a place that it has left.
+            # If the last step is taken back, the moments belong to the point that was left.
             kept = torch.where(fit(progress.accepted, gradient), state["squares"][name], 0.0)
             squares[name] = _SQUARES_MEMORY * kept + (1 - _SQUARES_MEMORY) * gradient.square()
             features = self.observe_coordinates(gradient, fixed, squares[name], weight)
@@ -126,7 +126,7 @@ class TensorRule(StepRule):
     ) -> dict[str, Any]:
         squares = dict(state["squares"])
         for move in moves:
-            # Second moments are features here, and features are kept out of the graph.
+            # Here second moments are features, which are kept out of the graph.
             element = move.element.detach() if self.detach else move.element
             squares.update(move.symmetry.carry_squares(element, squares, point).tensors)
         return {**super().carry(state, moves, point, accepted, spend), "squares": squares}
@@ -136,7 +136,7 @@ class TensorRule(StepRule):
 
         Args:
             features: `(tasks, coordinates, features)`.
-            hidden: of the tensor's LSTM, `(tasks, hidden)`.
+            hidden: hidden state of the tensor's LSTM, `(tasks, hidden)`.
             like: the tensor.
         """
         sizes = (self.units, self.units, _FEATURES, 1)

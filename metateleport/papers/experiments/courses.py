@@ -17,7 +17,7 @@ from metateleport.families import Task
 from metateleport.families.stack import Batch
 from metateleport.optim import TeleportingOptimizer
 from metateleport.papers.experiments.base import LARGEST, finite
-from metateleport.papers.experiments.recipes import Recipe
+from metateleport.papers.experiments.contenders import Contender
 from metateleport.papers.experiments.ways import Method
 from metateleport.teleporters import TeleportReport, teleport
 
@@ -57,7 +57,7 @@ def follow(
     task: Task,
     training: Batch,
     batches: Sequence[Batch],
-    recipe: Recipe,
+    contender: Contender,
     step_size: float,
     method: Method,
     checkpoints: Sequence[int],
@@ -68,7 +68,7 @@ def follow(
         task: gives the model at its start, the loss and the data; its model is trained.
         training: all of its training data.
         batches: the minibatch of each step.
-        recipe: the optimizer.
+        contender: the optimizer.
         step_size: its step size.
         method: how to teleport.
         checkpoints: numbers of steps after which to measure, in order; 0 is the start.
@@ -76,7 +76,7 @@ def follow(
     with warnings.catch_warnings():
         # What becomes of a state that cannot be carried is told of each method in words.
         warnings.filterwarnings("ignore", "the state")
-        return _follow(_Run(task, recipe.make(task.model, step_size), method), training, batches, checkpoints)
+        return _follow(_Run(task, contender.make(task.model, step_size), method), training, batches, checkpoints)
 
 
 def _follow(run: _Run, training: Batch, batches: Sequence[Batch], checkpoints: Sequence[int]) -> Course:

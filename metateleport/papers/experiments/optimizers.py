@@ -13,8 +13,8 @@ from metateleport.families import Task, TaskFamily, load_family
 from metateleport.families.stack import Batch
 from metateleport.papers.experiments._optimizers_claims import along, claims
 from metateleport.papers.experiments.base import Experiment, ExperimentError, Findings, Progress
+from metateleport.papers.experiments.contenders import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.courses import Course, follow
-from metateleport.papers.experiments.recipes import OPTIMIZERS, best_step_size, require
 from metateleport.papers.experiments.ways import PLAIN, Method, methods
 
 if TYPE_CHECKING:
@@ -120,15 +120,15 @@ class Optimizers(Experiment):
         return load_family(name, {"hidden": self.hidden, "depth": self.depth, "batch": self.batch})
 
     def _compare(self, family: TaskFamily, optimizer: str, seed: int) -> dict[str, Any]:
-        recipe, compared = OPTIMIZERS[optimizer], self.methods
+        contender, compared = OPTIMIZERS[optimizer], self.methods
         early = [name for name in compared if name == PLAIN or name.endswith("early")]
         tuned = [self._ready(family.task(index, "train", seed)) for index in range(self.tuning)]
-        best = {PLAIN: self._best_step(tuned, optimizer, compared[PLAIN], recipe.start)}
+        best = {PLAIN: self._best_step(tuned, optimizer, compared[PLAIN], contender.start)}
         for name in early[1:]:
             best[name] = self._best_step(tuned, optimizer, compared[name], best[PLAIN])
         regimes = {"plain": dict.fromkeys(compared, best[PLAIN]), "own": best}
-        if recipe.source is not None:
-            regimes = {"source": dict.fromkeys(early, recipe.source), **regimes}
+        if contender.source is not None:
+            regimes = {"source": dict.fromkeys(early, contender.source), **regimes}
         courses: dict[str, dict[str, list[Course]]] = {
             regime: {name: [] for name in steps} for regime, steps in regimes.items()
         }
@@ -142,7 +142,7 @@ class Optimizers(Experiment):
                         done[name, step] = self._follow(task, optimizer, step, compared[name])
                     courses[regime][name].append(done[name, step])
         return {
-            "step_sizes": {**({} if recipe.source is None else {"source": recipe.source}), **best},
+            "step_sizes": {**({} if contender.source is None else {"source": contender.source}), **best},
             "courses": {
                 regime: {name: _columns(each) for name, each in found.items()} for regime, found in courses.items()
             },
@@ -160,8 +160,8 @@ class Optimizers(Experiment):
 
     def _follow(self, ready: _Ready, optimizer: str, step: float, method: Method) -> Course:
         own = dataclasses.replace(ready.task, model=copy.deepcopy(ready.task.model))
-        recipe = OPTIMIZERS[optimizer]
-        return follow(own, ready.training, ready.batches, recipe, step, method, self._checkpoints)
+        contender = OPTIMIZERS[optimizer]
+        return follow(own, ready.training, ready.batches, contender, step, method, self._checkpoints)
 
 
 class _Ready(NamedTuple):

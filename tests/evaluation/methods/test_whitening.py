@@ -40,9 +40,9 @@ class TestWhitening:
 
     def test_gauges_never_move_along_the_orbit_and_teleports_do(self, family: TaskFamily) -> None:
         stack = family.stack(range(2), "held-out")
-        assert Whitening(1.0, "gauge per tensor").gauge == "undone"
+        assert Whitening(1.0, "gauge per tensor").moves_by == "undone"
         assert Whitening(1.0, "gauge per tensor").run(stack, 4).drift_max is None
-        assert Whitening(1.0, "features").gauge == "stays"
+        assert Whitening(1.0, "features").moves_by == "stays"
         assert (Whitening(1.0, "features").run(stack, 4).drift_max or 0) > 0
 
     def test_without_symmetries_it_is_gradient_descent(self) -> None:

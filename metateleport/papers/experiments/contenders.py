@@ -12,7 +12,7 @@ from torch import nn
 
 from metateleport.papers.experiments.base import ExperimentError
 
-__all__ = ["OPTIMIZERS", "Recipe", "best_step_size", "require"]
+__all__ = ["OPTIMIZERS", "Contender", "best_step_size", "require"]
 
 FACTOR = 3.0
 """Ratio of neighbouring step sizes."""
@@ -21,7 +21,7 @@ FURTHEST = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Contender:
     """An optimizer and the step sizes it is tried at.
 
     Args:
@@ -61,17 +61,17 @@ def _muon(model: nn.Module, step_size: float) -> torch.optim.Optimizer:
 
 
 _LIBRARY = "pytorch_optimizer"
-OPTIMIZERS: dict[str, Recipe] = {
-    "sgd": Recipe(lambda model, lr: torch.optim.SGD(model.parameters(), lr), 0.1, 1e-2),
-    "momentum": Recipe(lambda model, lr: torch.optim.SGD(model.parameters(), lr, momentum=0.9), 1e-2, 1e-3),
-    "adagrad": Recipe(lambda model, lr: torch.optim.Adagrad(model.parameters(), lr), 3e-2, 1e-2),
-    "rmsprop": Recipe(lambda model, lr: torch.optim.RMSprop(model.parameters(), lr), 3e-3, 1e-4),
-    "adam": Recipe(lambda model, lr: torch.optim.Adam(model.parameters(), lr), 1e-2, 1e-4),
-    "adamw": Recipe(lambda model, lr: torch.optim.AdamW(model.parameters(), lr), 1e-2),
-    "lion": Recipe(_from_library("Lion"), 1e-3, library=_LIBRARY),
-    "muon": Recipe(_muon, 1e-2, library=_LIBRARY),
+OPTIMIZERS: dict[str, Contender] = {
+    "sgd": Contender(lambda model, lr: torch.optim.SGD(model.parameters(), lr), 0.1, 1e-2),
+    "momentum": Contender(lambda model, lr: torch.optim.SGD(model.parameters(), lr, momentum=0.9), 1e-2, 1e-3),
+    "adagrad": Contender(lambda model, lr: torch.optim.Adagrad(model.parameters(), lr), 3e-2, 1e-2),
+    "rmsprop": Contender(lambda model, lr: torch.optim.RMSprop(model.parameters(), lr), 3e-3, 1e-4),
+    "adam": Contender(lambda model, lr: torch.optim.Adam(model.parameters(), lr), 1e-2, 1e-4),
+    "adamw": Contender(lambda model, lr: torch.optim.AdamW(model.parameters(), lr), 1e-2),
+    "lion": Contender(_from_library("Lion"), 1e-3, library=_LIBRARY),
+    "muon": Contender(_muon, 1e-2, library=_LIBRARY),
     # A preconditioner for each side of a matrix but that of the 784 pixels, whose eigenvectors cost more than the rest.
-    "soap": Recipe(_from_library("SOAP", max_precondition_dim=128), 1e-2, library=_LIBRARY),
+    "soap": Contender(_from_library("SOAP", max_precondition_dim=128), 1e-2, library=_LIBRARY),
 }
 
 
