@@ -179,7 +179,8 @@ def failures_of(
 
 def half_squared_norm(tensors: Mapping[str, Tensor], names: Sequence[str]) -> float:
     """Half the sum of squares of the named tensors."""
-    return sum(0.5 * float(tensors[name].detach().double().square().sum()) for name in names)
+    norms = (torch.linalg.vector_norm(tensors[name].detach(), dtype=torch.float64) for name in names)
+    return sum(0.5 * float(norm) ** 2 for norm in norms)
 
 
 def moved_names(symmetries: Sequence[Symmetry]) -> tuple[str, ...]:
