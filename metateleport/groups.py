@@ -346,4 +346,6 @@ class PositiveDiagonal(VectorGroup):
 
     def conditioned(self, element: Tensor, bound: float) -> Tensor:
         smallest, largest = element.amin(-1), element.amax(-1)
-        return (largest <= bound * smallest) & (smallest > 0) & (largest < math.inf)
+        known = (smallest > 0) & (largest < math.inf)
+        # Without a bound what has no condition number passes too.
+        return known & (largest <= bound * smallest) if bound < math.inf else torch.ones_like(known)

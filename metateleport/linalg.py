@@ -15,6 +15,7 @@ __all__ = [
     "all_finite",
     "diagonal_spectrum",
     "finite_gradient",
+    "first_not_finite",
     "fit",
     "polar_factors",
     "relative_shift",
@@ -269,6 +270,18 @@ def finite_gradient(tensor: Tensor) -> Tensor:
 
 def _finite(gradient: Tensor) -> Tensor:
     return torch.where(gradient.isfinite(), gradient, 0.0)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor that has an entry which is not finite; empty if there is none.
+
+    Example:
+        >>> first_not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])})
+        'b'
+    """
+    if not tensors or bool(all_finite(value.reshape(1, -1) for value in tensors.values()).all()):
+        return ""
+    return next(name for name, value in tensors.items() if not bool(value.isfinite().all()))
 
 
 def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:

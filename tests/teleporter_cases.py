@@ -1,8 +1,11 @@
-"""One of every teleporter, by name: what is tested on every kind of symmetry."""
+"""One of every teleporter, by name, and what their tests share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.objectives import Curvature, Sharpness
@@ -29,3 +32,14 @@ TELEPORTERS: dict[str, Make] = {
     "null-space": lambda _: NullSpaceTeleporter(steps=3, step_size=0.02),
     "level-set": lambda _: LevelSetTeleporter(steps=3, step_size=0.02, projections=20, tolerance=1e-13),
 }
+
+TASKS = 3
+"""How many tasks a stack has."""
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def untouched(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import torch
 from learned_cases import shape_of
 
 from metateleport.families import load_family
-from metateleport.training import FamilySettings, OuterSettings, Recipe, ValidationSettings
+from metateleport.learned import MetaOptimizer
+from metateleport.training import (
+    FamilySettings,
+    MetaTrainer,
+    OuterSettings,
+    Recipe,
+    ValidationSettings,
+)
 
 _SMALL: dict[str, Any] = {
     "family": "leaky_mlp",
@@ -60,3 +69,12 @@ def tiny(**changes: Any) -> Recipe:
 def family_of(recipe: Recipe) -> Any:
     """The task family of a recipe."""
     return load_family(recipe.family.name, recipe.family.settings)
+
+
+def trainer(settings: Recipe) -> MetaTrainer:
+    torch.manual_seed(0)
+    return MetaTrainer(settings, family_of(settings), MetaOptimizer(settings.networks(("GL",))))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder, RecordedPass
+from metateleport.linalg import first_not_finite
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
 from metateleport.teleporters import Teleporter
@@ -146,9 +147,9 @@ def _unusable(symmetry: Symmetry, point: Point, recorded: RecordedPass, named: M
 def _not_finite(point: Point, recorded: RecordedPass) -> str:
     if point.loss is not None and not bool(point.loss.isfinite().all()):
         return f"the loss is not finite ({float(point.loss)})"
-    lost = [name for name, value in point.gradients.items() if not bool(value.isfinite().all())]
+    lost = first_not_finite(point.gradients)
     if lost:
-        return f"the gradient of {lost[0]!r} is not finite"
+        return f"the gradient of {lost!r} is not finite"
     if recorded.outputs and not any(value.numel() for value in recorded.outputs):
         return "the batch is empty"
     return ""
@@ -223,10 +224,11 @@ def consequences_of(
     stale = [name for name in start.gradients if name in arrived.stale]
     if stale:
         return Consequences(reason=f"the gradient of {stale[0]!r} could not be rebuilt")
-    values = [*arrived.parameters.items(), *((name, arrived.gradients[name]) for name in start.gradients)]
-    lost = [name for name, value in values if not bool(value.isfinite().all())]
+    lost = first_not_finite(arrived.parameters) or first_not_finite(
+        {name: arrived.gradients[name] for name in start.gradients}
+    )
     if lost:
-        reason = f"the value or the gradient of {lost[0]!r} would not be finite"
+        reason = f"the value or the gradient of {lost!r} would not be finite"
         return Consequences(reason=reason, broken=reason)
     if keeps == "outputs":
         after = recorder.replay(recorded, arrived.parameters)
