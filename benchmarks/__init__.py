@@ -1,1 +1,1 @@
-"""Measurements of speed, each a command of its own: `python -m benchmarks.meta_training`."""
+"""Benchmarks, each a command of its own, as `python -m benchmarks.meta_training`."""

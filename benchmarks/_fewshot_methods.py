@@ -1,4 +1,4 @@
-"""The meta-learners that the few-shot comparison is between."""
+"""The meta-learners of the few-shot comparison."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ __all__ = ["METHODS", "Meta", "base_of", "build", "standing", "switched_off"]
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """One learner to make.
+    """The settings of one learner.
 
     Args:
         name: a key of `METHODS`.
         lr: inner learning rate.
         seed: meta-seed.
-        size: norm of a random generator.
+        size: norm of the generator of a random teleport.
     """
 
     name: str
@@ -69,11 +69,11 @@ METHODS: dict[str, str] = {
     "meta-sgd+ascent": "Meta-SGD, ascent on the gradient norm before every step",
     "meta-curvature": "Meta-Curvature",
 }
-"""What is compared, and how tables call it. A random element comes after the ascent that gives its size."""
+"""The methods and their names in tables. A random element comes after the ascent that gives its size."""
 
 
 def base_of(name: str) -> str:
-    """The same method without a teleport; what has none is held against MAML."""
+    """The method to compare with: the same one without a teleport; MAML for methods without a teleport."""
     base, plus, _ = name.partition("+")
     return base if plus else "maml"
 
@@ -89,12 +89,12 @@ def build(meta: Meta, model: nn.Module, symmetries: Sequence[Symmetry]) -> Any:
 
 
 def switched_off(learner: TeleportingLearner) -> TeleportingLearner:
-    """The same start and rates, adapted without a teleport."""
+    """A learner with the same start and rates that adapts without a teleport."""
     return TeleportingLearner(copy.deepcopy(learner.learner), NoTeleport(), learner.symmetries)
 
 
 def standing(learner: TeleportingLearner) -> TeleportingLearner:
-    """The same start and teleporter with inner learning rates of zero: it teleports and does not step."""
+    """A learner with the same start and teleporter and inner learning rates of zero: it teleports and does not step."""
     still = copy.deepcopy(learner.learner)
     if hasattr(still, "lrs"):
         with torch.no_grad():

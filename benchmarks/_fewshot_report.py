@@ -1,4 +1,4 @@
-"""What the few-shot comparison says: paired intervals over tasks, a page, and sentences."""
+"""The report of the few-shot comparison: paired intervals over tasks, sentences and a page."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def compare(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
     """Compares two methods on the same held-out tasks and meta-seeds.
 
     Args:
-        ours: what `one_seed` found of one method, by meta-seed.
-        theirs: of the other.
+        ours: results of `one_seed` for one method, by meta-seed.
+        theirs: the same for the other method.
 
     Returns:
-        `loss`: the median ratio of the other's loss over ours, above 1 where ours is better, with its interval over
-        tasks, each task's losses taken in the geometric mean over meta-seeds; `by_seed`: that ratio for every
-        meta-seed; `accuracy`: the mean difference, ours less the other's, with its interval; `meta_seconds` and
-        `adapt_seconds`: median over meta-seeds of ours over the other's; `verdict`: `better` or `worse` where the
-        interval leaves 1 out and no meta-seed says otherwise, else `no difference`.
+        `loss`: the median over tasks of the other's loss over ours, above 1 if ours is better, with its interval; each
+        task's loss is the geometric mean over meta-seeds. `by_seed`: that ratio for every meta-seed. `accuracy`: the
+        mean difference, ours minus the other's, with its interval. `meta_seconds` and `adapt_seconds`: ours over the
+        other's, median over meta-seeds. `verdict`: `better` or `worse` if the interval leaves out 1 and no meta-seed
+        contradicts it, else `no difference`.
     """
     mine, others = (np.array([each["losses"] for each in side]).clip(1e-300, 1e300) for side in (ours, theirs))
     loss = paired_ratio(*(np.exp(np.log(side).mean(0)) for side in (others, mine)))
@@ -140,7 +140,7 @@ def _trained_by(checkpoint: Mapping[str, str]) -> list[str]:
 
 
 def _switched_off(report: Mapping[str, Any]) -> list[str]:
-    """The same starts, adapted without the teleport that they were meta-trained with."""
+    """The section on learners that were meta-trained with a teleport and adapt without it."""
     rows = []
     for name, each in report["methods"].items():
         if any(seed["losses_teleport_off"] is None for seed in each["seeds"]):

@@ -1,4 +1,4 @@
-"""Models as people train them, each with real data: scikit-learn's digits, and docstrings of the standard library."""
+"""Models of many kinds with real data: scikit-learn's digits, and docstrings of the standard library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InUse:
 
     Args:
         name: of the model.
-        build: makes it from the global random numbers.
+        build: makes the model, with torch's global random numbers.
         data: inputs and labels.
         perceptron: whether it is a plain multi-layer perceptron.
     """
@@ -68,7 +68,7 @@ def later_digits() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _text() -> Tensor:
-    """Docstrings of the standard library as one sequence of letters; what is no letter of the alphabet is its last."""
+    """Docstrings of the standard library as one sequence of indices; all other characters share the last index."""
     folder, found = Path(os.__file__).parent, []
     for name in _SOURCES:
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
@@ -87,13 +87,13 @@ def letters() -> tuple[Tensor, Tensor]:
 
 
 def sequences() -> tuple[Tensor, Tensor]:
-    """Pieces of text and the same one letter on."""
+    """Pieces of text, and the same shifted by one letter."""
     x, last = letters()
     return x, torch.cat([x[:, 1:], last[:, None]], 1)
 
 
 class _Block(nn.Module):
-    """Attention and a perceptron, each behind a norm, written out."""
+    """Attention and a perceptron, each after a norm, without torch's own layers."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Block(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Over the rows of an image."""
+    """A transformer over the rows of an image."""
 
     def __init__(self, layers: Callable[[int], nn.Module], width: int = 32) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-r"""Meta-training as the source paper's code does it: one task at a time, unrolled by hand.
+r"""Meta-training as in the source paper's code: one task at a time, unrolled by hand.
 
 Two linear layers of equal width, $L = \tfrac12 \|Y - W_2 s(W_1 X)\|^2$, a two-layer LSTM over all gradients flattened,
 first-order group elements $(I + T, I - T)$ with $\|T\| = 0.01$, inner gradients without second derivatives, and one
 step of Adam after the window of each task. What the source's code computes without using it (a pseudo-inverse at every
-step) is left out. Networks are float32 and tasks float64, as in this library.
+step) is left out. Networks are in float32 and tasks in float64, as in this library.
 
 Source: Zhao et al., ICLR 2024 (arXiv 2305.13404), section 5 and appendix E.
 """

@@ -1,4 +1,4 @@
-"""Models from the libraries that people use, small and without a download, each with an example input."""
+"""Small models from common libraries, without downloads, each with an example input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """A model in evaluation mode and an example input, drawn from a fixed seed.
 
     Raises:
-        ModuleNotFoundError: if the library that the model is from is not installed.
+        ModuleNotFoundError: if the model's library is not installed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -29,7 +29,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
 
 
 class UNet(nn.Module):
-    """Two levels down and up again; what stood above is concatenated."""
+    """A U-Net of two levels with concatenated skip connections."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def _twice(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _torchvision() -> Any:
-    """torchvision, whose own extension may not load beside a torch for CPUs."""
+    """torchvision; its compiled extension may not load beside a CPU build of torch."""
     if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
@@ -191,4 +191,4 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "MiniLM": _minilm,
     "LoRA on MiniLM": _lora,
 }
-"""By name: what makes the model and its example input."""
+"""Functions that make a model and its example input, by name."""

@@ -22,7 +22,7 @@ _MOST_REPEATS = 16
 
 
 class Case(Protocol):
-    """Something whose meta-steps are timed."""
+    """A case whose meta-steps are timed."""
 
     name: str
     task_steps: int
@@ -62,7 +62,7 @@ class Measurement(NamedTuple):
     Args:
         meta_gradient: forward passes, inner steps and the meta-backward pass.
         meta_step: the same with clipping and the optimizer's step.
-        cpu: CPU time of the meta-gradient, which other programs on the machine add little to.
+        cpu: CPU time of the meta-gradient, which other programs on the machine change little.
     """
 
     meta_gradient: list[float]
@@ -78,17 +78,17 @@ def measure(
     report: Callable[[str], None] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Measurement]:
-    """Times all cases in every round, in an order that changes, so that a busy spell of the machine meets them alike.
+    """Times all cases in every round, in changing order, so that other load on the machine affects all of them alike.
 
-    One meta-step of each case before the first round is warm-up and tells how often the case is repeated in a round.
+    One meta-step of each case before the first round is warm-up; it also sets how often a round repeats the case.
 
     Args:
-        cases: what to time.
+        cases: the cases.
         rounds: number of rounds; as many as `seconds` allow, and at least three, if not given.
-        seconds: how long to go on without `rounds`, warm-up included.
-        device: waited for whenever the clock is read.
-        report: called with a line on how far it has come.
-        clock: seconds; another one in tests.
+        seconds: time to spend if `rounds` is not given, warm-up included.
+        device: device to synchronise before the clock is read.
+        report: called with a line of progress.
+        clock: returns seconds; replaced in tests.
 
     Returns:
         The measurements by name.
@@ -103,7 +103,7 @@ def measure(
         spent = _timed(case, device, clock)[1]
         repeats[case.name] = min(_MOST_REPEATS, max(1, round(_ROUND_SECONDS / max(spent, 1e-9))))
     found = {case.name: Measurement([], [], []) for case in cases}
-    # What is there by now stays: without it a collection takes a moment and not the better part of a second.
+    # Without the objects that exist now a garbage collection takes a moment instead of most of a second.
     gc.collect()
     gc.freeze()
     try:
@@ -123,13 +123,13 @@ def _rounds(
     clock: Callable[[], float],
     found: Mapping[str, Measurement],
 ) -> None:
-    """Adds to `found`, case by case and round by round."""
+    """Times the rounds and appends to `found`."""
     order, done, slowest = random.Random(0), 0, 0.0
     while done < (rounds or 3) or (rounds is None and clock() + slowest < until):
         started = clock()
         for case in order.sample(list(cases), len(cases)):
             report(f"round {done + 1}{f' of {rounds}' if rounds else ''}: {case.name}")
-            # Cycles that the last case left behind are not this one's to clear.
+            # So that this case does not pay for garbage of the last one.
             gc.collect()
             times = [_timed(case, device, clock) for _ in range(repeats[case.name])]
             for kept, parts in zip(found[case.name], zip(*times, strict=True), strict=True):
@@ -138,7 +138,7 @@ def _rounds(
 
 
 def _timed(case: Case, device: torch.device, clock: Callable[[], float]) -> tuple[float, float, float]:
-    """Seconds of one meta-step: its meta-gradient, all of it, and the CPU time of its meta-gradient."""
+    """Seconds of one meta-step: of its meta-gradient, of the whole, and CPU seconds of its meta-gradient."""
 
     def now() -> tuple[float, float]:
         if device.type == "cuda":
@@ -157,7 +157,7 @@ def _timed(case: Case, device: torch.device, clock: Callable[[], float]) -> tupl
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What a timing depends on: processor, cores, threads, versions, and how busy the machine is."""
+    """The conditions of a timing: processor, cores, threads, versions, and the load of the machine."""
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": os.cpu_count() or 1,

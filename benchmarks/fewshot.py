@@ -1,8 +1,8 @@
 """Teleportation in the inner loop of MAML and Meta-SGD on few-shot digits, and Meta-Curvature beside it.
 
 Every method is meta-trained on the same meta-batches, from the same starts and for the same number of gradient
-evaluations; its inner learning rate is found on validation tasks, by short meta-trainings. What is reported are
-held-out tasks, about digits that none of the others has.
+evaluations. Its inner learning rate is tuned on validation tasks by short meta-trainings. Results are on held-out
+tasks, with digits that no other task has.
 
 Example:
     python -m benchmarks.fewshot --markdown docs/fewshot.md --json docs/fewshot.json
@@ -37,16 +37,16 @@ __all__ = ["main", "run"]
 
 SCHEMA = 1
 RATES = (0.1, 0.25, 0.625)
-"""Inner learning rates that tuning starts from; it goes on by the same factor while the best is at an end."""
+"""Inner learning rates to try first; the grid is extended by the same factor while the best is at its end."""
 FACTOR = 2.5
 FURTHER = 4
 TUNING_SHARE = 0.25
-"""Of the meta-steps, for every rate tried."""
+"""Share of the meta-steps that a trial of tuning takes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a comparison is run with."""
+    """The settings of a comparison."""
 
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: int = 3
@@ -62,12 +62,12 @@ def run(settings: Settings, keep: Callable[[dict[str, Any]], None], quiet: bool 
     """Tunes, meta-trains and evaluates every method.
 
     Args:
-        settings: of the comparison.
-        keep: called with the report after every meta-seed, so that a run that is stopped leaves what it has.
-        quiet: say nothing of how it gets on.
+        settings: the comparison's settings.
+        keep: called with the report after every meta-seed, so that an interrupted run leaves its results.
+        quiet: print no progress.
 
     Returns:
-        What the JSON holds.
+        The report, as the JSON file has it.
     """
     started = time.perf_counter()
     family = load_family(
@@ -88,7 +88,7 @@ def run(settings: Settings, keep: Callable[[dict[str, Any]], None], quiet: bool 
             size = methods[name]["size"]
         say(f"{name}: inner learning rate {methods[name]['lr']:g}")
     report: dict[str, Any] = {}
-    # Seed by seed, so that what a busy machine does to the seconds it does to all methods.
+    # Seed by seed, so that other load on the machine affects the seconds of all methods alike.
     for seed in range(settings.seeds):
         for name in settings.methods:
             found = one_seed(Meta(name, methods[name]["lr"], seed, size), family, settings, held_out)
@@ -124,7 +124,7 @@ def tuned(name: str, family: TaskFamily, settings: Settings, size: float) -> dic
     """The inner learning rate of a method, by the validation loss of short meta-trainings.
 
     Returns:
-        `lr`; `tuning`, what was tried; `size`, the mean norm of the generators of each symmetry at that rate.
+        `lr`; `tuning`, the trials; `size`, the mean norm of each symmetry's generators at that rate.
     """
     steps = max(1, round(TUNING_SHARE * settings.meta_steps))
     tried: dict[float, tuple[float, float]] = {}
@@ -152,7 +152,7 @@ def tuned(name: str, family: TaskFamily, settings: Settings, size: float) -> dic
 
 
 def trained(meta: Meta, family: TaskFamily, settings: Settings, steps: int) -> tuple[MetaTraining, float]:
-    """A meta-training that is done, and its seconds without those of drawing tasks."""
+    """Meta-trains a method; returns the training and its seconds without those of drawing tasks."""
     config = MetaTrainingConfig(
         meta_steps=steps,
         inner_steps=settings.inner_steps,
@@ -182,7 +182,7 @@ def _drawn(family: TaskFamily, seed: int, meta_step: int, tasks: int) -> TaskSta
 
 
 def one_seed(meta: Meta, family: TaskFamily, settings: Settings, held_out: TaskStack) -> dict[str, Any]:
-    """Meta-trains from one seed and adapts to the held-out tasks."""
+    """Meta-trains from one seed, adapts to the held-out tasks, and returns the results."""
     training, seconds = trained(meta, family, settings, settings.meta_steps)
     begun = time.perf_counter()
     found = adapt(training.learner, held_out, settings.inner_steps)
@@ -214,7 +214,7 @@ def one_seed(meta: Meta, family: TaskFamily, settings: Settings, held_out: TaskS
 
 
 def checkpoint_of(methods: Sequence[str]) -> dict[str, str]:
-    """How the shipped teleporter was trained and which weights it has; empty where it takes no part."""
+    """The command and the weights' hash of the shipped teleporter; empty if no method uses it."""
     if "maml+learned" not in methods:
         return {}
     card = json.loads((shipped_checkpoints()["digits"] / "card.json").read_text(encoding="utf-8"))
@@ -222,14 +222,14 @@ def checkpoint_of(methods: Sequence[str]) -> dict[str, str]:
 
 
 def at_budget(values: torch.Tensor | None, found: Adaptation, budget: float) -> torch.Tensor:
-    """Of every task, the value after the last step that the budget of gradient evaluations allows."""
+    """For every task the value after the last step within the budget of gradient evaluations."""
     assert values is not None
     allowed = (found.evaluations <= budget + 1e-6).sum(1) - 1
     return values.gather(1, allowed.unsqueeze(1)).squeeze(1).double()
 
 
 def drift_of(learner: Any, stack: TaskStack) -> float | None:
-    """Largest relative change of a held-out loss by one teleport alone; None where there is none."""
+    """Largest relative change of a held-out loss by a teleport alone; None without a teleport."""
     if not isinstance(learner, TeleportingLearner):
         return None
     query = adapt(standing(learner), stack, 1).query.double()
@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: what stands behind the program's name; the process's own if not given.
+        arguments: the command-line arguments; those of the process if not given.
 
     Returns:
         The exit code.

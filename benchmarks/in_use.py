@@ -1,11 +1,11 @@
-"""The learned optimizers as anyone would use them, beside AdamW.
+"""The learned optimizers with their default settings, compared with AdamW on real data.
 
-Every shipped checkpoint that learned a step, with nothing else said, on models of many kinds with real data:
-minibatches of 32, a plain loop of `loss.backward(); optimizer.step(); optimizer.zero_grad()`. The final loss is the
-mean over the whole training set in evaluation mode; AdamW's is that of the best of three learning rates. A cell holds
-if the loss ends at most 10 % above AdamW's on perceptrons and 30 % elsewhere, or if the optimizer said when it was made
-that the checkpoint is not for that model; it never does with a NaN or an end above the start. A loss is the median over
-seeds.
+Every shipped checkpoint that has a learned step trains models of many kinds, with minibatches of 32 in a plain loop of
+`loss.backward(); optimizer.step(); optimizer.zero_grad()`. The final loss is the mean over the whole training set in
+evaluation mode, and the median over seeds; AdamW has the best of three learning rates. A cell, which is one checkpoint
+on one model, holds if the loss ends at most 10 % (perceptrons) or 30 % (other models) above AdamW's, or if the
+optimizer warned when it was made that the checkpoint is not for that model. It does not hold if a NaN occurs or the
+loss ends above its start.
 
 Example:
     python -m benchmarks.in_use --json in_use.json
@@ -42,21 +42,21 @@ WITHIN_PERCEPTRON, WITHIN = 1.1, 1.3
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What came of a checkpoint on a model.
+    """The result of one checkpoint on one model.
 
     Args:
         model: the model's name.
-        checkpoint: the checkpoint's.
+        checkpoint: the checkpoint's name.
         start: the loss before the first step.
         adamw: AdamW's final loss at its best rate.
-        rate: that rate.
-        final: the final loss; None where the checkpoint refused the model or a step failed.
+        rate: that best learning rate.
+        final: the final loss; None if the checkpoint refused the model or a step failed.
         nan: whether a loss or a weight was not finite in any seed.
-        above: whether it ended above its start in any seed.
+        above: whether the loss ended above its start in any seed.
         refused: whether making the optimizer raised a `ValueError`.
-        said: what it said then, as an error or a warning.
+        said: the error or the warnings when the optimizer was made.
         failed: the error that a step raised.
-        within: the largest ratio to AdamW that holds.
+        within: the largest ratio to AdamW's loss at which the cell holds.
     """
 
     model: str
@@ -79,12 +79,12 @@ class Cell:
 
     @property
     def told(self) -> bool:
-        """Whether the checkpoint was said to be not for the model; that symmetries were not found is another matter."""
+        """Whether a warning or error said that the checkpoint is not for the model; missing symmetries do not count."""
         return any("example_input" not in each and "symmetries=" not in each for each in self.said)
 
     @property
     def holds(self) -> bool:
-        """Whether it may be shipped so."""
+        """Whether the cell holds."""
         if self.nan or self.above or self.failed is not None:
             return False
         return self.told or (self.ratio is not None and self.ratio <= self.within)
@@ -106,7 +106,7 @@ def _evaluated(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 def _trained(
     case: InUse, make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, steps: int
 ) -> tuple[float, float, bool]:
-    """The loss before and after, and whether everything stayed finite."""
+    """The loss before and after training, and whether everything stayed finite."""
     torch.manual_seed(seed)
     model, data = case.build(), case.data()
     start = _evaluated(model, data)
@@ -126,7 +126,7 @@ def _trained(
 
 
 def _adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """AdamW, and its form for sparse gradients where the model has such."""
+    """AdamW; with SparseAdam for parameters that have sparse gradients."""
     sparse = {id(part.weight) for part in model.modules() if getattr(part, "sparse", False)}
     trained = [value for value in model.parameters() if value.requires_grad]
     dense = torch.optim.AdamW([value for value in trained if id(value) not in sparse], lr=rate)
@@ -163,7 +163,7 @@ def _reference(case: InUse, seeds: int, steps: int) -> tuple[float, float, float
 
 
 class _Refused(Exception):
-    """The library's own sentence, raised when the optimizer was made."""
+    """The optimizer could not be made; the message is the library's."""
 
 
 def _line(said: object) -> str:
@@ -231,13 +231,13 @@ def _row(cell: Cell) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; prints a table in Markdown, row by row. 1 if a cell does not hold."""
+    """Runs the benchmark and prints a table in Markdown, row by row; returns 1 if a cell does not hold."""
     steps_of = {name: path for name, path in shipped_checkpoints().items() if _learned_a_step(name)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--checkpoints", nargs="+", choices=steps_of, default=list(steps_of), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="medians over so many (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="of each run (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of each run (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     given = parser.parse_args(arguments)
     if given.seeds < 1 or given.steps < 1:

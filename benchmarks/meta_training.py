@@ -1,9 +1,9 @@
 """Microseconds of meta-training per task-step: each mode, single and stacked tasks, beside the source's own loop.
 
-A task-step is one inner step on one task. The task is the source paper's regression, two layers of one width with
-LeakyReLU between, in float64. Two figures are taken: the meta-gradient alone (forward passes, inner steps and the
-meta-backward pass), which ratios are made of, and the whole meta-step with clipping and Adam. On one CPU thread ratios
-are made of CPU times, which a busy machine hardly spoils; elsewhere of wall-clock times.
+A task-step is one inner step on one task. The task is the source paper's regression, with two layers of equal width and
+LeakyReLU between them, in float64. Two times are measured: that of the meta-gradient alone (forward passes, inner steps
+and the meta-backward pass), and that of the whole meta-step with clipping and Adam. Ratios are of meta-gradients. On
+one CPU thread they use CPU time, which other load hardly changes; elsewhere wall-clock time.
 
 Example:
     python -m benchmarks.meta_training --json meta_training.json
@@ -51,7 +51,7 @@ Networks = TypeVar("Networks", bound=nn.Module)
 
 
 class _Trained:
-    """Networks with the optimizer that trains them; its step is so small that every round does the same work."""
+    """Networks and the optimizer that trains them; its steps are so small that every round does the same work."""
 
     def __init__(self, networks: nn.Module) -> None:
         self.networks = networks
@@ -92,7 +92,7 @@ class StackedCase(_Trained):
 
 
 class SourceCase(_Trained):
-    """The source's loop; a meta-step is one task's window, and the next meta-step has another task."""
+    """The source's loop: a meta-step is one window of one task, and the next meta-step has another task."""
 
     network, tasks = "source", 1
 
@@ -123,14 +123,14 @@ def _seeded(make: Callable[[], Networks]) -> Networks:
 def cases_of(
     modes: Sequence[str], tasks: Sequence[int], width: int, unroll: int, device: torch.device
 ) -> list[StackedCase | SourceCase]:
-    """Everything that is timed side by side.
+    """All cases that are timed side by side.
 
     Args:
-        modes: modes of the meta-optimizer; `flat` networks and the source's loop join where they have the mode.
+        modes: modes of the meta-optimizer; `flat` networks and the source's loop are added if they have the mode.
         tasks: sizes of stacks.
         width: of the task's layers.
         unroll: inner steps of a meta-step.
-        device: where all of it runs.
+        device: device to run on.
     """
     family = load_family("leaky_mlp", {"width": width})
     example = family.stack([0])
@@ -157,10 +157,10 @@ def cases_of(
 def ratios_of(
     cases: Sequence[StackedCase | SourceCase], found: dict[str, Measurement], basis: str
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Ratios of meta-gradient times, made round by round, since what a round meets it meets for all cases alike.
+    """Ratios of meta-gradient times, formed round by round, as other load affects all cases of a round alike.
 
     Args:
-        cases: what was timed.
+        cases: the cases that were timed.
         found: the measurements by name.
         basis: which of a measurement's times, `meta_gradient` or `cpu`.
 
@@ -223,7 +223,7 @@ def report_of(
 
 
 def table_of(report: dict[str, Any]) -> str:
-    """The report for people to read."""
+    """The report as text."""
     machine, settings, ratios = report["conditions"], report["settings"], report["ratios"]
     head = (
         "microseconds per task-step",
@@ -302,10 +302,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark and prints its table.
 
     Args:
-        argv: the command line; the process's own if not given.
+        argv: the command-line arguments; those of the process if not given.
 
     Returns:
-        What `--json` writes.
+        The report, as `--json` writes it.
     """
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)

@@ -1,8 +1,8 @@
 """The symmetries of models that people use: how many of each kind, how far they drift, how long finding takes.
 
-In every round finding and forward and backward passes on the same input take turns, after a first of each as warm-up.
-Seconds are those of the processor, which other programs on the machine add little to. Small models are found in about
-half a second, most of which torch.export takes, whatever a pass of theirs takes.
+In every round, finding and a forward and backward pass on the same input take turns, after a warm-up of each. Seconds
+are CPU seconds, which other load changes little. The symmetries of small models are found in about half a second; most
+of that is torch.export's.
 
 Example:
     python -m benchmarks.symmetries --markdown docs/symmetries.md
@@ -33,7 +33,7 @@ __all__ = ["main", "row_of"]
 SCHEMA = 2
 
 COST_SHAPES = ((2, 3, 224, 224), (1, 3, 224, 224), (2, 3, 64, 64))
-"""Inputs of resnet18 that the cost of finding is measured on."""
+"""Input shapes of resnet18 for which the cost of finding is measured."""
 
 _PASSES = 3
 
@@ -73,7 +73,7 @@ def row_of(name: str, rounds: int = 1) -> dict[str, Any]:
         rounds: how often finding is timed.
 
     Returns:
-        What the table and the JSON say of it.
+        The model's row of the table and the JSON.
     """
     model, example = build(name)
     found = find_symmetries(model, example)
@@ -100,7 +100,7 @@ def cost_of(shape: Sequence[int], rounds: int) -> dict[str, Any]:
 def _timed(model: nn.Module, example: Any, rounds: int, kinds: int) -> dict[str, Any]:
     """Seconds of finding and of a pass, and passes per kind, over rounds in which both take turns."""
     finding, passing, ratios = [], [], []
-    # Symmetries of this model were found before, so that only the pass needs a warm-up.
+    # Finding was run before on this model, so only the pass needs a warm-up.
     _pass_seconds(model, example)
     for _ in range(rounds):
         passes = [_pass_seconds(model, example) for _ in range(_PASSES)]
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: what stands behind the program's name; the process's own if not given.
+        arguments: the command-line arguments; those of the process if not given.
 
     Returns:
         The exit code.
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.rounds < 1:
         parser.error(f"--rounds is a number of rounds, at least one, not {parsed.rounds}")
-    # The first trace of a process loads what all later ones use.
+    # The first trace of a process loads code that all later ones use.
     find_symmetries(nn.Linear(2, 2), torch.ones(1, 2))
     rows = []
     for name in parsed.models:

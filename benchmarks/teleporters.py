@@ -1,4 +1,4 @@
-"""All teleporters by cost and by gain on the same tasks, and what gradient ascent costs in double backward passes.
+"""Cost and gain of all teleporters on the same tasks, and the cost of gradient ascent in double backward passes.
 
 Seconds are CPU seconds of one thread, medians over rounds in which all cases take turns.
 
@@ -33,9 +33,9 @@ __all__ = ["main"]
 
 SCHEMA = 1
 STEPS = 10
-"""Ascent steps of every teleporter that makes steps."""
+"""Number of steps of every teleporter that ascends or descends."""
 BOUND = 1.3
-"""What an ascent may cost, in double backward passes."""
+"""The largest cost of an ascent that is allowed, in double backward passes."""
 
 Maker = Callable[[Sequence[mt.Symmetry]], mt.Teleporter]
 
@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "matrix_factorisation": ("matrix_factorisation", {"batch": None}),
 }
 
-# With uniform weights every tanh would be at its end, and the features of all samples alike.
+# With uniform weights every tanh would be saturated, and the features of all samples alike.
 _TANH = {"activation": "tanh", "distribution": "normal"}
 PRICED: dict[str, tuple[str, dict[str, Any], int]] = {
     "leaky_mlp, one task": ("leaky_mlp", {}, 1),
@@ -89,21 +89,21 @@ PRICED: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def double_backward(stack: TaskStack, batch: Any) -> None:
-    """The gradient in the weights of the squared gradient norm, from a forward pass on."""
+    """The gradient of the squared gradient norm with respect to the weights, forward pass included."""
     weights = list(stack.parameters())
     gradients = torch.autograd.grad(stack(batch).sum(), weights, create_graph=True)
     torch.autograd.grad(sum(value.square().sum() for value in gradients), weights)  # type: ignore[arg-type]
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """CPU seconds of some work."""
+    """CPU seconds of a call."""
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
 class _Counted(SquaredGradientNorm):
-    """The objective, and how often it was looked at."""
+    """The objective, which counts its evaluations."""
 
     made = 0
 
@@ -113,11 +113,11 @@ class _Counted(SquaredGradientNorm):
 
 
 def price_of(name: str, rounds: int) -> dict[str, Any]:
-    """Gradient ascent against as many double backward passes, side by side in every round."""
+    """Times gradient ascent and as many double backward passes, side by side in every round."""
     family, settings, tasks = PRICED[name]
     stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
     batch, counted = stack.batch(0), _Counted()
-    # Steps so short that the cap ends no ascent before the last of them.
+    # The steps are so short that the cap ends no ascent before its last step.
     teleporter = mt.GradientAscentTeleporter(counted, steps=STEPS, step_size=1e-5, cap=10.0)
     steps = STEPS * len(stack.symmetries)
     point = stack.point_at(stack.tensors(), batch)
@@ -164,7 +164,7 @@ def price_of(name: str, rounds: int) -> dict[str, Any]:
 
 
 def gains_on(name: str, tasks: int, rounds: int, budget: int) -> list[dict[str, Any]]:
-    """Every teleporter once from the start of the same tasks, then gradient descent until the budget is spent."""
+    """One teleport by every teleporter from the start of the same tasks, then gradient descent to the budget's end."""
     family, settings = FAMILIES[name]
     stack = mt.load_family(family, settings).stack(range(tasks), "held-out")
     batch = stack.full
@@ -210,14 +210,14 @@ _FACTORS = (4.0, 1.0, 0.25)
 
 
 def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: int) -> Tensor:
-    """Gradient descent with a step size searched for in every step, until each task has spent its budget.
+    """Gradient descent with a line search in every step, until each task has spent its budget.
 
     Args:
         stack: the tasks.
-        batch: all their data.
+        batch: all data of the tasks.
         point: where to start, with gradients.
         spent: gradient evaluations spent so far, `(tasks,)`.
-        budget: all that a task may spend.
+        budget: gradient evaluations that a task may spend.
 
     Returns:
         The losses, `(tasks,)`.
@@ -225,10 +225,10 @@ def descend(stack: TaskStack, batch: Any, point: Point, spent: Tensor, budget: i
     tasks = len(stack)
     parameters, gradients = dict(point.parameters), dict(point.gradients)
     losses = stack.losses_at(parameters, batch)
-    # The first step would halve the loss of a function that is linear.
+    # The first step would halve a linear loss.
     size = losses / (2 * point.squared_gradient_norm())
     while True:
-        # Three values, and the gradient at the best of them.
+        # Three forward passes, and the gradient at the best point.
         spent = spent + 2.0
         going = spent <= budget
         if not bool(going.any()):
@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: what stands behind the program's name; the process's own if not given.
+        arguments: the command-line arguments; those of the process if not given.
 
     Returns:
         The exit code.

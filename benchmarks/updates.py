@@ -1,8 +1,8 @@
-"""State and seconds of the learned updates, `coordinate` and `tensor`, on a model of a million parameters, beside Adam.
+"""State size and seconds of the learned updates `coordinate` and `tensor`, and of Adam, on a million parameters.
 
-Minibatches of noise through a perceptron of 784, 1000, 300 and 10 units; each update takes its steps in turn with the
-others, and the CPU time of a step is counted, which a busy machine hardly spoils. The networks are as they are before
-any training: what they cost does not depend on their weights.
+A perceptron of 784, 1000, 300 and 10 units on minibatches of noise. The updates step in turn, and the CPU time of a
+step is measured, which other load hardly changes. The networks are untrained: their cost does not depend on their
+weights.
 
 Example:
     python -m benchmarks.updates --json updates.json
@@ -51,7 +51,7 @@ class _Case:
         if name == "adam":
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         else:
-            # No symmetries: the update alone is looked at.
+            # Without symmetries, so that only the update is measured.
             meta = MetaOptimizer(MetaOptimizerConfig(read_rule({"kind": name}), teleport=None))
             self.optimizer = mt.LearnedOptimizer(self.model, meta, symmetries=())
 
@@ -68,7 +68,7 @@ class _Case:
         return time.process_time() - began
 
     def state(self) -> int:
-        """Numbers that the update remembers; the last accepted point of a learned optimizer is not counted."""
+        """Numbers in the update's state; the last accepted point of a learned optimizer is not counted."""
         return _numbers(dict(self.optimizer.state))
 
 
@@ -81,10 +81,10 @@ def _numbers(value: Any) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; prints a table in Markdown."""
+    """Runs the benchmark and prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[784, 1000, 300, 10], metavar="N")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each update (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     given = parser.parse_args(arguments)
     if len(given.widths) < 2 or min(given.widths) < 1 or given.rounds < 1:

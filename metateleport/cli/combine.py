@@ -1,4 +1,4 @@
-"""`metateleport combine`: one checkpoint of several that were trained from different seeds."""
+"""`metateleport combine`: combines checkpoints of different meta-seeds into one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
     parser: Parser = commands.add_parser(
         "combine",
-        help="make one checkpoint of several meta-seeds",
-        description="Makes one checkpoint of several that were trained by the same recipe from different seeds: the "
-        "one with the best validation score on top, the others in its folder meta_seeds.",
+        help="combine checkpoints of several meta-seeds into one",
+        description="Combines checkpoints that were trained by the same recipe from different seeds into one: the one "
+        "with the best validation score, with the others in its folder meta_seeds.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("checkpoints", nargs="+", help="folders of the checkpoints")
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from metateleport.checkpoint.seeds import combine_meta_seeds
 
     if arguments.out.exists() and not arguments.out.is_dir():
-        raise UsageError(f"{arguments.out} is a file, and a checkpoint is a folder: choose another --out")
+        raise UsageError(f"{arguments.out} is a file, but a checkpoint is a folder: choose another --out")
     path = combine_meta_seeds(arguments.checkpoints, arguments.out)
     scores = ", ".join(f"{each.seed}: {each.validation:.3g}" for each in load_checkpoint(path).meta_seeds)
     say(f"wrote the checkpoint {path}; validation scores by seed: {scores}")

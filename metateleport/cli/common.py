@@ -1,4 +1,4 @@
-"""What the commands share: settings from the command line, errors of one line, and where messages go."""
+"""Shared by the commands: settings from the command line, one-line errors, and messages on stderr."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Parser", "UsageError", "positive", "say", "settings_of"]
 
 
 class UsageError(ValueError):
-    """Something on the command line that cannot work; the message says what to write instead."""
+    """Something on the command line cannot work; the message says what to write instead."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose help keeps the examples' lines."""
+    """An argument parser with one-line errors, and with examples whose lines are not re-wrapped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -64,5 +64,5 @@ def not_negative(text: str) -> int:
 
 
 def say(message: str) -> None:
-    """Tells a person something, on stderr, so that stdout stays for what a program reads."""
+    """Prints a message on stderr; stdout is for output that other programs read."""
     Console(file=sys.stderr, highlight=False, soft_wrap=True).print(message, markup=False)

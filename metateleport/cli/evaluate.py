@@ -29,13 +29,12 @@ examples:
   metateleport evaluate leaky_mlp_stays leaky_mlp --methods learned --without each    what parts of the basis bring
   metateleport evaluate digits digits --steps 300 --target adam@300  evaluations to the loss that tuned Adam has at 300
 
-Every method may spend --steps gradient evaluations on each task; a forward pass alone counts a third, and whatever a
-teleport or a line search evaluates is counted. Of a checkpoint of several meta-seeds all are run, and what is said
-of the learned one is said over all of them. The baselines' step sizes are tuned on training tasks first. What the
-learned teleport brings stands in words under the table, and with every comparison behind it in the JSON's
-`attribution`.
+Every method may spend --steps gradient evaluations on each task. A forward pass alone counts a third; everything that a
+teleport or a line search evaluates is counted. All meta-seeds of a checkpoint are run, and the learned method's ratios
+are over all of them. The baselines' step sizes are tuned on training tasks first. Sentences under the table say what
+the learned teleport brings; the JSON has every comparison behind them in `attribution`.
 
-Every finished trial and run is kept under ~/.cache/metateleport (or METATELEPORT_CACHE): after Ctrl-C the same command
+Every finished trial and run is kept under ~/.cache/metateleport (or METATELEPORT_CACHE). After Ctrl-C the same command
 goes on from there, with the same figures; the seconds of a run are those measured when it ran.
 """
 
@@ -54,7 +53,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--steps", type=positive, default=100, metavar="N", help="gradient evaluations a task (default %(default)s)"
     )
-    parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="chooses the tasks (default 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="S", help="selects the tasks (default 0)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
     parser.add_argument(
         "--methods",
@@ -65,34 +64,34 @@ def add(commands: Any) -> None:
         "--meta-seeds",
         choices=("all", "best"),
         default="all",
-        help="of a checkpoint of several: run the learned methods of all, or of the best alone (default %(default)s)",
+        help="if the checkpoint has several: run all of them, or only the best one (default %(default)s)",
     )
     parser.add_argument(
         "--without",
         action="append",
         default=[],
         metavar="NAME",
-        help="also run the learned one without an element of its basis, or without several (A + B, all but A), or each",
+        help="also run the learned method without a generator of its basis, or several (A + B, all but A), or each",
     )
     parser.add_argument(
         "--target",
         metavar="METHOD@K",
-        help="also compare what each method needs to the loss that METHOD has at K, as adam@300",
+        help="also compare how many evaluations each method needs to the loss that METHOD has at K, as adam@300",
     )
-    parser.add_argument("--dtype", choices=("float32", "float64"), help="of the tasks (default: the family's own)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="dtype of the tasks (default: the family's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument(
         "--jobs",
         type=positive,
         default=1,
         metavar="N",
-        help="processes to share the runs out over, of one thread each (default %(default)s)",
+        help="number of processes for the runs, with one thread each (default %(default)s)",
     )
-    parser.add_argument("--fresh", action="store_true", help="run and tune anew what earlier calls have kept")
+    parser.add_argument("--fresh", action="store_true", help="run and tune anew, ignoring results that are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot: png, svg or pdf")
     parser.add_argument(
-        "--card", action="store_true", help="write the medians into the checkpoint's card, beside the command"
+        "--card", action="store_true", help="record the result in the checkpoint's card, with the command"
     )
     parser.add_argument("--no-track", action="store_true", help="leave MLflow out")
     parser.set_defaults(run=run)
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     bench = Bench(_plan(arguments))
     checkpoint = bench.checkpoint
     if arguments.card and checkpoint is None:
-        raise UsageError("--card writes into a checkpoint's card, and 'none' has none: name a checkpoint")
+        raise UsageError("--card writes into a checkpoint's card, and 'none' is no checkpoint: name one")
     target = _target(arguments, bench.names)
     with Console(stderr=True).status("starting") as status:
         evaluation = run_plan(bench, arguments.jobs, status.update)
@@ -127,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Says what cannot work before any work starts."""
+    """Raises a `UsageError` for arguments that cannot work, before any work starts."""
     if not arguments.no_track:
         from metateleport.tracking import require_mlflow
 
@@ -174,7 +173,7 @@ def _show(report: dict[str, Any], runs: int) -> None:
     """Prints tables and sentences."""
     from metateleport.evaluation import ratios_table_of, table_of, words_of
 
-    # A pipe has no width of its own: the table is not to be folded there.
+    # A pipe has no width: a fixed one keeps the table from being wrapped.
     console = Console(width=None if Console().is_terminal else 160)
     for table in (table_of(report), ratios_table_of(report)):
         if table is not None:
@@ -183,8 +182,8 @@ def _show(report: dict[str, Any], runs: int) -> None:
         Console(highlight=False, soft_wrap=True).print(words, markup=False)
     if report["kept"]:
         say(
-            f"{len(report['kept'])} of {runs} runs are from an earlier call, and so are their seconds: --fresh makes "
-            "them anew"
+            f"{len(report['kept'])} of {runs} runs are from an earlier call, with the seconds measured then: --fresh "
+            "makes them anew"
         )
 
 
@@ -199,6 +198,6 @@ def _track(report: dict[str, Any], checkpoint: Path | None) -> None:
         ids = track_evaluation(report, files, checkpoint, say)
     say(
         f"MLflow: {len(ids)} runs in the experiment {report['task']['name']!r}"
-        + (f", the learned one is {ids['learned']}" if "learned" in ids else "")
+        + (f", that of the learned method is {ids['learned']}" if "learned" in ids else "")
         + "; compare them with: metateleport ui"
     )

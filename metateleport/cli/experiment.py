@@ -1,4 +1,4 @@
-"""`metateleport experiment`: the mechanisms of teleportation, each put to the test by one command."""
+"""`metateleport experiment`: tests of the papers' claims about teleportation, one command for each experiment."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
-  metateleport experiment                                             what there is, with settings and defaults
+  metateleport experiment                                             lists experiments, settings and defaults
   metateleport experiment quadratic --json quadratic.json --png quadratic.png
   metateleport experiment newton --seed 3 --set functions=50 --no-track
 
-The table and the JSON's `claims` say for each statement of the papers whether this run bears it out: yes, no, or not
-decided. In the JSON, `holds` is true, false or null (not decided), and `interval` is null where the value is no
-estimate; nothing else is null, and no number is infinite or NaN.
+The table and the JSON's `claims` say for each claim of the papers whether it holds in this run: yes, no, or not
+decided. In the JSON, `holds` is true, false or null (not decided), and `interval` is null if the value is not an
+estimate. Nothing else is null, and no number is infinite or NaN.
 """
 
 
@@ -34,13 +34,13 @@ def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
     parser: Parser = commands.add_parser(
         "experiment",
-        help="put a mechanism of teleportation to the test",
-        description="Puts a mechanism of teleportation to the test: claims, JSON, figure and an MLflow run.",
+        help="test claims about teleportation",
+        description="Runs an experiment that tests claims about teleportation: claims, JSON, figure and an MLflow run.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="the experiment; without one, all are listed")
     parser.add_argument(
-        "--seed", type=not_negative, default=0, metavar="S", help="seeds all that is random (default 0)"
+        "--seed", type=not_negative, default=0, metavar="S", help="seed of all random numbers (default 0)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the experiment")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, results and claims as JSON")
@@ -111,7 +111,7 @@ def _holds(claim: Claim) -> str:
 
 def _show(table: Table) -> None:
     console = Console()
-    # A pipe has no width of its own: the table is not to be folded there.
+    # A pipe has no width: a fixed one keeps the table from being wrapped.
     Console(width=None if console.is_terminal else 160).print(table)
 
 
@@ -119,7 +119,7 @@ def _track(experiment: Experiment, result: ExperimentResult) -> None:
     from metateleport.tracking import Run
 
     parameters = result.as_json()["settings"]
-    # MLflow takes numbers as metrics; the words of the claims stand in tags of the same number.
+    # MLflow's metrics are numbers; the claims' texts are tags with the same number in their name.
     numbered = {f"claim_{place:02d}": claim for place, claim in enumerate(result.claims, 1)}
     tags = {"experiment": result.experiment}
     for name, claim in numbered.items():

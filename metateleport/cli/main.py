@@ -13,8 +13,8 @@ from metateleport.version import VERSION
 __all__ = ["main"]
 
 _EXAMPLES = """\
-a way through:
-  metateleport tasks                                  what there is to train on
+a first session:
+  metateleport tasks                                  list the task families
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
   metateleport ui                                     compare the runs in a browser
@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what stands behind the program's name; the process's own if not given.
 
     Returns:
-        The exit code: 0, or 2 after bad input, which is told in one line, or 130 after Ctrl-C.
+        The exit code: 0; 2 after bad input, with a one-line message; 130 after Ctrl-C; 141 if stdout's reader is gone.
     """
     try:
         parsed = _parser().parse_args(arguments)
-        # The source paper's update rules, so that checkpoints of them can be evaluated.
+        # Registers the source paper's update rules, so that their checkpoints can be evaluated.
         import metateleport.papers  # noqa: F401
 
         return int(parsed.run(parsed))
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has gone; what is left to flush has nowhere to go.
+        # The reader of the pipe is gone: stdout is redirected, as flushing it at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _bad_input() as error:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    """Errors that are about what was asked for, and not about this program."""
+    """Errors that are the caller's and not this program's."""
     from metateleport.checkpoint import CheckpointError
     from metateleport.evaluation import EvaluationError
     from metateleport.families import FamilyError

@@ -1,4 +1,4 @@
-"""`metateleport report`: pages of results, from cards and evaluations alone."""
+"""`metateleport report`: writes pages of results from cards and evaluations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
-  metateleport report                                    all shipped checkpoints, into docs/results
-  metateleport report --extract README.md                and the extract between the marks of README.md
-  metateleport report runs/mine --out runs/mine-results  one of your own
+  metateleport report                                    all shipped checkpoints, to docs/results
+  metateleport report --extract README.md                also the extract between the marks of README.md
+  metateleport report runs/mine --out runs/mine-results  a checkpoint of your own
   metateleport report runs/mine --evaluation a.json --evaluation b.json --out pages    with results of evaluate --json
 
-Every sentence and figure is made of what the cards and files hold; equal ones give equal files. The extract stands
+Every sentence and figure comes from the cards and files; the same input gives the same pages. The extract is written
 between the lines <!-- results: begin --> and <!-- results: end -->.
 """
 
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     parser: Parser = commands.add_parser(
         "report",
         help="write pages of results from checkpoints' cards and evaluations",
-        description="Writes an index, a page and a picture for each checkpoint, from cards and evaluations alone.",
+        description="Writes an index, and a page and a picture for each checkpoint, from cards and evaluations.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="folders or bare names (default: shipped)")
@@ -37,10 +37,10 @@ def add(commands: Any) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="also what evaluate --json wrote, on its checkpoint's page",
+        help="a file that evaluate --json wrote, to add to its checkpoint's page",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results"), metavar="FOLDER", help="where to (default %(default)s)"
+        "--out", type=Path, default=Path("docs/results"), metavar="FOLDER", help="folder to write (default %(default)s)"
     )
     parser.add_argument("--extract", type=Path, metavar="FILE", help="also write the extract between this file's marks")
     parser.set_defaults(run=run)
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in written.changed:
         say(f"wrote {path}")
     if not written.changed:
-        say(f"{arguments.out} is as it was: nothing that it is made of has changed")
+        say(f"{arguments.out} is up to date: nothing was written")
     for path in written.strangers:
-        say(f"{path} is of no checkpoint that was given, and stays as it is")
+        say(f"{path} belongs to none of the given checkpoints and was left as it is")
     return 0

@@ -1,4 +1,4 @@
-"""`metateleport reproduce`: the source paper's learned teleportation, done again."""
+"""`metateleport reproduce`: reproduces the source paper's learned teleportation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["add"]
 _EXAMPLES = """\
 examples:
   metateleport reproduce figure-6 --json figure_6.json --png figure_6.png
-  metateleport reproduce figure-6 --runs 50 --tasks 8 --evaluations 30     a smaller one
+  metateleport reproduce figure-6 --runs 50 --tasks 8 --evaluations 30     a shorter run
   metateleport reproduce figure-6 --stack 1 --runs 700                     a meta-step for each run, as in the paper
 
-All meta-seeds are trained side by side. The default takes about ten minutes on one core of its own; what takes the
-time are meta-steps, of which there are runs * steps / (stack * unroll) for each of four networks.
+All meta-seeds are trained side by side. The default takes about ten minutes on one idle core. Most of the time goes
+into meta-steps; there are runs * steps / (stack * unroll) of them for each of four networks.
 """
 _NUMBERS = {
     "seeds": "meta-seeds of every network, at least 2",
-    "runs": "training runs for each, one task each",
+    "runs": "training runs of each network, one task each",
     "stack": "runs that share a meta-step",
     "steps": "inner steps of a training run",
     "unroll": "inner steps of one meta-step",
     "hidden": "units of the LSTMs",
     "tasks": "held-out tasks",
-    "evaluations": "gradient evaluations on each of them",
+    "evaluations": "gradient evaluations on each held-out task",
 }
 
 
@@ -38,9 +38,9 @@ def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
     parser: Parser = commands.add_parser(
         "reproduce",
-        help="do a figure of the source paper again",
-        description="Meta-trains the source paper's own networks on its own task, and evaluates them with their "
-        "attribution: tables, sentences, JSON and picture.",
+        help="reproduce a figure of the source paper",
+        description="Meta-trains the source paper's networks on its task, and evaluates them with their attribution: "
+        "tables, sentences, JSON and picture.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("figure", choices=("figure-6",), help="which figure")

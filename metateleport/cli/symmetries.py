@@ -1,4 +1,4 @@
-"""The command `metateleport symmetries`: the table of a model's symmetries, from the shell."""
+"""`metateleport symmetries`: finds the symmetries of a model and prints them as a table."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def add(commands: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("factory", metavar="FILE.py:FACTORY", help="what returns the model and an example input")
-    command.add_argument("--json", metavar="FILE", type=Path, help="also write what was found and refused as JSON")
-    command.add_argument("--frozen", action="store_true", help="also those that move frozen parameters")
+    command.add_argument("factory", metavar="FILE.py:FACTORY", help="function that returns model and example input")
+    command.add_argument("--json", metavar="FILE", type=Path, help="also write found and refused symmetries as JSON")
+    command.add_argument("--frozen", action="store_true", help="include symmetries that move frozen parameters")
     command.set_defaults(run=_run)
 
 
@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def load_factory(name: str) -> tuple[Any, Any]:
-    """The model and example input that `FILE.py:FACTORY` returns; the file is run.
+    """The model and the example input that `FILE.py:FACTORY` returns. This runs the file.
 
     Raises:
         UsageError: if there is no such file or factory, or it does not return the two.

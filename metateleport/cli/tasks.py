@@ -1,4 +1,4 @@
-"""`metateleport tasks`: the task families and their settings."""
+"""`metateleport tasks`: lists the task families and their settings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def add(commands: Any) -> None:
     parser: Parser = commands.add_parser(
         "tasks",
         help="list the task families and their settings",
-        description="Lists the task families that bare names stand for, with their settings and defaults.",
+        description="Lists the task families that have a bare name, with their settings and defaults.",
     )
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

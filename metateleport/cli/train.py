@@ -26,19 +26,19 @@ examples:
   metateleport train tasks/digits.py --set rule.kind=adaptive outer.meta_steps=200
   metateleport train leaky_mlp --set family.width=12 family.distribution=normal --out runs/normal
   metateleport train matrix_factorisation --set gauge.kind=exact teleport=none --out runs/gauges
-  metateleport train --recipe digits --meta-seeds 5 --out runs/digits     as the shipped checkpoint was trained
-  metateleport train --recipe digits --set outer.teleport_cost=0.1        a teleport that brings less than that closes
+  metateleport train --recipe digits --meta-seeds 5 --out runs/digits     by the recipe of the shipped checkpoint
+  metateleport train --recipe digits --set outer.teleport_cost=0.1        closes teleports that bring less than this
   metateleport train leaky_mlp --out runs/normal --resume                 after Ctrl-C, with the same settings
-  metateleport train leaky_mlp --meta-seeds 5 --out runs/five             seeds 0 to 4; the best of them on top
+  metateleport train leaky_mlp --meta-seeds 5 --out runs/five             seeds 0 to 4 in one checkpoint
 
-A recipe has a table for each part: family, rule, teleport, gauge, outer and validation; checkpoints/*/recipe.toml are
-some. Its settings are set by --set PART.KEY=VALUE. What is learned follows from the parts: rule.kind is lr (a step for
-each tensor), coordinate, tensor or adaptive (an update), or base (a hand-designed optimizer, rule.optimizer); another
-kind begins the part anew, from its defaults. A part is left out by --set teleport=none or gauge=none, and added by
---set teleport=default or gauge.kind=exact or linearised.
+A recipe has a table for each part: family, rule, teleport, gauge, outer and validation. Examples are
+checkpoints/*/recipe.toml. --set PART.KEY=VALUE changes a setting. rule.kind is lr (a step for each tensor); coordinate,
+tensor or adaptive (an update of every coordinate); or base (a hand-designed optimizer, rule.optimizer). Another kind
+resets the part's other settings to the defaults. --set teleport=none or gauge=none leaves a part out;
+--set teleport=default or gauge.kind=exact or gauge.kind=linearised adds one.
 
-With a teleport or a gauge a second optimizer is trained by the same recipe without them, half of the time each: it
-ships in the same checkpoint, and 'evaluate' shows it as learned/step-only.
+With a teleport or a gauge a second optimizer is trained by the same recipe without them, each for half of the time. It
+is part of the same checkpoint, and 'evaluate' shows it as learned/step-only.
 """
 
 
@@ -56,23 +56,23 @@ def add(commands: Any) -> None:
         help="task family, trained by the default recipe: a bare name (see 'metateleport tasks') or the path of a file",
     )
     parser.add_argument(
-        "--recipe", metavar="NAME_OR_FILE", help="in its place a recipe: of a shipped checkpoint, or a TOML file"
+        "--recipe", metavar="NAME_OR_FILE", help="a recipe instead: name of a shipped checkpoint, or a TOML file"
     )
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], metavar="PART.KEY=VALUE", help="settings of the recipe"
     )
     parser.add_argument("--seconds", metavar="T", help="outer.seconds: stop after so many seconds, if sooner")
-    parser.add_argument("--seed", metavar="S", help="outer.seed: of networks and tasks (default 0)")
+    parser.add_argument("--seed", metavar="S", help="outer.seed: seed of networks and tasks (default 0)")
     parser.add_argument("--device", help="outer.device: auto, cpu or cuda (default auto)")
     parser.add_argument(
         "--meta-seeds",
         type=positive,
         default=1,
         metavar="N",
-        help="train from N seeds, S and on, one after another, into one checkpoint; --seconds is for each (default 1)",
+        help="train from N seeds, S, S + 1, ..., into one checkpoint; --seconds is for each of them (default 1)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint (default runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     parser.add_argument("--no-track", action="store_true", help="leave MLflow out")
     parser.set_defaults(run=run)
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe.of_family(family)
     out = arguments.out or Path("runs") / (name or family.name)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, and a checkpoint is a folder: choose another --out")
+        raise UsageError(f"{out} is a file, but a checkpoint is a folder: choose another --out")
     command = "metateleport " + shlex.join(sys.argv[1:])
     with contextlib.ExitStack() as stack:
         tracked: Run | None = None
@@ -121,14 +121,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
-    """The recipe that was asked for, and its name; empty for a family's default recipe."""
+    """The recipe and its name; the name is empty for a family's default recipe."""
     from metateleport.training import FamilySettings, Recipe, load_recipe
     from metateleport.training.recipe_file import recipe_name
 
     if (arguments.family is None) == (arguments.recipe is None):
         raise UsageError(
-            "train takes a task family or --recipe, one of the two: a recipe names its family, and another one is put "
-            "in by --set family.name=NAME"
+            "train takes either a task family or --recipe: a recipe has its family, which --set family.name=NAME "
+            "replaces"
         )
     changes = settings_of(arguments.set)
     for flag in ("seconds", "seed", "device"):
@@ -140,7 +140,7 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
     if arguments.recipe is not None:
         return load_recipe(arguments.recipe).changed(changes), recipe_name(arguments.recipe)
     if changes.get("outer.seconds", "none") != "none":
-        # Where only the time is given, it is the time that ends the run.
+        # If only the time is given, the time ends the run.
         changes.setdefault("outer.meta_steps", "none")
     return Recipe(FamilySettings(arguments.family)).changed(changes), ""
 
@@ -157,7 +157,7 @@ def _bar() -> Progress:
 
 
 class _Reporter:
-    """Shows how the training is getting on, and tracks it."""
+    """Shows the progress of the training and tracks it with MLflow."""
 
     def __init__(self, bar: Progress, tracked: Run | None, recipe: Recipe) -> None:
         self.bar, self.tracked, self.outer = bar, tracked, recipe.outer

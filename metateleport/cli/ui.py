@@ -1,4 +1,4 @@
-"""`metateleport ui`: MLflow's pages on the runs made here."""
+"""`metateleport ui`: serves MLflow's UI for the runs made here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
     parser: Parser = commands.add_parser(
         "ui",
-        help="open MLflow's pages on the runs made here",
-        description="Serves MLflow's pages on the store that train and evaluate write to: mlflow.db in the working "
-        "folder, or what MLFLOW_TRACKING_URI names.",
+        help="serve MLflow's UI for the runs made here",
+        description="Serves MLflow's UI for the store that train and evaluate write to: mlflow.db in the working "
+        "folder, or the store that MLFLOW_TRACKING_URI names.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default %(default)s)")
     parser.add_argument("--port", type=positive, default=5000, help="port to serve at (default %(default)s)")
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"there are no runs at {database}: run train or evaluate in this folder first, or set MLFLOW_TRACKING_URI"
         )
-    say(f"MLflow's pages will be at http://{arguments.host}:{arguments.port} in about ten seconds; Ctrl-C ends them")
+    say(f"MLflow's UI will be at http://{arguments.host}:{arguments.port} in about ten seconds; Ctrl-C ends it")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     sys.stdout.flush()
     return _become([*command, "--host", arguments.host, "--port", str(arguments.port)])

@@ -182,7 +182,7 @@ def test_over_meta_seeds_each_has_its_own_twin_and_all_have_the_same_baselines()
     assert over["worst"]["ratio"] == pytest.approx(8, rel=0.1)
     assert over["worst"]["low"] < over["worst"]["ratio"] < over["worst"]["high"]
     assert "Intervals are over tasks and 4 meta-seeds" in each["in_words"]
-    assert "the worst of 4 meta-seeds is ahead of adam (12, 20)" in each["in_words"]
+    assert "the worst of 4 meta-seeds is, by intervals that leave out 1, ahead of adam (12, 20)" in each["in_words"]
 
 
 def test_one_seed_that_fails_takes_the_verdict_away() -> None:
@@ -202,7 +202,7 @@ def test_the_worst_seed_decides_which_baselines_it_is_ahead_of() -> None:
     words = attribution_of(whole)["learned"]["in_words"]
     assert "ahead of gd (12, 20); behind adam (12, 20), soap (12, 20)." in words
     alone = attribution_of(evaluation(learned=result(1.0, "stays"), adam=result(10.0, seed=7)))["learned"]["in_words"]
-    assert alone.endswith("by an interval that excludes 1 it is ahead of adam (12, 20).")
+    assert alone.endswith("the learned method is, by intervals that leave out 1, ahead of adam (12, 20).")
 
 
 def test_the_report_has_every_seed_and_the_worst_of_them(tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ class TestCommand:
         assert cli.main(command) == 0
         assert "wrote pages/mine.md" in capsys.readouterr().err
         assert cli.main(command) == 0
-        assert "as it was" in capsys.readouterr().err
+        assert "is up to date" in capsys.readouterr().err
 
     def test_without_names_it_takes_what_is_shipped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

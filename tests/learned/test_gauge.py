@@ -422,7 +422,7 @@ def test_configurations_that_cannot_work_say_so() -> None:
             shape_of(gauge="exact", metric_memory=memory)
     with pytest.raises(SettingsError, match=r"gauge\.kind = 'exact' does not go with rule\.kind = 'base'"):
         shape_of(mode="tele", gauge="exact")
-    with pytest.raises(SettingsError, match=r"gauge\.kind = 'exact' has nothing to choose where groups are O"):
+    with pytest.raises(SettingsError, match=r"gauge\.kind = 'exact' has no element to choose if groups are O"):
         shape_of(gauge="exact", groups=("O",))
 
 

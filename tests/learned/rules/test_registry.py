@@ -40,7 +40,9 @@ def test_a_rule_of_one_s_own_is_built_saved_and_loaded(tmp_path: Path, monkeypat
     assert load_checkpoint(path).learned.rule == BaseRule("momentum", 3.0)
     assert read_rule({"kind": "own"}) == OwnSettings()
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"rule\.kind = 'own' is known: known are lr, .*has to be imported first"):
+    with pytest.raises(
+        CheckpointError, match=r"rule\.kind = 'own' is known: known are lr, .*Import the file of your own rule first"
+    ):
         load_checkpoint(path)
 
 
