@@ -8,6 +8,7 @@ import random
 
 import pytest
 from covering import pairwise
+from symmetry_cases import CASES, by_kind, meeting
 
 DRAWS = [[random.Random(seed).randint(1, 9) for _ in range(2 + seed % 5)] for seed in range(30)]
 
@@ -38,3 +39,16 @@ def test_equal_factors_give_equal_rows_and_values_need_no_hash() -> None:
 def test_what_has_no_pairs_is_refused(factors: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         pairwise(*factors)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 12])
+def test_values_meet_every_kind_of_symmetry_and_every_case_is_met(count: int) -> None:
+    rows = [(value, str(case)) for value, case in meeting(range(count), CASES)]
+    kinds = [{str(case) for case in kind} for kind in by_kind(CASES)]
+    assert len(kinds) >= 14
+    assert sorted(name for kind in kinds for name in kind) == sorted(map(str, CASES))
+    for value, kind in itertools.product(range(count), kinds):
+        assert any((value, name) in rows for name in kind)
+    assert {name for _, name in rows} == {str(case) for case in CASES}
+    assert len(set(rows)) == len(rows) <= max(count * len(CASES), len(CASES))
+    assert count < 6 or len(rows) < 0.6 * count * len(CASES)
