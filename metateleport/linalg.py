@@ -20,6 +20,7 @@ __all__ = [
     "polar_factors",
     "relative_shift",
     "rms",
+    "squarable",
     "symmetric_log",
     "symmetric_spectrum",
 ]
@@ -301,3 +302,28 @@ def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
     if bool(sums.all()):
         return sums
     return torch.stack([value.isfinite().reshape(*value.shape[:batch], -1).all(-1) for value in kept]).all(0)
+
+
+def squarable(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
+    """Where the squares of all tensors can be summed up, boolean, of the shape of their batch dimensions.
+
+    What is not finite cannot, nor what is so large that its squares are infinite in its precision, by a factor of a
+    thousand or less: a running mean of squares that is infinite once stays so.
+
+    Args:
+        tensors: `(*batch, ...)`, at least one.
+        batch: number of batch dimensions in front.
+
+    Example:
+        >>> squarable([torch.ones(3, 2), torch.tensor([[1.0], [float("nan")], [1e20]])])
+        tensor([ True, False, False])
+    """
+    within = [
+        torch.linalg.vector_norm(value.detach().reshape(*value.shape[:batch], -1), dim=-1) < _largest(value.dtype)
+        for value in tensors
+    ]
+    return torch.stack(within).all(0)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return 1e-3 * torch.finfo(dtype).max ** 0.5

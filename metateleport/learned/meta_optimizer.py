@@ -15,7 +15,7 @@ from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import UpdateRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.linalg import all_finite
+from metateleport.linalg import all_finite, squarable
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, travel
@@ -329,9 +329,9 @@ class InnerLoop:
 
 
 def _finite(point: Point) -> Tensor:
-    """Where the loss and all gradients are finite, `(tasks,)`."""
+    """Where the loss is finite and all gradients so small that their squares are, `(tasks,)`."""
     assert point.loss is not None
-    return all_finite((point.loss, *point.gradients.values()), point.loss.ndim)
+    return point.loss.detach().isfinite() & squarable(point.gradients.values(), point.loss.ndim)
 
 
 def _emptied(point: Point, mask: Tensor) -> Point:

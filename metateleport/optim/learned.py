@@ -18,7 +18,7 @@ from metateleport.capture.evidence import Evidence, evidence_of
 from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer, MetaState, Step
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.linalg import all_finite
+from metateleport.linalg import squarable
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.closure import told_loss
 from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
@@ -111,7 +111,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             exactly, and rules that can build on that do.
 
     Attributes:
-        skipped: number of steps that were not taken, as the loss or a gradient was not finite.
+        skipped: number of steps that were not taken, as the loss, a gradient or its square was not finite.
         last_step: what the last step did, without the weights that it led to; None before the first.
 
     Raises:
@@ -438,7 +438,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Leaves out a step whose loss or gradient is not finite; a step that led there is taken back."""
         self.skipped += 1
         self._in_a_row += 1
-        self._say("a loss or a gradient was not finite: that step was left out, and is counted in `skipped`")
+        self._say(
+            "a loss or a gradient was not finite, or its square was not: that step was left out, and is counted in "
+            "`skipped`"
+        )
         state = self.loop.state
         # One batch may be to blame; where the next one is no better, it is the step that led here.
         if state is None or state.accepted is None or self._in_a_row != _BLAMED:
@@ -677,7 +680,7 @@ def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(told: Tensor | None, gradients: Tensors) -> bool:
-    values = list(gradients.values())
+    finite = squarable(gradients.values()).all()
     if told is not None:
-        values.append(told.reshape(1).to(values[0]))
-    return bool(all_finite(values).all())
+        finite = finite & told.to(next(iter(gradients.values()))).isfinite()
+    return bool(finite)
