@@ -24,7 +24,7 @@ GAUGE_BASIS = ("log metric", "log gradient covariance")
 _GRADIENT_SHIFT = 1e-3
 _FEATURES = 8
 _SIDE = 3.0
-"""How loud the side of a symmetry is among the features, so that the networks soon tell them apart."""
+"""Scale of the feature that says which side of a symmetry it is, so that the networks learn it soon."""
 _START = (2.0, 0.85, 0.0)
 """Where the logits of `GaugeChoice` start: the gradients' covariance has the larger share and the gate is half open, as
 far from a minimum the metric's full inverse steps too far."""
@@ -35,12 +35,12 @@ Place = tuple[Symmetry, Side, Names]
 
 
 class GaugeChoice(NamedTuple):
-    """What a gauge is made with, all in (0, 1), `(tasks,)`.
+    """The network's choice of a gauge: three numbers in (0, 1), each `(tasks,)`.
 
     Args:
         reach: how far down the metric's spectrum it is inverted: the relative shift is the smallest that there is to
             this power, so that the metric is flat at zero and whole at one.
-        share: of the gradients' covariance, the rest being the metric's.
+        share: weight of the gradients' covariance; the metric has the rest.
         gate: how far the gauge is opened.
 
     Example:
@@ -54,7 +54,7 @@ class GaugeChoice(NamedTuple):
 
 
 class GaugeBasis(NamedTuple):
-    """What a gauge is made of: the metric's spectrum, `(tasks, k)`, and the log gradient covariance."""
+    """The basis of a gauge: the metric's spectrum, `(tasks, k)`, and the log gradient covariance."""
 
     metric: Spectrum
     gradients: Tensor
@@ -82,7 +82,7 @@ class GaugeNetwork(nn.Module):
 
 
 class LearnedGauge(nn.Module):
-    r"""Chooses for each side of each symmetry a group element that its tensors are stepped at.
+    r"""Chooses for each side of each symmetry the gauge, a group element, that its tensors are stepped in.
 
     $$g = \exp\left(\mp\tfrac a2 \left((1 - q) \log(C + \epsilon^u 1) + q \log N\right)\right)$$
 
@@ -103,7 +103,7 @@ class LearnedGauge(nn.Module):
     Args:
         groups: names of the groups to have a network for; symmetries of other groups have no gauge.
         hidden: units of each LSTM.
-        metric_memory: of the metric's running mean on minibatches, in [0, 1): the share that is kept at each step.
+        metric_memory: share of the metric's running mean that is kept at each step on minibatches, in [0, 1).
 
     Example:
         >>> sorted(LearnedGauge(("GL",), hidden=4).networks)
@@ -119,7 +119,7 @@ class LearnedGauge(nn.Module):
         self.networks = nn.ModuleDict({group: GaugeNetwork(hidden) for group in groups if group != "O"})
 
     def places(self, point: Point, symmetries: Sequence[Symmetry], seen: bool = True) -> list[Place]:
-        """The sides of the symmetries that have a network and tensors with a gradient; of those that are `seen` now."""
+        """Sides that have a network and tensors with a gradient; with `seen`, of symmetries whose inputs are known."""
         found: list[Place] = []
         for symmetry in symmetries:
             if symmetry.group.name not in self.networks or (seen and not _is_seen(symmetry, point)):
@@ -131,7 +131,7 @@ class LearnedGauge(nn.Module):
         return found
 
     def initial_state(self, point: Point, symmetries: Sequence[Symmetry]) -> dict[str, Any]:
-        """Zero LSTM states, and covariances that count for nothing yet."""
+        """Zero LSTM states, and running covariances of weight zero."""
         like = next(self.parameters())
         assert point.loss is not None
         zero = torch.zeros(*point.loss.shape, self.hidden, dtype=like.dtype, device=point.loss.device)
@@ -159,9 +159,9 @@ class LearnedGauge(nn.Module):
             point: where the model stands, one task dimension in front.
             symmetries: linear actions, as `metateleport.gauges.gauge_symmetries` gives them.
             progress: how each task is getting on.
-            state: what `initial_state` or the last call gave.
+            state: the result of `initial_state` or of the last call.
             deterministic: whether every evaluation sees the same data.
-            moved: where a teleport has moved the model since the last call, so that running means are void.
+            moved: tasks that a teleport has moved since the last call; their running means are void.
 
         Returns:
             The gauges and the new state.
@@ -255,7 +255,7 @@ def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tu
 
 
 def _is_seen(symmetry: Symmetry, point: Point) -> bool:
-    """Whether what a metric is made of is at hand: without the layers' inputs there is none to speak of."""
+    """Whether the inputs that the metric needs are known."""
     return all(name in point.activations for name in symmetry.modules)
 
 
@@ -272,7 +272,7 @@ def _gauge(place: Place, choice: GaugeChoice, basis: GaugeBasis) -> Gauge:
     generator = -group.expand(gate) / 2 * mean
     # The metric above moves by the inverse of what the features move by.
     generator = generator if side == "in" else -generator
-    # The overall scale cancels against the curvature bound; left in, it only costs digits.
+    # The overall scale cancels against the curvature bound; keeping it would only cost digits.
     scale = generator.mean(-1, keepdim=True) if len(group.shape) == 1 else _mean_part(generator)
     generator = generator - scale.detach()
     finite = generator.detach().isfinite().flatten(1).all(-1)

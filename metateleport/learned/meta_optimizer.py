@@ -1,4 +1,4 @@
-"""The learned meta-optimizer: acceptance, teleport, update, as one pure step on a stack of tasks."""
+"""The meta-optimizer: acceptance, teleport and update as one pure step on a stack of tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Regauge = Callable[[list[Gauge]], list[Gauge]]
 
 @dataclasses.dataclass(frozen=True)
 class MetaState:
-    """What a meta-optimizer remembers between steps.
+    """The state of a meta-optimizer between steps.
 
     Args:
         progress: how each task is getting on.
@@ -35,7 +35,7 @@ class MetaState:
         teleporter: the teleporter's state.
         rule: the update rule's state.
         gauge: the learned gauge's state.
-        stand_in: for the loss, where a rule divides by it and it is not known.
+        stand_in: the stand-in for the loss if the rule divides by it and it is not known.
         deterministic: whether every evaluation sees the same data.
     """
 
@@ -66,7 +66,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step gave; tensors are `(tasks,)`.
+    """The result of one step; tensors are `(tasks,)`.
 
     Args:
         parameters: where to evaluate next, stacked.
@@ -78,7 +78,7 @@ class Step:
         gauges: that the step was taken in, and that were undone.
         size: Frobenius norm of all generators of the teleport that stays together.
         refused: number of symmetries whose element was refused.
-        stayed: where the task stays where it is, as its gradient or its step was not finite.
+        stayed: tasks that stay where they are, because their gradient or their step was not finite.
     """
 
     parameters: Tensors
@@ -149,7 +149,7 @@ class MetaOptimizer(nn.Module):
             point: the first evaluation, one task dimension in front.
             symmetries: of the model, in the order of the data flow.
             deterministic: whether every evaluation sees the same data.
-            teleporter: takes the place of the learned one (attribution).
+            teleporter: replaces the learned one (for attribution).
         """
         assert point.loss is not None
         chosen = teleporter or self.teleporter or NoTeleport()
@@ -183,15 +183,15 @@ class MetaOptimizer(nn.Module):
             point: just evaluated at the parameters that the last step gave.
             symmetries: of the model, in the order of the data flow.
             state: what `initial_state` or the last step gave.
-            teleporter: takes the place of the learned one (attribution).
-            regauge: exchanges the learned gauges for others (attribution).
+            teleporter: replaces the learned one (for attribution).
+            regauge: replaces the learned gauges (for attribution).
             loss_known: whether the point's loss is that of this evaluation. If not, it has the tasks' shape and says
                 nothing: every point is accepted, and no network reads it.
             loss_fits: whether the gradients are those of that loss. If not, a rule that divides by the loss is given a
                 stand-in.
             along: those of the symmetries to move along and to step in gauges of; all of them if not given. The others
                 tell how the layers follow one another.
-            spend: whether `state` is not read again, so that the rule may overwrite its tensors; without a graph.
+            spend: whether the rule may overwrite `state`'s tensors, as nobody reads it again; only without a graph.
 
         Returns:
             The step.
@@ -266,15 +266,15 @@ class MetaOptimizer(nn.Module):
 class InnerLoop:
     """Judges an evaluation, teleports and steps, and remembers what it has to.
 
-    It is the one inner loop that there is: meta-training runs it through `higher`, evaluation on stacks of tasks, and
-    `metateleport.LearnedOptimizer` on a stack of one.
+    All parts of the library use this inner loop: meta-training through `higher`, evaluation on stacks of tasks, and
+    `metateleport.LearnedOptimizer` on a stack of one task.
 
     Args:
         meta: the meta-optimizer.
         symmetries: of the model, in the order of the data flow.
         deterministic: whether every evaluation sees the same data.
-        teleporter: takes the place of the learned one (attribution).
-        regauge: exchanges the learned gauges for others (attribution).
+        teleporter: replaces the learned one (for attribution).
+        regauge: replaces the learned gauges (for attribution).
         state: where to go on from; None before the first step.
         spends: whether nobody else reads a state of it, so that one step's memory serves the next; without a graph.
 

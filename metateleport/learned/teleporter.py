@@ -1,4 +1,4 @@
-"""The learned teleporter: an LSTM per symmetry whose output is a generator in an equivariant basis.
+"""The learned teleporter: an LSTM for each symmetry, whose output is a generator in an equivariant basis.
 
 The basis is built from matrices that move with the weights: permuting the hidden units permutes the generators,
 whatever the width, so coefficients over them serve every width. Covariances and their logarithms transform by
@@ -46,7 +46,7 @@ FEATURES: dict[str, int] = {"GL": 14, "diagonal": 14, "O": 6}
 
 
 class Observation(NamedTuple):
-    """What a learned teleporter sees of one symmetry.
+    """A learned teleporter's basis and features for one symmetry.
 
     Args:
         basis: generators, `(*batch, count, *group.shape)`.
@@ -97,7 +97,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         groups: names of the groups to have a network for; symmetries of other groups are left alone.
         hidden: units of each LSTM.
         detach: keep basis and features out of the graph; only tests of the gradient switch this off.
-        trust_region: bounds on what is carried out.
+        trust_region: bounds on each teleport.
         max_stretch: the largest factor by which all teleports together may stretch or shrink anything, above one: a
             bound on each does not bound where on the orbit they lead. None for no bound.
 

@@ -178,7 +178,11 @@ def is_averaged(model: nn.Module) -> bool:
     """Whether a `torch.optim.swa_utils.AveragedModel` exists that may average this model."""
     shapes = [value.shape for value in model.parameters()]
     # It copies the model and keeps no link to it. Not isinstance: some objects load a module when they are asked.
-    averaged = [each for each in gc.get_objects() if issubclass(type(each), AveragedModel)]
+    kinds: list[type] = [AveragedModel]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    # An object refers to its type: a look at who refers to these takes a quarter of the time of a look at all objects.
+    averaged = [each for each in gc.get_referrers(*kinds) if issubclass(type(each), AveragedModel)]
     return any([value.shape for value in each.parameters()] == shapes for each in averaged)
 
 

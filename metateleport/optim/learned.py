@@ -1,4 +1,4 @@
-"""The learned optimizer that a person holds: a `torch.optim.Optimizer` for a model of their own."""
+"""The learned optimizer as a `torch.optim.Optimizer`, for any training loop."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ from metateleport.symmetries import Symmetry
 __all__ = ["LearnedOptimizer"]
 
 _BLAMED = 2
-"""So many evaluations in a row that are not finite are blamed on the step before them."""
+"""After so many evaluations in a row that are not finite, the step before them is taken back."""
 
 _TAKEN_BACK = 10
-"""So many steps in a row that are taken back break the promise that every step sees the same data."""
+"""After so many steps taken back in a row a warning doubts that every step sees the same data."""
 
 _MAX_STRETCH = 10.0
-"""Bound on how far all teleports together may stretch anything, where a checkpoint has none of its own."""
+"""Bound on the stretch of all teleports together if the checkpoint has none of its own."""
 
 _SMALL = 0.05
-"""A teleport that scales by less than this, as a root mean square over the group's dimensions, is a small one."""
+"""A teleport is small if its generator's root mean square over the group's dimensions is below this."""
 
 _LONGEST_REST = 16
-"""At most so many steps go by without a look at a symmetry along which teleports are small."""
+"""Largest number of steps that a symmetry with small teleports rests for."""
 
 _OWN = "learned/"
-"""What entries of a state dict begin with that are not of one parameter alone."""
+"""Prefix of the entries of a state dict that belong to all parameters together."""
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -80,21 +80,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     $g$ the learned teleport where the checkpoint has one, $w$ the `weight_decay`.
 
-    **Loss.** `step(closure)` and `step(loss=value)` tell it the loss: a step that made it much worse is then taken back
-    and tried shorter. `step()` tells nothing: nothing is taken back, and no network reads a loss.
+    **Loss.** With `step(closure)` or `step(loss=value)` the loss is known: a step that made it much worse is taken back
+    and tried shorter. With `step()` no step is taken back, and no network reads a loss.
 
-    **Passes.** Some rules read inputs of layers and gradients on their outputs, which hooks on the model record. They
-    are held against `p.grad`; a factor between the two (clipping, a scaled loss) is found and taken out. Where there is
-    none, as after several passes, the step goes on with what needs no pass.
+    **Passes.** Teleports, gauges and some rules read inputs of layers and gradients on their outputs, which hooks on
+    the model record. The recorded pass is compared with `p.grad`; a factor between the two (clipping, a scaled loss) is
+    found and divided out. If they do not agree, as after several passes, the step is taken without the pass.
 
-    **Rests.** A symmetry along which the last teleport was small is not looked at for one step, then for two, up to 16;
-    without any to look at, no pass is recorded. A teleport that is not small ends it. Steps on the same data, and those
-    of rules and gauges that read a pass at every step, have no rests.
+    **Rests.** If the last teleport along a symmetry was small, the symmetry rests for one step, then for two, up to 16.
+    While all symmetries rest, no pass is recorded. A teleport that is not small ends the rests. There are no rests with
+    `deterministic=True`, nor with rules and gauges that read a pass at every step.
 
-    **Replicas.** In a process group of several ranks nothing is read but weights and gradients, so that the replicas of
+    **Replicas.** In a process group of several ranks only weights and gradients are read, so the replicas of
     `DistributedDataParallel` stay equal.
 
-    **Half precision.** Moments and steps are in float32; what rounding cuts off the weights is kept beside them.
+    **Half precision.** Moments and steps are in float32; the rounding error of the weights is kept beside them.
 
     Args:
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter, as `torch.optim`'s
@@ -213,7 +213,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: clears the gradients, evaluates the model, calls `backward()` on the loss and returns it.
-            loss: the loss that the gradients are of, where there is no closure.
+            loss: the loss whose gradients are in `p.grad`, if there is no closure.
 
         Returns:
             What the closure returned, or `loss`.
@@ -242,9 +242,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return
         alone = not replicated()
         if not alone:
-            # Each rank has seen data of its own: what is decided by them would part the replicas.
+            # Each rank has its own data: decisions by its loss or its pass would make the replicas differ.
             if told is not None:
-                self._say("several processes train together: the loss that steps are told is not read")
+                self._say("several processes train together: the loss that is given to steps is not read")
             told = None
         dtype = working_dtype(held)
         gradients = {name: raised(dense_gradient(value), dtype) for name, value in held.items()}
@@ -266,7 +266,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return
         due = [each for each, (left, _) in zip(self.symmetries, self._rests, strict=True) if not left]
         along = [each for each in due if self._may_move(each, named, point, rates)]
-        # Without a pass nothing is known of how layers follow one another but what their weights tell.
+        # Without a pass only the weights tell the order of the layers.
         self.loop.symmetries = tuple(
             each
             for each in self.symmetries
@@ -293,7 +293,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._go(taken, gradients, named, rates)
         self._keep(named)
         self._rest(taken)
-        # What it led to is in the model: a second copy of all weights would be kept here.
+        # The weights are in the model: keeping them here too would be a second copy.
         self.last_step = self.loop.last_step = dataclasses.replace(taken, parameters={}, teleported={})
         if self.model is not None and self.steps in (0, 10, 100) and bool(taken.size > 0) and is_averaged(self.model):
             self._say(
@@ -321,7 +321,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._recorder.wanted = not all(left for left, _ in rests)
 
     def _fill(self, named: Mapping[str, Tensor], point: Point) -> None:
-        """Puts an entry there for all that will be remembered."""
+        """Makes the entries of the state before the first step."""
         for name in point.gradients if self._bounds_steps else ():
             within(point.parameters[name], point.parameters[name], self.state[named[name]])
         packed = self.state_dict()["state"]
@@ -352,7 +352,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         parameters = {name: master(whole[name], like.dtype, self.state.get(whole[name], {})) for name in needed}
         loss = like.new_ones(1)
         if told is not None or self.deterministic:
-            # It may be gone back to, when the weights have been overwritten and the gradients cleared.
+            # Copied: a later step may go back to this point, after the weights and gradients were overwritten.
             parameters = {name: value.clone() for name, value in parameters.items()}
             gradients = {name: value.clone() for name, value in gradients.items()}
         if told is not None:
@@ -379,13 +379,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return {**named, **({} if self.model is None else dict(self.model.named_parameters()))}
 
     def _say_what_is_new(self, whole: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-        """Names what the model has got since the optimizer was made: nobody trains it."""
+        """Warns of parameters that the model got after the optimizer was made: they are not trained."""
         held = {id(value) for value in named.values()}
         new = [name for name, value in whole.items() if id(value) not in held and value.grad is not None]
         if new:
             self._say(
-                f"{new[0]!r} of the model has a gradient and is not held by this optimizer, as it was made later: it "
-                "is not trained; give it to add_param_group"
+                f"{new[0]!r} was added to the model after this optimizer was made and is not trained: give it to "
+                "add_param_group"
             )
 
     def _may_move(
@@ -401,19 +401,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 return False
         if any(name not in point.activations for name in symmetry.modules):
             self._say(
-                "this step goes without what a pass through the model tells, teleports and bounds on the curvature: no "
-                "recorded pass agrees with the gradients. So it is after several passes, with gradients clipped entry "
-                "by entry, in compiled models and where several processes train together"
+                "this step is taken without teleports, gauges and bounds on the curvature, as no recorded pass agrees "
+                "with the gradients: that happens after several passes, with gradients clipped entry by entry, in "
+                "compiled models and where several processes train together"
             )
             return False
         return symmetry.exactness == "exact" or point.pullback is not None
 
     def _go(self, taken: Step, gradients: Tensors, named: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
-        """Writes what a step led to."""
+        """Writes the step's weights into the model."""
         decay = {id(value): group["weight_decay"] for group in self.param_groups for value in group["params"]}
         moved = {name for move in taken.moves for name in move.symmetry.parameters}
         state = self.loop.state
-        # What has no gradient is no part of the step: neither decay nor a factor touches it.
+        # Parameters without a gradient are not stepped: neither weight decay nor lr applies to them.
         stepped = set(gradients if state is None or state.accepted is None else state.accepted.gradients) | moved
         proposed, taken_squares = torch.zeros(()), torch.zeros(())
         for name, value in taken.parameters.items():
@@ -430,7 +430,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 goal = (1 - shrunk) * start + rate * (goal - start)
             write(parameter, goal, self.state[parameter])
         if state is not None and state.stand_in is not None:
-            # A step that was shortened on purpose says nothing of a length that was too short.
+            # The stand-in must not make up for a step that lr has shortened on purpose.
             share = math.sqrt(float(taken_squares / proposed)) if float(proposed) else 0.0
             self.loop.state = dataclasses.replace(state, stand_in=dataclasses.replace(state.stand_in, factor=share))
 
@@ -457,7 +457,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 write(named[name], value, self.state[named[name]])
 
     def _recall(self, point: Point, named: Mapping[str, Tensor]) -> None:
-        """Makes the inner loop's state that of the tensors of this step."""
+        """Restricts the inner loop's state to the tensors of this step."""
         state = self.loop.state
         if state is not None and self._same_as_before(state, point):
             entries = {name: self.state[named[name]] for name in point.gradients}
@@ -516,7 +516,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return same and point.loss is not None and state.progress.start.dtype == point.loss.dtype
 
     def _keep(self, named: Mapping[str, Tensor]) -> None:
-        """Puts what is remembered by tensor where `torch.optim` keeps it."""
+        """Writes the state of each tensor to where `torch.optim` keeps it."""
         state = self.loop.state
         assert state is not None
         entries = {name: self.state[value] for name, value in named.items()}
@@ -529,8 +529,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             warnings.warn(f"LearnedOptimizer: {text}", stacklevel=5)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state dict: what is remembered of each parameter, and under the first one's entry what is remembered of
-        all of them, tensors alone. The networks are in the checkpoint, not here.
+        """The state dict, of tensors only: the state of each parameter and, in the first one's entry, that of all of
+        them together. The networks are in the checkpoint, not here.
 
         As in `torch.optim`, its tensors are those in use: `copy.deepcopy` it to keep it while training goes on.
         """
@@ -552,7 +552,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return packed
 
     def _all_else(self) -> Tensors:
-        """What is remembered of all parameters together, those that are named in it by their places."""
+        """The state of all parameters together, which names parameters by their index."""
         state = self.loop.state
         assert state is not None
         if self.meta.rule.divides_by_loss and state.stand_in is None:
@@ -567,7 +567,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return {renamed(path, numbers): value for path, value in rest.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave. What is remembered of symmetries takes its form at the next step.
+        """Loads a state dict. The state of symmetries is converted at the next step.
 
         Raises:
             ValueError: if the parameters are not as many, or it is of another optimizer or checkpoint; at the next
@@ -608,13 +608,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         foreign = any({"betas", "momentum"} & set(group) or "lr" not in group for group in state_dict["param_groups"])
         if foreign or (state_dict["state"] and not own):
             raise ValueError(
-                "this state dict is not a LearnedOptimizer's, or of a version whose states cannot be gone on from: "
-                "start anew with the weights that were reached"
+                "this state dict is not a LearnedOptimizer's, or is of a version whose state dicts no longer load: "
+                "start a new optimizer from the saved weights"
             )
         if own and int(own[0]) != int(fingerprint(self.meta)):
             raise ValueError(
-                "this state dict was saved with another checkpoint, whose networks remember other things: make the "
-                "optimizer with the one that it was saved with"
+                "this state dict was saved with another checkpoint, whose networks have another state: make the "
+                "optimizer with the checkpoint that it was saved with"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -74,12 +74,12 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
 
 
 class _Bounded(torch.autograd.Function):
-    """The step as it is; backwards, a bound on what each task's step can say to the networks.
+    """The identity; its backward pass bounds each task's contribution to the meta-gradient.
 
-    A task that diverges later on, or sits where the loss is steep beyond all measure, would drown its whole stack,
-    as the meta-gradient is clipped as a whole only. Bounded is the derivative of the meta-loss in the length of the
-    step: it is scale-free, of order one in a healthy unroll, and blind to what cancels along an orbit. What is not
-    finite is left out.
+    A task that diverges later, or stands where the loss is extremely steep, would dominate the meta-gradient of its
+    whole stack, as the meta-gradient is clipped only as a whole. Bounded is the derivative of the meta-loss in the
+    length of the step. It is scale-free, of order one in a healthy unroll, and does not see parts that cancel along an
+    orbit. Values that are not finite are set to zero.
     """
 
     LARGEST = 100.0

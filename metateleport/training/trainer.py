@@ -26,13 +26,13 @@ __all__ = ["MetaTrainer"]
 
 _VALIDATION_SEED = 0
 _LOST = 0.1
-"""Share of the best validation score that may be lost before training goes back to the networks that had it."""
+"""Loss of validation score, relative to the best, beyond which training goes back to the best networks."""
 
 _TRIAL = 1 / 3
-"""Share of the run that each start is tried for."""
+"""Share of the run for which each start is tried."""
 
 _VALIDATION_STACKS = 8
-"""Stacks that the validation tasks are dealt out to, so that the score is over several of the settings varied."""
+"""Number of stacks for the validation tasks, so that the score covers several of the varied settings."""
 
 
 _SEARCH_STACKS = 4
@@ -56,10 +56,10 @@ class MetaTrainer:
     `starts` each is followed for so long, on the same tasks, and the best of them goes on.
 
     Args:
-        recipe: what is trained, on what and how.
-        family: where tasks come from.
+        recipe: the recipe.
+        family: the task family.
         meta: the meta-optimizer; it is trained in place.
-        seconds: in the place of the recipe's, where several networks share them; shared by the starts.
+        seconds: seconds to train, in place of the recipe's, which several networks share; the starts share these.
     """
 
     def __init__(self, recipe: Recipe, family: TaskFamily, meta: MetaOptimizer, seconds: float | None = None) -> None:
@@ -109,7 +109,7 @@ class MetaTrainer:
         """
         done = self.progression
         if self.outer.start_from is not None and not done.validations:
-            # The networks that training starts from are kept where it finds none that are better.
+            # The networks that training starts from are kept if it finds no better ones.
             self._validate()
         while not self.finished:
             self.boundary = self.snapshot()
@@ -185,7 +185,7 @@ class MetaTrainer:
         self.progression.start, self.progression.starts = len(scores), scores
 
     def snapshot(self) -> Snapshot:
-        """Everything that a later run needs to go on as if this one had not stopped."""
+        """Everything that a later run needs to go on as if there had been no interruption."""
         tensors = {f"meta/{name}": value for name, value in self.meta.state_dict().items()}
         tensors.update({f"best/{name}": value for name, value in self.best.items()})
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -237,7 +237,7 @@ class MetaTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.outer.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
         losses = unroll.window(self.outer.unroll, loss_known=not blind)
-        # A task whose loss is not finite has nothing to teach; the rest of its stack still has.
+        # A task whose loss is not finite is left out; the rest of its stack is used.
         finite = losses.isfinite()
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
         opened = mean_openness(unroll)

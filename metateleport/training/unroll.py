@@ -56,13 +56,13 @@ def log_losses(losses: Tensor, start: Tensor, scale: Tensor | None = None) -> Te
 
 
 def runs_blind(share: float, seed: int, stack: int, window: int) -> bool:
-    """Whether a window of meta-training hides the losses from the networks, so that they learn to do without.
+    """Whether a window of meta-training hides the losses, so that the networks learn to work without them.
 
     A share of the windows of every stack, spread evenly; where they begin is drawn from the seed and the stack, so
     that a run that goes on after an interruption hides the same.
 
     Args:
-        share: of the windows, in [0, 1].
+        share: share of such windows, in [0, 1].
         seed: of the training.
         stack: its number.
         window: its number on the stack.
@@ -111,7 +111,7 @@ class Unroll:
         Args:
             length: number of inner steps.
             track: keep the graph for the meta-gradient; without it nothing grows with the number of steps.
-            loss_known: let the steps see the loss; without it they do as in a training loop that gives them none.
+            loss_known: whether the steps know the loss; if not, they act as in a training loop that does not tell it.
         """
         optimizer = StackOptimizer(self.stack, self.meta, self.stack.deterministic)
         optimizer.loop.state = self.state

@@ -279,7 +279,7 @@ def test_refusals() -> None:
             mt.LearnedOptimizer(model, meta, **wrong)  # type: ignore[arg-type]
     optimizer = mt.LearnedOptimizer(model, meta)
     x = torch.randn(5, 3)
-    with pytest.raises(ValueError, match=r"scalar loss.*\(5, 1\)"):
+    with pytest.raises(ValueError, match=r"has to be a scalar.*\(5, 1\)"):
         optimizer.step(lambda: model(x))
     with pytest.raises(CheckpointError, match="no checkpoint 'nowhere'"):
         mt.LearnedOptimizer(model, "nowhere")

@@ -325,7 +325,7 @@ def test_what_a_model_got_later_is_named_and_what_it_lost_does_not_stop_it() -> 
     optimizer.step(loss=backward(model))
     assert optimizer.steps == 2
     model[2] = torch.nn.Linear(model[2].in_features, model[2].out_features).double()
-    with pytest.warns(UserWarning, match=r"'2\.weight' of the model has a gradient and is not held.*add_param_group"):
+    with pytest.warns(UserWarning, match=r"'2\.weight' was added to the model after.*add_param_group"):
         optimizer.step(loss=backward(model))
 
 

@@ -132,7 +132,7 @@ def test_lbfgs_starts_anew_after_a_teleport_and_only_then() -> None:
 def test_state_of_unknown_meaning_stays_and_is_named_once() -> None:
     problem = case("rescaling").problem()
     optimizer = wrap(problem, torch.optim.Adadelta(problem.model.parameters()), every=2)
-    with pytest.warns(UserWarning, match="'acc_delta' of Adadelta") as caught:
+    with pytest.warns(UserWarning, match="'acc_delta' in the state of Adadelta") as caught:
         train(problem, optimizer, 7)
     assert len(caught) == 1
     assert optimizer.last_report is not None

@@ -26,7 +26,7 @@ _NUMBERS = ("seen", "recent", "weights")
 """Entries of the state that are a number for each tensor and task."""
 
 _SQUARES_MEMORY = 0.999
-"""As long as a run of some hundred steps: where the gradients vanish, the steps have to become shorter with them."""
+"""Memory of the second moment, about as long as a run: where gradients vanish, the steps have to get shorter too."""
 
 _RECENT_MEMORY = 0.95
 
@@ -34,13 +34,13 @@ _START = 1.25
 """Length of the first steps, of all layers together, over the weights' size."""
 
 _ROUNDINGS = 16.0
-"""So many spacings of numbers, over the largest gradients of the model, are taken for rounding."""
+"""Gradients below so many spacings of floating-point numbers at the model's largest gradient count as rounding."""
 
 _TABLE = 0.5
-"""A matrix whose root mean square is above this at the start is taken for a table of embeddings."""
+"""A matrix whose root mean square is above this at the start counts as a table of embeddings."""
 
 _SMALLEST_SCALE = 1e-2
-"""Stands for the root mean square of a layer whose weights are smaller: one that starts at zero has to move."""
+"""Smallest root mean square of a layer that is reckoned with, so that a layer that starts at zero moves."""
 
 _CALM = 2.0
 """Where the logit of the exponent starts that says how much shorter steps become with the gradients."""
@@ -239,7 +239,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
     def _outputs(
         self, point: Point, progress: Progress, state: dict[str, Any], powers: Tensor, levels: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """What the network says of every tensor, `(tensors, tasks, outputs)`, and its new states."""
+        """The network's outputs for every tensor, `(tensors, tasks, outputs)`, and its new states."""
         names, scale = list(point.gradients), state["scale"]
         momentum = {name: state["momentum"][name].to(powers.dtype) for name in names}
         if self.detach and torch.is_grad_enabled():
@@ -345,7 +345,7 @@ def _layer(name: str) -> str:
 def _observe(
     point: Point, momentum: Tensors, powers: Tensor, levels: Tensor, scale: Tensor, progress: Progress
 ) -> Tensor:
-    """What the network sees of every tensor, `(tensors, tasks, features)`."""
+    """The network's features of every tensor, `(tensors, tasks, features)`."""
     assert point.loss is not None
     loss, names = point.loss, list(point.gradients)
     tiny = torch.finfo(loss.dtype).tiny
