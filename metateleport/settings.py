@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -26,10 +27,12 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Text",
+    "as_float",
     "flattened",
     "from_toml",
     "nearest",
     "setting",
+    "shown",
     "to_toml",
 ]
 
@@ -105,7 +108,7 @@ class Settings:
             key, allowed = f"{self.part}.{field.name}", field.metadata.get("range")
             value = _typed(hints[field.name], getattr(self, field.name), key)
             if allowed is not None and value is not None and not allowed.holds(value):
-                raise SettingsError(f"{key} has to be {allowed.words}, not {value!r}")
+                raise SettingsError(f"{key} has to be {allowed.words}, not {shown(value)}")
             object.__setattr__(self, field.name, value)
 
     @classmethod
@@ -177,8 +180,32 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # The reader's own error is a ValueError; integers of thousands of digits raise a plain one.
         raise SettingsError(f"{where} is not TOML: {error}") from error
+
+
+def as_float(whole: int) -> float:
+    """A whole number as a float; infinite where it is beyond all of them.
+
+    Example:
+        >>> as_float(3), as_float(-(10**400))
+        (3.0, -inf)
+    """
+    try:
+        return float(whole)
+    except OverflowError:
+        return math.inf if whole > 0 else -math.inf
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: cut short where it is long.
+
+    Example:
+        >>> shown("a" * 1000)
+        "'aaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    return _SHORT.repr(value)
 
 
 def to_toml(tables: Table) -> str:
@@ -197,6 +224,17 @@ def to_toml(tables: Table) -> str:
     return "\n".join(written)
 
 
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python itself writes no number of thousands of digits.
+        return repr(x) if abs(x) < 10**30 else "a number of more than 30 digits"
+
+
+_SHORT = _Short()
 _HINTS: dict[type[Settings], dict[str, Any]] = {}
 
 
@@ -214,20 +252,20 @@ def _typed(wanted: Any, value: Any, key: str) -> Any:
         return None if left_out else _typed(own, value, key)
     if get_origin(wanted) is Literal:
         if value not in get_args(wanted):
-            raise SettingsError(f"{key} is one of {', '.join(map(str, get_args(wanted)))}; not {value!r}")
+            raise SettingsError(f"{key} is one of {', '.join(map(str, get_args(wanted)))}; not {shown(value)}")
         return str(value)
     if get_origin(wanted) is tuple and isinstance(value, (list, tuple)):
         inner = get_args(wanted)
         if inner[-1] is not Ellipsis and len(inner) != len(value):
-            raise SettingsError(f"{key} takes {len(inner)} values together, not {value!r}")
+            raise SettingsError(f"{key} takes {len(inner)} values together, not {shown(value)}")
         each = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         return tuple(_typed(kind, part, key) for kind, part in zip(each, value, strict=True))
     found = _read(wanted, value) if isinstance(value, Text) else value
     if wanted is float and isinstance(found, int) and not isinstance(found, bool):
-        found = float(found)
+        found = as_float(found)
     plain = get_origin(wanted) or wanted
     if not isinstance(found, plain) or (plain is int and isinstance(found, bool)):
-        raise SettingsError(f"{key} takes {_WORDS.get(plain, plain.__name__)}, not {value!r}")
+        raise SettingsError(f"{key} takes {_WORDS.get(plain, plain.__name__)}, not {shown(value)}")
     return str(found) if plain is str else found
 
 

@@ -51,6 +51,10 @@ class Box(Settings):
         ({"kind": "open", "weight": 0}, "box.weight has to be a positive number, not 0.0"),
         ({"kind": "open", "weight": math.inf}, "box.weight has to be a positive number, not inf"),
         ({"kind": "open", "weight": math.nan}, "box.weight has to be a positive number, not nan"),
+        ({"kind": "open", "weight": 10**400}, "box.weight has to be a positive number, not inf"),
+        ({"kind": "open", "weight": -(10**400)}, "box.weight has to be a positive number, not -inf"),
+        ({"kind": "open", "sealed": 10**5000}, "takes true or false, not a number of more than 30 digits"),
+        ({"kind": "open", "width": Text("9" * 5000)}, "9...9"),
         ({"kind": "open", "factor": 1}, "box.factor has to be a number above 1, not 1.0"),
         ({"kind": "open", "label": 3}, "box.label takes a text, not 3"),
         ({"kind": "open", "sealed": 1}, "box.sealed takes true or false, not 1"),
@@ -65,6 +69,7 @@ def test_what_cannot_be_is_named(table: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Box.read(table)
     assert said in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_text_of_the_command_line_is_read_in_the_type_of_its_setting() -> None:
@@ -99,9 +104,12 @@ def test_any_key_and_any_text_can_be_written(table: dict[str, str]) -> None:
     assert from_toml(to_toml({"family": table}), "a text") == {"family": table}
 
 
-def test_what_is_no_toml_says_where_it_is_from() -> None:
+@pytest.mark.parametrize(
+    "text", ["[outer", "a = " + "[" * 5000, "a = " + "9" * 5000], ids=["cut off", "nested too deep", "long number"]
+)
+def test_what_is_no_toml_says_where_it_is_from(text: str) -> None:
     with pytest.raises(SettingsError, match=r"recipe\.toml is not TOML: "):
-        from_toml("[outer", "recipe.toml")
+        from_toml(text, "recipe.toml")
 
 
 def test_the_nearest_key_is_found_with_and_without_its_part() -> None:

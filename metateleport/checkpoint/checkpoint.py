@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from metateleport.checkpoint.schema_1 import card_of_schema_1
 from metateleport.files import replacing_folder, search_folders, write_json, write_text
 from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.settings import to_toml
+from metateleport.settings import shown, to_toml
 from metateleport.teleporters import Teleporter
 from metateleport.version import VERSION
 
@@ -198,6 +199,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         tensors = load_tensors(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{path / WEIGHTS} is not a safetensors file ({error}): copy it again") from error
+    _check_made_for(path, card)
     learned = _build(path, card.get("meta_optimizer"), tensors, _LEARNED)
     step_only = None
     if card.get("step_only") is not None:
@@ -280,7 +282,7 @@ def read_card(path: Path) -> dict[str, Any]:
         card = json.loads((path / CARD).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {CARD}: it is not a checkpoint, or was not copied whole") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / CARD} is truncated or not JSON ({error}): copy it again") from error
     if isinstance(card, dict) and card.get("schema") == SCHEMA:
         return card
@@ -298,6 +300,16 @@ def read_card(path: Path) -> dict[str, Any]:
     )
 
 
+def _check_made_for(path: Path, card: Mapping[str, Any]) -> None:
+    made_for = card.get("made_for", {})
+    groups = made_for.get("groups", []) if isinstance(made_for, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(each, str) for each in groups):
+        raise CheckpointError(
+            f"made_for in the card of {path} is a table whose groups are a list of names, not {shown(made_for)}: copy "
+            "it again"
+        )
+
+
 def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
     try:
         listed = [
@@ -308,7 +320,7 @@ def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
             )
             for each in card.get(SEEDS, ())
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"the meta-seeds in the card of {path} cannot be read ({error!r}): copy it again"
         ) from error
@@ -316,18 +328,31 @@ def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
 
 
 def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
         config = MetaOptimizerConfig.read(shape)
+        # Without memory first: a damaged card may ask for more than there is. Rules that read numbers cannot do so.
+        with contextlib.suppress(NotImplementedError), torch.device("meta"):
+            _check_fits(path, MetaOptimizer(config), own)
         # The initial weights are overwritten: drawing them should not change the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             meta = MetaOptimizer(config)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"the card of {path} does not describe a meta-optimizer that is known here: {error}"
         ) from error
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    try:
-        meta.load_state_dict(own)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights of {path} do not fit its card: {error}") from error
+    _check_fits(path, meta, own)
+    meta.load_state_dict(own)
     return meta.eval()
+
+
+def _check_fits(path: Path, meta: MetaOptimizer, own: Mapping[str, torch.Tensor]) -> None:
+    asked = meta.state_dict()
+    for name in asked.keys() | own.keys():
+        wants, has = (tuple(each[name].shape) if name in each else "nothing" for each in (asked, own))
+        if has != wants:
+            raise CheckpointError(
+                f"the weights of {path} do not fit its card: of {name} there is {has}, and the card asks for {wants}"
+            )

@@ -137,6 +137,10 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
             raise UsageError(f"--{flag} and --set {key} are the same setting: give one of them")
         if text is not None:
             changes[key] = text
+    if arguments.family is not None and "family.name" in changes:
+        raise UsageError(
+            f"the task family {arguments.family} and --set family.name are the same setting: give one of them"
+        )
     if arguments.recipe is not None:
         return load_recipe(arguments.recipe).changed(changes), recipe_name(arguments.recipe)
     if changes.get("outer.seconds", "none") != "none":

@@ -16,6 +16,7 @@ from metateleport.families.stack import TaskStack
 from metateleport.families.task import SPLITS, TRAINING_LOSS, Measure, Split, Task, split_of, task_seed
 from metateleport.families.trial import check_evaluation
 from metateleport.files import run_file, search_folders
+from metateleport.settings import as_float, shown
 
 __all__ = [
     "SPLITS",
@@ -236,12 +237,12 @@ def _read(what: str, wanted: Any, value: Any) -> Any:
         for choice in get_args(wanted):
             if value == choice or text == str(choice):
                 return choice
-        raise FamilyError(f"{what} is one of {', '.join(map(str, get_args(wanted)))}, not {value!r}")
+        raise FamilyError(f"{what} is one of {', '.join(map(str, get_args(wanted)))}, not {shown(value)}")
     if wanted is bool:
         if isinstance(value, bool):
             return value
         if text is None or text.lower() not in ("true", "false"):
-            raise FamilyError(f"{what} is true or false, not {value!r}")
+            raise FamilyError(f"{what} is true or false, not {shown(value)}")
         return text.lower() == "true"
     try:
         if text is not None:
@@ -250,6 +251,7 @@ def _read(what: str, wanted: Any, value: Any) -> Any:
         numeric = {int: numbers.Integral, float: numbers.Real}.get(wanted)
         if numeric is not None and (isinstance(value, bool) or not isinstance(value, numeric)):
             raise TypeError
-        return value if numeric is None else wanted(value)
+        made = as_float if wanted is float else wanted
+        return value if numeric is None else made(value)
     except (TypeError, ValueError) as error:
-        raise FamilyError(f"{what} takes {getattr(wanted, '__name__', wanted)}, not {value!r}") from error
+        raise FamilyError(f"{what} takes {getattr(wanted, '__name__', wanted)}, not {shown(value)}") from error

@@ -60,9 +60,13 @@ def train_meta_seeds(
     if resume and not done.exists():
         raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
     recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
-    first, paths = recipe.outer.seed, []
-    for seed in range(first, first + seeds):
-        one = dataclasses.replace(recipe, outer=dataclasses.replace(recipe.outer, seed=seed))
+    outer, first = recipe.outer, recipe.outer.seed
+    recipes = {
+        seed: dataclasses.replace(recipe, outer=dataclasses.replace(outer, seed=seed))
+        for seed in range(first, first + seeds)
+    }
+    paths = []
+    for seed, one in recipes.items():
         path = done / str(seed)
         if path.exists():
             _has_settings(path, one)

@@ -102,7 +102,7 @@ class OuterSettings(Settings):
     search: int = setting(0, NOT_NEGATIVE)
     starts: int = setting(1, AT_LEAST_ONE)
     start_from: str | None = setting(None)
-    seed: int = setting(0, NOT_NEGATIVE)
+    seed: int = setting(0, Range("a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63))
     device: Literal["auto", "cpu", "cuda"] = setting("auto")
     dtype: Literal["float32", "float64"] | None = setting(None)
 

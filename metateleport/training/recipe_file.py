@@ -55,9 +55,13 @@ def recipe_name(name_or_path: str | Path) -> str:
 
 def _read(path: Path) -> Recipe:
     try:
-        return Recipe.read(from_toml(path.read_text(encoding="utf-8"), str(path)))
+        # Editors of Windows put a mark in front.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
+    tables = from_toml(text, str(path))
+    try:
+        return Recipe.read(tables)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from error
 

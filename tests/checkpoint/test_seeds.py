@@ -19,6 +19,7 @@ from metateleport.checkpoint import CheckpointError, load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
 from metateleport.evaluation import EvaluationError, FirstOrder, Seed, evaluate
 from metateleport.learned import MetaOptimizer, StepSettings, TeleportSettings
+from metateleport.settings import SettingsError
 from metateleport.training import Interrupted, MetaTrainer, Progression, TrainingError, train
 from metateleport.training.meta_seeds import seeds_folder, train_meta_seeds
 
@@ -220,3 +221,9 @@ def test_of_several_seeds_one_is_the_chosen_one() -> None:
     gd = FirstOrder("gd", lr=1e-3)
     with pytest.raises(EvaluationError, match="has to have no methods here"):
         evaluate(family, [gd], tasks=1, steps=2, meta_seeds=[Seed(0, 0.0), Seed(1, 0.0)])
+
+
+def test_seeds_that_go_beyond_the_last_are_refused_before_the_first(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"outer\.seed"):
+        train_meta_seeds(config(seed=2**63 - 1), tmp_path / "c", 2)
+    assert not seeds_folder(tmp_path / "c").exists()

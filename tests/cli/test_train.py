@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from metateleport.cli.common import UsageError
 from metateleport.cli.main import _parser
 from metateleport.cli.train import _recipe
 from metateleport.families import load_family
@@ -41,3 +42,9 @@ def test_a_command_of_the_pages_makes_a_recipe(command: str, monkeypatch: pytest
     # Pages write X for any number.
     recipe, _ = _recipe(_parser().parse_args(shlex.split(re.sub(r"=X\b", "=2", command))[1:]))
     load_family(recipe.family.name, recipe.family.settings)
+
+
+def test_a_family_is_given_once() -> None:
+    twice = ["train", "leaky_mlp", "--set", "family.name=digits"]
+    with pytest.raises(UsageError, match=r"leaky_mlp and --set family\.name are the same setting"):
+        _recipe(_parser().parse_args(twice))

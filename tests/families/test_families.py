@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import sys
 import textwrap
@@ -166,6 +167,7 @@ def test_a_file_that_raises_leaves_no_module_behind(tmp_path: Path) -> None:
         ("samples", np.int64(12), 12),
         ("noise", "1e-3", 1e-3),
         ("noise", 1, 1.0),
+        ("noise", 10**400, math.inf),
         ("bias", "False", False),
         ("bias", "true", True),
         ("bias", False, False),

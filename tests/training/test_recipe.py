@@ -164,6 +164,7 @@ def test_changes_that_cannot_go_together_are_both_named(changes: dict[str, str],
         ({"family": FAMILY, "rule": STEP, "outer": 3}, "outer is a table of settings, not 3"),
         ({"family": {"name": 3}, "rule": STEP}, "family.name takes a text, not 3"),
         ({"family": FAMILY, "rule": {**STEP, "hidden": 0}}, "rule.hidden has to be at least 1, not 0"),
+        ({"family": FAMILY, "rule": STEP, "outer": {"seed": 2**63}}, "outer.seed has to be a whole number from 0 to"),
         ({"family": FAMILY, "rule": STEP, "validation": {"tasks": 1.5}}, "validation.tasks takes a whole number"),
     ],
 )
@@ -298,6 +299,12 @@ def test_a_recipe_is_found_by_name_folder_and_file(tmp_path: Path, monkeypatch: 
     Path("bad.toml").write_text("[outer]\nlr = 'fast'")
     with pytest.raises(SettingsError, match=r"bad\.toml: family\.name is missing"):
         load_recipe("bad.toml")
+    # As editors of Windows write it.
+    Path("marked.toml").write_text(to_toml(shorter.table()), encoding="utf-8-sig", newline="\r\n")
+    assert load_recipe("marked.toml") == shorter
+    Path("cut.toml").write_text("[outer")
+    with pytest.raises(SettingsError, match=r"^cut\.toml is not TOML"):
+        load_recipe("cut.toml")
     Path("text.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TrainingError, match=r"text\.toml cannot be read"):
         load_recipe("text.toml")
