@@ -80,7 +80,7 @@ def test_progress_is_reported(tmp_path: Path) -> None:
         ({"lr": 0.0}, "outer.lr has to be a positive number, not 0.0"),
         ({"lr": math.nan}, "outer.lr has to be a positive number, not nan"),
         ({"seconds": 0}, "outer.seconds has to be a positive number, not 0.0"),
-        ({"seed": -1}, "outer.seed has to be a number that is not negative"),
+        ({"seed": -1}, "outer.seed has to be a whole number from 0 to"),
         ({"device": "tpu"}, "outer.device is one of auto, cpu, cuda; not 'tpu'"),
         ({"dtype": "float16"}, "outer.dtype is one of float32, float64; not 'float16'"),
         ({"base": "rmsprop", "mode": "tele"}, "rule.optimizer is one of sgd, momentum, adam; not 'rmsprop'"),
