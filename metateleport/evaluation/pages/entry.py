@@ -19,7 +19,7 @@ from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.words import ABLATED, AGAINST, KINDS, interval
 from metateleport.families import TRAINING_LOSS
 
-__all__ = ["Entry", "entries_of", "moves_by_of", "read_report", "text"]
+__all__ = ["Entry", "entries_of", "moves_by_of", "read_report", "text", "told"]
 
 _KEY = re.compile(r"(?P<name>[^(]+)\((?P<settings>.*)\), \d+ gradient evaluations(, parts of the basis left out)?")
 
@@ -171,9 +171,9 @@ def entries_of(checkpoint: Checkpoint) -> list[Entry]:
             name, settings = _task(key, result)
             entry = Entry(name, settings, result, moves_by, f"the card of {checkpoint.name}")
             entry.check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise EvaluationError(
-                f"{checkpoint.path}: the card's result {key!r} cannot be read ({_told(error)}): record it again with "
+                f"{checkpoint.path}: the card's result {key!r} cannot be read ({told(error)}): record it again with "
                 "metateleport evaluate --card"
             ) from error
         found.append(entry)
@@ -193,7 +193,7 @@ def read_report(path: Path) -> tuple[str, Entry]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} is truncated or not JSON ({error})") from error
     schema = report.get("schema") if isinstance(report, dict) else None
     if not isinstance(report, dict) or "methods" not in report:
@@ -209,8 +209,8 @@ def read_report(path: Path) -> tuple[str, Entry]:
         entry = Entry(report["task"]["name"], settings, result_of(report), moves_by, path.name, report)
         entry.check()
         return str(report["checkpoint"]), entry
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise EvaluationError(f"{path} is a result with something missing ({_told(error)}): evaluate again") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{path} is a result with something missing ({told(error)}): evaluate again") from error
 
 
 def _task(key: str, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
@@ -236,5 +236,6 @@ def text(value: Any) -> str:
     return text[:-2] if re.fullmatch(r"-?\d+\.0", text) else text
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """What is wrong with an input, for people, of the error that came of it."""
     return f"there is no {error}" if isinstance(error, KeyError) else str(error)

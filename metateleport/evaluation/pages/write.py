@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from metateleport.checkpoint import Checkpoint
-from metateleport.evaluation.pages.entry import Entry, entries_of, read_report
+from metateleport.evaluation.pages.entry import Entry, entries_of, read_report, told
 from metateleport.evaluation.pages.index import extract, index
 from metateleport.evaluation.pages.markdown import WRITTEN
-from metateleport.evaluation.pages.page import INDEX, in_order, label, page, trained_on
+from metateleport.evaluation.pages.page import INDEX, cells, in_order, label, page, title_of, trained_on
 from metateleport.evaluation.pages.picture import draw
+from metateleport.evaluation.pages.section import section
 from metateleport.evaluation.plot import plot
 from metateleport.evaluation.run import EvaluationError
 from metateleport.evaluation.style import is_drawn, trace_of
@@ -68,6 +70,8 @@ def write_pages(
         entries.setdefault(name, []).append(entry)
     if not entries:
         raise EvaluationError("there is nothing to report: give a checkpoint, or --evaluation with a result")
+    for name, given in entries.items():
+        _try(name, named.get(name), given)
     before = None if extract_in is None else _marked(extract_in)
     files, changed = [], []
 
@@ -97,6 +101,23 @@ def write_pages(
         text = before[0] + "\n".join([BEGIN, *extract(named, entries, _link(out, extract_in)), END]) + before[1]
         note(extract_in, _put(extract_in, text))
     return Written(files, changed, _strangers(out, files))
+
+
+def _try(name: str, checkpoint: Checkpoint | None, entries: Sequence[Entry]) -> None:
+    """Makes all that will be shown once, so that nothing is written where something cannot be."""
+    source = f"the card of {name}"
+    try:
+        page(name, checkpoint, (), {})
+        for entry in entries:
+            source = f"{entry.source}: {title_of(entry, trained_on(checkpoint))}"
+            section(entry, "", None)
+            if entry.attributed:
+                cells(entry)
+            if entry.report is not None:
+                with tempfile.TemporaryDirectory() as folder:
+                    plot(entry.report, Path(folder) / "trial.png")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{source} cannot be shown ({told(error)}): it was edited or damaged") from error
 
 
 def _curves(entry: Entry, path: Path) -> bool:
