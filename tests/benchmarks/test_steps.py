@@ -22,10 +22,9 @@ def test_counts_and_seconds_of_every_method(
 
     monkeypatch.setitem(steps.MODELS, "mlp-0.1M", lambda: _step_models.perceptron(12, 2))
     names = ["adamw", "muon", "digits", "digits-without-symmetries", "teleporting-adamw"]
-    assert (
-        steps.main(["--models", "mlp-0.1M", "--rounds", "2", "--methods", *names, "--json", str(tmp_path / "a.json")])
-        == 0
-    )
+    asked = ["--models", "mlp-0.1M", "--rounds", "2", "--methods", *names, "--page", str(tmp_path / "a.md")]
+    assert steps.main([*asked, "--json", str(tmp_path / "a.json")]) == 0
+    assert "- mlp-0.1M: the learned step takes" in (tmp_path / "a.md").read_text()
     measured = json.loads((tmp_path / "a.json").read_text())["models"]["mlp-0.1M"]
     assert measured["parameters"] == 64 * 12 + 12 + 12 * 12 + 12 + 12 * 10 + 10
     assert list(measured["cases"]) == names
