@@ -232,7 +232,8 @@ def _page(report: dict[str, Any]) -> str:
         "forward and backward pass included, on batches of 128 (8 x 64 tokens for the transformer). `digits` is "
         '`mt.LearnedOptimizer(model, "digits", example_input=x)`; `teleporting-adamw` is `mt.TeleportingOptimizer('
         'AdamW, model, mt.load("digits"), every=10)`, a mean over ten steps; Muon has AdamW for what is no hidden '
-        "matrix. Operations, waits for the device, factorisations and bytes kept for each parameter are the optimizer's own, "
+        "matrix. Operations, waits for the device, factorisations and bytes kept for each parameter are the "
+        "optimizer's own, "
         "without the passes; they do not depend on the machine.",
         "",
         f"Medians and ranges of {report['rounds']} rounds after {_WARM_UP} steps, all optimizers of a model in turn, "
