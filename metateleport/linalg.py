@@ -280,9 +280,8 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
         >>> first_not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])})
         'b'
     """
-    if not tensors or bool(all_finite(value.reshape(1, -1) for value in tensors.values()).all()):
-        return ""
-    return next(name for name, value in tensors.items() if not bool(value.isfinite().all()))
+    # One by one: a model may have them on several devices.
+    return next((name for name, value in tensors.items() if not bool(all_finite([value], batch=0))), "")
 
 
 def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:

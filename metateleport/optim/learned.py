@@ -252,8 +252,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._skip(named)
             return
         self._in_a_row = 0
-        seen = alone and self._recorder is not None and self._recorder.last is not None
-        evidence = evidence_of(self._recorder, gradients) if seen and self._recorder is not None else Evidence()
+        evidence, recorder = Evidence(), self._recorder
+        if alone and recorder is not None and recorder.last is not None:
+            evidence = evidence_of(recorder, gradients)
         point = self._point(named, gradients, evidence, told)
         rates = self._rates(named)
         self._recall(point, named)
@@ -272,7 +273,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for each in self.symmetries
             if (evidence.activations or not each.modules) and all(name in point.parameters for name in each.parameters)
         )
-        recorded = None if self._recorder is None else self._recorder.last
+        recorded = None if recorder is None else recorder.last
         replays = 0 if recorded is None else recorded.replays
         fits = evidence.loss_fits or (self.deterministic and not evidence.checked)
         taken = self.loop.advance(point, told is not None, fits, along)

@@ -354,3 +354,28 @@ def test_a_model_that_changes_its_precision_goes_on() -> None:
             model(x).float().square().mean().backward()
             optimizer.step()
     assert optimizer.steps == 8
+
+
+def test_a_state_whose_symmetries_are_due_is_gone_on_from_where_they_rest() -> None:
+    model = mlp()
+    optimizer = mt.LearnedOptimizer(model, "digits")
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        backward(model, number)
+        optimizer.step()
+
+    step(0)
+    began = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    number = 0
+    while not all(left for left, _ in optimizer._rests):
+        number += 1
+        assert number < 60
+        step(number)
+    weights_of, state = began
+    model.load_state_dict(weights_of)
+    optimizer.load_state_dict(state)
+    assert not any(left for left, _ in optimizer._rests)
+    step(1)
+    assert optimizer.last_step is not None
+    assert len(optimizer.last_step.moves) == len(optimizer.symmetries) > 0

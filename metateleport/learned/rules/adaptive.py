@@ -199,9 +199,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             raised = precondition(gauges, dict(zip(names, momentum, strict=True)), point)
             for name, length in zip(names, lengths[..., 2], strict=True):
                 if name in gauged:
-                    moved[name] = torch.addcmul(
-                        moved[name], raised[name], fit(length / _rms(raised[name]), raised[name])
-                    )
+                    moved[name] = _added(moved[name], raised[name], length / _rms(raised[name]), spend)
         numbers = {
             key: dict(zip(names, each, strict=True))
             for key, each in zip(_NUMBERS, (seen, recent, weights), strict=True)
@@ -230,11 +228,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             polar = self.polar([matrices[name] for name in names])
             sizes = _root(_powers(polar))
             for name, direction, size in zip(names, polar, sizes, strict=True):
-                factor = fit(lengths[places[name]] / size, direction)
-                if spend:
-                    moved[name].addcmul_(direction, factor)
-                else:
-                    moved[name] = torch.addcmul(moved[name], direction, factor)
+                moved[name] = _added(moved[name], direction, lengths[places[name]] / size, spend)
 
     def _outputs(
         self, point: Point, progress: Progress, state: dict[str, Any], powers: Tensor, levels: Tensor
@@ -283,6 +277,11 @@ def _sum(start: Tensor, direction: Tensor, factor: Tensor, spend: bool) -> Tenso
     factor = fit(factor, direction)
     # The direction's memory is free then: large models have none to lose.
     return direction.mul_(factor).add_(start) if spend else torch.addcmul(start, direction, factor)
+
+
+def _added(total: Tensor, direction: Tensor, factor: Tensor, spend: bool) -> Tensor:
+    factor = fit(factor, direction)
+    return total.addcmul_(direction, factor) if spend else torch.addcmul(total, direction, factor)
 
 
 def _powers(tensors: Sequence[Tensor]) -> Tensor:
