@@ -40,15 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # After --help; what comes below would import every room to learn their errors.
         raise
     except KeyboardInterrupt as stopped:
-        print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)
+        print(f"{_who()}: {stopped}" if str(stopped) else f"{_who()}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of the pipe is gone: stdout is redirected, as flushing it at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _bad_input() as error:
-        print("metateleport: " + " ".join(str(error).split()), file=sys.stderr)
+        from metateleport.training.distributed import ToldByFirstError
+
+        if not isinstance(error, ToldByFirstError):
+            print(f"{_who()}: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+def _who() -> str:
+    """What messages begin with; of several processes all but the first say which one they are."""
+    rank = os.environ.get("RANK", "0")
+    return "metateleport" if rank == "0" else f"metateleport, rank {rank}"
 
 
 def _bad_input() -> tuple[type[Exception], ...]:

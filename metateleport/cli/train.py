@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
 
 if TYPE_CHECKING:
+    from metateleport.families import TaskFamily
     from metateleport.tracking import Run
-    from metateleport.training import Progression, Recipe
+    from metateleport.training import Progression, Ranks, Recipe
 
 __all__ = ["add"]
 
@@ -30,6 +31,8 @@ examples:
   metateleport train --recipe digits --set outer.teleport_cost=0.1        closes teleports that bring less than this
   metateleport train leaky_mlp --out runs/normal --resume                 after Ctrl-C, with the same settings
   metateleport train leaky_mlp --meta-seeds 5 --out runs/five             seeds 0 to 4 in one checkpoint
+  torchrun --nproc-per-node 2 -m metateleport train leaky_mlp             two processes share the tasks; same result
+  metateleport train leaky_mlp --set outer.estimator=pes outer.unroll=20 outer.horizon=1000    long horizons
 
 A recipe has a table for each part: family, rule, teleport, gauge, outer and validation. Examples are
 checkpoints/*/recipe.toml. --set PART.KEY=VALUE changes a setting. rule.kind is lr (a step for each tensor); coordinate,
@@ -80,7 +83,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import Interrupted, device_for, train, train_meta_seeds
+    from metateleport.training import device_for, joined
 
     recipe, name = _recipe(arguments)
     device_for(recipe.outer.device)
@@ -93,31 +96,40 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (name or family.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, but a checkpoint is a folder: choose another --out")
+    with joined(device_for(recipe.outer.device)) as ranks:
+        _train(arguments, recipe, family, out, ranks)
+    return 0
+
+
+def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, out: Path, ranks: Ranks) -> None:
+    """Trains; of several processes the first alone reports and is tracked."""
+    from metateleport.training import Interrupted, train, train_meta_seeds
+
     command = "metateleport " + shlex.join(sys.argv[1:])
     with contextlib.ExitStack() as stack:
         tracked: Run | None = None
-        if not arguments.no_track:
+        if not arguments.no_track and ranks.first:
             from metateleport.tracking import Run
 
             tracked = stack.enter_context(
                 Run(f"train/{family.name}", out.name, recipe.flat(), {"command": command}, say)
             )
-        bar = stack.enter_context(_bar())
+        reporter = _Reporter(stack.enter_context(_bar()), tracked, recipe) if ranks.first else None
         try:
-            reporter = _Reporter(bar, tracked, recipe)
             if arguments.meta_seeds > 1:
-                path = train_meta_seeds(recipe, out, arguments.meta_seeds, arguments.resume, reporter, command)
+                path = train_meta_seeds(recipe, out, arguments.meta_seeds, arguments.resume, reporter, command, ranks)
             else:
-                path = train(recipe, out, arguments.resume, reporter, command)
+                path = train(recipe, out, arguments.resume, reporter, command, ranks)
         except Interrupted as interrupted:
             raise KeyboardInterrupt(str(interrupted)) from None
         if tracked is not None:
             tracked.artifact(path)
+    if not ranks.first:
+        return
     say(f"wrote the checkpoint {path}")
     if tracked is not None:
         say(f"MLflow: run {tracked.id} in the experiment {tracked.experiment!r}; look at it with: metateleport ui")
     say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(recipe.family.name)}")
-    return 0
 
 
 def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from metateleport.checkpoint.seeds import combine_meta_seeds
 from metateleport.families import load_family
+from metateleport.training.distributed import ALONE, Ranks
 from metateleport.training.progression import Progression
 from metateleport.training.recipe import Recipe, TrainingError
 from metateleport.training.recipe_file import load_recipe
@@ -30,6 +32,7 @@ def train_meta_seeds(
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Meta-trains from several seeds, one after another, and writes one checkpoint.
 
@@ -43,6 +46,7 @@ def train_meta_seeds(
         resume: go on where it was interrupted; the recipe has to be the same, the number of seeds may differ.
         report: called after every meta-step as by `train`, with `seed N/` before the name of the network.
         command: the command that this run was started by, for the cards.
+        ranks: the processes that share the tasks of every seed, as in `train`.
 
     Returns:
         The checkpoint's folder.
@@ -55,10 +59,7 @@ def train_meta_seeds(
     if seeds < 1:
         raise TrainingError(f"a training needs at least one meta-seed, not {seeds}")
     done = seeds_folder(out)
-    if done.exists() and not resume:
-        raise TrainingError(f"{done} holds an unfinished training: add --resume to go on with it, or remove it")
-    if resume and not done.exists():
-        raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
+    ranks.from_first(lambda: _check_folder(done, resume, ranks))
     recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
     outer, first = recipe.outer, recipe.outer.seed
     recipes = {
@@ -68,14 +69,28 @@ def train_meta_seeds(
     paths = []
     for seed, one in recipes.items():
         path = done / str(seed)
-        if path.exists():
-            _has_settings(path, one)
-        else:
-            train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command)
+        finished, begun = ranks.from_first(functools.partial(_state_of, path, one))
+        if not finished:
+            train(one, path, begun, _named(f"seed {seed}", report), command, ranks)
         paths.append(path)
-    combined = combine_meta_seeds(paths, out)
-    shutil.rmtree(done, ignore_errors=True)
-    return combined
+    ranks.from_first(lambda: str(combine_meta_seeds(paths, out)))
+    if ranks.first:
+        shutil.rmtree(done, ignore_errors=True)
+    return Path(out)
+
+
+def _check_folder(done: Path, resume: bool, ranks: Ranks) -> None:
+    if done.exists() and not resume and not ranks.restarts:
+        raise TrainingError(f"{done} holds an unfinished training: add --resume to go on with it, or remove it")
+    if resume and not done.exists():
+        raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
+
+
+def _state_of(path: Path, recipe: Recipe) -> tuple[bool, bool]:
+    """Whether a seed is finished, by the same recipe, and whether it is begun."""
+    if path.exists():
+        _has_settings(path, recipe)
+    return path.exists(), resume_folder(path).exists()
 
 
 def _named(

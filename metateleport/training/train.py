@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskFamily, load_family
 from metateleport.files import replacing_folder, write_json
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.settings import SettingsError
+from metateleport.training.distributed import ALONE, RankLostError, Ranks
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, TrainingError, device_for
 from metateleport.training.trainer import MetaTrainer
@@ -45,6 +46,7 @@ def train(
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Meta-trains and writes a checkpoint.
 
@@ -57,6 +59,8 @@ def train(
         resume: go on with an interrupted training; the recipe has to be the same.
         report: called after every meta-step with the network's name, its progression and the share that is done.
         command: the command that started this training, for the card.
+        ranks: the processes that share the tasks, each of which calls this function; the first alone writes. Where
+            `torchrun` has started them anew, they go on from the state that was saved last.
 
     Returns:
         The checkpoint's folder.
@@ -65,30 +69,63 @@ def train(
         TrainingError: if settings cannot work, there is nothing to resume, or it was started with other settings.
         FamilyError: if the task family cannot be loaded.
         Interrupted: after Ctrl-C, once the state is saved.
+        RankLostError: if another process is lost, once the state is saved.
     """
     device_for(recipe.outer.device)
     family = load_family(recipe.family.name, recipe.family.settings)
     recipe = recipe.of_family(family)
-    trainers = _trainers(recipe, family)
+    trainers = _trainers(recipe, family, ranks)
     saved = resume_folder(out)
-    if resume:
-        _restore(saved, recipe, trainers)
-    elif saved.exists():
-        raise TrainingError(f"{saved} holds an unfinished training: add --resume to go on with it, or remove it")
+    _begin(saved, recipe, trainers, resume, ranks)
     try:
         for name, trainer in trainers.items():
-            trainer.run(_reporting(name, trainer, report, saved, recipe, trainers))
+            writes = _reporting(name, trainer, report, saved, recipe, trainers)
+            trainer.run(writes if ranks.first else None)
+        if ranks.first:
+            learned = trainers[_LEARNED].best_meta()
+            step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
+            card = _card(Path(out).name, recipe, family, trainers, command, ranks)
+            save_checkpoint(out, learned, step_only, card)
+            shutil.rmtree(saved, ignore_errors=True)
+        ranks.meet()
     except KeyboardInterrupt:
-        _save(saved, recipe, trainers)
+        if ranks.first:
+            _save(saved, recipe, trainers)
         raise Interrupted(f"interrupted; the state is in {saved}, and the same command with --resume goes on") from None
-    learned = trainers[_LEARNED].best_meta()
-    step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
-    path = save_checkpoint(out, learned, step_only, _card(Path(out).name, recipe, family, trainers, command))
-    shutil.rmtree(saved, ignore_errors=True)
-    return path
+    except RankLostError as lost:
+        if not ranks.first:
+            raise
+        _save(saved, recipe, trainers)
+        raise RankLostError(f"{lost}; the state is in {saved}, and the same command with --resume goes on") from lost
+    return Path(out)
 
 
-def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
+def _begin(saved: Path, recipe: Recipe, trainers: dict[str, MetaTrainer], resume: bool, ranks: Ranks) -> None:
+    """Restores what the first process has saved, in all processes, if the training is to go on."""
+
+    def restored() -> bool:
+        if resume or (ranks.restarts and saved.exists()):
+            _restore(saved, recipe, trainers)
+            return True
+        if saved.exists():
+            raise TrainingError(f"{saved} holds an unfinished training: add --resume to go on with it, or remove it")
+        return False
+
+    if ranks.from_first(restored) and not ranks.alone:
+        for trainer in trainers.values():
+            trainer.restore(_from_first(trainer.boundary, ranks))
+
+
+def _from_first(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
+    """The first process's snapshot; that of another only tells nothing."""
+    kept = (
+        _from_first(snapshot.kept or snapshot, ranks) if ranks.from_first(lambda: snapshot.kept is not None) else None
+    )
+    tensors = load(ranks.bytes_from_first(save(snapshot.tensors)))
+    return Snapshot(tensors, ranks.from_first(lambda: snapshot.progression), kept)
+
+
+def _trainers(recipe: Recipe, family: TaskFamily, ranks: Ranks) -> dict[str, MetaTrainer]:
     outer = recipe.outer
     # A first stack, so that tasks that cannot be evaluated are reported before any work.
     family.stack([0], "train", outer.seed, outer.torch_dtype)
@@ -111,7 +148,7 @@ def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
             meta = MetaOptimizer(each)
         if source is not None:
             warm_start(meta, source, step_only=name == _STEP_ONLY)
-        trainers[name] = MetaTrainer(recipe, family, meta, seconds)
+        trainers[name] = MetaTrainer(recipe, family, meta, seconds, ranks)
     return trainers
 
 
@@ -144,8 +181,8 @@ def first_difference(started: Recipe, wanted: Recipe) -> str | None:
     """A sentence on the first setting that differs from the one at the start; the device may differ.
 
     Example:
-        >>> from metateleport.training import FamilySettings, OuterSettings
-        >>> recipes = (Recipe(FamilySettings("digits"), outer=OuterSettings(seed=seed)) for seed in (1, 2))
+        >>> from metateleport.training import FamilySettings, TruncatedSettings
+        >>> recipes = (Recipe(FamilySettings("digits"), outer=TruncatedSettings(seed=seed)) for seed in (1, 2))
         >>> first_difference(*recipes)
         'outer.seed = 1, not 2'
     """
@@ -212,7 +249,7 @@ def _read(folder: Path, name: str, progression: dict[str, Any]) -> Snapshot:
 
 
 def _card(
-    name: str, recipe: Recipe, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
+    name: str, recipe: Recipe, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str, ranks: Ranks
 ) -> dict[str, Any]:
     runs: dict[str, dict[str, Any]] = {}
     for network, trainer in trainers.items():
@@ -229,11 +266,12 @@ def _card(
         }
         if done.openness:
             runs[network]["openness"] = done.best_openness
+    several = {} if ranks.alone else {"processes": ranks.size}
     return {
         "name": name,
         "mode": recipe.mode,
         "family": {"name": family.name, "settings": family.settings()},
-        "training": {"command": command, "recipe": recipe.table(), "runs": runs},
+        "training": {"command": command, "recipe": recipe.table(), "runs": runs, **several},
         "results": {},
         "limits": [],
     }
