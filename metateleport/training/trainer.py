@@ -18,7 +18,8 @@ from metateleport.families.trial import check_second_order
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.distributed import ALONE, Ranks
 from metateleport.training.estimators import Estimator, Truncated
-from metateleport.training.outer import TruncatedSettings
+from metateleport.training.evolution import Evolution
+from metateleport.training.outer import EvolutionSettings, PersistentSettings, TruncatedSettings
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, TrainingError, device_for
 from metateleport.training.scoring import Score, dealt, score
@@ -264,12 +265,13 @@ class MetaTrainer:
             indices = [number * outer.tasks + index for index in share]
             return family.stack(indices * 2 if twice else indices, "train", outer.seed, outer.torch_dtype, self.device)
 
-        if not isinstance(outer, TruncatedSettings):
-            raise NotImplementedError
-        stack = stacked(twice=False)
-        if not self.progression.meta_step and not outer.first_order:
-            check_second_order(stack, stack.batch(0))
-        return Truncated(stack, self.meta, outer, self.ranks)
+        if isinstance(outer, TruncatedSettings):
+            stack = stacked(twice=False)
+            if not self.progression.meta_step and not outer.first_order:
+                check_second_order(stack, stack.batch(0))
+            return Truncated(stack, self.meta, outer, self.ranks)
+        assert isinstance(outer, EvolutionSettings | PersistentSettings)
+        return Evolution(stacked(twice=True), self.meta, outer, self.ranks, number)
 
     def _meta_step(self, estimator: Estimator, blind: bool) -> None:
         done = self.progression
