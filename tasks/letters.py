@@ -57,7 +57,7 @@ class NextLetter(nn.Module):
 
     def __init__(self, source: torch.Generator, *, context: int, width: int, hidden: int, scale: float) -> None:
         super().__init__()
-        self.table = nn.Embedding(len(LETTERS), width)
+        self.table = nn.utils.skip_init(nn.Embedding, len(LETTERS), width)
         with torch.no_grad():
             self.table.weight.normal_(0.0, scale, generator=source)
         self.inner = linear(context * width, hidden, source, scale)
