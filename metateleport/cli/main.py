@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from metateleport.cli import combine, evaluate, experiment, report, reproduce, symmetries, tasks, train, ui
+from metateleport.cli import combine, evaluate, experiment, report, reproduce, seal, symmetries, tasks, train, ui
 from metateleport.cli.common import Parser, UsageError
 from metateleport.version import VERSION
 
@@ -57,6 +57,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.evaluation import EvaluationError
     from metateleport.families import FamilyError
     from metateleport.families.trial import StackError
+    from metateleport.files import FileError
     from metateleport.papers.experiments import ExperimentError
     from metateleport.settings import SettingsError
     from metateleport.symmetries import Unsuitable
@@ -70,6 +71,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         CheckpointError,
         EvaluationError,
         ExperimentError,
+        FileError,
         SettingsError,
         TrainingError,
         TrackingError,
@@ -87,6 +89,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     train.add(commands)
     combine.add(commands)
+    seal.add(commands)
     evaluate.add(commands)
     report.add(commands)
     symmetries.add(commands)

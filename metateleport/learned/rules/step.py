@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
 from metateleport.linalg import finite_gradient, fit
 from metateleport.point import Point, Tensors
-from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
+from metateleport.settings import ABOVE_ONE, NOT_NEGATIVE, at_most, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
@@ -49,10 +50,10 @@ class StepSettings(RuleSettings):
 
     kind: ClassVar[str] = "lr"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    secants: int = setting(0, NOT_NEGATIVE)
-    longest: float = setting(1.5, ABOVE_ONE)
-    cooling: float = setting(0.0, NOT_NEGATIVE)
+    hidden: int = setting(32, UNITS)
+    secants: int = setting(0, at_most(1000, NOT_NEGATIVE))
+    longest: float = setting(1.5, at_most(1e6, ABOVE_ONE))
+    cooling: float = setting(0.0, at_most(1e6, NOT_NEGATIVE))
 
     @property
     def learns(self) -> Learns:
