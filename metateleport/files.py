@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -16,8 +17,11 @@ from types import ModuleType
 from typing import Any
 
 __all__ = [
+    "FileError",
     "Lock",
     "cache_folder",
+    "check_destination",
+    "read_regular",
     "replacing",
     "replacing_folder",
     "run_file",
@@ -27,12 +31,115 @@ __all__ = [
 ]
 
 
+class FileError(ValueError):
+    """A file cannot be read or written; the message says which, why, and what to do."""
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file, or of one that a link leads to.
+
+    A pipe or a device is refused and never waited for.
+
+    Args:
+        path: the file.
+        most: the largest number of bytes that it may have; a larger one is not read.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        FileError: if it is not a regular file, is too large, or cannot be read.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a"
+        >>> _ = path.write_bytes(b"1234")
+        >>> read_regular(path, most=4)
+        b'1234'
+        >>> read_regular(path, most=3)
+        Traceback (most recent call last):
+        metateleport.files.FileError: it has 4 bytes, and at most 3 are read
+    """
+    try:
+        # Opening a pipe without a writer waits for one, except with this flag.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise FileError(f"it cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError("it is not a regular file")
+        if status.st_size > most:
+            raise FileError(f"it has {status.st_size} bytes, and at most {most} are read")
+        try:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise FileError(f"it cannot be read: {error.strerror or error}") from error
+    if len(content) > most:
+        raise FileError(f"it grows while it is read, beyond {most} bytes")
+    return content
+
+
+def check_destination(path: str | Path, size: int = 1 << 20) -> None:
+    """Tries whether a file or folder can be written, before the work that it is for.
+
+    As many bytes as it is going to need are written beside it, and removed. What is there already is not touched.
+
+    Args:
+        path: the file or folder.
+        size: number of bytes.
+
+    Raises:
+        FileError: if there is no right or no space to write it.
+
+    Example:
+        >>> check_destination(Path(tempfile.mkdtemp()) / "new" / "result.json")
+        >>> check_destination("/proc/result.json")
+        Traceback (most recent call last):
+        metateleport.files.FileError: /proc/result.json cannot be written (No such file or directory): choose another \
+place, or make room there
+    """
+    path = Path(path)
+    made: list[Path] = []
+    try:
+        for folder in reversed(path.parent.parents):
+            _made(folder, made)
+        _made(path.parent, made)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:64]}-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                for start in range(0, size, _BLOCK):
+                    file.write(b"\0" * min(_BLOCK, size - start))
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(unwritten(path, error)) from error
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def unwritten(path: str | Path, error: OSError) -> str:
+    """A sentence that a file or folder cannot be written, why, and what to do."""
+    return f"{path} cannot be written ({error.strerror or error}): choose another place, or make room there"
+
+
+_BLOCK = 1 << 20
+
+
+def _made(folder: Path, made: list[Path]) -> None:
+    if not folder.is_dir():
+        folder.mkdir()
+        made.append(folder)
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary file's path beside `path`; on success it takes the place of `path`, on failure it goes.
 
     Args:
         path: the file to write; its folder is made where there is none. The temporary file has the same suffix.
+        durable: wait until it is on the disk, so that a loss of power leaves the old file or the new one.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -49,6 +156,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         # mkstemp makes files for their owner's eyes alone.
         temporary.chmod(0o666 & ~_umask())
+        if durable:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
