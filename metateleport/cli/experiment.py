@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{path} is a folder: give the name of a file to write")
     experiment = load_experiment(arguments.name, settings_of(arguments.set))
     if not arguments.no_track:
-        from metateleport.tracking import require_mlflow
+        from metateleport.tracking import check_tracking
 
-        require_mlflow()
+        check_tracking()
     with Console(stderr=True).status(f"{experiment.name}: starting") as status:
         result = experiment.run(arguments.seed, lambda doing: status.update(f"{experiment.name}: {doing}"))
     _print(result)
