@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-
 from gallery_cases import load
 
 
 def test_targets_follow_their_windows() -> None:
     task = load("letters", {"samples": 50, "context": 3, "batch": 10}).task(0)
-    inputs, targets = task.training
+    (inputs,), (targets,) = task.training
     assert torch.equal(inputs[1:, -1], targets[:-1])
     assert torch.equal(inputs[1:, :-1], inputs[:-1, 1:])
 

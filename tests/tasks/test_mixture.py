@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-
 from gallery_cases import load
+
 from metateleport.families import FamilyError
 
 
