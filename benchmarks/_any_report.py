@@ -62,7 +62,7 @@ def table_of(report: Mapping[str, Any]) -> str:
 
 def findings(report: Mapping[str, Any]) -> list[str]:
     """What the runs say of the learned optimizer, a sentence each."""
-    name, sentences = report["settings"]["checkpoint"], []
+    name, sentences = report["checkpoint"], []
     known = [task for task in TASKS if _of(report, task, name)]
 
     def count(what: str, rival: str, within: float, value: Any = _end) -> None:
@@ -126,7 +126,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
 
 def page_of(report: Mapping[str, Any]) -> str:
     """The page of the docs."""
-    known, name = report["conditions"], report["settings"]["checkpoint"]
+    known, name = report["conditions"], report["checkpoint"]
     never = ", ".join(task.name for task in TASKS.values() if not task.met)
     lines = [
         f"# `{name}` on any model",

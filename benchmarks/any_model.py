@@ -171,8 +171,8 @@ def _plain(value: float) -> float:
 class _Kept:
     """Finished runs, in a JSON file."""
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path | None, checkpoint: str, settings: dict[str, Any]) -> None:
+        self.path, self.checkpoint, self.settings = path, checkpoint, settings
         self.runs: dict[str, dict[str, Any]] = {}
         if path is not None and path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -194,6 +194,7 @@ class _Kept:
     def report(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
+            "checkpoint": self.checkpoint,
             "settings": self.settings,
             "conditions": conditions(torch.device("cpu")),
             "runs": self.runs,
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.seeds < 1:
         parser.error("give at least one seed")
     torch.set_num_threads(1)
-    kept = _Kept(given.json, {"checkpoint": given.checkpoint, "rates": {k: list(v) for k, v in RATES.items()}})
+    kept = _Kept(given.json, given.checkpoint, {"rates": {kind: list(rates) for kind, rates in RATES.items()}})
     for name in given.tasks:
         _compare(TASKS[name], given.checkpoint, given.seeds, given.parts, kept)
     print(table_of(kept.report()))
