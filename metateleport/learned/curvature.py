@@ -7,9 +7,11 @@ a gauge that makes the curvature more even allows a larger step; without that no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from metateleport.gauges import Gauge
 from metateleport.point import Point, Tensors
@@ -34,20 +36,53 @@ def smooth_largest(factor: Tensor) -> Tensor:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
         tensor(9.0000)
     """
-    return _largest_of(factor.mT @ factor if factor.shape[-1] <= factor.shape[-2] else factor @ factor.mT)
+    largest: Tensor = _Largest.apply(factor, True)
+    return largest
 
 
 def _largest_of(matrix: Tensor) -> Tensor:
-    tiny = torch.finfo(matrix.dtype).tiny
-    bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-    power = matrix / bound[..., None, None]
-    # Scaled after every squaring, so that the powers neither overflow nor vanish.
-    for root in (1 / 2, 1 / 4, 1 / 8):
-        power = power @ power
-        norm = power.square().sum((-2, -1)).clamp_min(tiny).sqrt()
-        power = power / norm[..., None, None]
-        bound = bound * norm**root
-    return bound
+    largest: Tensor = _Largest.apply(matrix, False)
+    return largest
+
+
+class _Largest(torch.autograd.Function):
+    r"""$b = (\operatorname{tr} A^{16})^{1/16}$ of $A$, or of a factor's Gram matrix, by three squarings.
+
+    The derivative is $A^{15} / b^{15}$, of which the powers at hand leave three products, where that of the squarings
+    would take six. As $b$ is homogeneous of degree one its own scale cancels.
+    """
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, is_factor: bool) -> Tensor:
+        tall = tensor.shape[-1] <= tensor.shape[-2]
+        matrix = (tensor.mT @ tensor if tall else tensor @ tensor.mT) if is_factor else tensor
+        tiny = torch.finfo(matrix.dtype).tiny
+        bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
+        power = matrix / bound[..., None, None]
+        powers, scale = [power], torch.ones_like(bound)
+        # Scaled after every squaring, so that the powers neither overflow nor vanish.
+        for root in (1 / 2, 1 / 4, 1 / 8):
+            power = power @ power
+            norm = power.square().sum((-2, -1)).clamp_min(tiny).sqrt()
+            power = power / norm[..., None, None]
+            bound = bound * norm**root
+            powers.append(power)
+            scale = scale * norm ** (root - 1)
+        context.save_for_backward(tensor, scale, *powers)
+        context.is_factor, context.tall = is_factor, tall
+        return bound
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        tensor, scale, *powers = context.saved_tensors
+        first, second, fourth, eighth = powers
+        # Of a matrix of zeros the bound is as flat as it is.
+        scale = torch.where(torch.diagonal(first, dim1=-2, dim2=-1).sum(-1) > 0.5, scale, 0.0)
+        slope = (gradient * scale)[..., None, None] * ((first @ second) @ (fourth @ eighth))
+        if not context.is_factor:
+            return slope, None
+        return 2 * (tensor @ slope if context.tall else slope @ tensor), None
 
 
 def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
