@@ -289,8 +289,8 @@ def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> element.tolist(), inverse.tolist()
         ([[1.0, 1.0], [0.0, 1.0]], [[1.0, -1.0], [0.0, 1.0]])
 
-    Source: Paterson and Stockmeyer, SIAM J. Comput. 2, 1973, for the blocks; Higham, SIAM J. Matrix Anal. Appl. 26, 2005,
-    for the squaring.
+    Source: Paterson and Stockmeyer, SIAM J. Comput. 2, 1973, for the blocks; Higham, SIAM J. Matrix Anal. Appl. 26,
+    2005, for the squaring.
     """
     series = _SERIES.get(matrix.dtype)
     if series is None or not matrix.numel() or torch._C._functorch.peek_interpreter_stack() is not None:

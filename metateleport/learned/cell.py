@@ -3,8 +3,8 @@ r"""LSTM cells over very many samples: one operation forwards and one backwards.
 $$i, f, o = \sigma(W x + R h + b), \quad g = \tanh(W x + R h + b), \qquad c' = f c + i g, \quad h' = o \tanh(c').$$
 
 The weights are those of `torch.nn.LSTMCell`, whose steps these are to rounding. Samples are laid out in columns, so
-that each gate is one block of memory; a hyperbolic tangent is taken from the sigmoid, $\tanh x = 2\sigma(2x) - 1$, which
-processors compute several times as fast. For a few hundred samples torch's own cell is faster.
+that each gate is one block of memory; a hyperbolic tangent is taken from the sigmoid, $\tanh x = 2\sigma(2x) - 1$,
+which processors compute several times as fast. For a few hundred samples torch's own cell is faster.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metateleport.gauges import Gauge
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, made_of
 from metateleport.symmetries import Pair, Symmetry
 
 __all__ = ["curvature_bounds", "output_curvatures", "smooth_largest"]
@@ -36,8 +36,11 @@ def smooth_largest(factor: Tensor) -> Tensor:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
         tensor(9.0000)
     """
-    largest: Tensor = _Largest.apply(factor, True)
-    return largest
+    def made() -> Tensor:
+        largest: Tensor = _Largest.apply(factor, True)
+        return largest
+
+    return made_of(factor, "largest", made)
 
 
 def _largest_of(matrix: Tensor) -> Tensor:
@@ -123,7 +126,9 @@ def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
     return found
 
 
-def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Sequence[Gauge] = ()) -> Tensors:
+def curvature_bounds(
+    point: Point, symmetries: Sequence[Symmetry], gauges: Sequence[Gauge] = (), largest: Tensors | None = None
+) -> Tensors:
     r"""Bounds on the Gauss-Newton curvature along each weight and bias of the modules in the symmetries.
 
     For a layer $z = W h + b$ whose outputs the loss curves in by at most $\gamma$, the curvature along $W$ is at most
@@ -140,6 +145,7 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
         point: with loss, activations and cotangents.
         symmetries: pairs, which give the order of the layers.
         gauges: the gauges that the tensors are stepped in.
+        largest: is given `smooth_largest` of the inputs of each layer that no gauge changes, by the layer's name.
 
     Returns:
         Bounds by parameter name, `(*batch,)`; parameters of other modules are left out.
@@ -182,9 +188,13 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
             continue
         inputs = point.activations[layer]
         if layer in seen:
-            inputs = seen[layer].incoming(inputs)
-        largest = smooth_largest(inputs) * _kernel(point.parameters[f"{layer}.weight"], batch)
-        bounds[f"{layer}.weight"] = (gamma(layer) * largest).clamp_min(tiny)
+            size = smooth_largest(seen[layer].incoming(inputs))
+        else:
+            size = smooth_largest(inputs)
+            if largest is not None:
+                largest[layer] = size
+        size = size * _kernel(point.parameters[f"{layer}.weight"], batch)
+        bounds[f"{layer}.weight"] = (gamma(layer) * size).clamp_min(tiny)
         if f"{layer}.bias" in point.parameters:
             samples = point.cotangents[layer].shape[-2]
             bounds[f"{layer}.bias"] = (gamma(layer) * samples).clamp_min(tiny)
