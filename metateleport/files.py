@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,8 @@ from typing import Any
 
 __all__ = [
     "FileError",
+    "Lock",
+    "cache_folder",
     "check_destination",
     "read_regular",
     "replacing",
@@ -215,6 +218,62 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def cache_folder(name: str) -> Path:
+    """The cache folder of that name: under `METATELEPORT_CACHE` if it is set, else under `~/.cache/metateleport`."""
+    root = os.environ.get("METATELEPORT_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "metateleport") / name
+
+
+class Lock:
+    """A lock on a file, held by one process at a time; the system lets go of it however that process ends.
+
+    Args:
+        path: the file, made where there is none; it stays.
+
+    Example:
+        >>> lock, other = (Lock(Path(tempfile.gettempdir()) / f"lock-{os.getpid()}") for _ in range(2))
+        >>> lock.take(), other.take()
+        (True, False)
+        >>> lock.let_go()
+        >>> other.take()
+        True
+        >>> other.let_go()
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._handle: int | None = None
+
+    def take(self, seconds: float = 0.0) -> bool:
+        """Takes the lock if nobody else has it within so many seconds; says whether it did.
+
+        Raises:
+            OSError: if the file cannot be made.
+        """
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    os.close(handle)
+                    return False
+                time.sleep(0.05)
+            else:
+                self._handle = handle
+                return True
+
+    def let_go(self) -> None:
+        """Lets go of the lock, if it was taken."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def search_folders(name: str, packaged: str, variable: str) -> list[Path]:

@@ -161,6 +161,11 @@ class StepRule(nn.Module, UpdateRule):
             secants = [_carried_secant(Secant(*each), move, point) for each in secants]
         return {**state, "velocity": velocity, "secants": tuple(secants)}
 
+    def network(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The outputs of the LSTM and its head for every tensor and task, in rows, and the new state."""
+        hidden, memory = self.cell(inputs, state)
+        return self.head(hidden), (hidden, memory)
+
     def _changes(
         self,
         point: Point,
@@ -209,9 +214,9 @@ class StepRule(nn.Module, UpdateRule):
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(own) for part in (0, 1))
-        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        outputs, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
+        outputs = finite_gradient(outputs).to(point.loss.dtype).reshape(*size, -1)
         memories = outputs[..., 1].sigmoid()
         shares = _shares(outputs[..., 2], [name in bounds for name in names])
         multipliers = self.longest * outputs[..., 0].sigmoid() * shares
