@@ -17,7 +17,7 @@ from metateleport.learned.rules.base import Learns, carried_moments, subtracted
 from metateleport.learned.rules.step import StepRule, StepSettings
 from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
-from metateleport.settings import setting
+from metateleport.settings import AT_LEAST_ONE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
@@ -36,7 +36,7 @@ class CoordinateSettings(StepSettings):
 
     kind: ClassVar[str] = "coordinate"
 
-    coordinate_hidden: int = setting(20, UNITS)
+    coordinate_hidden: int = setting(20, AT_LEAST_ONE, UNITS)
 
     @property
     def learns(self) -> Learns:

@@ -50,10 +50,10 @@ class StepSettings(RuleSettings):
 
     kind: ClassVar[str] = "lr"
 
-    hidden: int = setting(32, UNITS)
-    secants: int = setting(0, at_most(1000, NOT_NEGATIVE))
-    longest: float = setting(1.5, at_most(1e6, ABOVE_ONE))
-    cooling: float = setting(0.0, at_most(1e6, NOT_NEGATIVE))
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    secants: int = setting(0, NOT_NEGATIVE, 1000)
+    longest: float = setting(1.5, ABOVE_ONE, 1e6)
+    cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
 
     @property
     def learns(self) -> Learns:
