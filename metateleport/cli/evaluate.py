@@ -16,7 +16,7 @@ from rich.console import Console
 from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
 
 if TYPE_CHECKING:
-    from metateleport.evaluation import FairRules, Plan, Target
+    from metateleport.evaluation import Bench, FairRules, Plan, Target
 
 __all__ = ["add"]
 
@@ -88,8 +88,9 @@ def add(commands: Any) -> None:
         "--rivals",
         choices=("library", "fair"),
         default="library",
-        help="rules for tuning: each rival's grid until its best lies inside, for the (held-out) loss at the end, without "
-        "schedules; or equally many trials for the measure that is claimed, with them (default %(default)s)",
+        help="how rivals are tuned: each until the best of its grid lies inside, for the (held-out) loss at the end, "
+        "without schedules; or with equally many trials for the measure that is claimed, and with schedules (default "
+        "%(default)s)",
     )
     parser.add_argument(
         "--trials", type=positive, metavar="N", help="with --rivals fair: trials of each rival (default 12)"
@@ -138,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         evaluation = run_plan(bench, arguments.jobs, status.update)
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
     report = {**report_of(evaluation, arguments.against), **aimed}
-    _show(report, len(bench.units))
+    _show(report, bench)
     if arguments.json is not None:
         write_report(arguments.json, report)
         say(f"wrote {arguments.json}")
@@ -224,7 +225,7 @@ def _target(arguments: argparse.Namespace, names: Sequence[str]) -> Target | Non
     return target
 
 
-def _show(report: dict[str, Any], runs: int) -> None:
+def _show(report: dict[str, Any], bench: Bench) -> None:
     """Prints tables and sentences."""
     from metateleport.evaluation import ratios_table_of, table_of, words_of
 
@@ -233,16 +234,13 @@ def _show(report: dict[str, Any], runs: int) -> None:
     for table in (table_of(report), ratios_table_of(report)):
         if table is not None:
             console.print(table)
-    rules = report["rules"]
-    fair = (
-        f"Rivals: fair rules, {rules['trials']} trials each for the {rules['criterion']}." if "trials" in rules else ""
-    )
+    fair = "" if bench.plan.rules is None else f"Rivals under fair rules: {bench.plan.rules.words()}."
     for words in filter(None, [*words_of(report), report.get("target", {}).get("in_words"), fair]):
         Console(highlight=False, soft_wrap=True).print(words, markup=False)
     if report["kept"]:
         say(
-            f"{len(report['kept'])} of {runs} runs are from an earlier call, with the seconds measured then: --fresh "
-            "makes them anew"
+            f"{len(report['kept'])} of {len(bench.units)} runs are from an earlier call, with the seconds measured "
+            "then: --fresh makes them anew"
         )
 
 

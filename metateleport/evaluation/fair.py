@@ -141,8 +141,10 @@ def search_within(
             at(index, tuple(choice.values[0] for choice in rival.choices.values()))
         climb(2)
         while True:
-            before = len(tried)
+            before, chosen = len(tried), best()[1]
             vary()
+            if best()[1] != chosen:
+                climb(2)
             climb(1)
             if len(tried) == before:
                 break

@@ -8,6 +8,7 @@ from torch import nn
 
 import metateleport as mt
 from metateleport.families.adapters import Adapter, adapted, pairs_of, splitting
+from metateleport.torchvision import define_operators
 
 
 def source(seed: int = 0) -> torch.Generator:
@@ -33,6 +34,7 @@ def test_every_linear_layer_has_an_adapter_once() -> None:
 
 
 def test_the_usual_start_is_pefts() -> None:
+    define_operators()
     peft = pytest.importorskip("peft")
     starts = [adapted(model(), 4, source(seed)).get_parameter("0.lora_A.weight") for seed in range(50)]
     torch.manual_seed(0)

@@ -37,4 +37,4 @@ REFERENCES: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if
 """The rivals that run only if they are asked for by name: they take long, or need a further package."""
 
 FAIR: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if rival.fair}
-"""The rivals that run under fair rules if no names are given; those that need a kind of symmetry, where there is one."""
+"""The rivals that run under fair rules if no names are given; those that need a symmetry, where tasks have it."""

@@ -133,8 +133,8 @@ def _rules(entry: Entry) -> list[str]:
     rules = entry.result.get("rules", {"rivals": "library"})
     if rules["rivals"] != "fair":
         return [
-            "Rivals are tuned on training tasks for the loss at the end (the held-out loss where there is one), without "
-            "schedules, each until the best of its grid lies inside: not fair rules, which `--rivals fair` has.",
+            "Rivals are tuned on training tasks for the loss at the end (held-out where there is such a loss), without "
+            "schedules, each until the best of its grid lies inside. Fair rules are those of `--rivals fair`.",
             "",
         ]
     aim = f" {rules['target']}" if rules["measure"] in ("target", "seconds") else ""
@@ -145,9 +145,8 @@ def _rules(entry: Entry) -> list[str]:
     ]
     for name, method in entry.methods.items():
         if "chosen" in method:
-            lines.append(
-                f"- {called(name, entry.moves_by)}: {listed({k: str(v) for k, v in method['chosen'].items()})}"
-            )
+            chosen = {key: str(value) for key, value in method["chosen"].items()}
+            lines.append(f"- {called(name, entry.moves_by)}: {listed(chosen)}")
     return [*lines, ""]
 
 
