@@ -245,10 +245,6 @@ def _lora() -> nn.Module:
 
 
 def _peft() -> nn.Module:
-    from metateleport.fewshot.learn2learn import define_torchvision_operators
-
-    # PEFT imports torchvision where it is installed.
-    define_torchvision_operators()
     import peft
 
     adapted: Any = peft.get_peft_model(
