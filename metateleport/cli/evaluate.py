@@ -102,6 +102,16 @@ def add(commands: Any) -> None:
         "evaluations to the --target, or seconds to it",
     )
     parser.add_argument(
+        "--trial-tasks", type=positive, metavar="N", help="with --rivals fair: training tasks of a trial (default 8)"
+    )
+    parser.add_argument(
+        "--every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="measure the losses every N evaluations and at the marks, which is not counted but takes time (default 1)",
+    )
+    parser.add_argument(
         "--against", metavar="METHOD", help="also give all other methods' losses over this one's, as adamw"
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="dtype of the tasks (default: the family's)")
@@ -185,6 +195,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         device=str(device_for(arguments.device)),
         all_meta_seeds=arguments.meta_seeds == "all",
         fresh=arguments.fresh,
+        every=arguments.every,
         rules=_rules(arguments),
     )
 
@@ -192,9 +203,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _rules(arguments: argparse.Namespace) -> FairRules | None:
     from metateleport.evaluation import FairRules, Target
 
-    given = {name: getattr(arguments, name) for name in ("trials", "measure")}
+    given = {"trials": arguments.trials, "measure": arguments.measure, "tasks": arguments.trial_tasks}
     if arguments.rivals != "fair":
-        wrong = [f"--{name}" for name, value in given.items() if value is not None]
+        flags = {"tasks": "--trial-tasks"}
+        wrong = [flags.get(name, f"--{name}") for name, value in given.items() if value is not None]
         if wrong:
             raise UsageError(f"{' and '.join(wrong)}: that is a rule of --rivals fair, which is not given")
         return None
