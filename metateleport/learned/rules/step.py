@@ -18,7 +18,7 @@ from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, su
 from metateleport.learned.secants import Secant, secant_between, with_secants
 from metateleport.linalg import finite_gradient, fit
 from metateleport.point import Point, Tensors, made_of
-from metateleport.settings import ABOVE_ONE, NOT_NEGATIVE, at_most, setting
+from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
