@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.progress import status
 
 if TYPE_CHECKING:
     from metateleport.evaluation import Plan, Target
@@ -107,8 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' is no checkpoint: name one")
     target = _target(arguments, bench.names)
-    with Console(stderr=True).status("starting") as status:
-        evaluation = run_plan(bench, arguments.jobs, status.update)
+    with status("starting") as doing:
+        evaluation = run_plan(bench, arguments.jobs, doing)
     report = {**report_of(evaluation), **({} if target is None else {"target": target_of(evaluation, target)})}
     _show(report, len(bench.units))
     if arguments.json is not None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metateleport.cli.common import Parser, UsageError, not_negative, say, settings_of
+from metateleport.cli.progress import status
 
 if TYPE_CHECKING:
     from metateleport.papers.experiments import Claim, Experiment, ExperimentResult
@@ -65,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         from metateleport.tracking import require_mlflow
 
         require_mlflow()
-    with Console(stderr=True).status(f"{experiment.name}: starting") as status:
-        result = experiment.run(arguments.seed, lambda doing: status.update(f"{experiment.name}: {doing}"))
+    with status(f"{experiment.name}: starting") as show:
+        result = experiment.run(arguments.seed, lambda doing: show(f"{experiment.name}: {doing}"))
     _print(result)
     if arguments.json is not None:
         result.write(arguments.json)

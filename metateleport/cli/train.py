@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
+from metateleport.cli.progress import Lines, bars
 
 if TYPE_CHECKING:
     from metateleport.tracking import Run
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
             tracked = stack.enter_context(
                 Run(f"train/{family.name}", out.name, recipe.flat(), {"command": command}, say)
             )
-        bar = stack.enter_context(_bar())
+        bar = stack.enter_context(bars())
         try:
             reporter = _Reporter(bar, tracked, recipe)
             if arguments.meta_seeds > 1:
@@ -149,21 +149,10 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
     return Recipe(FamilySettings(arguments.family)).changed(changes), ""
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
 class _Reporter:
     """Shows the progress of the training and tracks it with MLflow."""
 
-    def __init__(self, bar: Progress, tracked: Run | None, recipe: Recipe) -> None:
+    def __init__(self, bar: Progress | Lines, tracked: Run | None, recipe: Recipe) -> None:
         self.bar, self.tracked, self.outer = bar, tracked, recipe.outer
         self.rows: dict[str, Any] = {}
         self.validated: dict[str, int] = {}
