@@ -28,6 +28,7 @@ __all__ = [
     "SettingsError",
     "Text",
     "as_float",
+    "at_most",
     "flattened",
     "from_toml",
     "nearest",
@@ -68,6 +69,16 @@ AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = Range("a number that is not negative", lambda value: 0 <= value < math.inf)
 POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 ABOVE_ONE = Range("a number above 1", lambda value: 1 < value < math.inf)
+
+
+def at_most(most: float, within: Range) -> Range:
+    """A range with an upper end, beyond which a value makes no sense or no computer has the memory.
+
+    Example:
+        >>> at_most(10, AT_LEAST_ONE).words, at_most(10, AT_LEAST_ONE).holds(11)
+        ('at least 1, and at most 10', False)
+    """
+    return Range(f"{within.words}, and at most {most:g}", lambda value: value <= most and within.holds(value))
 
 
 def setting(default: Any = dataclasses.MISSING, within: Range | None = None) -> Any:

@@ -75,9 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and arguments.json.is_dir():
         raise UsageError(f"{arguments.json} is a folder: give the name of a file to write")
     if not (arguments.no_track or arguments.first):
-        from metateleport.tracking import require_mlflow
+        from metateleport.tracking import check_tracking
 
-        require_mlflow()
+        check_tracking()
     say(f"1. The shipped checkpoint {arguments.checkpoint!r} beside AdamW, a few seconds")
     _first(arguments)
     if arguments.first:

@@ -122,16 +122,16 @@ def run(arguments: argparse.Namespace) -> int:
         record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
         say(f"wrote the result into the card of {checkpoint.name}")
     if not arguments.no_track:
-        _track(report, None if checkpoint is None else checkpoint.path)
+        _track(report, None if checkpoint is None else checkpoint.card)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises a `UsageError` for arguments that cannot work, before any work starts."""
     if not arguments.no_track:
-        from metateleport.tracking import require_mlflow
+        from metateleport.tracking import check_tracking
 
-        require_mlflow()
+        check_tracking()
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot writes png, svg or pdf, by the file's suffix; not {str(arguments.plot)!r}")
     for path in (arguments.json, arguments.plot):
@@ -188,17 +188,17 @@ def _show(report: dict[str, Any], runs: int) -> None:
         )
 
 
-def _track(report: dict[str, Any], checkpoint: Path | None) -> None:
-    from metateleport.evaluation import plot, write_report
+def _track(report: dict[str, Any], card: dict[str, Any] | None) -> None:
+    from metateleport.evaluation import plot, words_of, write_report
     from metateleport.tracking import track_evaluation
 
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "evaluation.json", Path(folder) / "evaluation.png"]
         write_report(files[0], report)
         plot(report, files[1])
-        ids = track_evaluation(report, files, checkpoint, say)
-    say(
-        f"MLflow: {len(ids)} runs in the experiment {report['task']['name']!r}"
-        + (f", that of the learned method is {ids['learned']}" if "learned" in ids else "")
-        + "; compare them with: metateleport ui"
-    )
+        ids = track_evaluation(report, files, card, "\n\n".join(words_of(report)), say)
+    if ids["evaluation"] is not None:
+        say(
+            f"MLflow: {len(ids)} runs in the experiment {report['task']['name']!r}, that of the evaluation is "
+            f"{ids['evaluation']}; compare them with: metateleport compare {report['task']['name']}, or metateleport ui"
+        )

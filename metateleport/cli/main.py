@@ -14,6 +14,7 @@ from metateleport.cli import (
     experiment,
     report,
     reproduce,
+    seal,
     symmetries,
     tasks,
     train,
@@ -76,6 +77,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.evaluation import EvaluationError
     from metateleport.families import FamilyError
     from metateleport.families.trial import StackError
+    from metateleport.files import FileError
     from metateleport.papers.experiments import ExperimentError
     from metateleport.settings import SettingsError
     from metateleport.symmetries import Unsuitable
@@ -89,6 +91,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         CheckpointError,
         EvaluationError,
         ExperimentError,
+        FileError,
         SettingsError,
         TrainingError,
         TrackingError,
@@ -107,6 +110,7 @@ def _parser() -> Parser:
     demo.add(commands)
     train.add(commands)
     combine.add(commands)
+    seal.add(commands)
     evaluate.add(commands)
     report.add(commands)
     symmetries.add(commands)

@@ -197,24 +197,39 @@ class LearnedTeleporter(Teleporter, nn.Module):
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The generator in the dtype of the weights; see `Teleporter.generator`."""
         group = symmetry.group
-        weight = point.parameters[symmetry.parameters[0]]
-        batch = () if point.loss is None else point.loss.shape
         if group.name not in self.networks:
+            weight = point.parameters[symmetry.parameters[0]]
+            batch = () if point.loss is None else point.loss.shape
             return weight.new_zeros(*batch, *group.shape), state
-        network = self.networks[group.name]
-        observation = self.observe(symmetry, point, self.detach)
-        inputs = torch.cat((observation.features, state["progress"].features()), -1)
-        own = next(network.parameters()).dtype
-        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
-        cell = tuple(part.to(own) for part in state[symmetry.key])
-        coefficients, gate, cell = network(inputs, cell)
-        weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
-        shape = (*weights.shape, *(1 for _ in group.shape))
-        chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
-        chosen = self._bounded(symmetry, chosen)
+        chosen, cell = self.proposed(symmetry, point, state["progress"].features(), state[symmetry.key])
         if self.max_stretch is not None:
             chosen = within_reach(group, chosen, state["reached"][symmetry.key], math.log(self.max_stretch))
         return chosen, {**state, symmetry.key: cell}
+
+    def proposed(
+        self, symmetry: Symmetry, point: Point, progress: Tensor, cell: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The generator before it is shortened to `max_stretch`, and the new state of the symmetry's LSTM.
+
+        Args:
+            symmetry: of a group that there is a network for; only its group and its small matrices are read.
+            point: where the model stands.
+            progress: the features of the progress, `(*batch, PROGRESS_FEATURES)`.
+            cell: the state of the symmetry's LSTM.
+        """
+        group = symmetry.group
+        dtype = point.parameters[symmetry.parameters[0]].dtype
+        batch = () if point.loss is None else point.loss.shape
+        network = self.networks[group.name]
+        observation = self.observe(symmetry, point, self.detach)
+        inputs = torch.cat((observation.features, progress), -1)
+        own = next(network.parameters()).dtype
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        coefficients, gate, after = network(inputs, tuple(part.to(own) for part in cell))
+        weights = (gate.unsqueeze(-1) * coefficients).to(dtype)
+        shape = (*weights.shape, *(1 for _ in group.shape))
+        chosen = (weights.reshape(shape) * observation.basis.to(dtype)).sum(len(batch))
+        return self._bounded(symmetry, chosen), after
 
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
         """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import Learns, carried_moments, subtracted
 from metateleport.learned.rules.step import StepRule, StepSettings
 from metateleport.linalg import finite_gradient, fit, rms
 from metateleport.point import Point, Tensors
-from metateleport.settings import AT_LEAST_ONE, setting
+from metateleport.settings import setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
@@ -34,7 +35,7 @@ class CoordinateSettings(StepSettings):
 
     kind: ClassVar[str] = "coordinate"
 
-    coordinate_hidden: int = setting(20, AT_LEAST_ONE)
+    coordinate_hidden: int = setting(20, UNITS)
 
     @property
     def learns(self) -> Learns:

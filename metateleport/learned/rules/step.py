@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
 from metateleport.linalg import finite_gradient, fit
 from metateleport.point import Point, Tensors
-from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
+from metateleport.settings import ABOVE_ONE, NOT_NEGATIVE, at_most, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
@@ -49,10 +50,10 @@ class StepSettings(RuleSettings):
 
     kind: ClassVar[str] = "lr"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    secants: int = setting(0, NOT_NEGATIVE)
-    longest: float = setting(1.5, ABOVE_ONE)
-    cooling: float = setting(0.0, NOT_NEGATIVE)
+    hidden: int = setting(32, UNITS)
+    secants: int = setting(0, at_most(1000, NOT_NEGATIVE))
+    longest: float = setting(1.5, at_most(1e6, ABOVE_ONE))
+    cooling: float = setting(0.0, at_most(1e6, NOT_NEGATIVE))
 
     @property
     def learns(self) -> Learns:
@@ -160,6 +161,11 @@ class StepRule(nn.Module, UpdateRule):
             secants = [_carried_secant(Secant(*each), move, point) for each in secants]
         return {**state, "velocity": velocity, "secants": tuple(secants)}
 
+    def network(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The outputs of the LSTM and its head for every tensor and task, in rows, and the new state."""
+        hidden, memory = self.cell(inputs, state)
+        return self.head(hidden), (hidden, memory)
+
     def _changes(
         self,
         point: Point,
@@ -208,9 +214,9 @@ class StepRule(nn.Module, UpdateRule):
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(own) for part in (0, 1))
-        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        outputs, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
+        outputs = finite_gradient(outputs).to(point.loss.dtype).reshape(*size, -1)
         memories = outputs[..., 1].sigmoid()
         shares = _shares(outputs[..., 2], [name in bounds for name in names])
         multipliers = self.longest * outputs[..., 0].sigmoid() * shares
