@@ -41,7 +41,7 @@ _RECIPE = (
     *("rule.kind=adaptive", "rule.cooling=0.01", "teleport.max_stretch=2", "outer.lr=2e-3"),
     *("outer.tasks=8", "outer.horizon=60"),
 )
-_METHODS = "learned,learned/teleport-off,learned/random-teleport,learned/step-only,momentum,adam"
+_METHODS = "learned,learned/teleport-off,learned/random-teleport,learned/step-only,adam"
 
 
 def add(commands: Any) -> None:
