@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.progress import status
 
 if TYPE_CHECKING:
     from metateleport.evaluation import Bench, FairRules, Plan, Target
@@ -145,8 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     target = _target(arguments, bench.names)
     if arguments.against is not None and arguments.against not in bench.names:
         raise UsageError(f"--against {arguments.against}: that is none of the methods: {', '.join(bench.names)}")
-    with Console(stderr=True).status("starting") as status:
-        evaluation = run_plan(bench, arguments.jobs, status.update)
+    with status("starting") as doing:
+        evaluation = run_plan(bench, arguments.jobs, doing)
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
     report = {**report_of(evaluation, arguments.against), **aimed}
     _show(report, bench)
