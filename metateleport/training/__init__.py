@@ -1,7 +1,7 @@
 """Recipes, and meta-training through truncated, differentiable unrolls."""
 
 from metateleport.training.distributed import RankLostError, Ranks, joined
-from metateleport.training.meta_seeds import train_meta_seeds
+from metateleport.training.meta_seeds import tracking_run_of, train_meta_seeds
 from metateleport.training.outer import EvolutionSettings, OuterSettings, PersistentSettings, TruncatedSettings
 from metateleport.training.progression import Progression
 from metateleport.training.recipe import FamilySettings, Recipe, TrainingError, ValidationSettings, device_for
@@ -31,6 +31,7 @@ __all__ = [
     "joined",
     "load_recipe",
     "log_losses",
+    "tracking_run_of",
     "train",
     "train_meta_seeds",
 ]

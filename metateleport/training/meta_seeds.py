@@ -8,15 +8,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from metateleport.checkpoint.checkpoint import CARD, read_card
 from metateleport.checkpoint.seeds import combine_meta_seeds
 from metateleport.families import load_family
 from metateleport.training.distributed import ALONE, Ranks
 from metateleport.training.progression import Progression
 from metateleport.training.recipe import Recipe, TrainingError
 from metateleport.training.recipe_file import load_recipe
-from metateleport.training.train import first_difference, resume_folder, train
+from metateleport.training.state import first_difference, read_state, resume_folder
+from metateleport.training.train import train
 
-__all__ = ["seeds_folder", "train_meta_seeds"]
+__all__ = ["seeds_folder", "tracking_run_of", "train_meta_seeds"]
 
 
 def seeds_folder(out: str | Path) -> Path:
@@ -32,6 +34,7 @@ def train_meta_seeds(
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    tracking_run: str | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
     """Meta-trains from several seeds, one after another, and writes one checkpoint.
@@ -46,6 +49,7 @@ def train_meta_seeds(
         resume: go on where it was interrupted; the recipe has to be the same, the number of seeds may differ.
         report: called after every meta-step as by `train`, with `seed N/` before the name of the network.
         command: the command that this run was started by, for the cards.
+        tracking_run: as for `train`; all seeds are tracked in one run.
         ranks: the processes that share the tasks of every seed, as in `train`.
 
     Returns:
@@ -60,6 +64,7 @@ def train_meta_seeds(
         raise TrainingError(f"a training needs at least one meta-seed, not {seeds}")
     done = seeds_folder(out)
     ranks.from_first(lambda: _check_folder(done, resume, ranks))
+    tracking_run = tracking_run or ranks.from_first(lambda: tracking_run_of(out))
     recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
     outer, first = recipe.outer, recipe.outer.seed
     recipes = {
@@ -71,7 +76,7 @@ def train_meta_seeds(
         path = done / str(seed)
         finished, begun = ranks.from_first(functools.partial(_state_of, path, one))
         if not finished:
-            train(one, path, begun, _named(f"seed {seed}", report), command, ranks)
+            train(one, path, begun, _named(f"seed {seed}", report), command, tracking_run, ranks)
         paths.append(path)
     ranks.from_first(lambda: str(combine_meta_seeds(paths, out)))
     if ranks.first:
@@ -91,6 +96,33 @@ def _state_of(path: Path, recipe: Recipe) -> tuple[bool, bool]:
     if path.exists():
         _has_settings(path, recipe)
     return path.exists(), resume_folder(path).exists()
+
+
+def tracking_run_of(out: str | Path) -> str | None:
+    """The id of the MLflow run of an unfinished training, which `--resume` goes on with.
+
+    Args:
+        out: folder of the checkpoint that it is going to write.
+
+    Returns:
+        The id; None if nothing is unfinished there, or it is not tracked.
+
+    Raises:
+        TrainingError: if its state is damaged.
+        CheckpointError: if a finished meta-seed cannot be read.
+    """
+    done = seeds_folder(out)
+    seeds = sorted(done.iterdir()) if done.is_dir() else []
+    for folder in (resume_folder(out), *seeds):
+        state = read_state(folder)
+        if state is not None and state.tracking_run is not None:
+            return state.tracking_run
+    for folder in seeds:
+        if (folder / CARD).exists():
+            found = read_card(folder).get("training", {}).get("tracking_run")
+            if found is not None:
+                return str(found)
+    return None
 
 
 def _named(

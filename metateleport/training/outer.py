@@ -61,16 +61,16 @@ class OuterSettings(Settings, abc.ABC):
     part: ClassVar[str] = "outer"
     estimator: ClassVar[str] = ""
 
-    meta_steps: int | None = setting(300, AT_LEAST_ONE)
-    seconds: float | None = setting(None, POSITIVE)
-    tasks: int = setting(16, AT_LEAST_ONE)
-    horizon: int = setting(30, AT_LEAST_ONE)
-    lr: float = setting(5e-3, POSITIVE)
-    clip: float = setting(1.0, POSITIVE)
+    meta_steps: int | None = setting(300, AT_LEAST_ONE, 10**9)
+    seconds: float | None = setting(None, POSITIVE, 1e9)
+    tasks: int = setting(16, AT_LEAST_ONE, 10**6)
+    horizon: int = setting(30, AT_LEAST_ONE, 10**9)
+    lr: float = setting(5e-3, POSITIVE, 1e6)
+    clip: float = setting(1.0, POSITIVE, 1e12)
     blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
-    teleport_cost: float = setting(0.0, NOT_NEGATIVE)
-    search: int = setting(0, NOT_NEGATIVE)
-    starts: int = setting(1, AT_LEAST_ONE)
+    teleport_cost: float = setting(0.0, NOT_NEGATIVE, 1e6)
+    search: int = setting(0, NOT_NEGATIVE, 10**6)
+    starts: int = setting(1, AT_LEAST_ONE, 10**4)
     start_from: str | None = setting(None)
     seed: int = setting(0, Range("a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63))
     device: Literal["auto", "cpu", "cuda"] = setting("auto")
@@ -116,7 +116,7 @@ class WindowedSettings(OuterSettings, abc.ABC):
         unroll: inner steps of one window.
     """
 
-    unroll: int = setting(10, AT_LEAST_ONE)
+    unroll: int = setting(10, AT_LEAST_ONE, 10**6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +173,7 @@ class EvolutionSettings(OuterSettings):
 
     estimator: ClassVar[str] = "es"
 
-    spread: float = setting(0.02, POSITIVE)
+    spread: float = setting(0.02, POSITIVE, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ class PersistentSettings(WindowedSettings):
 
     estimator: ClassVar[str] = "pes"
 
-    spread: float = setting(0.02, POSITIVE)
+    spread: float = setting(0.02, POSITIVE, 1e6)
 
 
 ESTIMATORS: dict[str, type[OuterSettings]] = {
