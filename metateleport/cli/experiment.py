@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metateleport.cli.common import Parser, UsageError, not_negative, say, settings_of
+from metateleport.cli.progress import status
 from metateleport.files import write_text
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         from metateleport.tracking import check_tracking
 
         check_tracking()
-    with Console(stderr=True).status(f"{experiment.name}: starting") as status:
-        result = experiment.run(arguments.seed, lambda doing: status.update(f"{experiment.name}: {doing}"))
+    with status(f"{experiment.name}: starting") as show:
+        result = experiment.run(arguments.seed, lambda doing: show(f"{experiment.name}: {doing}"))
     _print(result)
     if arguments.json is not None:
         result.write(arguments.json)

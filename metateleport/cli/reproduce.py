@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.progress import status
 
 __all__ = ["add"]
 
@@ -77,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = _read(arguments.read)
     else:
         settings, family = Figure6(**given), load_family(arguments.task, settings_of(arguments.set))
-        with Console(stderr=True).status("starting") as status:
-            result = figure_6(family, settings, status.update)
+        with status("starting") as doing:
+            result = figure_6(family, settings, doing)
     console = Console()
     for table in tables_of(result):
         Console(width=None if console.is_terminal else 160).print(table)

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
+from metateleport.cli.progress import Lines, bars
 from metateleport.interruption import Stopped
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, ou
             tags = {"kind": "train", "family": family.name, "seed": recipe.outer.seed, "device": recipe.outer.device}
             opened = Run(family.name, out.name, recipe.flat(), {**tags, **_conditions()}, say, begun, system=True)
             tracked = TrackedTraining(stack.enter_context(opened), recipe.outer.teleport_cost)
-        reporter = _Reporter(stack.enter_context(_bar()), tracked, recipe) if ranks.first else None
+        reporter = _Reporter(stack.enter_context(bars()), tracked, recipe) if ranks.first else None
         key = None if tracked is None else tracked.run.key
         try:
             if arguments.meta_seeds > 1:
@@ -177,21 +177,10 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
     return Recipe(FamilySettings(arguments.family)).changed(changes), ""
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
 class _Reporter:
     """Shows the progress of the training and tracks it with MLflow."""
 
-    def __init__(self, bar: Progress, tracked: TrackedTraining | None, recipe: Recipe) -> None:
+    def __init__(self, bar: Progress | Lines, tracked: TrackedTraining | None, recipe: Recipe) -> None:
         self.bar, self.tracked, self.outer = bar, tracked, recipe.outer
         self.rows: dict[str, Any] = {}
 
