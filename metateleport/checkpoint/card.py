@@ -100,6 +100,7 @@ _RUN = table(
         "openness": number(0, 1),
     },
     ("validation",),
+    others=plain,
 )
 _RESULT = table(
     {
@@ -114,7 +115,8 @@ _RESULT = table(
         "methods": table(plain),
         "meta_seeds": table({"seeds": plain, "worst": plain, "ratios_to_learned": plain}),
         "target": table(plain),
-    }
+    },
+    others=plain,
 )
 _ENTRIES = {
     "schema": whole(),

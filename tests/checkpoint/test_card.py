@@ -96,7 +96,6 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("results", {"a": {"tasks": 0}}, r"results\.a\.tasks is a whole number from 1"),
     ("results", {"a": {"dtype": "float8"}}, r"results\.a\.dtype is one of"),
     ("results", {"a": {"methods": {"adam": [10**400]}}}, r"results\.a\.methods\.adam\[0\] is a finite number"),
-    ("results", {"a": {"speed": 3}}, r"results\.a\.speed is not known: the nearest is results\.a\.seed"),
     ("limits", "none", "limits is a list"),
     ("notes", [3], r"notes\[0\] is a text"),
     ("meta_seeds", [{"seed": 0, "validation": 1.0, "chosen": False}], "exactly one that is chosen"),
