@@ -98,6 +98,7 @@ _RUN = table(
         "skipped": whole(),
         "seconds": number(0),
         "openness": number(0, 1),
+        "validated_steps": whole(1),
     },
     ("validation",),
     others=plain,
