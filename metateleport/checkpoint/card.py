@@ -66,6 +66,7 @@ def _recipe(value: Any, key: str) -> None:
 _OUTER = table(
     {
         "estimator": one_of("tbptt", "es", "pes"),
+        "spread": number(0),
         "meta_steps": optional(whole(1)),
         "seconds": optional(number(0)),
         "tasks": whole(1),
@@ -74,7 +75,6 @@ _OUTER = table(
         "lr": number(0),
         "clip": number(0),
         "first_order": flag,
-        "spread": number(0),
         "blind": number(0, 1),
         "teleport_cost": number(0),
         "search": whole(),
@@ -98,8 +98,10 @@ _RUN = table(
         "skipped": whole(),
         "seconds": number(0),
         "openness": number(0, 1),
+        "validated_steps": whole(1),
     },
     ("validation",),
+    others=plain,
 )
 _RESULT = table(
     {
@@ -114,7 +116,8 @@ _RESULT = table(
         "methods": table(plain),
         "meta_seeds": table({"seeds": plain, "worst": plain, "ratios_to_learned": plain}),
         "target": table(plain),
-    }
+    },
+    others=plain,
 )
 _ENTRIES = {
     "schema": whole(),
@@ -256,7 +259,9 @@ def _check_sense(card: Mapping[str, Any]) -> None:
         family = card.get("family", {})
         ours = {"name": family.get("name"), **family.get("settings", {})}
         for name, value in recipe["family"].items():
-            if family and name in ours and ours[name] != value:
+            # A recipe may name its family by the path of a file.
+            same = name == "name" and str(value).endswith(".py")
+            if family and name in ours and ours[name] != value and not same:
                 said = "name" if name == "name" else f"settings.{name}"
                 raise FieldError(
                     f"family.{said} is {shown(ours[name])}, and training.recipe.family.{name} is {shown(value)}"

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
 from metateleport.cli.progress import Lines, bars
+from metateleport.interruption import Stopped
 
 if TYPE_CHECKING:
     from metateleport.families import TaskFamily
@@ -83,7 +84,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import device_for, joined
+    from metateleport.training import check_start, device_for, held, joined
 
     recipe, name = _recipe(arguments)
     device_for(recipe.outer.device)
@@ -96,7 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (name or family.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, but a checkpoint is a folder: choose another --out")
-    with joined(device_for(recipe.outer.device)) as ranks:
+    with joined(device_for(recipe.outer.device)) as ranks, held(out) if ranks.first else contextlib.nullcontext():
+        # Before a run is opened, so that what cannot begin leaves none behind.
+        ranks.from_first(
+            lambda: check_start(recipe, out, arguments.resume, arguments.meta_seeds, restarted=bool(ranks.restarts))
+        )
         _train(arguments, recipe, family, out, ranks)
     return 0
 
@@ -106,8 +111,8 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, ou
     from metateleport.training import Interrupted, tracking_run_of, train, train_meta_seeds
 
     command = "metateleport " + shlex.join(sys.argv[1:])
-    tracks = ranks.first and not arguments.no_track
     # A training that goes on is one run in MLflow, however often it was interrupted.
+    tracks = ranks.first and not arguments.no_track
     begun = tracking_run_of(out) if tracks and (arguments.resume or ranks.restarts) else None
     with contextlib.ExitStack() as stack:
         tracked: TrackedTraining | None = None
@@ -118,14 +123,16 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, ou
             opened = Run(family.name, out.name, recipe.flat(), {**tags, **_conditions()}, say, begun, system=True)
             tracked = TrackedTraining(stack.enter_context(opened), recipe.outer.teleport_cost)
         reporter = _Reporter(stack.enter_context(bars()), tracked, recipe) if ranks.first else None
-        key, resume = None if tracked is None else tracked.run.key, arguments.resume
+        key = None if tracked is None else tracked.run.key
         try:
             if arguments.meta_seeds > 1:
-                path = train_meta_seeds(recipe, out, arguments.meta_seeds, resume, reporter, command, key, ranks)
+                path = train_meta_seeds(
+                    recipe, out, arguments.meta_seeds, arguments.resume, reporter, command, key, ranks
+                )
             else:
-                path = train(recipe, out, resume, reporter, command, key, ranks)
+                path = train(recipe, out, arguments.resume, reporter, command, key, ranks)
         except Interrupted as interrupted:
-            raise KeyboardInterrupt(str(interrupted)) from None
+            raise Stopped(str(interrupted), interrupted.number) from None
         if tracked is not None:
             tracked.finish(path)
     if not ranks.first:

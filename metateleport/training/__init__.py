@@ -7,6 +7,7 @@ from metateleport.training.progression import Progression
 from metateleport.training.recipe import FamilySettings, Recipe, TrainingError, ValidationSettings, device_for
 from metateleport.training.recipe_file import load_recipe
 from metateleport.training.stack_optimizer import StackOptimizer
+from metateleport.training.start import check_start, held
 from metateleport.training.train import Interrupted, train
 from metateleport.training.trainer import MetaTrainer
 from metateleport.training.unroll import Unroll, log_losses
@@ -27,7 +28,9 @@ __all__ = [
     "TruncatedSettings",
     "Unroll",
     "ValidationSettings",
+    "check_start",
     "device_for",
+    "held",
     "joined",
     "load_recipe",
     "log_losses",

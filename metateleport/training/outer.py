@@ -66,7 +66,7 @@ class OuterSettings(Settings, abc.ABC):
     tasks: int = setting(16, AT_LEAST_ONE, 10**6)
     horizon: int = setting(30, AT_LEAST_ONE, 10**9)
     lr: float = setting(5e-3, POSITIVE, 1e6)
-    clip: float = setting(1.0, POSITIVE, 1e12)
+    clip: float = setting(1.0, POSITIVE)
     blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
     teleport_cost: float = setting(0.0, NOT_NEGATIVE, 1e6)
     search: int = setting(0, NOT_NEGATIVE, 10**6)
