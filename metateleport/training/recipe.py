@@ -66,6 +66,8 @@ class OuterSettings(Settings):
         meta_steps: number of meta-steps for each network; None if the time ends the training.
         seconds: stop after so many seconds, if that is sooner; shared by the networks.
         tasks: number of tasks in a stack.
+        tasks_at_once: number of them that are followed in one graph; None for all. The meta-gradient is then added up
+            over parts of the stack, and the memory is that of one part.
         unroll: inner steps of one truncated window; each window gives one meta-step.
         horizon: inner steps on each task at the end of the curriculum, which begins with one window.
         lr: step size of Adam on the networks; a cosine anneals it to a tenth.
@@ -92,6 +94,7 @@ class OuterSettings(Settings):
     meta_steps: int | None = setting(300, AT_LEAST_ONE, 10**9)
     seconds: float | None = setting(None, POSITIVE, 1e9)
     tasks: int = setting(16, AT_LEAST_ONE, 10**6)
+    tasks_at_once: int | None = setting(None, AT_LEAST_ONE, 10**6)
     unroll: int = setting(10, AT_LEAST_ONE, 10**6)
     horizon: int = setting(30, AT_LEAST_ONE, 10**9)
     lr: float = setting(5e-3, POSITIVE, 1e6)

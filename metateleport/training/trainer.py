@@ -6,8 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -118,13 +117,14 @@ class MetaTrainer:
                 if report is not None:
                     report(done)
                 continue
-            stack = self._next_stack()
+            parts = self._next_stacks()
             if not done.meta_step and not self.outer.first_order:
-                check_second_order(stack, stack.batch(0))
-            unroll = Unroll(stack, self.meta, self.outer.first_order, priced=self.outer.teleport_cost > 0)
+                check_second_order(parts[0], parts[0].batch(0))
+            priced = self.outer.teleport_cost > 0
+            unrolls = [Unroll(part, self.meta, self.outer.first_order, priced=priced) for part in parts]
             for window in range(self._windows()):
                 started = time.perf_counter()
-                self._meta_step(unroll, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
+                self._meta_step(unrolls, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
                 if done.meta_step % self.recipe.validation.every == 0:
                     self._validate()
                 done.seconds += time.perf_counter() - started
@@ -222,36 +222,45 @@ class MetaTrainer:
         chosen.load_state_dict(self.best)
         return chosen.eval()
 
-    def _next_stack(self) -> Any:
+    def _next_stacks(self) -> list[TaskStack]:
+        """The tasks of the next meta-steps: one stack, or several with as many tasks as are followed at once."""
         number, outer = self.progression.stack, self.outer
         indices = range(number * outer.tasks, (number + 1) * outer.tasks)
         family = self.family.augmented(number, outer.seed)
-        return family.stack(indices, "train", outer.seed, outer.torch_dtype, self.device)
+        some = outer.tasks_at_once or outer.tasks
+        parts = [indices[start : start + some] for start in range(0, outer.tasks, some)]
+        return [family.stack(part, "train", outer.seed, outer.torch_dtype, self.device) for part in parts]
 
     def _windows(self) -> int:
         full = self.outer.horizon / self.outer.unroll
         return max(1, round(1 + (full - 1) * min(1.0, 2 * self.share)))
 
-    def _meta_step(self, unroll: Unroll, blind: bool) -> None:
+    def _meta_step(self, unrolls: Sequence[Unroll], blind: bool) -> None:
         done = self.progression
         for group in self.optimizer.param_groups:
             group["lr"] = self.outer.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
-        losses = unroll.window(self.outer.unroll, loss_known=not blind)
-        # A task whose loss is not finite is left out; the rest of its stack is used.
-        finite = losses.isfinite()
-        meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
-        opened = mean_openness(unroll)
         self.optimizer.zero_grad()
-        priced(meta_loss, opened, self.outer.teleport_cost).backward()
+        means, openness, known = [], [], False
+        for unroll in unrolls:
+            losses = unroll.window(self.outer.unroll, loss_known=not blind)
+            # A task whose loss is not finite is left out; the rest of its stack is used.
+            finite = losses.isfinite()
+            mean = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
+            opened = mean_openness(unroll)
+            share = len(unroll.stack) / self.outer.tasks
+            (share * priced(mean, opened, self.outer.teleport_cost)).backward()
+            known = known or bool(finite.any())
+            means.append(share * float(mean.detach()))
+            openness += [] if opened is None else [share * float(opened.detach())]
         norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.outer.clip)
         done.meta_step += 1
-        if bool(norm.isfinite()) and bool(finite.any()):
+        if bool(norm.isfinite()) and known:
             self.optimizer.step()
         else:
             done.skipped += 1
-        done.meta_losses.append(float(meta_loss.detach()))
-        if opened is not None:
-            done.openness.append(float(opened.detach()))
+        done.meta_losses.append(sum(means))
+        if openness:
+            done.openness.append(sum(openness))
 
     def _validate(self) -> None:
         done = self.progression
