@@ -1,4 +1,4 @@
-"""The command line: `metateleport train | evaluate | report | symmetries | experiment | tasks | ui`."""
+"""The command line: `metateleport train | evaluate | compare | promote | serve | ui | ...`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ import os
 import sys
 from collections.abc import Sequence
 
-from metateleport.cli import combine, evaluate, experiment, report, reproduce, symmetries, tasks, train, ui
+from metateleport.cli import (
+    checkpoints,
+    combine,
+    compare,
+    evaluate,
+    experiment,
+    promote,
+    report,
+    reproduce,
+    serve,
+    show,
+    symmetries,
+    sync,
+    tasks,
+    train,
+    ui,
+)
 from metateleport.cli.common import Parser, UsageError
 from metateleport.version import VERSION
 
@@ -17,7 +33,9 @@ a first session:
   metateleport tasks                                  list the task families
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
-  metateleport ui                                     compare the runs in a browser
+  metateleport compare digits                         all evaluations on digits, side by side
+  metateleport ui                                     the same in a browser
+  metateleport promote runs/digits --as champion      then: metateleport.load("models:/digits@champion")
 """
 
 
@@ -85,13 +103,22 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"metateleport {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
-    train.add(commands)
-    combine.add(commands)
-    evaluate.add(commands)
-    report.add(commands)
-    symmetries.add(commands)
-    reproduce.add(commands)
-    experiment.add(commands)
-    tasks.add(commands)
-    ui.add(commands)
+    for command in (
+        train,
+        combine,
+        evaluate,
+        compare,
+        report,
+        checkpoints,
+        show,
+        promote,
+        serve,
+        ui,
+        sync,
+        symmetries,
+        reproduce,
+        experiment,
+        tasks,
+    ):
+        command.add(commands)
     return parser
