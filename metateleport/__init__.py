@@ -6,6 +6,7 @@ The names here are what a person needs first; each room of the package has the r
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ _HOMES = {
 
 def _fetched(address: str) -> Path:
     """The folder of a checkpoint that MLflow has, downloaded; MLflow is imported now and not before."""
-    return importlib.import_module("metateleport.tracking").fetch_checkpoint(address)  # type: ignore[no-any-return]
+    fetch: Callable[[str], Path] = importlib.import_module("metateleport.tracking").fetch_checkpoint
+    return fetch(address)
 
 
 for _scheme in ("runs", "models"):

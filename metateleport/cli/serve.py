@@ -29,8 +29,8 @@ def add(commands: Any) -> None:
     parser: Parser = commands.add_parser(
         "serve",
         help="serve a checkpoint: group elements, gauges and step factors for models elsewhere",
-        description="Serves a checkpoint. Clients send small matrices of their symmetries, never weights, and get group "
-        "elements, gauges, step factors and the state to come back with; the service keeps nothing.",
+        description="Serves a checkpoint. Clients send small matrices of their symmetries, never weights, and get "
+        "group elements, gauges, step factors and the state to come back with; the service keeps nothing.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="NAME_OR_ALIAS", help="bare name, folder, runs:/... or models:/...")

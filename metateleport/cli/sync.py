@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> int:
     """Runs the command; the exit code is 1 if something could not be sent."""
     from metateleport.tracking import require_mlflow, synchronise
 

@@ -236,7 +236,7 @@ class Answerer:
             reader.done()
             teleporter: Any = RandomTeleporter(size=size, seed=seed)
         else:
-            side = "balanced" if method == "balance" else reader.choice("side", _SIDES, "features")
+            side: Any = "balanced" if method == "balance" else reader.choice("side", _SIDES, "features")
             damping = reader.number("damping", 0.0, 1.0) if reader.has("damping") else None
             reader.done()
             _check_side(side, matrices)

@@ -153,7 +153,9 @@ class RemoteTeleporter(LearnedTeleporter):
         super().__init__(groups, hidden, max_stretch=max_stretch)
         self.client = client
 
-    def proposed(self, symmetry: Symmetry, point: Point, progress: Tensor, cell: Cell) -> tuple[Tensor, Cell]:
+    def proposed(
+        self, symmetry: Symmetry, point: Point, progress: Tensor, cell: Cell, network: Any = None
+    ) -> tuple[Tensor, Cell]:
         """The service's generator and state; see `LearnedTeleporter.proposed`."""
         group, weight = symmetry.group, point.parameters[symmetry.parameters[0]]
         batch = () if point.loss is None else point.loss.shape

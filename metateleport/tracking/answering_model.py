@@ -22,11 +22,14 @@ class AnsweringModel(PythonModel):
 
         self.answerer = Answerer(load_checkpoint(context.artifacts["checkpoint"]))
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
+    # MLflow reads hints of types as a signature, and the model has one of its own.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """An answer, or what is wrong with the request, for each row."""
         import pandas as pd
 
-        return pd.DataFrame({"answer": [self._answered(text) for text in model_input["request"]]})
+        # Of a table of lists MLflow makes one row.
+        rows = [each for cell in model_input["request"] for each in ([cell] if isinstance(cell, str) else cell)]
+        return pd.DataFrame({"answer": [self._answered(text) for text in rows]})
 
     def _answered(self, text: str) -> str:
         import json

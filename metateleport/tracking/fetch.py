@@ -95,19 +95,16 @@ class _ModelFiles:
 
     def __init__(self, client: Any, model: Any) -> None:
         self.client, self.key, self.name = client, model.model_id, model.name
-        self._id = model.model_id
+        self._id, self._place = model.model_id, model.artifact_location
 
     def listed(self, path: str) -> list[Any]:
         return list(self.client.list_logged_model_artifacts(self._id, path))
 
     def download(self, path: str, into: Path) -> Path:
-        from mlflow.artifacts import download_artifacts
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        return Path(
-            download_artifacts(
-                artifact_uri=f"models:/{self._id}/{path}", dst_path=str(into), tracking_uri=tracking_uri()
-            )
-        )
+        place = get_artifact_repository(self._place, tracking_uri=tracking_uri())
+        return Path(place.download_artifacts(path, str(into)))
 
     def root(self) -> str:
         """The folder that has the card."""

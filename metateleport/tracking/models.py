@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def save_as_model(path: Path, into: Path, described: Any = None) -> None:
     from mlflow.pyfunc import save_model
     from mlflow.types import ColSpec, Schema
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         copied = Path(folder) / path.name
         _copy(path, copied)
         save_model(

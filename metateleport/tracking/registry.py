@@ -74,7 +74,13 @@ def _registered(client: Any, model: Any, name: str, alias: str | None) -> Promot
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    known = [each for each in client.search_model_versions(f"name = '{name}'") if each.model_id == model.model_id]
+    # Not every kind of store tells the model's id when it is searched.
+    own = (f"models:/{model.model_id}", model.artifact_location)
+    known = [
+        each
+        for each in client.search_model_versions(f"name = '{name}'")
+        if model.model_id == getattr(each, "model_id", None) or each.source in own
+    ]
     version = known[0] if known else None
     if version is None:
         version = client.create_model_version(

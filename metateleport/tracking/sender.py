@@ -64,10 +64,13 @@ class Sender:
 
     def finish(self) -> bool:
         """Sends what is left, and says whether all is sent; gives up on a store that does not answer."""
+        began = time.monotonic()
         self._closing.set()
         self._wake.set()
         while not self._ended.wait(0.05):
-            if time.monotonic() - (self._failing or self._since) > self._patience():
+            # It may have been idle for long before.
+            since = max(self._since, began) if self._failing is None else self._failing
+            if time.monotonic() - since > self._patience():
                 break
         return self._ended.is_set() and (self.journal is None or self.journal.empty)
 
