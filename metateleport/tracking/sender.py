@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 from metateleport.tracking.delivery import Delivery
 from metateleport.tracking.journal import Journal
-from metateleport.tracking.store import connect, reason_of
+from metateleport.tracking.store import connect, database_of, reason_of
 from metateleport.tracking.sync import synchronise
 
 __all__ = ["EVERY", "PATIENCE", "Sender"]
@@ -88,10 +89,14 @@ class Sender:
             _unreachable.pop(self.uri, None)
 
     def _work(self) -> None:
+        with contextlib.suppress(ImportError):
+            # This takes a second or more, and says nothing of the store.
+            import mlflow  # noqa: F401
         client, delivery, pause, others = None, None, EVERY, True
         while True:
             try:
                 if client is None:
+                    self._beat("connecting" if _is_new(self.uri) else "sending")
                     client = connect(self.uri, self.say)
                     self._beat("idle")
                 if self.journal is not None:
@@ -135,6 +140,11 @@ class Sender:
             f"MLflow's store {self.uri} cannot be reached ({why}): the work goes on, what is logged is kept {kept} and "
             "is sent when the store is back, or by: metateleport sync"
         )
+
+
+def _is_new(uri: str) -> bool:
+    database = database_of(uri)
+    return database is not None and not database.exists()
 
 
 def _drain(journal: Journal, delivery: Delivery) -> None:

@@ -47,7 +47,7 @@ def checkpoint(folder: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, client: Any) -> tuple[Path, str]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A checkpoint and its training's run."""
     path = checkpoint(tmp_path_factory.mktemp("runs") / "mine")
     with Run("leaky_mlp", "mine", {"outer.seed": 0}, {"kind": "train"}) as run:
@@ -74,7 +74,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_a_training_has_curves_figures_plot_note_and_model(trained: tuple[Path, str], client: Any) -> None:
-    path, run_id = trained
+    run_id = trained[1]
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["final/validation"] == -1.5
@@ -144,7 +144,7 @@ def test_it_is_promoted_and_loaded_by_every_address(trained: tuple[Path, str], t
     assert not torch.equal(before, model[0].weight)
 
 
-def test_no_code_of_an_artifact_runs(trained: tuple[Path, str], tmp_path: Path, client: Any) -> None:
+def test_no_code_of_an_artifact_runs(tmp_path: Path, client: Any) -> None:
     path = checkpoint(tmp_path / "evil", seed=3)
     found = promote(path)
     model = client.get_logged_model(found.model_id)
@@ -169,13 +169,13 @@ def test_no_code_of_an_artifact_runs(trained: tuple[Path, str], tmp_path: Path, 
         ("runs:/0123456789abcdef0123456789abcdef", "cannot be fetched"),
     ],
 )
-def test_an_address_that_leads_nowhere_says_what_to_do(address: str, said: str, client: Any) -> None:
+def test_an_address_that_leads_nowhere_says_what_to_do(address: str, said: str) -> None:
     with pytest.raises(TrackingError, match=said):
         mt.load(address)
     assert cli.main(["show", address]) == 2
 
 
-def test_what_cannot_be_promoted_is_told(trained: tuple[Path, str], tmp_path: Path, client: Any) -> None:
+def test_what_cannot_be_promoted_is_told(trained: tuple[Path, str], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         promote(tmp_path / "nothing")
     with pytest.raises(TrackingError, match="cannot be promoted"):
@@ -231,9 +231,7 @@ def test_an_evaluation_is_a_child_of_its_training_and_its_methods_are_its_childr
     assert rows[0].settings["task.width"] == "4"
 
 
-def test_evaluations_are_compared(
-    trained: tuple[Path, str], report: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_evaluations_are_compared(report: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     track_evaluation({**report, "checkpoint": "none", "task": {**report["task"], "name": "compared"}})
     assert cli.main(["compare", "compared", "--png", "a.png"]) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000
