@@ -1,4 +1,4 @@
-"""The command line: `metateleport train | evaluate | compare | promote | serve | ui | ...`."""
+"""The command line: its commands, the journey without one, and the exit codes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from metateleport.cli import (
     checkpoints,
     combine,
     compare,
+    completion,
+    demo,
     evaluate,
     experiment,
     promote,
     report,
     reproduce,
+    seal,
     serve,
     show,
     symmetries,
@@ -24,13 +27,15 @@ from metateleport.cli import (
     ui,
 )
 from metateleport.cli.common import Parser, UsageError
+from metateleport.cli.completion import commands_of
+from metateleport.cli.journey import journey
 from metateleport.version import VERSION
 
 __all__ = ["main"]
 
 _EXAMPLES = """\
-a first session:
-  metateleport tasks                                  list the task families
+a first session ('metateleport' alone shows more of it):
+  metateleport demo --first                           a learned optimizer beside AdamW, under a minute
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
   metateleport compare digits                         all evaluations on digits, side by side
@@ -43,13 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: what stands behind the program's name; the process's own if not given.
+        arguments: what stands behind the program's name; the process's own if not given. Without any the way through
+            the commands is printed.
 
     Returns:
         The exit code: 0; 2 after bad input, with a one-line message; 130 after Ctrl-C; 141 if stdout's reader is gone.
     """
     try:
-        parsed = _parser().parse_args(arguments)
+        parser = _parser()
+        if not (sys.argv[1:] if arguments is None else arguments):
+            print(journey(commands_of(parser)))
+            return 0
+        parsed = parser.parse_args(arguments)
         # Registers the source paper's update rules, so that their checkpoints can be evaluated.
         import metateleport.papers  # noqa: F401
 
@@ -75,6 +85,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.evaluation import EvaluationError
     from metateleport.families import FamilyError
     from metateleport.families.trial import StackError
+    from metateleport.files import FileError
     from metateleport.papers.experiments import ExperimentError
     from metateleport.settings import SettingsError
     from metateleport.symmetries import Unsuitable
@@ -88,6 +99,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         CheckpointError,
         EvaluationError,
         ExperimentError,
+        FileError,
         SettingsError,
         TrainingError,
         TrackingError,
@@ -104,8 +116,10 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"metateleport {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     for command in (
+        demo,
         train,
         combine,
+        seal,
         evaluate,
         compare,
         report,
@@ -121,4 +135,5 @@ def _parser() -> Parser:
         tasks,
     ):
         command.add(commands)
+    completion.add(commands, parser)
     return parser

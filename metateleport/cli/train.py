@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
+from metateleport.cli.progress import Lines, bars
 
 if TYPE_CHECKING:
     from metateleport.tracking import TrackedTraining
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             tags = {"kind": "train", "family": family.name, "seed": recipe.outer.seed, "device": recipe.outer.device}
             opened = Run(family.name, out.name, recipe.flat(), {**tags, **_conditions()}, say, begun, system=True)
             tracked = TrackedTraining(stack.enter_context(opened), recipe.outer.teleport_cost)
-        bar = stack.enter_context(_bar())
+        bar = stack.enter_context(bars())
         key = None if tracked is None else tracked.run.key
         try:
             reporter = _Reporter(bar, tracked, recipe)
@@ -158,21 +158,10 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
     return Recipe(FamilySettings(arguments.family)).changed(changes), ""
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
 class _Reporter:
     """Shows the progress of the training and tracks it with MLflow."""
 
-    def __init__(self, bar: Progress, tracked: TrackedTraining | None, recipe: Recipe) -> None:
+    def __init__(self, bar: Progress | Lines, tracked: TrackedTraining | None, recipe: Recipe) -> None:
         self.bar, self.tracked, self.outer = bar, tracked, recipe.outer
         self.rows: dict[str, Any] = {}
 

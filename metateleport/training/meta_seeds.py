@@ -84,7 +84,7 @@ def train_meta_seeds(
 
 
 def tracking_run_of(out: str | Path) -> str | None:
-    """The id of the MLflow run of an unfinished training, of one or several meta-seeds, that `--resume` goes on with.
+    """The id of the MLflow run of an unfinished training, which `--resume` goes on with.
 
     Args:
         out: folder of the checkpoint that it is going to write.

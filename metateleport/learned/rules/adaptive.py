@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
 from metateleport.linalg import alike, finite_gradient, fit, polar_factors
@@ -60,8 +61,8 @@ class AdaptiveSettings(RuleSettings):
 
     kind: ClassVar[str] = "adaptive"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    cooling: float = setting(0.0, NOT_NEGATIVE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
 
     def rule(self) -> AdaptiveRule:
         return AdaptiveRule(self.hidden, self.cooling)
