@@ -81,6 +81,13 @@ def read_regular(path: Path, most: int) -> bytes:
     return content
 
 
+def _same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def check_destination(path: str | Path, size: int = 1 << 20) -> None:
     """Tries whether a file or folder can be written, before the work that it is for.
 
@@ -266,8 +273,12 @@ class Lock:
                     return False
                 time.sleep(0.05)
             else:
-                self._handle = handle
-                return True
+                if _same(handle, self.path):
+                    self._handle = handle
+                    return True
+                # Whoever held it has removed the file: the one that is there now is another.
+                os.close(handle)
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def let_go(self) -> None:
         """Lets go of the lock, if it was taken."""

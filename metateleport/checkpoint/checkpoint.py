@@ -15,7 +15,7 @@ import torch
 
 from metateleport.checkpoint.card import CARD, SCHEMA, CheckpointError, read_card, sealed_for, write_card
 from metateleport.checkpoint.weights import WEIGHTS, load_weights, save_weights
-from metateleport.files import replacing_folder, search_folders, write_json, write_text
+from metateleport.files import FileError, check_destination, replacing_folder, search_folders, write_json, write_text
 from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer
 from metateleport.settings import to_toml
 from metateleport.sources import fetcher_of
@@ -28,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "MetaSeed",
+    "check_place",
     "load",
     "load_checkpoint",
     "meta_optimizer_of",
@@ -146,6 +147,28 @@ def save_checkpoint(
         write_json(temporary / CARD, whole)
         write_recipe(temporary, whole)
     return Path(path)
+
+
+def check_place(path: str | Path, size: int = 1 << 20) -> None:
+    """Tries before any work whether a checkpoint can be written to a place.
+
+    Args:
+        path: the folder; one that has a checkpoint is going to be replaced.
+        size: number of bytes that there has to be room for.
+
+    Raises:
+        FileError: if there is no right or no space, or something else is there, which is not replaced.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise FileError(f"{str(path)!r} has no name of its own: give the checkpoint's folder one")
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path} is a file, but a checkpoint is a folder: choose another place")
+    if path.is_dir() and not (path / CARD).exists() and any(path.iterdir()):
+        raise FileError(f"{path} has something else than a checkpoint in it, which would be lost: choose another place")
+    if path.is_mount():
+        raise FileError(f"{path} is a file system of its own, which cannot be replaced: give a folder inside it")
+    check_destination(path, size)
 
 
 def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:

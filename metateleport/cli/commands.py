@@ -29,9 +29,11 @@ from metateleport.cli import (
 from metateleport.cli.common import Parser, UsageError
 from metateleport.cli.completion import commands_of
 from metateleport.cli.journey import journey
+from metateleport.cli.who import who
+from metateleport.interruption import received
 from metateleport.version import VERSION
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 _EXAMPLES = """\
 a first session ('metateleport' alone shows more of it):
@@ -44,15 +46,18 @@ a first session ('metateleport' alone shows more of it):
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; `metateleport.cli.main` ends it in order where a signal asks for it.
 
     Args:
         arguments: what stands behind the program's name; the process's own if not given. Without any the way through
             the commands is printed.
 
     Returns:
-        The exit code: 0; 2 after bad input, with a one-line message; 130 after Ctrl-C; 141 if stdout's reader is gone.
+        The exit code: 0; 2 after bad input, with a one-line message; 141 if stdout's reader is gone.
+
+    Raises:
+        KeyboardInterrupt: after a signal; the message says what was saved.
     """
     try:
         parser = _parser()
@@ -67,15 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit:
         # After --help; what comes below would import every room to learn their errors.
         raise
-    except KeyboardInterrupt as stopped:
-        print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of the pipe is gone: stdout is redirected, as flushing it at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _bad_input() as error:
-        print("metateleport: " + " ".join(str(error).split()), file=sys.stderr)
+        from metateleport.training.distributed import ToldByFirstError
+
+        if received() is not None:
+            # What a library makes of an interruption while it is imported is no fault of the caller's.
+            raise
+        if not isinstance(error, ToldByFirstError):
+            print(f"{who()}: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
