@@ -39,7 +39,7 @@ def checkpoint(folder: Path, seed: int = 0) -> Path:
         "name": folder.name,
         "mode": "lr+tele",
         "family": {"name": "leaky_mlp", "settings": {"width": 4}},
-        "training": {"command": "metateleport train", "recipe": {}, "runs": {"learned": {**run, "seconds": 1.0}}},
+        "training": {"command": "metateleport train", "runs": {"learned": {**run, "seconds": 1.0}}},
         "results": {},
         "limits": ["Small."],
     }
