@@ -27,10 +27,12 @@ def free_port(host: str, wanted: int | None, usual: int) -> int:
         >>> 40000 <= free_port("127.0.0.1", None, 40000) < 40100
         True
     """
+    if wanted is not None and wanted > 65535:
+        raise UsageError(f"a port is a number up to 65535, not {wanted}")
     for port in (wanted,) if wanted is not None else range(usual, usual + _NEAR):
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise UsageError(f"{host} port {port} is no address to serve at ({error})") from error
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
