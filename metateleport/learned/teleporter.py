@@ -251,6 +251,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         progress: Tensor,
         cell: tuple[Tensor, Tensor],
         observation: Observation | None = None,
+        network: Callable[..., tuple[Tensor, Tensor, Cell]] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The generator before it is shortened to `max_stretch`, and the new state of the symmetry's LSTM.
 
@@ -260,15 +261,16 @@ class LearnedTeleporter(Teleporter, nn.Module):
             progress: the features of the progress, `(*batch, PROGRESS_FEATURES)`.
             cell: the state of the symmetry's LSTM.
             observation: what the network sees of the symmetry; None to make it here.
+            network: in the place of the group's own.
         """
         group = symmetry.group
         dtype = point.parameters[symmetry.parameters[0]].dtype
         batch = () if point.loss is None else point.loss.shape
-        network = self.networks[group.name]
+        own = next(self.networks[group.name].parameters()).dtype
+        network = network or self.networks[group.name]
         if observation is None:
             observation = self.observe(symmetry, point, self.detach)
         inputs = torch.cat((observation.features, progress), -1)
-        own = next(network.parameters()).dtype
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         coefficients, gate, after = network(inputs, tuple(part.to(own) for part in cell))
         weights = (gate.unsqueeze(-1) * coefficients).to(dtype)
