@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from metateleport.checkpoint import Checkpoint, load, load_checkpoint
     from metateleport.detection import Symmetries, certify, find_symmetries, symmetries_of
     from metateleport.families import Task, TaskFamily, load_family
-    from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
+    from metateleport.optim import GaugedOptimizer, LearnedOptimizer, TeleportingOptimizer
     from metateleport.symmetries import LinearPair, Rescaling, Symmetry
     from metateleport.teleporters import (
         GradientAscentTeleporter,
@@ -30,6 +30,7 @@ __version__ = VERSION
 
 __all__ = [
     "Checkpoint",
+    "GaugedOptimizer",
     "GradientAscentTeleporter",
     "LearnedOptimizer",
     "LinearPair",
@@ -55,6 +56,7 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "metateleport.checkpoint",
+    "GaugedOptimizer": "metateleport.optim",
     "GradientAscentTeleporter": "metateleport.teleporters",
     "LearnedOptimizer": "metateleport.optim",
     "LinearPair": "metateleport.symmetries",

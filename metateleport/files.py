@@ -64,16 +64,18 @@ def read_regular(path: Path, most: int) -> bytes:
         raise
     except (OSError, ValueError) as error:
         raise FileError(f"it cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise FileError("it is not a regular file")
         if status.st_size > most:
             raise FileError(f"it has {status.st_size} bytes, and at most {most} are read")
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(most + 1)
-        except OSError as error:
-            raise FileError(f"it cannot be read: {error.strerror or error}") from error
+    except OSError as error:
+        raise FileError(f"it cannot be read: {error.strerror or error}") from error
+    finally:
+        os.close(handle)
     if len(content) > most:
         raise FileError(f"it grows while it is read, beyond {most} bytes")
     return content

@@ -28,7 +28,6 @@ __all__ = [
     "SettingsError",
     "Text",
     "as_float",
-    "at_most",
     "flattened",
     "from_toml",
     "nearest",
@@ -71,19 +70,15 @@ POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 ABOVE_ONE = Range("a number above 1", lambda value: 1 < value < math.inf)
 
 
-def at_most(most: float, within: Range) -> Range:
-    """A range with an upper end, beyond which a value makes no sense or no computer has the memory.
+def setting(default: Any = dataclasses.MISSING, within: Range | None = None, most: float | None = None) -> Any:
+    """A field of `Settings`.
 
-    Example:
-        >>> at_most(10, AT_LEAST_ONE).words, at_most(10, AT_LEAST_ONE).holds(11)
-        ('at least 1, and at most 10', False)
+    Args:
+        default: its default; without one the setting has to be given.
+        within: the range of its values.
+        most: their upper end, beyond which a value makes no sense, or asks for more memory than computers have.
     """
-    return Range(f"{within.words}, and at most {most:g}", lambda value: value <= most and within.holds(value))
-
-
-def setting(default: Any = dataclasses.MISSING, within: Range | None = None) -> Any:
-    """A field of `Settings`: its default, and the range of its values."""
-    return dataclasses.field(default=default, metadata={} if within is None else {"range": within})
+    return dataclasses.field(default=default, metadata={"range": within, "most": most})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +115,9 @@ class Settings:
             value = _typed(hints[field.name], getattr(self, field.name), key)
             if allowed is not None and value is not None and not allowed.holds(value):
                 raise SettingsError(f"{key} has to be {allowed.words}, not {shown(value)}")
+            most = field.metadata.get("most")
+            if most is not None and value is not None and value > most:
+                raise SettingsError(f"{key} has to be at most {most:g}, not {shown(value)}")
             object.__setattr__(self, field.name, value)
 
     @classmethod

@@ -26,7 +26,7 @@ from metateleport.learned.config import MODES, MetaOptimizerConfig
 from metateleport.settings import SettingsError, flattened, shown
 from metateleport.version import VERSION
 
-__all__ = ["CARD", "SCHEMA", "CheckpointError", "read_card", "sealed", "sealed_for", "write_card"]
+__all__ = ["CARD", "SCHEMA", "CheckpointError", "digests_of", "read_card", "sealed", "sealed_for", "write_card"]
 
 CARD = "card.json"
 SCHEMA = 3
@@ -97,7 +97,7 @@ _RUN = table(
         "seconds": number(0),
         "openness": number(0, 1),
     },
-    ("meta_steps", "validation"),
+    ("validation",),
 )
 _RESULT = table(
     {
@@ -162,7 +162,7 @@ def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
     # What is checked is what will be read.
     whole_card: dict[str, Any] = json.loads(json.dumps({**entries, "schema": SCHEMA}, allow_nan=False))
     _check(whole_card)
-    return {**whole_card, **_digests(whole_card)}
+    return {**whole_card, **digests_of(whole_card)}
 
 
 def read_card(path: Path, edited: bool = False) -> dict[str, Any]:
@@ -192,10 +192,12 @@ def read_card(path: Path, edited: bool = False) -> dict[str, Any]:
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise CheckpointError(_other_schema(path, card))
     try:
+        if schema == SCHEMA and edited:
+            _check({name: value for name, value in card.items() if name not in _DIGEST})
+            return card
         if schema == SCHEMA:
-            _check(card, digested=not edited)
-            if not edited:
-                _check_digests(card)
+            _check(card, digested=True)
+            _check_digests(card)
             return card
         return _of_earlier(path, card)
     except FieldError as error:
@@ -235,8 +237,7 @@ def _of_earlier(path: Path, card: dict[str, Any]) -> dict[str, Any]:
 
 def _check(card: Mapping[str, Any], digested: bool = False) -> None:
     """Every entry for its type and range, and what two entries say of the same."""
-    required = (*_REQUIRED, *(_DIGEST if digested else ()))
-    known = {**_ENTRIES, **(_DIGEST if card.get("schema") == SCHEMA and (digested or "digest" in card) else {})}
+    known, required = ({**_ENTRIES, **_DIGEST}, (*_REQUIRED, *_DIGEST)) if digested else (_ENTRIES, _REQUIRED)
     table(known, required)(card, "")
     _check_sense(card)
 
@@ -294,25 +295,26 @@ def _check_agree(recipe: Mapping[str, Any], networks: MetaOptimizerConfig) -> No
             )
 
 
-def _digests(card: Mapping[str, Any]) -> dict[str, Any]:
+def digests_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries `digests` and `digest` of a card in today's schema, whose entries are not checked."""
     under = {name: value for name, value in card.items() if name not in (*FREE, *_DIGEST)}
     each = {name: _hash(value)[:_DIGITS] for name, value in under.items()}
-    return {"digests": each, "digest": _hash([each, under])}
+    return {"digests": each, "digest": _hash(each)}
 
 
 def _check_digests(card: Mapping[str, Any]) -> None:
-    found, wanted = _digests(card), card["digests"]
-    if found["digest"] == card["digest"] and found["digests"] == wanted:
-        return
-    changed = [name for name, value in found["digests"].items() if wanted.get(name) != value]
-    gone = [name for name in wanted if name not in found["digests"]]
-    if not changed and not gone:
-        raise FieldError("digest is not that of the card: it was changed since it was written")
-    if changed and changed[0] not in wanted:
-        raise FieldError(f"{changed[0]} was added since the card was written")
-    if gone:
-        raise FieldError(f"{gone[0]} was removed since the card was written")
-    raise FieldError(f"{', '.join(changed)} was changed since the card was written (or its entry in digests was)")
+    wanted, found = card["digests"], digests_of(card)["digests"]
+    if _hash(wanted) != card["digest"]:
+        raise FieldError("digests was changed since the card was written, or digest was")
+    for said, names in (
+        ("added", [name for name in found if name not in wanted]),
+        ("removed", [name for name in wanted if name not in found]),
+        ("changed", [name for name in found if found[name] != wanted.get(name)]),
+    ):
+        if names:
+            raise FieldError(
+                f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} {said} since the card was written"
+            )
 
 
 def _hash(value: Any) -> str:

@@ -18,6 +18,7 @@ from metateleport.files import FileError, read_regular
 from metateleport.learned.config import MetaOptimizerConfig
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.settings import SettingsError
+from metateleport.version import VERSION
 
 __all__ = ["WEIGHTS", "load_weights", "save_weights"]
 
@@ -75,7 +76,9 @@ def load_weights(path: Path, card: Mapping[str, Any]) -> tuple[MetaOptimizer, Me
     tensors = _read(path, card, size + _HEADER)
     said = _misfit(asked, tensors)
     if said is not None:
-        raise CheckpointError(f"the weights of {path} do not fit its card: {said}")
+        wrote = card.get("versions", {}).get("metateleport", VERSION)
+        by = "" if wrote == VERSION else f". It was written by metateleport {wrote}, which reads it if this was meant"
+        raise CheckpointError(f"the weights of {path} do not fit its card: {said}{by}")
     networks = []
     for key, prefix in _PREFIXES.items():
         if key not in configs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import tempfile
@@ -16,9 +17,12 @@ from metateleport.cli.common import Parser, UsageError, not_negative, positive, 
 from metateleport.cli.progress import status
 
 if TYPE_CHECKING:
-    from metateleport.evaluation import Plan, Target
+    from metateleport.evaluation import Bench, FairRules, Plan, Target
 
 __all__ = ["add"]
+
+# As in metateleport.evaluation.fair, which takes seconds to import.
+MEASURES = ("end", "held-out", "target", "seconds")
 
 _EXAMPLES = """\
 examples:
@@ -29,6 +33,8 @@ examples:
   metateleport evaluate none leaky_mlp --methods whitening,gauss-newton,soap   second-order references
   metateleport evaluate leaky_mlp_stays leaky_mlp --methods learned --without each    what parts of the basis bring
   metateleport evaluate digits digits --steps 300 --target adam@300  evaluations to the loss that tuned Adam has at 300
+  metateleport evaluate lora lora_digits --steps 300 --rivals fair   rivals with equally many trials, and schedules
+  metateleport evaluate digits digits --steps 300 --rivals fair --measure target --target adamw@300
 
 Every method may spend --steps gradient evaluations on each task. A forward pass alone counts a third; everything that a
 teleport or a line search evaluates is counted. All meta-seeds of a checkpoint are run, and the learned method's ratios
@@ -79,6 +85,36 @@ def add(commands: Any) -> None:
         metavar="METHOD@K",
         help="also compare how many evaluations each method needs to the loss that METHOD has at K, as adam@300",
     )
+    parser.add_argument(
+        "--rivals",
+        choices=("library", "fair"),
+        default="library",
+        help="how rivals are tuned: each until the best of its grid lies inside, for the (held-out) loss at the end, "
+        "without schedules; or with equally many trials for the measure that is claimed, and with schedules (default "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--trials", type=positive, metavar="N", help="with --rivals fair: trials of each rival (default 12)"
+    )
+    parser.add_argument(
+        "--measure",
+        choices=MEASURES,
+        help="with --rivals fair: what rivals are tuned for: the loss at the end (default), the held-out loss there, "
+        "evaluations to the --target, or seconds to it",
+    )
+    parser.add_argument(
+        "--trial-tasks", type=positive, metavar="N", help="with --rivals fair: training tasks of a trial (default 8)"
+    )
+    parser.add_argument(
+        "--every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="measure the losses every N evaluations and at the marks, which is not counted but takes time (default 1)",
+    )
+    parser.add_argument(
+        "--against", metavar="METHOD", help="also give all other methods' losses over this one's, as adamw"
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="dtype of the tasks (default: the family's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument(
@@ -108,10 +144,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' is no checkpoint: name one")
     target = _target(arguments, bench.names)
+    if arguments.against is not None and arguments.against not in bench.names:
+        raise UsageError(f"--against {arguments.against}: that is none of the methods: {', '.join(bench.names)}")
     with status("starting") as doing:
         evaluation = run_plan(bench, arguments.jobs, doing)
-    report = {**report_of(evaluation), **({} if target is None else {"target": target_of(evaluation, target)})}
-    _show(report, len(bench.units))
+    aimed = {} if target is None else {"target": target_of(evaluation, target)}
+    report = {**report_of(evaluation, arguments.against), **aimed}
+    _show(report, bench)
     if arguments.json is not None:
         write_report(arguments.json, report)
         say(f"wrote {arguments.json}")
@@ -157,20 +196,49 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         device=str(device_for(arguments.device)),
         all_meta_seeds=arguments.meta_seeds == "all",
         fresh=arguments.fresh,
+        every=arguments.every,
+        rules=_rules(arguments),
     )
+
+
+def _rules(arguments: argparse.Namespace) -> FairRules | None:
+    from metateleport.evaluation import FairRules, Target
+
+    given = {"trials": arguments.trials, "measure": arguments.measure, "tasks": arguments.trial_tasks}
+    if arguments.rivals != "fair":
+        flags = {"tasks": "--trial-tasks"}
+        wrong = [flags.get(name, f"--{name}") for name, value in given.items() if value is not None]
+        if wrong:
+            raise UsageError(f"{' and '.join(wrong)}: that is a rule of --rivals fair, which is not given")
+        return None
+    rules = FairRules(**{name: value for name, value in given.items() if value is not None})
+    if rules.aims == (arguments.target is None):
+        raise UsageError(
+            f"--measure {rules.measure} is for a target: give --target METHOD@K, as adamw@{arguments.steps}"
+            if rules.aims
+            else f"--target {arguments.target} needs rivals that are tuned for it: give --measure target (or seconds)"
+        )
+    if rules.aims:
+        target = Target.parse(arguments.target)
+        if target.at > arguments.steps:
+            raise UsageError(f"the target {target} lies past the budget of {arguments.steps}: give at least that many")
+    return dataclasses.replace(rules, target=arguments.target)
 
 
 def _target(arguments: argparse.Namespace, names: Sequence[str]) -> Target | None:
     from metateleport.evaluation import Target
+    from metateleport.evaluation.plan import FOR_THE_END
 
     if arguments.target is None:
         return None
     target = Target.parse(arguments.target)
+    if arguments.rivals == "fair":
+        target = Target(target.method + FOR_THE_END, target.at)
     target.check(names, arguments.steps)
     return target
 
 
-def _show(report: dict[str, Any], runs: int) -> None:
+def _show(report: dict[str, Any], bench: Bench) -> None:
     """Prints tables and sentences."""
     from metateleport.evaluation import ratios_table_of, table_of, words_of
 
@@ -179,12 +247,13 @@ def _show(report: dict[str, Any], runs: int) -> None:
     for table in (table_of(report), ratios_table_of(report)):
         if table is not None:
             console.print(table)
-    for words in filter(None, [*words_of(report), report.get("target", {}).get("in_words")]):
+    fair = "" if bench.plan.rules is None else f"Rivals under fair rules: {bench.plan.rules.words()}."
+    for words in filter(None, [*words_of(report), report.get("target", {}).get("in_words"), fair]):
         Console(highlight=False, soft_wrap=True).print(words, markup=False)
     if report["kept"]:
         say(
-            f"{len(report['kept'])} of {runs} runs are from an earlier call, with the seconds measured then: --fresh "
-            "makes them anew"
+            f"{len(report['kept'])} of {len(bench.units)} runs are from an earlier call, with the seconds measured "
+            "then: --fresh makes them anew"
         )
 
 

@@ -48,8 +48,8 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
         `task`, `measure`, `tasks`, `steps`, `seed`, `dtype`, `conditions`, and `methods`. For each method:
         `median_loss` and, if known, `held_out_accuracy` by mark; `diverged`, a number of tasks; `seconds`; `drift_max`;
         the ratios to the learned method by mark and `ratio_at_equal_seconds`, over meta-seeds if there are several.
-        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; with a target also
-        `target`.
+        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; `target`, `against`
+        and `rules` as in the report.
     """
     places = marks(report["steps"])
     timed = _timed(report)
@@ -63,6 +63,10 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
         if "held_out_accuracy" in entry:
             accuracy = entry["held_out_accuracy"]["median"]
             methods[name]["held_out_accuracy"] = {str(place): accuracy[place] for place in places}
+        if "tuning" in entry:
+            methods[name]["chosen"] = entry["tuning"]["chosen"]
+        if not entry.get("stacked", True):
+            methods[name]["stacked"] = False
         if name in timed:
             methods[name]["ratio_at_equal_seconds"] = timed[name]
         methods[name].update({key: entry[key] for key in _KEPT if key in entry})
@@ -70,8 +74,9 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
     result = {**{key: report[key] for key in keys}, "methods": methods}
     if report["meta_seeds"]:
         result["meta_seeds"] = {key: report["meta_seeds"][key] for key in ("seeds", "worst", "ratios_to_learned")}
-    if "target" in report:
-        result["target"] = report["target"]
+    for key in ("target", "against", "rules"):
+        if key in report:
+            result[key] = report[key]
     rounded: dict[str, Any] = _rounded(result)
     return rounded
 

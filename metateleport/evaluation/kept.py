@@ -57,6 +57,7 @@ class KeptRuns:
         stack: the tasks.
         steps: the budget.
         folder: folder of the files; `cache_folder("runs")` if not given.
+        every: gradient evaluations between two measurements.
 
     Example:
         >>> import tempfile
@@ -70,11 +71,13 @@ class KeptRuns:
         ((2, 6), None)
     """
 
-    def __init__(self, family: TaskFamily, stack: TaskStack, steps: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, family: TaskFamily, stack: TaskStack, steps: int, folder: Path | None = None, every: int = 1
+    ) -> None:
         self.folder = folder or cache_folder("runs")
         self._shape = (len(stack), steps + 1)
         self._family = family.name
-        self._foundations = foundations(family, stack, steps)
+        self._foundations = foundations(family, stack, steps) + (f" every {every}" if every > 1 else "")
         _sweep(self.folder)
 
     def get(self, method: Method) -> KeptRun | None:

@@ -20,7 +20,7 @@ from metateleport.families import TaskFamily, TaskStack
 from metateleport.files import write_text
 from metateleport.version import VERSION
 
-__all__ = ["LARGEST", "score", "search", "tune"]
+__all__ = ["LARGEST", "Trials", "score", "search", "tune"]
 
 LARGEST = 1e300
 """Value of a loss that is not finite."""
@@ -126,7 +126,7 @@ def tune(
     cached = record is not None
     if record is None:
         stack = family.stack(range(rival.tasks), "train", 0, dtype, device)
-        trials = _Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
+        trials = Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
         record = _tuned(rival, stack, steps, trials, progress or (lambda _: None))
         write_text(path, json.dumps(record, indent=1, allow_nan=False))
         trials.forget()
@@ -135,7 +135,7 @@ def tune(
     return method
 
 
-class _Trials:
+class Trials:
     """The scores of a running search, written to disk after every trial.
 
     Args:
@@ -166,7 +166,7 @@ class _Trials:
 
 
 def _tuned(
-    rival: Rival, stack: TaskStack, steps: int, trials: _Trials, progress: Callable[[str], None]
+    rival: Rival, stack: TaskStack, steps: int, trials: Trials, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     def evaluate(settings: dict[str, Any]) -> float:
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metateleport.groups import GeneralLinear
+from metateleport.symmetries.axes import Leg
 from metateleport.symmetries.lora import LoRAPair
 
 __all__ = ["Adapter", "adapted", "pairs_of", "splitting"]
@@ -97,6 +99,13 @@ def splitting(rank: int, source: torch.Generator, scale: float, condition: float
 
 
 def pairs_of(model: nn.Module) -> list[LoRAPair]:
-    """The symmetry of every adapter of a model, in the order of its modules."""
-    adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
-    return [LoRAPair.of_layers(model, f"{name}.lora_A", f"{name}.lora_B") for name in adapters]
+    """The symmetry of every adapter of a model, in the order of its modules, as `find_symmetries` finds it."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            down, up, rank = f"{name}.lora_A", f"{name}.lora_B", module.lora_A.out_features
+            places = torch.arange(rank).unsqueeze(0)
+            legs = [Leg(f"{down}.weight", places), Leg(f"{up}.weight", places, 1, dual=True)]
+            inputs, outputs = [Leg(up, places, -1)], [Leg(down, places, -1)]
+            found.append(LoRAPair(GeneralLinear(rank), legs, inputs, outputs))
+    return found

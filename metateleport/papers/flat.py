@@ -16,7 +16,7 @@ from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule
 from metateleport.learned.rules.registry import register
 from metateleport.point import Point, Tensors
-from metateleport.settings import SettingsError, setting, shown
+from metateleport.settings import AT_LEAST_ONE, SettingsError, setting, shown
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter, TrustRegion
 
@@ -66,7 +66,7 @@ class FlatSettings(RuleSettings):
     kind: ClassVar[str] = "flat"
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = setting()
-    hidden: int = setting(300, UNITS)
+    hidden: int = setting(300, AT_LEAST_ONE, UNITS)
     per_coordinate: bool = setting(False)
 
     def __post_init__(self) -> None:

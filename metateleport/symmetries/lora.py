@@ -24,34 +24,31 @@ class LoRAPair(AxisSymmetry):
     kind = "LoRA pair"
 
     @classmethod
-    def of_layers(cls, model: nn.Module, down: str, up: str) -> LoRAPair:
-        """The pair of two linear layers without biases, as `find_symmetries` would find it.
+    def of(cls, model: nn.Module, first: str, second: str) -> LoRAPair:
+        """The symmetry of an adapter whose two factors are named.
 
         Args:
-            model: holds the layers; it is read, not kept.
-            down: name of the layer of $A$, `(rank, features)`.
-            up: name of the layer of $B$, `(features, rank)`.
+            model: the module that holds them; it is read, not kept.
+            first: name of the parameter $A$, `(r, inputs)`, or `(r, inputs, ...)` of a convolution.
+            second: name of the parameter $B$, `(outputs, r)`, or `(outputs, r, ...)`.
 
         Raises:
-            Unsuitable: if the two are no linear layers without biases, or their ranks differ.
+            Unsuitable: if a name is unknown, or the ranks differ.
 
         Example:
-            >>> factors = {"lora_A": nn.Linear(5, 2, bias=False), "lora_B": nn.Linear(2, 3, bias=False)}
-            >>> LoRAPair.of_layers(nn.ModuleDict(factors), "lora_A", "lora_B").group
-            GeneralLinear(2)
+            >>> model = nn.ParameterDict({"a": nn.Parameter(torch.ones(2, 5)), "b": nn.Parameter(torch.zeros(3, 2))})
+            >>> LoRAPair.of(model, "a", "b")
+            LoRAPair(a[0:2], b; GeneralLinear(2), exact)
         """
-        modules = dict(model.named_modules())
-        for name in (down, up):
-            layer = modules.get(name)
-            if not isinstance(layer, nn.Linear) or layer.bias is not None:
-                raise Unsuitable(f"{name!r} is no linear layer without a bias: a LoRA pair is two of them")
-        rank, other = modules[down].out_features, modules[up].in_features
-        if rank != other:
-            raise Unsuitable(f"{down!r} gives {rank} features and {up!r} takes {other}: the rank has to be the same")
-        places = torch.arange(int(rank)).unsqueeze(0)
-        return cls(
-            GeneralLinear(int(rank)),
-            [Leg(f"{down}.weight", places), Leg(f"{up}.weight", places, 1, dual=True)],
-            inputs=[Leg(up, places, -1)],
-            outputs=[Leg(down, places, -1)],
-        )
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for name in (first, second):
+            if name not in named:
+                raise Unsuitable(f"{cls.kind}: the model has no parameter {name!r}")
+        shapes = tuple(named[first].shape), tuple(named[second].shape)
+        if min(map(len, shapes)) < 2 or shapes[0][0] != shapes[1][1] or not shapes[0][0]:
+            raise Unsuitable(
+                f"{cls.kind}: {first!r} of shape {shapes[0]} and {second!r} of shape {shapes[1]} are no factors A and "
+                "B of one rank, (r, inputs) and (outputs, r)"
+            )
+        whole = torch.arange(shapes[0][0]).reshape(1, -1)
+        return cls(GeneralLinear(shapes[0][0]), [Leg(first, whole, 0), Leg(second, whole, 1, dual=True)])

@@ -8,7 +8,7 @@ from torch import nn
 
 import metateleport as mt
 from metateleport.families.adapters import Adapter, adapted, pairs_of, splitting
-from metateleport.symmetries import LoRAPair, Unsuitable
+from metateleport.torchvision import define_operators
 
 
 def source(seed: int = 0) -> torch.Generator:
@@ -34,6 +34,7 @@ def test_every_linear_layer_has_an_adapter_once() -> None:
 
 
 def test_the_usual_start_is_pefts() -> None:
+    define_operators()
     peft = pytest.importorskip("peft")
     starts = [adapted(model(), 4, source(seed)).get_parameter("0.lora_A.weight") for seed in range(50)]
     torch.manual_seed(0)
@@ -61,17 +62,3 @@ def test_a_split_has_the_size_and_the_condition_asked_for(rank: int) -> None:
     values = torch.linalg.svdvals(splitting(rank, source(1), 3.0, 50.0))
     assert float(values.log().mean().exp()) == pytest.approx(3.0, rel=1e-4)
     assert float(values[0] / values[-1]) == pytest.approx(50.0 if rank > 1 else 1.0, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ((nn.Linear(3, 2), nn.Linear(2, 3, bias=False)), "without a bias"),
-        ((nn.Linear(3, 2, bias=False), nn.ReLU()), "'up' is no linear layer"),
-        ((nn.Linear(3, 2, bias=False), nn.Linear(4, 3, bias=False)), "gives 2 features and 'up' takes 4"),
-    ],
-    ids=["bias", "no layer", "ranks"],
-)
-def test_layers_that_are_no_pair(layers: tuple[nn.Module, nn.Module], message: str) -> None:
-    with pytest.raises(Unsuitable, match=message):
-        LoRAPair.of_layers(nn.ModuleDict({"down": layers[0], "up": layers[1]}), "down", "up")

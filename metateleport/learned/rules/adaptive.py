@@ -16,7 +16,7 @@ from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
 from metateleport.linalg import alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
-from metateleport.settings import NOT_NEGATIVE, at_most, setting
+from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
@@ -61,8 +61,8 @@ class AdaptiveSettings(RuleSettings):
 
     kind: ClassVar[str] = "adaptive"
 
-    hidden: int = setting(32, UNITS)
-    cooling: float = setting(0.0, at_most(1e6, NOT_NEGATIVE))
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
 
     def rule(self) -> AdaptiveRule:
         return AdaptiveRule(self.hidden, self.cooling)

@@ -16,7 +16,7 @@ from metateleport.learned.progress import Progress, Tolerance
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import fit
 from metateleport.point import Point, Tensors
-from metateleport.settings import POSITIVE, Settings, SettingsError, at_most, setting
+from metateleport.settings import POSITIVE, Settings, SettingsError, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter
 
@@ -143,7 +143,7 @@ class BaseOptimizerSettings(RuleSettings):
     kind: ClassVar[str] = "base"
 
     optimizer: Base = setting("sgd")
-    lr: float = setting(1e-3, at_most(1e6, POSITIVE))
+    lr: float = setting(1e-3, POSITIVE, 1e6)
 
     @property
     def learns(self) -> Learns:
