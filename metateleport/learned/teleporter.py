@@ -278,7 +278,9 @@ class LearnedTeleporter(Teleporter, nn.Module):
         chosen = (weights.reshape(shape) * observation.basis.to(dtype)).sum(len(batch))
         return self._bounded(symmetry, chosen), after
 
-    def _observed(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+    def _observed(
+        self, symmetry: Symmetry, point: Point, state: dict[str, Any]
+    ) -> tuple[Observation | None, dict[str, Any]]:
         """The observation, with the logarithms of covariances of some teleports ago where they are kept."""
         if self.refresh == 1 or not _kept(symmetry):
             return self.observe(symmetry, point, self.detach), state
