@@ -91,7 +91,7 @@ def written(text: str, lines: Sequence[str]) -> str:
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"put the lines {BEGIN} and {END} into the page, once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    before, after = text.split(BEGIN, maxsplit=1)[0], text.split(END)[1]
     return "\n".join([before + BEGIN, "", *lines, "", END]).replace("\n\n\n", "\n\n") + after
 
 
