@@ -208,7 +208,7 @@ def gauge(path: Path) -> None:
             linewidths=0.8,
             alpha=0.6,
         )
-        places = [tuple(map(float, each.flatten())) for each in (start, with_gauge, without, best)]
+        places = [(float(each[0, 0]), float(each[0, 1])) for each in (start, with_gauge, without, best)]
         axes.plot(*places[3], "*", color=GREEN, markersize=13)
         _arrow(axes, places[0], places[2], BLUE)
         _arrow(axes, places[0], places[1], VERMILLION)
