@@ -73,6 +73,10 @@ class OuterSettings(Settings):
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         blind: share of the windows in which the networks see no loss, in [0, 1], so that they learn to work in training
             loops that do not tell it.
+        late: share of a window's losses, at its end, that the meta-loss is the mean of, and of a horizon's that the
+            score is. With all of them networks learn to be quick in the window under way; with the last ones to be
+            far at its end.
+        told: whether the networks are told how long a run is, in three stacks of four, if their rule makes use of it.
         teleport_cost: price on teleports that stay and on gauges, so that they close where they bring too little. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
@@ -98,6 +102,8 @@ class OuterSettings(Settings):
     clip: float = setting(1.0, POSITIVE)
     first_order: bool = setting(False)
     blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
+    late: float = setting(1.0, Range("a share of the losses, above 0 and at most 1", lambda value: 0 < value <= 1))
+    told: bool = setting(False)
     teleport_cost: float = setting(0.0, NOT_NEGATIVE)
     search: int = setting(0, NOT_NEGATIVE)
     starts: int = setting(1, AT_LEAST_ONE)
@@ -183,6 +189,11 @@ cooling
             raise SettingsError(
                 f"outer.teleport_cost = {self.outer.teleport_cost:g} is a price on teleports, and none is learned: "
                 "leave it out, or add teleport or gauge"
+            )
+        if self.outer.told and not self.rule.reads_total:
+            raise SettingsError(
+                f"outer.told tells the length of a run, and rule.kind = {self.rule.kind!r} makes no use of it: leave it "
+                "out"
             )
         if self.outer.meta_steps is not None and self.validation.every > self.outer.meta_steps:
             raise SettingsError(

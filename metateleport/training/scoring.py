@@ -48,14 +48,13 @@ def dealt(
         yield own.stack(indices, split, seeds[1], outer.torch_dtype, device_for(outer.device))
 
 
-def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: float) -> Score:
-    """Mean log loss along the horizon plus the price on teleports, without a graph.
+def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], outer: OuterSettings) -> Score:
+    """Mean log loss along the horizon, or its end, plus the price on teleports, without a graph.
 
     Args:
         meta: the meta-optimizer.
         stacks: the stacks at the start of their tasks; their parameters are changed.
-        horizon: number of inner steps.
-        cost: the price on a teleport that is wide open.
+        outer: the outer loop's settings: `horizon`, `late`, `told` and `teleport_cost`.
 
     Returns:
         The score.
@@ -65,15 +64,16 @@ def score(meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: 
         >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
         >>> stack = load_family("leaky_mlp", {"width": 3}).stack(range(2))
         >>> meta = MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None))
-        >>> score(meta, [stack], horizon=2, cost=0.0).openness
+        >>> score(meta, [stack], OuterSettings(unroll=2, horizon=2)).openness
         0.0
     """
     scores, openness = [], []
     for stack in stacks:
-        unroll = Unroll(stack, meta)
-        mean = _bounded(unroll.window(horizon, track=False).detach()).mean()
+        unroll = Unroll(stack, meta, total=outer.horizon if outer.told else None)
+        losses = _bounded(unroll.window(outer.horizon, track=False).detach())
+        mean = losses[-max(1, round(outer.late * len(losses))) :].mean()
         opened = mean_openness(unroll)
-        scores.append(priced(mean, opened, cost))
+        scores.append(priced(mean, opened, outer.teleport_cost))
         openness.append(torch.zeros_like(mean) if opened is None else opened)
     return Score(float(torch.stack(scores).mean()), float(torch.stack(openness).mean()))
 

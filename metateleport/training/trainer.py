@@ -35,6 +35,9 @@ _VALIDATION_STACKS = 8
 """Number of stacks for the validation tasks, so that the score covers several of the varied settings."""
 
 
+_UNTOLD = 4
+"""One stack of so many is not told the length of its runs."""
+
 _SEARCH_STACKS = 4
 """Stacks that the tasks of a round of the search are dealt out to."""
 
@@ -121,8 +124,10 @@ class MetaTrainer:
             stack = self._next_stack()
             if not done.meta_step and not self.outer.first_order:
                 check_second_order(stack, stack.batch(0))
-            unroll = Unroll(stack, self.meta, self.outer.first_order, priced=self.outer.teleport_cost > 0)
-            for window in range(self._windows()):
+            windows = self._windows()
+            total = windows * self.outer.unroll if self.outer.told and done.stack % _UNTOLD != _UNTOLD - 1 else None
+            unroll = Unroll(stack, self.meta, self.outer.first_order, self.outer.teleport_cost > 0, total)
+            for window in range(windows):
                 started = time.perf_counter()
                 self._meta_step(unroll, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
                 if done.meta_step % self.recipe.validation.every == 0:
@@ -237,6 +242,7 @@ class MetaTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.outer.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
         losses = unroll.window(self.outer.unroll, loss_known=not blind)
+        losses = losses[-max(1, round(self.outer.late * len(losses))) :]
         # A task whose loss is not finite is left out; the rest of its stack is used.
         finite = losses.isfinite()
         meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
@@ -283,4 +289,4 @@ class MetaTrainer:
         return found.value
 
     def _score(self, stacks: Iterable[TaskStack]) -> Score:
-        return score(self.meta, stacks, self.outer.horizon, self.outer.teleport_cost)
+        return score(self.meta, stacks, self.outer)
