@@ -17,8 +17,8 @@ __all__ = ["GaugeKind", "ProductGauges", "product_gauges"]
 class ProductGauges:
     r"""What is between two factors $X_u X_d^\top$: the gauges from each side's own white to the other's.
 
-    Where $X_d = Q$ is orthonormal let $X_u = P \Sigma V^\top$; with $s^2 = \sigma^2 + \epsilon^2$ and the geometric mean
-    $\bar s$ of $s$
+    Where $X_d = Q$ is orthonormal let $X_u = P \Sigma V^\top$; with $s^2 = \sigma^2 + \epsilon^2$ and $\bar s$ the
+    geometric mean of $s$
 
     $$F_d(t) = R^\top V\, (\sigma / s^2)^t\, \bar s^{t - 1}, \qquad F_u(t) = R^{-1} V\, (s / \bar s)^{1 - t}.$$
 
@@ -67,7 +67,7 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
         outgoing: $X_d^\top X_d$, `(batch, k, k)`.
         incoming: $X_u^\top X_u$, `(batch, k, k)`.
         floor: $\epsilon$, `(batch,)`.
-        kind: `random` for gauges of the same spectrum in other directions.
+        kind: `random` for gauges of the same spectrum in other directions, `identity` for none.
 
     Example:
         >>> a, b = torch.eye(2).unsqueeze(0), torch.diag(torch.tensor([16.0, 1.0])).unsqueeze(0)
@@ -98,6 +98,9 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
     filtered = ((values + tiny).sqrt() / (values + floors)).log()
     floored = (values + floors).log() / 2
     start, back = lower @ vectors, inverse @ vectors
+    if kind == "identity":
+        start = back = eye.expand_as(start)
+        filtered, floored = torch.zeros_like(filtered), torch.zeros_like(floored)
     if kind == "random":
         turn = _turn(width).to(outgoing)
         start, back = turn @ start, turn @ back

@@ -134,7 +134,8 @@ class MetaOptimizer(nn.Module):
     @property
     def reads_symmetries(self) -> bool:
         """Whether it makes use of a model's symmetries: to move along, or as what tells which layer follows which."""
-        return self.teleporter is not None or self.gauge is not None or self.rule.divides_by_loss
+        parts = self.teleporter is not None or self.gauge is not None
+        return parts or self.rule.divides_by_loss or self.rule.reads_factors
 
     def initial_state(
         self,

@@ -192,8 +192,8 @@ cooling
             )
         if self.outer.told and not self.rule.reads_total:
             raise SettingsError(
-                f"outer.told tells the length of a run, and rule.kind = {self.rule.kind!r} makes no use of it: leave it "
-                "out"
+                f"outer.told tells the length of a run, and rule.kind = {self.rule.kind!r} makes no use of it: leave "
+                "it out"
             )
         if self.outer.meta_steps is not None and self.validation.every > self.outer.meta_steps:
             raise SettingsError(

@@ -49,6 +49,8 @@ class UpdateRule(abc.ABC):
 
     tolerance: ClassVar[Tolerance] = Tolerance()
     divides_by_loss: ClassVar[bool] = False
+    reads_factors: ClassVar[bool] = False
+    """Whether it steps the factors of exact symmetries in gauges; it asks for their weights and for no pass."""
     per_tensor: ClassVar[tuple[str, ...]] = ()
     void_on_change: ClassVar[tuple[str, ...]] = ()
     void_on_growth: ClassVar[tuple[str, ...]] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,20 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
 from metateleport.gauges.directions import polar_of_gram
-from metateleport.gauges.factors import FactorPair, FactorSide, factor_pairs, spread
+from metateleport.gauges.factors import FactorPair, FactorSide, factor_pairs
 from metateleport.gauges.spectrum import GaugeKind, ProductGauges, product_gauges
-from metateleport.gauges.whitened import SIDES, rows_of, stacks_of
+from metateleport.gauges.whitened import SIDES, stacks_of
+from metateleport.learned.factors import (
+    FACTOR_FEATURES,
+    LENGTH,
+    MATCHED,
+    combined,
+    factor_features,
+    gram_of,
+    row_count,
+    spread_steps,
+    trio_of,
+)
 from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.adaptive import AdaptiveRule
@@ -26,9 +37,6 @@ from metateleport.symmetries import Symmetry
 
 __all__ = ["GaugedRule", "GaugedSettings"]
 
-_FEATURES = 12
-
-_MATCHED = 0.2
 _FLOOR = 0.1
 """Floor on the singular values of a product, in steps, as in `metateleport.GaugedOptimizer`."""
 
@@ -42,15 +50,12 @@ _SQUARES_FLOOR = 1e-6
 
 _RECENT = 0.95
 
-_LENGTH = 0.04
-"""Where the length of the steps starts."""
-
 _STARTS: dict[FactorSide, tuple[float, ...]] = {
     "out": (0.0, math.log(9.0), -3.0, 3.0, -0.4, 2.0, 0.0, -1.0),
     "in": (0.0, math.log(9.0), -3.0, 3.0, -0.4, 2.0, 0.0, -1.0),
 }
 """Where the outputs start: the logarithm of the length, the logits of the memory, of how much shorter steps become with
-the share of the momentum in the gradients and of the reach, the exponent of the cooling, and the logits of the shares."""
+the share of the momentum in the gradients, of the reach and of the exponent of the cooling, and those of the shares."""
 
 _COOLING = 3.0
 """The largest exponent of the cooling."""
@@ -95,7 +100,7 @@ class _SideNetwork(nn.Module):
 
     def __init__(self, hidden: int, start: Sequence[float]) -> None:
         super().__init__()
-        self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
+        self.cell = nn.LSTMCell(FACTOR_FEATURES + PROGRESS_FEATURES, hidden)
         self.head = nn.Linear(hidden, len(start))
         with torch.no_grad():
             self.head.weight.mul_(0.1)
@@ -116,21 +121,19 @@ class GaugedRule(nn.Module, UpdateRule):
       \eta = 0.2 \sqrt{\max(m, n)},$$
 
     $$D_1 = \mathrm{polar}(M F_t), \quad D_2 = \mathrm{polar}(M' F_t), \quad
-      D_3 \propto M F_t W^{-1/2}, \quad D_4 \propto M F_t,$$
+      D_3 \propto M F_t (F_t^\top W F_t)^{-1/2},$$
 
-    $M$ and $M'$ momenta of a learned memory and of a long one, $W$ the running mean of the Gram matrix of the gradients
-    (Adam's second moments of columns with one another), all of the length of a polar factor; $d \le 1$ the task's
-    damping, $\lambda$ the momentum's share of the gradients, $r$ what is left of the run, where its length is told, else
-    one. An LSTM for each side of each pair (weights shared by all pairs, one network for each side) puts out the length
+    $M$ and $M'$ momenta of a learned memory and of a long one, $W$ the running mean of the Gram matrix of the
+    gradients (Adam's second moments of columns with one another), all of the length of a polar factor; $d \le 1$ the
+    task's damping, $\lambda$ the momentum's share of the gradients, $r$ what is left of the run, where its length is
+    told, else one. An LSTM for each side of each pair (weights shared by all pairs, one network for each side) puts out the length
     $\ell$, the memory, $\kappa$, the reach $t$, the cooling $a$ and the shares $c$, which sum up to one.
 
     With $\sigma$ the singular values of the product and $V$ their directions, the reach $t \in [0, 1]$ leads from the
-    gauge in which the side itself is white to that in which the other one is,
+    gauge in which the side itself is white to that in which the other one is (`metateleport.gauges.spectrum`).
 
-    $$F_t = F_0 V (\sigma / (\sigma^2 + \epsilon^2))^t.$$
-
-    Nothing here depends on how the product is split: features, moments and gauges move along with an element of $GL(k)$.
-    So one checkpoint serves every scale and split, and needs none of them in training.
+    Nothing here depends on how the product is split: features, moments and gauges move along with an element of
+    $GL(k)$. So one checkpoint serves every scale and split, and needs none of them in training.
 
     Args:
         hidden: units of the LSTM of each factor.
@@ -152,6 +155,7 @@ class GaugedRule(nn.Module, UpdateRule):
         "cells", "momentum", "squares", "weights", "recent", "seen", "side_cells", "slow", "columns", "loud"
     )  # fmt: skip
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
+    reads_factors: ClassVar[bool] = True
 
     def __init__(
         self, hidden: int = 16, plain_hidden: int = 32, cooling: float = 0.01, kind: GaugeKind = "whitening"
@@ -189,10 +193,9 @@ class GaugedRule(nn.Module, UpdateRule):
         gauges: Sequence[Gauge] = (),
         spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
-        pairs = () if self.kind == "identity" else factor_pairs(symmetries)
-        pairs = tuple(pair for pair in pairs if _is_there(pair, point))
-        factors = {name for pair in pairs for side in SIDES for name in pair.names(side)}
-        factors &= point.gradients.keys()
+        pairs = tuple(pair for pair in factor_pairs(symmetries) if _is_there(pair, point))
+        sides = [pair.names(side) for pair in pairs for side in SIDES]
+        factors = {name for names in sides if all(each in point.gradients for each in names) for name in names}
         after = {key: dict(value) if isinstance(value, dict) else value for key, value in state.items()}
         moved = dict(point.parameters)
         rest = {name: value for name, value in point.gradients.items() if name not in factors}
@@ -232,14 +235,14 @@ class GaugedRule(nn.Module, UpdateRule):
             by_size.setdefault(pairs[numbers[0]].size, []).append(numbers)
         for stacks in by_size.values():
             own = [each for numbers in stacks for each in numbers]
-            grams = {side: torch.cat([_gram(pairs, numbers, side, fixed) for numbers in stacks]) for side in SIDES}
-            units = [_MATCHED * math.sqrt(max(_rows(pairs[each], side, fixed) for side in SIDES)) for each in own]
+            grams = {side: torch.cat([gram_of(pairs, numbers, side, fixed) for numbers in stacks]) for side in SIDES}
+            units = [MATCHED * math.sqrt(max(row_count(pairs[each], side, fixed) for side in SIDES)) for each in own]
             tasks = grams["in"].shape[0] // len(own)
-            length = grams["in"].new_tensor(units).repeat_interleave(tasks) * _LENGTH
+            length = grams["in"].new_tensor(units).repeat_interleave(tasks) * LENGTH
             with torch.no_grad():
                 gauges = product_gauges(grams["out"], grams["in"], _FLOOR * length, self.kind)
             for side in SIDES:
-                trios = [_trio(pairs, numbers, side, point.gradients, after["momentum"], slow) for numbers in stacks]
+                trios = [trio_of(pairs, numbers, side, point.gradients, after["momentum"], slow) for numbers in stacks]
                 some = [each is not None for each in trios]
                 if not any(some):
                     continue
@@ -264,7 +267,7 @@ class GaugedRule(nn.Module, UpdateRule):
                 ):
                     part = slice(start, start + len(trio))
                     start += len(trio)
-                    _spread_steps(pairs, stack, side, trio, made[part], momentum_share[part], point, slow, after, moved)
+                    spread_steps(pairs, stack, side, trio, made[part], momentum_share[part], point, slow, after, moved)
 
     def _steps(
         self,
@@ -292,8 +295,8 @@ class GaugedRule(nn.Module, UpdateRule):
             after: the state; what belongs to these pairs is brought up to date.
 
         Returns:
-            What the trio is multiplied by, `(pairs * tasks, 3 k, k)`; and what gradients are in the new momenta, `(pairs
-            * tasks, 2)`.
+            What gradient and momenta are multiplied by, `(pairs * tasks, 3 k, k)`; and the shares that gradients have
+            in the new momenta, `(pairs * tasks, 2)`.
         """
         assert point.loss is not None
         width = products.shape[-1] // 3
@@ -301,7 +304,8 @@ class GaugedRule(nn.Module, UpdateRule):
         taken = progress.accepted.to(products.dtype) if progress.known else torch.ones_like(point.loss)
         with torch.no_grad():
             columns, level = self._moments(pairs, numbers, side, blocks[:, 0, 0].detach(), gauges, taken, after)
-            features, steady = _features(side, blocks.detach(), gauges, level, unit, point.loss.detach(), progress)
+            fixed, loss = blocks.detach(), point.loss.detach()
+            features, steady = factor_features(side, fixed, gauges, level, unit, loss, progress)
         choice = self._outputs(side, pairs, numbers, features, progress, after)
         memory, often = choice[:, 1].sigmoid(), taken.repeat(len(numbers))
         fast, late = (1 - memory) * often, (1 - _SLOW) * often
@@ -310,7 +314,7 @@ class GaugedRule(nn.Module, UpdateRule):
         ahead = torch.stack((memory * fast + 1 - memory, memory * (1 - fast), none), -1)
         behind = torch.stack((_SLOW * late + 1 - _SLOW, none, _SLOW * (1 - late)), -1)
         gauge = gauges.reaching(side, choice[:, 3].sigmoid())
-        grams = torch.cat([gauge.mT @ _combined(each, blocks) @ gauge for each in (ahead, behind)])
+        grams = torch.cat([gauge.mT @ combined(each, blocks) @ gauge for each in (ahead, behind)])
         polar, slow = polar_of_gram(grams).split(len(memory))
         with torch.no_grad():
             spectrum = symmetric_spectrum(gauge.mT @ columns @ gauge)
@@ -340,7 +344,7 @@ class GaugedRule(nn.Module, UpdateRule):
         taken: Tensor,
         after: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Running means of the gradients' Gram matrices, at home, and of their squares in the gauge; brought up to date."""
+        """Running means of the gradients' Gram matrices, at home, and of their squares in the gauge, brought up."""
         gram = squares.reshape(len(numbers), len(taken), *squares.shape[1:])
         gauge = gauges.whole(side)
         power = torch.diagonal(gauge.mT @ squares @ gauge, dim1=-2, dim2=-1).sum(-1).reshape(gram.shape[:2])
@@ -355,13 +359,7 @@ class GaugedRule(nn.Module, UpdateRule):
             now = torch.lerp(old[:, own].to(gram), gram[row], fit((1 - _SQUARES) * taken, gram[row]))
             seen = torch.stack((power[row], torch.ones_like(power[row])), -1)
             louder = torch.lerp(loud[:, own].to(gram), seen, fit((1 - _RECENT) * taken, seen))
-            alone = len(heads) == 1
-            after["columns"][name] = (
-                now.unsqueeze(1) if alone else torch.cat((old[:, :own], now.unsqueeze(1), old[:, own + 1 :]), 1)
-            )
-            after["loud"][name] = (
-                louder.unsqueeze(1) if alone else torch.cat((loud[:, :own], louder.unsqueeze(1), loud[:, own + 1 :]), 1)
-            )
+            after["columns"][name], after["loud"][name] = _exchanged(old, own, now), _exchanged(loud, own, louder)
             columns.append(now)
             levels.append(louder[:, 0] / louder[:, 1].clamp_min(1e-6))
         return torch.cat(columns), torch.cat(levels)
@@ -403,118 +401,12 @@ class GaugedRule(nn.Module, UpdateRule):
         return (outputs if len(names) == len(firsts) else outputs[rows]).flatten(0, 1)
 
 
-def _gram(
-    pairs: Sequence[FactorPair], numbers: Sequence[int], side: FactorSide, tensors: Mapping[str, Tensor]
-) -> Tensor:
-    """Gram matrices of one side of pairs of one shape, `(pairs * tasks, k, k)`."""
-    rows = torch.cat([_known(rows_of(pairs[each], side, tensors)) for each in numbers])
-    return rows.mT @ rows
-
-
-def _trio(
-    pairs: Sequence[FactorPair],
-    numbers: Sequence[int],
-    side: FactorSide,
-    gradients: Mapping[str, Tensor],
-    momentum: Mapping[str, Tensor],
-    slow: Mapping[str, Tensor],
-) -> Tensor | None:
-    """Gradient, momentum and slow momentum of one side side by side, `(pairs * tasks, n, 3 k)`; None without gradients."""
-    if not all(name in gradients for each in numbers for name in pairs[each].names(side)):
-        return None
-    parts = [
-        torch.cat([_known(rows_of(pairs[each], side, tensors)) for each in numbers])
-        for tensors in (gradients, momentum, slow)
-    ]
-    return torch.cat(parts, -1)
-
-
-def _combined(factors: Tensor, blocks: Tensor) -> Tensor:
-    """The Gram matrix of a combination of gradient, momentum and slow momentum, `(batch, k, k)`."""
-    weights = factors.unsqueeze(-1) * factors.unsqueeze(-2)
-    return (weights[..., None, None] * blocks).sum((1, 2))
-
-
-def _features(
-    side: FactorSide,
-    blocks: Tensor,
-    gauges: ProductGauges,
-    level: Tensor,
-    unit: Tensor,
-    loss: Tensor,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """The network's features, `(pairs * tasks, features)`, and how much of the gradients the momentum is."""
-    gauge, width = gauges.whole(side), blocks.shape[-1]
-    seen = (
-        gauge.mT.unsqueeze(1) @ torch.stack((blocks[:, 0, 0], blocks[:, 1, 1], blocks[:, 0, 1]), 1) @ gauge.unsqueeze(1)
-    )
-    power, velocity, product = torch.diagonal(seen, dim1=-2, dim2=-1).sum(-1).unbind(-1)
-    tiny = torch.finfo(power.dtype).tiny
-    steady = ((velocity + tiny) / (level + tiny)).sqrt().clamp(1e-4, 1.0)
-    flat = velocity.square() / (seen[:, 1].square().sum((1, 2)) + tiny) / width
-    steep = (velocity * width).sqrt() * unit / loss.abs().clamp_min(tiny).repeat(len(unit) // len(loss))
-    largest = gauges.values.amax(-1).clamp_min(tiny)
-    ones = torch.ones_like(power)
-    features = (
-        product / ((power + tiny) * (velocity + tiny)).sqrt(),
-        steady.log() / 3,
-        ((power + tiny) / (level + tiny)).log() / 4,
-        flat,
-        steep.clamp(1e-8, 1e8).log() / 5 if progress.known else 0 * ones,
-        (largest / unit).clamp(1e-8, 1e8).log() / 5,
-        (gauges.values / largest.unsqueeze(-1)).square().mean(-1),
-        ones * (math.log(width) / 3),
-        (unit / (_LENGTH * _MATCHED)).log() / 3,
-        ones * (math.log(progress.time + 1) / 5),
-        ones * progress.left,
-        ones * float(progress.total is not None),
-    )
-    return torch.stack(features, -1), steady
-
-
-def _spread_steps(
-    pairs: Sequence[FactorPair],
-    numbers: Sequence[int],
-    side: FactorSide,
-    trio: Tensor,
-    made: Tensor,
-    shares: Tensor,
-    point: Point,
-    slow: Tensors,
-    after: dict[str, Any],
-    moved: Tensors,
-) -> None:
-    """Writes the steps and the new momenta of one side of pairs of one shape to their tensors."""
-    width, tasks = made.shape[-1], len(trio) // len(numbers)
-    step = trio @ made
-    gradient, before, behind = trio.split(width, -1)
-    momentum = torch.lerp(before, gradient, fit(shares[:, 0], before))
-    late = torch.lerp(behind, gradient, fit(shares[:, 1], behind))
-    for row, each in enumerate(numbers):
-        part, start = slice(row * tasks, (row + 1) * tasks), 0
-        for leg in pairs[each].legs(side):
-            like = point.gradients[leg.name]
-            count = like[0].numel() // like.shape[leg.axis + 1] * leg.places.shape[0]
-            place = slice(start, start + count)
-            start += count
-            moved[leg.name] = moved[leg.name] - spread(leg, step[part, place], torch.zeros_like(like))
-            after["momentum"][leg.name] = spread(leg, momentum[part, place], after["momentum"][leg.name])
-            old = after["slow"][leg.name]
-            after["slow"][leg.name] = spread(leg, late[part, place], old if old.shape == like.shape else slow[leg.name])
-
-
 def _is_there(pair: FactorPair, point: Point) -> bool:
     return all(name in point.parameters for side in SIDES for name in pair.names(side))
 
 
-def _known(rows: Tensor | None) -> Tensor:
-    assert rows is not None
-    return rows
-
-
-def _rows(pair: FactorPair, side: FactorSide, parameters: Mapping[str, Tensor]) -> int:
-    return sum(
-        parameters[leg.name][0].numel() // parameters[leg.name].shape[leg.axis + 1] * leg.places.shape[0]
-        for leg in pair.legs(side)
-    )
+def _exchanged(whole: Tensor, place: int, part: Tensor) -> Tensor:
+    """What is remembered of all heads of a tensor, with one head's exchanged."""
+    if whole.shape[1] == 1:
+        return part.unsqueeze(1)
+    return torch.cat((whole[:, :place].to(part), part.unsqueeze(1), whole[:, place + 1 :].to(part)), 1)
