@@ -24,10 +24,10 @@ from metateleport.symmetries import Symmetry, Unsuitable
 
 __all__ = ["GaugedOptimizer"]
 
-_FLOOR = 0.1
+FLOOR = 0.1
 """The floor on the singular values of a pair's product, in steps."""
 
-_MATCHED = 0.2
+MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
 
 _TABLE = 0.5
@@ -293,9 +293,9 @@ class GaugedOptimizer(torch.optim.Optimizer):
         floors: list[float] = []
         for number, pair in enumerate(self.pairs):
             counted = [_rows(pair, side, self._factors) for side in SIDES]
-            lengths.append(1.0 if self.rule == "descent" else _MATCHED * math.sqrt(max(counted)))
+            lengths.append(1.0 if self.rule == "descent" else MATCHED * math.sqrt(max(counted)))
             own = [rates[name] for side in SIDES for name in pair.names(side) if name in covectors]
-            floors.append(_FLOOR * max(own, default=0.0) * lengths[-1])
+            floors.append(FLOOR * max(own, default=0.0) * lengths[-1])
             for side in SIDES if squares is not None else ():
                 found = column_squares(pair, side, {name: gradients[name] for name in covectors})
                 if found is not None and squares is not None:
@@ -349,7 +349,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
         for several in alike(matrices):
             for name, polar in zip(several, polar_factors([matrices[name] for name in several]), strict=True):
                 sides = polar.shape[1], polar[0].numel() // polar.shape[1]
-                steps[name] = polar * (_MATCHED * math.sqrt(max(sides)) * rates[name])
+                steps[name] = polar * (MATCHED * math.sqrt(max(sides)) * rates[name])
         for name in momentum.keys() - matrices.keys():
             kept, memory = self.state[parameters[name]]["squares"], groups[name]["betas"][1]
             kept.copy_(torch.where(finite, torch.lerp(gradients[name][0].square(), kept, memory), kept))
