@@ -11,7 +11,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
-DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,11 +33,8 @@ $(STAMP): requirements.txt pyproject.toml setup.py metateleport/torchvision.py
 	$(BIN)/python -m metateleport.torchvision
 	@touch $@
 
-demo: venv ## meta-train a small teleporter on digits for two minutes, then evaluate it on tasks it never saw
-	rm -rf $(DEMO)/digits.unfinished
-	$(BIN)/metateleport train digits --set rule.kind=adaptive rule.cooling=0.01 teleport.max_stretch=2 outer.lr=2e-3 \
-		outer.tasks=8 outer.horizon=60 --seconds 120 --out $(DEMO)/digits
-	$(BIN)/metateleport evaluate $(DEMO)/digits digits --tasks 16 --steps 100 --json $(DEMO)/digits.json --plot $(DEMO)/digits.png
+demo: venv ## a learned optimizer beside AdamW in a minute, then a meta-training of two minutes and its evaluation
+	$(BIN)/metateleport demo
 
 test: lint ## lint, type-check, and run the tests with a bounded part of the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --slow-seconds $(SLOW_SECONDS)

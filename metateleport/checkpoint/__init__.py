@@ -11,6 +11,7 @@ from metateleport.checkpoint.checkpoint import (
     meta_optimizer_of,
     read_card,
     save_checkpoint,
+    seal,
     shipped_checkpoints,
     update_card,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "meta_optimizer_of",
     "read_card",
     "save_checkpoint",
+    "seal",
     "shipped_checkpoints",
     "update_card",
 ]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metateleport.checkpoint.card import write_card
 from metateleport.checkpoint.checkpoint import (
-    CARD,
     SEEDS,
     WEIGHTS,
     Checkpoint,
@@ -16,7 +16,7 @@ from metateleport.checkpoint.checkpoint import (
     load_checkpoint,
     write_recipe,
 )
-from metateleport.files import replacing_folder, write_json
+from metateleport.files import replacing_folder
 from metateleport.settings import flattened
 
 __all__ = ["combine_meta_seeds", "each_meta_seed"]
@@ -71,7 +71,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
             card = {**each.card, "results": {}}
             card.pop(SEEDS, None)
             card = {**card, "name": into.name, SEEDS: listed} if seed == best else card
-            write_json(folder / CARD, card)
+            write_card(folder, card)
             write_recipe(folder, card)
     return into
 

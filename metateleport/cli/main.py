@@ -1,4 +1,4 @@
-"""The command line: `metateleport train | evaluate | report | symmetries | experiment | tasks | ui`."""
+"""The command line: its commands, the journey without one, and the exit codes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import os
 import sys
 from collections.abc import Sequence
 
-from metateleport.cli import combine, evaluate, experiment, report, reproduce, symmetries, tasks, train, ui
+from metateleport.cli import (
+    combine,
+    completion,
+    demo,
+    evaluate,
+    experiment,
+    report,
+    reproduce,
+    seal,
+    symmetries,
+    tasks,
+    train,
+    ui,
+)
 from metateleport.cli.common import Parser, UsageError
+from metateleport.cli.completion import commands_of
+from metateleport.cli.journey import journey
 from metateleport.version import VERSION
 
 __all__ = ["main"]
 
 _EXAMPLES = """\
-a first session:
-  metateleport tasks                                  list the task families
+a first session ('metateleport' alone shows more of it):
+  metateleport demo --first                           a learned optimizer beside AdamW, under a minute
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
   metateleport ui                                     compare the runs in a browser
@@ -25,13 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: what stands behind the program's name; the process's own if not given.
+        arguments: what stands behind the program's name; the process's own if not given. Without any the way through
+            the commands is printed.
 
     Returns:
         The exit code: 0; 2 after bad input, with a one-line message; 130 after Ctrl-C; 141 if stdout's reader is gone.
     """
     try:
-        parsed = _parser().parse_args(arguments)
+        parser = _parser()
+        if not (sys.argv[1:] if arguments is None else arguments):
+            print(journey(commands_of(parser)))
+            return 0
+        parsed = parser.parse_args(arguments)
         # Registers the source paper's update rules, so that their checkpoints can be evaluated.
         import metateleport.papers  # noqa: F401
 
@@ -57,6 +77,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from metateleport.evaluation import EvaluationError
     from metateleport.families import FamilyError
     from metateleport.families.trial import StackError
+    from metateleport.files import FileError
     from metateleport.papers.experiments import ExperimentError
     from metateleport.settings import SettingsError
     from metateleport.symmetries import Unsuitable
@@ -70,6 +91,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         CheckpointError,
         EvaluationError,
         ExperimentError,
+        FileError,
         SettingsError,
         TrainingError,
         TrackingError,
@@ -85,8 +107,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"metateleport {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+    demo.add(commands)
     train.add(commands)
     combine.add(commands)
+    seal.add(commands)
     evaluate.add(commands)
     report.add(commands)
     symmetries.add(commands)
@@ -94,4 +118,5 @@ def _parser() -> Parser:
     experiment.add(commands)
     tasks.add(commands)
     ui.add(commands)
+    completion.add(commands, parser)
     return parser

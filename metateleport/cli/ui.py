@@ -11,6 +11,13 @@ from metateleport.cli.common import Parser, UsageError, positive, say
 
 __all__ = ["add"]
 
+_EXAMPLES = """\
+examples:
+  metateleport ui                                        the runs of this folder, at http://127.0.0.1:5000
+  metateleport ui --port 5050
+  MLFLOW_TRACKING_URI=sqlite:////home/me/mlflow.db metateleport ui
+"""
+
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
@@ -19,6 +26,7 @@ def add(commands: Any) -> None:
         help="serve MLflow's UI for the runs made here",
         description="Serves MLflow's UI for the store that train and evaluate write to: mlflow.db in the working "
         "folder, or the store that MLFLOW_TRACKING_URI names.",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default %(default)s)")
     parser.add_argument("--port", type=positive, default=5000, help="port to serve at (default %(default)s)")

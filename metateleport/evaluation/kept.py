@@ -23,19 +23,13 @@ from torch import Tensor
 from metateleport.evaluation.conditions import conditions_of
 from metateleport.evaluation.trajectory import Method, Trajectory
 from metateleport.families import TaskFamily, TaskStack
-from metateleport.files import replacing
+from metateleport.files import cache_folder, replacing
 
 __all__ = ["KeptRun", "KeptRuns", "cache_folder", "digest", "foundations"]
 
 _FORMAT = 1
 _DAYS = 30
 _JOBS = "jobs"
-
-
-def cache_folder(name: str) -> Path:
-    """The cache folder of that name: under `METATELEPORT_CACHE` if it is set, else under `~/.cache/metateleport`."""
-    root = os.environ.get("METATELEPORT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "metateleport") / name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,24 +197,39 @@ class LearnedTeleporter(Teleporter, nn.Module):
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The generator in the dtype of the weights; see `Teleporter.generator`."""
         group = symmetry.group
-        weight = point.parameters[symmetry.parameters[0]]
-        batch = () if point.loss is None else point.loss.shape
         if group.name not in self.networks:
+            weight = point.parameters[symmetry.parameters[0]]
+            batch = () if point.loss is None else point.loss.shape
             return weight.new_zeros(*batch, *group.shape), state
-        network = self.networks[group.name]
-        observation = self.observe(symmetry, point, self.detach)
-        inputs = torch.cat((observation.features, state["progress"].features()), -1)
-        own = next(network.parameters()).dtype
-        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
-        cell = tuple(part.to(own) for part in state[symmetry.key])
-        coefficients, gate, cell = network(inputs, cell)
-        weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
-        shape = (*weights.shape, *(1 for _ in group.shape))
-        chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
-        chosen = self._bounded(symmetry, chosen)
+        chosen, cell = self.proposed(symmetry, point, state["progress"].features(), state[symmetry.key])
         if self.max_stretch is not None:
             chosen = within_reach(group, chosen, state["reached"][symmetry.key], math.log(self.max_stretch))
         return chosen, {**state, symmetry.key: cell}
+
+    def proposed(
+        self, symmetry: Symmetry, point: Point, progress: Tensor, cell: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The generator before it is shortened to `max_stretch`, and the new state of the symmetry's LSTM.
+
+        Args:
+            symmetry: of a group that there is a network for; only its group and its small matrices are read.
+            point: where the model stands.
+            progress: the features of the progress, `(*batch, PROGRESS_FEATURES)`.
+            cell: the state of the symmetry's LSTM.
+        """
+        group = symmetry.group
+        dtype = point.parameters[symmetry.parameters[0]].dtype
+        batch = () if point.loss is None else point.loss.shape
+        network = self.networks[group.name]
+        observation = self.observe(symmetry, point, self.detach)
+        inputs = torch.cat((observation.features, progress), -1)
+        own = next(network.parameters()).dtype
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        coefficients, gate, after = network(inputs, tuple(part.to(own) for part in cell))
+        weights = (gate.unsqueeze(-1) * coefficients).to(dtype)
+        shape = (*weights.shape, *(1 for _ in group.shape))
+        chosen = (weights.reshape(shape) * observation.basis.to(dtype)).sum(len(batch))
+        return self._bounded(symmetry, chosen), after
 
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
         """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""
@@ -263,31 +278,27 @@ def _observe_diagonals(found: dict[str, Tensor]) -> Observation:
 
 def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
     known = next(iter(matrices.values()))
-    batch = known.shape[:-2]
-    generators, features = [], []
-    for name in _COVARIANCES:
-        if name not in matrices:
-            generators.append(known.new_zeros(*batch, *group.shape))
-            features += [known.new_zeros(batch)] * 2
-            continue
-        generator, logs = symmetric_log(matrices[name])
-        generators.append(group.project(generator))
-        features += [(logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10]
-    for name in _MOMENTS:
-        if name not in matrices:
-            generators.append(known.new_zeros(*batch, *group.shape))
-            features += [known.new_zeros(batch)] * 2
-            continue
-        generator = group.project(matrices[name])
-        norm = group.norm(generator).clamp_min(torch.finfo(known.dtype).tiny)
-        generators.append(generator / group.expand(norm))
-        factors = _factor_norms(name, _diagonals(matrices))
-        trace = torch.diagonal(matrices[name], dim1=-2, dim2=-1).sum(-1)
-        features += [norm / factors, trace / factors]
-    generators.append(
-        group.project(torch.eye(group.size, dtype=known.dtype, device=known.device)).expand(*batch, *group.shape)
-    )
-    return Observation(torch.stack(generators, len(batch)), torch.stack(features, -1))
+    tiny, zero = torch.finfo(known.dtype).tiny, torch.zeros_like(known)
+    seen = [name for name in _COVARIANCES if name in matrices]
+    # One decomposition of them all.
+    logarithms, logs = symmetric_log(torch.stack([matrices[name] for name in seen], -3))
+    found = dict(zip(seen, logarithms.unbind(-3), strict=True))
+    spread = torch.stack(((logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10), -1)
+    if len(seen) < len(_COVARIANCES):
+        features = dict(zip(seen, spread.unbind(-2), strict=True))
+        spread = torch.stack([features.get(name, torch.zeros_like(spread[..., 0, :])) for name in _COVARIANCES], -2)
+    diagonals = _diagonals(matrices)
+    moments = torch.stack([matrices.get(name, zero) for name in _MOMENTS], -3)
+    directions = group.project(moments)
+    norms = group.norm(directions)
+    directions = directions / group.expand(norms.clamp_min(tiny))
+    factors = torch.stack([_factor_norms(name, diagonals) for name in _MOMENTS], -1)
+    traces = torch.diagonal(moments, dim1=-2, dim2=-1).sum(-1)
+    along = torch.stack((norms / factors, traces / factors), -1)
+    one = group.project(torch.eye(group.size, dtype=known.dtype, device=known.device))
+    basis = [group.project(found[name]) if name in found else torch.zeros_like(zero) for name in _COVARIANCES]
+    basis += [*directions.unbind(-1 - len(group.shape)), one.expand(*known.shape[:-2], *group.shape)]
+    return Observation(torch.stack(basis, known.ndim - 2), torch.cat((spread, along), -2).flatten(-2))
 
 
 def _diagonals(matrices: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Recipes, and meta-training through truncated, differentiable unrolls."""
 
-from metateleport.training.meta_seeds import train_meta_seeds
+from metateleport.training.meta_seeds import tracking_run_of, train_meta_seeds
 from metateleport.training.progression import Progression
 from metateleport.training.recipe import (
     FamilySettings,
@@ -30,6 +30,7 @@ __all__ = [
     "device_for",
     "load_recipe",
     "log_losses",
+    "tracking_run_of",
     "train",
     "train_meta_seeds",
 ]

@@ -7,14 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from metateleport.checkpoint.checkpoint import CARD, read_card
 from metateleport.checkpoint.seeds import combine_meta_seeds
 from metateleport.families import load_family
 from metateleport.training.progression import Progression
 from metateleport.training.recipe import Recipe, TrainingError
 from metateleport.training.recipe_file import load_recipe
-from metateleport.training.train import first_difference, resume_folder, train
+from metateleport.training.state import first_difference, read_state, resume_folder
+from metateleport.training.train import train
 
-__all__ = ["seeds_folder", "train_meta_seeds"]
+__all__ = ["seeds_folder", "tracking_run_of", "train_meta_seeds"]
 
 
 def seeds_folder(out: str | Path) -> Path:
@@ -30,6 +32,7 @@ def train_meta_seeds(
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    tracking_run: str | None = None,
 ) -> Path:
     """Meta-trains from several seeds, one after another, and writes one checkpoint.
 
@@ -43,6 +46,7 @@ def train_meta_seeds(
         resume: go on where it was interrupted; the recipe has to be the same, the number of seeds may differ.
         report: called after every meta-step as by `train`, with `seed N/` before the name of the network.
         command: the command that this run was started by, for the cards.
+        tracking_run: as for `train`; all seeds are tracked in one run.
 
     Returns:
         The checkpoint's folder.
@@ -59,6 +63,7 @@ def train_meta_seeds(
         raise TrainingError(f"{done} holds an unfinished training: add --resume to go on with it, or remove it")
     if resume and not done.exists():
         raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
+    tracking_run = tracking_run or tracking_run_of(out)
     recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
     outer, first = recipe.outer, recipe.outer.seed
     recipes = {
@@ -71,11 +76,38 @@ def train_meta_seeds(
         if path.exists():
             _has_settings(path, one)
         else:
-            train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command)
+            train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command, tracking_run)
         paths.append(path)
     combined = combine_meta_seeds(paths, out)
     shutil.rmtree(done, ignore_errors=True)
     return combined
+
+
+def tracking_run_of(out: str | Path) -> str | None:
+    """The id of the MLflow run of an unfinished training, which `--resume` goes on with.
+
+    Args:
+        out: folder of the checkpoint that it is going to write.
+
+    Returns:
+        The id; None if nothing is unfinished there, or it is not tracked.
+
+    Raises:
+        TrainingError: if its state is damaged.
+        CheckpointError: if a finished meta-seed cannot be read.
+    """
+    done = seeds_folder(out)
+    seeds = sorted(done.iterdir()) if done.is_dir() else []
+    for folder in (resume_folder(out), *seeds):
+        state = read_state(folder)
+        if state is not None and state.tracking_run is not None:
+            return state.tracking_run
+    for folder in seeds:
+        if (folder / CARD).exists():
+            found = read_card(folder).get("training", {}).get("tracking_run")
+            if found is not None:
+                return str(found)
+    return None
 
 
 def _named(

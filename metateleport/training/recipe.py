@@ -89,18 +89,18 @@ class OuterSettings(Settings):
 
     part: ClassVar[str] = "outer"
 
-    meta_steps: int | None = setting(300, AT_LEAST_ONE)
-    seconds: float | None = setting(None, POSITIVE)
-    tasks: int = setting(16, AT_LEAST_ONE)
-    unroll: int = setting(10, AT_LEAST_ONE)
-    horizon: int = setting(30, AT_LEAST_ONE)
-    lr: float = setting(5e-3, POSITIVE)
-    clip: float = setting(1.0, POSITIVE)
+    meta_steps: int | None = setting(300, AT_LEAST_ONE, 10**9)
+    seconds: float | None = setting(None, POSITIVE, 1e9)
+    tasks: int = setting(16, AT_LEAST_ONE, 10**6)
+    unroll: int = setting(10, AT_LEAST_ONE, 10**6)
+    horizon: int = setting(30, AT_LEAST_ONE, 10**9)
+    lr: float = setting(5e-3, POSITIVE, 1e6)
+    clip: float = setting(1.0, POSITIVE, 1e12)
     first_order: bool = setting(False)
     blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
-    teleport_cost: float = setting(0.0, NOT_NEGATIVE)
-    search: int = setting(0, NOT_NEGATIVE)
-    starts: int = setting(1, AT_LEAST_ONE)
+    teleport_cost: float = setting(0.0, NOT_NEGATIVE, 1e6)
+    search: int = setting(0, NOT_NEGATIVE, 10**6)
+    starts: int = setting(1, AT_LEAST_ONE, 10**4)
     start_from: str | None = setting(None)
     seed: int = setting(0, Range("a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63))
     device: Literal["auto", "cpu", "cuda"] = setting("auto")
@@ -138,8 +138,8 @@ class ValidationSettings(Settings):
 
     part: ClassVar[str] = "validation"
 
-    tasks: int = setting(32, AT_LEAST_ONE)
-    every: int = setting(20, AT_LEAST_ONE)
+    tasks: int = setting(32, AT_LEAST_ONE, 10**6)
+    every: int = setting(20, AT_LEAST_ONE, 10**9)
 
 
 @dataclasses.dataclass(frozen=True)

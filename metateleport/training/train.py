@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskFamily, load_family
-from metateleport.files import replacing_folder, write_json
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.settings import SettingsError
-from metateleport.training.progression import Progression, Snapshot
+from metateleport.training.progression import Progression
 from metateleport.training.recipe import Recipe, TrainingError, device_for
+from metateleport.training.state import TrainingState, first_difference, read_state, resume_folder, write_state
 from metateleport.training.trainer import MetaTrainer
 from metateleport.training.warm_start import warm_start, warm_start_checkpoint
 
-__all__ = ["Interrupted", "resume_folder", "train"]
+__all__ = ["Interrupted", "train"]
 
 _LEARNED, _STEP_ONLY = "learned", "step-only"
 _LOOKED_AT = 32
@@ -33,18 +28,13 @@ class Interrupted(Exception):
     """The training was interrupted and its state is saved; the message says where."""
 
 
-def resume_folder(out: str | Path) -> Path:
-    """The folder beside the final checkpoint where the state of an unfinished training is saved."""
-    out = Path(out)
-    return out.with_name(f"{out.name}.unfinished")
-
-
 def train(
     recipe: Recipe,
     out: str | Path,
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    tracking_run: str | None = None,
 ) -> Path:
     """Meta-trains and writes a checkpoint.
 
@@ -57,6 +47,8 @@ def train(
         resume: go on with an interrupted training; the recipe has to be the same.
         report: called after every meta-step with the network's name, its progression and the share that is done.
         command: the command that started this training, for the card.
+        tracking_run: id of the MLflow run that it is tracked in. It is kept with the state and on the card; resumed
+            without one, the training keeps the one that it has.
 
     Returns:
         The checkpoint's folder.
@@ -72,18 +64,25 @@ def train(
     trainers = _trainers(recipe, family)
     saved = resume_folder(out)
     if resume:
-        _restore(saved, recipe, trainers)
+        kept = _restore(saved, recipe, trainers).tracking_run
+        tracking_run = tracking_run or kept
     elif saved.exists():
         raise TrainingError(f"{saved} holds an unfinished training: add --resume to go on with it, or remove it")
+
+    def save() -> None:
+        write_state(saved, _state(recipe, trainers, tracking_run))
+
     try:
         for name, trainer in trainers.items():
-            trainer.run(_reporting(name, trainer, report, saved, recipe, trainers))
+            trainer.run(_reporting(name, trainer, report, save))
     except KeyboardInterrupt:
-        _save(saved, recipe, trainers)
+        save()
         raise Interrupted(f"interrupted; the state is in {saved}, and the same command with --resume goes on") from None
     learned = trainers[_LEARNED].best_meta()
     step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
-    path = save_checkpoint(out, learned, step_only, _card(Path(out).name, recipe, family, trainers, command))
+    path = save_checkpoint(
+        out, learned, step_only, _card(Path(out).name, recipe, family, trainers, command, tracking_run)
+    )
     shutil.rmtree(saved, ignore_errors=True)
     return path
 
@@ -127,69 +126,26 @@ def _reporting(
     name: str,
     trainer: MetaTrainer,
     report: Callable[[str, Progression, float], None] | None,
-    saved: Path,
-    recipe: Recipe,
-    trainers: dict[str, MetaTrainer],
+    save: Callable[[], None],
 ) -> Callable[[Progression], None]:
     def reported(progression: Progression) -> None:
-        if progression.meta_step % recipe.validation.every == 0:
-            _save(saved, recipe, trainers)
+        if progression.meta_step % trainer.recipe.validation.every == 0:
+            save()
         if report is not None:
             report(name, progression, trainer.share_of_all)
 
     return reported
 
 
-def first_difference(started: Recipe, wanted: Recipe) -> str | None:
-    """A sentence on the first setting that differs from the one at the start; the device may differ.
-
-    Example:
-        >>> from metateleport.training import FamilySettings, OuterSettings
-        >>> recipes = (Recipe(FamilySettings("digits"), outer=OuterSettings(seed=seed)) for seed in (1, 2))
-        >>> first_difference(*recipes)
-        'outer.seed = 1, not 2'
-    """
-    before, now = started.flat(), wanted.flat()
-    for key in (*now, *before):
-        if key != "outer.device" and before.get(key) != now.get(key):
-            return f"{key} = {before.get(key)!r}, not {now.get(key)!r}"
-    return None
+def _state(recipe: Recipe, trainers: dict[str, MetaTrainer], tracking_run: str | None) -> TrainingState:
+    return TrainingState(recipe, {name: trainer.boundary for name, trainer in trainers.items()}, tracking_run)
 
 
-def _save(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> None:
-    with replacing_folder(folder) as temporary:
-        states = {}
-        for name, trainer in trainers.items():
-            for part, snapshot in {name: trainer.boundary, f"{name}-kept": trainer.boundary.kept}.items():
-                if snapshot is not None:
-                    save_file(snapshot.tensors, temporary / f"{part}.safetensors")
-                    # JSON has no infinity, which is the score before the first validation.
-                    best = min(snapshot.progression["best"], 1e300)
-                    states[part] = {**snapshot.progression, "best": best}
-        write_json(temporary / "state.json", {"recipe": recipe.table(), "progressions": states})
-
-
-def _restore(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> None:
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except FileNotFoundError:
-        raise TrainingError(f"there is nothing to resume: {folder} does not exist. Start without --resume") from None
-    except ValueError as error:
-        raise TrainingError(
-            f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
-        ) from error
-    if isinstance(state, dict) and "config" in state:
-        raise TrainingError(
-            f"the training in {folder} was begun by metateleport 0.2 or earlier, which kept its settings otherwise: "
-            "finish it with that version, or remove the folder and start anew"
-        )
-    try:
-        started = Recipe.read(state["recipe"])
-    except (TypeError, KeyError, AttributeError, SettingsError) as error:
-        raise TrainingError(
-            f"{folder / 'state.json'} is not the state of a training ({error}): remove {folder} and start anew"
-        ) from error
-    changed = first_difference(started, recipe)
+def _restore(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> TrainingState:
+    state = read_state(folder)
+    if state is None:
+        raise TrainingError(f"there is nothing to resume: {folder} does not exist. Start without --resume")
+    changed = first_difference(state.recipe, recipe)
     if changed is not None:
         raise TrainingError(
             f"the training in {folder} was started with {changed}: resume with the same settings, or remove the folder "
@@ -197,22 +153,22 @@ def _restore(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> 
         )
     for name, trainer in trainers.items():
         try:
-            kept, progressions = f"{name}-kept", state["progressions"]
-            best = _read(folder, kept, progressions[kept]) if kept in progressions else None
-            trainer.restore(dataclasses.replace(_read(folder, name, progressions[name]), kept=best))
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            trainer.restore(state.snapshots[name])
+        except (KeyError, TypeError, RuntimeError) as error:
             raise TrainingError(
                 f"the state of {name} in {folder} is damaged or of another version ({error}): remove {folder} and "
                 "start anew"
             ) from error
-
-
-def _read(folder: Path, name: str, progression: dict[str, Any]) -> Snapshot:
-    return Snapshot(load_file(folder / f"{name}.safetensors"), progression)
+    return state
 
 
 def _card(
-    name: str, recipe: Recipe, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
+    name: str,
+    recipe: Recipe,
+    family: TaskFamily,
+    trainers: dict[str, MetaTrainer],
+    command: str,
+    tracking_run: str | None,
 ) -> dict[str, Any]:
     runs: dict[str, dict[str, Any]] = {}
     for network, trainer in trainers.items():
@@ -233,7 +189,7 @@ def _card(
         "name": name,
         "mode": recipe.mode,
         "family": {"name": family.name, "settings": family.settings()},
-        "training": {"command": command, "recipe": recipe.table(), "runs": runs},
+        "training": {"command": command, "recipe": recipe.table(), "runs": runs, "tracking_run": tracking_run},
         "results": {},
         "limits": [],
     }

@@ -82,7 +82,6 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
         ("train --recipe nowhere", "no recipe 'nowhere': known by name are bottleneck_digits"),
         ("ui", "no runs"),
         ("teach", "invalid choice"),
-        ("", "COMMAND"),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_any_work(

@@ -178,5 +178,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "meta-seeds end above gradient descent" in capsys.readouterr().out
     assert json.loads(Path("a.json").read_text())["settings"]["runs"] == 4
     assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main(["reproduce", "figure-6", "--read", "a.json", "--page", "a.md"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] in Path("a.md").read_text()
     assert cli.main(["reproduce", "figure-6", "--png", "a.svg"]) == 2
     assert "ends in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--read none.json", "No such file"),
+        ("--read list.json", "not the results"),
+        ("--read list.json --runs 3", "no settings"),
+    ],
+)
+def test_reading_what_is_no_result(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("list.json").write_text("[]")
+    assert cli.main(["reproduce", "figure-6", *options.split()]) == 2
+    assert words in capsys.readouterr().err

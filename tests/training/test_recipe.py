@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies
+from learned_cases import shape_of
 
 import metateleport.papers  # noqa: F401
-from metateleport.checkpoint import load_checkpoint, shipped_checkpoints
+from metateleport.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoints
 from metateleport.families import load_family
 from metateleport.learned import (
     AdaptiveSettings,
     BaseOptimizerSettings,
     CoordinateSettings,
     GaugeSettings,
+    MetaOptimizer,
     StepSettings,
     TeleportSettings,
     TensorSettings,
@@ -164,6 +166,8 @@ def test_changes_that_cannot_go_together_are_both_named(changes: dict[str, str],
         ({"family": FAMILY, "rule": STEP, "outer": 3}, "outer is a table of settings, not 3"),
         ({"family": {"name": 3}, "rule": STEP}, "family.name takes a text, not 3"),
         ({"family": FAMILY, "rule": {**STEP, "hidden": 0}}, "rule.hidden has to be at least 1, not 0"),
+        ({"family": FAMILY, "rule": {**STEP, "hidden": 9000}}, "rule.hidden has to be at most 2048, not 9000"),
+        ({"family": FAMILY, "rule": STEP, "outer": {"tasks": 10**9}}, "outer.tasks has to be at most 1e+06, not"),
         ({"family": FAMILY, "rule": STEP, "outer": {"seed": 2**63}}, "outer.seed has to be a whole number from 0 to"),
         ({"family": FAMILY, "rule": STEP, "validation": {"tasks": 1.5}}, "validation.tasks takes a whole number"),
     ],
@@ -314,6 +318,6 @@ def test_a_recipe_is_found_by_name_folder_and_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(TrainingError, match=r"empty has no recipe\.toml, and no card"):
         load_recipe("empty")
     Path("card").mkdir()
-    Path("card/card.json").write_text(json.dumps({"schema": 2}))
+    save_checkpoint("card", MetaOptimizer(shape_of(mode="lr")), None, {"name": "card"})
     with pytest.raises(TrainingError, match="does not say how it was trained"):
         load_recipe("card")

@@ -143,7 +143,7 @@ class BaseOptimizerSettings(RuleSettings):
     kind: ClassVar[str] = "base"
 
     optimizer: Base = setting("sgd")
-    lr: float = setting(1e-3, POSITIVE)
+    lr: float = setting(1e-3, POSITIVE, 1e6)
 
     @property
     def learns(self) -> Learns:
