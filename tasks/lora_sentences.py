@@ -168,8 +168,11 @@ class LoRASentences(TaskFamily):
         # Tasks share the frozen weights.
         shared = {id(value): value for value in (*base.parameters(), *base.buffers())}
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=["query", "value"])
-        encoder = peft.get_peft_model(copy.deepcopy(base, shared), config).eval()
-        model = SentenceClassifier(encoder, base.config.hidden_size, self.classes)
+        with torch.random.fork_rng(devices=[]):
+            # PEFT draws A from the global generator.
+            torch.default_generator.manual_seed(seed)
+            encoder = peft.get_peft_model(copy.deepcopy(base, shared), config).eval()
+            model = SentenceClassifier(encoder, base.config.hidden_size, self.classes)
         numbers = torch.arange(self.classes)
         return Task(
             model=model,

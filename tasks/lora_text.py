@@ -231,7 +231,8 @@ class LoRAText(TaskFamily):
         starts = torch.randint(end - CONTEXT, (self.samples,), generator=source)
         held_out = torch.linspace(end, len(text) - CONTEXT - 1, 64).long()
         (inputs, wanted), (seen, sought) = windows(text, starts), windows(text, held_out)
-        model = CharacterTransformer()
+        with torch.random.fork_rng(devices=[]):
+            model = CharacterTransformer()
         model.load_state_dict(pretrained(BACKBONES[split]))
         model.to(torch.get_default_dtype()).requires_grad_(False)
         for block in model.blocks:

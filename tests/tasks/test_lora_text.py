@@ -1,4 +1,4 @@
-"""`lora_text`: adapters of a character transformer; what training and held-out tasks share, and what it is judged by."""
+"""`lora_text`: adapters of a character transformer; what splits share, and what a task is judged by."""
 
 from __future__ import annotations
 
