@@ -172,7 +172,8 @@ class LoRASentences(TaskFamily):
             # PEFT draws A from the global generator.
             torch.default_generator.manual_seed(seed)
             encoder = peft.get_peft_model(copy.deepcopy(base, shared), config).eval()
-            model = SentenceClassifier(encoder, base.config.hidden_size, self.classes)
+            features = base.get_parameter("embeddings.word_embeddings.weight").shape[1]
+            model = SentenceClassifier(encoder, features, self.classes)
         numbers = torch.arange(self.classes)
         return Task(
             model=model,

@@ -28,8 +28,8 @@ class TaskStack(nn.Module):
     `higher`, which replaces its parameters by the tensors of an unroll.
 
     Parameters that the tasks froze are buffers of the stack, with a value for each task; what tasks share is not
-    copied. Data are stacked at first use, on the device of the parameters. A deep copy has its own parameters and buffers and shares tasks and data, and so
-    have a stack patched by `higher` and a clone by learn2learn.
+    copied. Data are stacked at first use, on the device of the parameters. A deep copy has its own parameters and
+    buffers and shares tasks and data, and so have a stack patched by `higher` and a clone by learn2learn.
 
     Args:
         tasks: tasks of one family and setting; the loss and the symmetries are those of the first.
