@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from metateleport.cli.commands import _parser
 
 from metateleport import cli
+from metateleport.cli.commands import _parser
 from metateleport.cli.completion import commands_of, script_of
 from metateleport.cli.journey import journey
 
