@@ -8,15 +8,21 @@ import sys
 from collections.abc import Sequence
 
 from metateleport.cli import (
+    checkpoints,
     combine,
+    compare,
     completion,
     demo,
     evaluate,
     experiment,
+    promote,
     report,
     reproduce,
     seal,
+    serve,
+    show,
     symmetries,
+    sync,
     tasks,
     train,
     ui,
@@ -35,7 +41,9 @@ a first session ('metateleport' alone shows more of it):
   metateleport demo --first                           a learned optimizer beside AdamW, under a minute
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
-  metateleport ui                                     compare the runs in a browser
+  metateleport compare digits                         all evaluations on digits, side by side
+  metateleport ui                                     the same in a browser
+  metateleport promote runs/digits --as champion      then: metateleport.load("models:/digits@champion")
 """
 
 
@@ -123,16 +131,25 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"metateleport {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
-    demo.add(commands)
-    train.add(commands)
-    combine.add(commands)
-    seal.add(commands)
-    evaluate.add(commands)
-    report.add(commands)
-    symmetries.add(commands)
-    reproduce.add(commands)
-    experiment.add(commands)
-    tasks.add(commands)
-    ui.add(commands)
+    for command in (
+        demo,
+        train,
+        combine,
+        seal,
+        evaluate,
+        compare,
+        report,
+        checkpoints,
+        show,
+        promote,
+        serve,
+        ui,
+        sync,
+        symmetries,
+        reproduce,
+        experiment,
+        tasks,
+    ):
+        command.add(commands)
     completion.add(commands, parser)
     return parser

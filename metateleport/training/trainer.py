@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from metateleport.families.trial import check_second_order
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.distributed import ALONE, Ranks
 from metateleport.training.estimators import Estimator, Truncated
-from metateleport.training.outer import TruncatedSettings
+from metateleport.training.evolution import Evolution
+from metateleport.training.outer import EvolutionSettings, PersistentSettings, TruncatedSettings
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, TrainingError, device_for
 from metateleport.training.scoring import Score, dealt, score
@@ -274,16 +275,19 @@ class MetaTrainer:
         number, outer, share = self.progression.stack, self.outer, self.ranks.share(self.outer.tasks)
         family = self.family.augmented(number, outer.seed)
 
-        def stacked(twice: bool) -> TaskStack:
-            indices = [number * outer.tasks + index for index in share]
-            return family.stack(indices * 2 if twice else indices, "train", outer.seed, outer.torch_dtype, self.device)
+        def stacked(indices: Sequence[int]) -> TaskStack:
+            numbers = [number * outer.tasks + index for index in indices]
+            return family.stack(numbers, "train", outer.seed, outer.torch_dtype, self.device)
 
-        if not isinstance(outer, TruncatedSettings):
-            raise NotImplementedError
-        stack = stacked(twice=False)
-        if not self.progression.meta_step and not outer.first_order:
-            check_second_order(stack, stack.batch(0))
-        return Truncated(stack, self.meta, outer, self.ranks)
+        if isinstance(outer, TruncatedSettings):
+            some = outer.tasks_at_once or len(share)
+            stacks = [stacked(share[first : first + some]) for first in range(0, len(share), some)]
+            if not self.progression.meta_step and not outer.first_order:
+                check_second_order(stacks[0], stacks[0].batch(0))
+            return Truncated(stacks, self.meta, outer, self.ranks)
+        assert isinstance(outer, EvolutionSettings | PersistentSettings)
+        # Each task stands there twice, once for each network of a pair.
+        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number)
 
     def _meta_step(self, estimator: Estimator, blind: bool) -> None:
         done = self.progression
