@@ -89,8 +89,9 @@ def page(report: dict[str, Any], rate: float) -> str:
             "",
             f"- First metrics are in the store after {old['first_metrics_after']:.1f} s, on a new store after "
             f"{new['first_metrics_after']:.1f} s (wall).",
-            f"- After that tracking takes {100 * old['share']:.2g} % of one CPU: {1e6 * old['logging_cpu'] / old['meta_steps']:.0f}"
-            f" us of each meta-step, and {old['sending_cpu']:.2f} s of the thread that sends.",
+            f"- After that tracking takes {100 * old['share']:.2g} % of one CPU: "
+            f"{1e6 * old['logging_cpu'] / old['meta_steps']:.0f} us of each meta-step, and {old['sending_cpu']:.2f} s "
+            "of the thread that sends.",
             "",
             f"Conditions: {said}.",
             "",
