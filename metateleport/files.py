@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -204,21 +205,35 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
+        if not path.exists():
+            temporary.rename(path)
+        elif not _exchanged(temporary, path):
             # A folder that is not empty cannot be renamed over: the old one steps aside, and back if that fails.
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-")) / path.name
             path.rename(aside)
             try:
                 temporary.rename(path)
-            except OSError:
+            except BaseException:
                 aside.rename(path)
                 raise
             finally:
                 shutil.rmtree(aside.parent, ignore_errors=True)
-        else:
-            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two folders at one moment, so that there is none at which one of them is missing.
+
+    Returns:
+        Whether it did: Linux can, on most of its file systems.
+    """
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), 2) == 0)  # RENAME_EXCHANGE
 
 
 def _umask() -> int:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from training_cases import small, trainer
 
 from metateleport.training import MetaTrainer, Ranks, joined
 
-__all__ = ["in_ranks", "meta_gradient", "networks", "refused", "told", "validation"]
+__all__ = ["evolved", "in_ranks", "meta_gradient", "networks", "refused", "told", "validation"]
 
 
 def in_ranks(count: int, run: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -103,3 +104,17 @@ def refused(ranks: Ranks) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def evolved(ranks: Ranks, changes: dict[str, Any]) -> list[int]:
+    """How many numbers each exchange of the meta-steps has had."""
+    learning = _trainer(ranks, changes)
+    learning._validate = lambda: None  # type: ignore[method-assign]
+    learning.progression.validations.append([learning.outer.meta_steps, 0.0])
+    sizes, own = [], dist.all_reduce
+    dist.all_reduce = lambda values: (sizes.append(values.numel()), own(values))
+    try:
+        learning.run()
+    finally:
+        dist.all_reduce = own
+    return sizes

@@ -65,7 +65,7 @@ def _recipe(value: Any, key: str) -> None:
 # `metateleport.training.recipe` has these settings; its room is below this one, and a test holds the two together.
 _OUTER = table(
     {
-        "estimator": _NAME,
+        "estimator": one_of("tbptt", "es", "pes"),
         "spread": number(0),
         "meta_steps": optional(whole(1)),
         "seconds": optional(number(0)),
@@ -98,6 +98,7 @@ _RUN = table(
         "skipped": whole(),
         "seconds": number(0),
         "openness": number(0, 1),
+        "validated_steps": whole(1),
     },
     ("validation",),
     others=plain,
@@ -134,7 +135,7 @@ _ENTRIES = {
             "recipe": _recipe,
             "runs": table({"learned": _RUN, "step-only": _RUN}),
             "tracking_run": optional(_NAME),
-            "processes": whole(1),
+            "processes": whole(2),
         }
     ),
     "results": table(_RESULT),

@@ -112,10 +112,11 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, ou
 
     command = "metateleport " + shlex.join(sys.argv[1:])
     # A training that goes on is one run in MLflow, however often it was interrupted.
-    begun = tracking_run_of(out) if arguments.resume and not arguments.no_track else None
+    tracks = ranks.first and not arguments.no_track
+    begun = tracking_run_of(out) if tracks and (arguments.resume or ranks.restarts) else None
     with contextlib.ExitStack() as stack:
         tracked: TrackedTraining | None = None
-        if not arguments.no_track and ranks.first:
+        if tracks:
             from metateleport.tracking import Run, TrackedTraining
 
             tags = {"kind": "train", "family": family.name, "seed": recipe.outer.seed, "device": recipe.outer.device}

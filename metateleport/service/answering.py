@@ -160,7 +160,7 @@ class Answerer:
         reader.done()
         symmetry, point = DescribedSymmetry(group, matrices), nowhere(batch, dtype)
         network = None if reader.apart is None else _apart(teleporter.networks[group.name], reader.apart)
-        generator, state = teleporter.proposed(symmetry, point, progress, state, network)
+        generator, state = teleporter.proposed(symmetry, point, progress, state, network=network)
         if reached is not None and bound is not None:
             generator = within_reach(group, generator, reached, math.log(bound))
         return _moved(group, generator, matrices, {"state.hidden": state[0], "state.memory": state[1]})

@@ -123,6 +123,11 @@ class Service:
             if config.teleport is not None:
                 if not isinstance(meta.teleporter, LearnedTeleporter):
                     raise ServiceError(f"the teleporter of {self.name} serves only the model it was made for")
+                if config.teleport.refresh > 1:
+                    raise ServiceError(
+                        f"the teleporter of {self.name} keeps spectra between steps (teleport.refresh = "
+                        f"{config.teleport.refresh}), and the service keeps nothing: load the checkpoint here"
+                    )
                 meta.teleporter = RemoteTeleporter(
                     self.client, config.groups, config.teleport.hidden, max_stretch=config.teleport.max_stretch
                 )
@@ -153,8 +158,17 @@ class RemoteTeleporter(LearnedTeleporter):
         super().__init__(groups, hidden, max_stretch=max_stretch)
         self.client = client
 
+    def _observed(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[None, dict[str, Any]]:
+        return None, state
+
     def proposed(
-        self, symmetry: Symmetry, point: Point, progress: Tensor, cell: Cell, network: Any = None
+        self,
+        symmetry: Symmetry,
+        point: Point,
+        progress: Tensor,
+        cell: Cell,
+        observation: Any = None,
+        network: Any = None,
     ) -> tuple[Tensor, Cell]:
         """The service's generator and state; see `LearnedTeleporter.proposed`."""
         group, weight = symmetry.group, point.parameters[symmetry.parameters[0]]

@@ -143,6 +143,8 @@ class TruncatedSettings(WindowedSettings):
 
     Args:
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
+        tasks_at_once: number of a process's tasks that are followed in one graph; None for all. The meta-gradient is
+            then added up over parts of the stack, and the memory is that of one part.
 
     Example:
         >>> [TruncatedSettings(unroll=10, horizon=30).windows(share) for share in (0.0, 0.25, 0.5)]
@@ -152,6 +154,7 @@ class TruncatedSettings(WindowedSettings):
     estimator: ClassVar[str] = "tbptt"
 
     first_order: bool = setting(False)
+    tasks_at_once: int | None = setting(None, AT_LEAST_ONE, 10**6)
 
     def windows(self, share: float) -> int:
         return max(1, round(1 + (self.horizon / self.unroll - 1) * min(1.0, 2 * share)))

@@ -208,12 +208,8 @@ def _unknown(key: str) -> str:
         return "there is no setting mode: it follows from rule.kind and from which of teleport and gauge are present"
     parts: list[type[Settings]] = [TeleportSettings, GaugeSettings, ValidationSettings]
     parts += [*known_rules().values(), *ESTIMATORS.values()]
-    known = [
-        "family.name",
-        "rule.kind",
-        "outer.estimator",
-        *(f"{part.part}.{name}" for part in parts for name in part.names()),
-    ]
+    known = ["family.name", "rule.kind", "outer.estimator"]
+    known += [f"{part.part}.{name}" for part in parts for name in part.names()]
     near = nearest(key, known)
     return f"there is no setting {key}: the nearest is {near}, and those of the task family are family.NAME"
 

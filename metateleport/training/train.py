@@ -334,6 +334,8 @@ def _card(
             "skipped": done.skipped,
             "seconds": round(done.seconds, 1),
         }
+        if done.scored_steps:
+            runs[network]["validated_steps"] = done.scored_steps
         if done.openness:
             runs[network]["openness"] = done.best_openness
     several = {} if ranks.alone else {"processes": ranks.size}
@@ -349,5 +351,16 @@ def _card(
             **several,
         },
         "results": {},
-        "limits": [],
+        "limits": _limits(recipe, trainers),
     }
+
+
+def _limits(recipe: Recipe, trainers: dict[str, MetaTrainer]) -> list[str]:
+    """What the card says of a training whose time was too short for what its recipe asks for."""
+    short = [trainer.progression.scored_steps for trainer in trainers.values() if trainer.progression.scored_steps]
+    if not short or min(short) >= recipe.outer.horizon:
+        return []
+    return [
+        f"Its networks were chosen by validations of {min(short)} inner steps, and not of outer.horizon = "
+        f"{recipe.outer.horizon}: more would have taken too much of outer.seconds = {recipe.outer.seconds:g}."
+    ]

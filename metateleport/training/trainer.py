@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,16 +18,19 @@ from metateleport.families.trial import check_second_order
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.training.distributed import ALONE, Ranks
 from metateleport.training.estimators import Estimator, Truncated
-from metateleport.training.outer import TruncatedSettings
+from metateleport.training.evolution import Evolution
+from metateleport.training.outer import EvolutionSettings, PersistentSettings, TruncatedSettings
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, TrainingError, device_for
 from metateleport.training.scoring import Score, dealt, score
 from metateleport.training.search import search_round
+from metateleport.training.time_limit import steps_within
 from metateleport.training.unroll import runs_blind
 
 __all__ = ["MetaTrainer"]
 
-_VALIDATION_SEED = 0
+_VALIDATION = (1, 0)
+"""Seeds of the varied settings and of the tasks of a validation."""
 _LOST = 0.1
 """Loss of validation score, relative to the best, beyond which training goes back to the best networks."""
 
@@ -37,6 +40,12 @@ _TRIAL = 1 / 3
 _VALIDATION_STACKS = 8
 """Number of stacks for the validation tasks, so that the score covers several of the varied settings."""
 
+
+_SCORE_TIME = 0.25
+"""Largest share of a limited time that one validation, or one round of the search, may take."""
+
+_SEARCH_SCORES = 32
+"""About how many scores a round of the search takes."""
 
 _SEARCH_STACKS = 4
 """Stacks that the tasks of a round of the search are dealt out to."""
@@ -92,7 +101,7 @@ class MetaTrainer:
                 "it or start fewer"
             )
         self.clock: Callable[[], float] = time.perf_counter
-        self._unshared = 0.0
+        self._unshared = self._validation_seconds = 0.0
         self.outer = outer = recipe.outer
         self.meta_steps = math.inf if outer.meta_steps is None else outer.meta_steps
         seconds = outer.seconds if seconds is None else seconds
@@ -108,9 +117,12 @@ class MetaTrainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the number of meta-steps or the time is used up."""
+        """Whether the number of meta-steps or the time is used up, but for that of the last validation."""
         done = self.progression
-        return done.meta_step >= self.meta_steps or (self.limit is not None and done.seconds >= self.limit)
+        if done.meta_step >= self.meta_steps or self.limit is None:
+            return done.meta_step >= self.meta_steps
+        validated = bool(done.validations) and done.validations[-1][0] == done.meta_step
+        return done.seconds + (0.0 if validated else self._validation_seconds) >= self.limit
 
     @property
     def share(self) -> float:
@@ -139,7 +151,9 @@ class MetaTrainer:
         done, self._unshared = self.progression, 0.0
         if self.outer.start_from is not None and not done.validations:
             # The networks that training starts from are kept if it finds no better ones.
+            started = self.clock()
             self._validate()
+            self._spend(self.clock() - started)
         while not self.finished:
             self.boundary = self.snapshot()
             if len(done.searched) < self.outer.search:
@@ -212,7 +226,8 @@ class MetaTrainer:
                 self.meta.load_state_dict(MetaOptimizer(self.meta.config).state_dict())
             self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.outer.lr)
             self.best = copy.deepcopy(self.meta.state_dict())
-            self.progression = Progression()
+            # The starts are compared with each other.
+            self.progression = Progression(scored_steps=done.scored_steps)
         elif self.kept is not None:
             self.restore(self.kept)
         self.progression.start, self.progression.starts = len(scores), scores
@@ -260,16 +275,19 @@ class MetaTrainer:
         number, outer, share = self.progression.stack, self.outer, self.ranks.share(self.outer.tasks)
         family = self.family.augmented(number, outer.seed)
 
-        def stacked(twice: bool) -> TaskStack:
-            indices = [number * outer.tasks + index for index in share]
-            return family.stack(indices * 2 if twice else indices, "train", outer.seed, outer.torch_dtype, self.device)
+        def stacked(indices: Sequence[int]) -> TaskStack:
+            numbers = [number * outer.tasks + index for index in indices]
+            return family.stack(numbers, "train", outer.seed, outer.torch_dtype, self.device)
 
-        if not isinstance(outer, TruncatedSettings):
-            raise NotImplementedError
-        stack = stacked(twice=False)
-        if not self.progression.meta_step and not outer.first_order:
-            check_second_order(stack, stack.batch(0))
-        return Truncated(stack, self.meta, outer, self.ranks)
+        if isinstance(outer, TruncatedSettings):
+            some = outer.tasks_at_once or len(share)
+            stacks = [stacked(share[first : first + some]) for first in range(0, len(share), some)]
+            if not self.progression.meta_step and not outer.first_order:
+                check_second_order(stacks[0], stacks[0].batch(0))
+            return Truncated(stacks, self.meta, outer, self.ranks)
+        assert isinstance(outer, EvolutionSettings | PersistentSettings)
+        # Each task stands there twice, once for each network of a pair.
+        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number)
 
     def _meta_step(self, estimator: Estimator, blind: bool) -> None:
         done = self.progression
@@ -290,7 +308,13 @@ class MetaTrainer:
 
     def _validate(self) -> None:
         done = self.progression
+        self._scored_steps()
+        started = self.clock()
         score = self.validation_score()
+        if self.limit is not None:
+            # All processes have to leave the same time for the last validation.
+            took = self.clock() - started
+            self._validation_seconds = max(self._validation_seconds, self.ranks.from_first(lambda: took))
         done.validations.append([done.meta_step, score])
         if score < done.best:
             done.best, done.best_step, done.best_openness = score, done.meta_step, self.validation_openness
@@ -311,13 +335,33 @@ class MetaTrainer:
         are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
         tasks = self.recipe.validation.tasks
-        parts = max(1, min(_VALIDATION_STACKS, tasks // 2))
-        seeds = (_VALIDATION_SEED + 1, _VALIDATION_SEED)
-        found = self._score(tasks, parts, 0, "validation", seeds)
+        found = self._score(tasks, _parts(tasks), 0, "validation", _VALIDATION)
         self.validation_openness = found.openness
         return found.value
 
     def _score(self, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]) -> Score:
         stacks = dealt(self.family, self.outer, tasks, parts, first, split, seeds, self.ranks)
         count = parts * max(1, tasks // parts)
-        return score(self.meta, stacks, self.outer.horizon, self.outer.teleport_cost, count, self.ranks)
+        return score(self.meta, stacks, self._scored_steps(), self.outer.teleport_cost, count, self.ranks)
+
+    def _scored_steps(self) -> int:
+        """Inner steps that scores follow their tasks for: the horizon, or as many as a limited time has room for.
+
+        It is the same in the whole training, as scores along different numbers of steps cannot be compared.
+        """
+        done, outer = self.progression, self.outer
+        if self.limit is None:
+            return outer.horizon
+        if not done.scored_steps:
+            parts, scores = _parts(self.recipe.validation.tasks), _SEARCH_SCORES if outer.search else 1
+            first = next(dealt(self.family, outer, self.recipe.validation.tasks, parts, 0, "validation", _VALIDATION))
+            seconds = _SCORE_TIME * self.limit / (parts * scores)
+            done.scored_steps = self.ranks.from_first(
+                lambda: steps_within(self.meta, first, outer.window, outer.horizon, seconds, self.clock)
+            )
+        return done.scored_steps
+
+
+def _parts(tasks: int) -> int:
+    """Number of stacks of a validation."""
+    return max(1, min(_VALIDATION_STACKS, tasks // 2))
