@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -79,6 +80,13 @@ def read_regular(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise FileError(f"it grows while it is read, beyond {most} bytes")
     return content
+
+
+def _same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def check_destination(path: str | Path, size: int = 1 << 20) -> None:
@@ -197,21 +205,35 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
+        if not path.exists():
+            temporary.rename(path)
+        elif not _exchanged(temporary, path):
             # A folder that is not empty cannot be renamed over: the old one steps aside, and back if that fails.
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-")) / path.name
             path.rename(aside)
             try:
                 temporary.rename(path)
-            except OSError:
+            except BaseException:
                 aside.rename(path)
                 raise
             finally:
                 shutil.rmtree(aside.parent, ignore_errors=True)
-        else:
-            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two folders at one moment, so that there is none at which one of them is missing.
+
+    Returns:
+        Whether it did: Linux can, on most of its file systems.
+    """
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), 2) == 0)  # RENAME_EXCHANGE
 
 
 def _umask() -> int:
@@ -266,8 +288,12 @@ class Lock:
                     return False
                 time.sleep(0.05)
             else:
-                self._handle = handle
-                return True
+                if _same(handle, self.path):
+                    self._handle = handle
+                    return True
+                # Whoever held it has removed the file: the one that is there now is another.
+                os.close(handle)
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def let_go(self) -> None:
         """Lets go of the lock, if it was taken."""

@@ -65,6 +65,8 @@ def _recipe(value: Any, key: str) -> None:
 # `metateleport.training.recipe` has these settings; its room is below this one, and a test holds the two together.
 _OUTER = table(
     {
+        "estimator": one_of("tbptt", "es", "pes"),
+        "spread": number(0),
         "meta_steps": optional(whole(1)),
         "seconds": optional(number(0)),
         "tasks": whole(1),
@@ -96,8 +98,10 @@ _RUN = table(
         "skipped": whole(),
         "seconds": number(0),
         "openness": number(0, 1),
+        "validated_steps": whole(1),
     },
     ("validation",),
+    others=plain,
 )
 _RESULT = table(
     {
@@ -112,7 +116,8 @@ _RESULT = table(
         "methods": table(plain),
         "meta_seeds": table({"seeds": plain, "worst": plain, "ratios_to_learned": plain}),
         "target": table(plain),
-    }
+    },
+    others=plain,
 )
 _ENTRIES = {
     "schema": whole(),
@@ -130,6 +135,7 @@ _ENTRIES = {
             "recipe": _recipe,
             "runs": table({"learned": _RUN, "step-only": _RUN}),
             "tracking_run": optional(_NAME),
+            "processes": whole(2),
         }
     ),
     "results": table(_RESULT),
@@ -256,7 +262,9 @@ def _check_sense(card: Mapping[str, Any]) -> None:
         if not str(recipe["family"].get("name", "")).endswith(".py"):
             ours["name"] = family.get("name")
         for name, value in recipe["family"].items():
-            if family and name in ours and ours[name] != value:
+            # A recipe may name its family by the path of a file.
+            same = name == "name" and str(value).endswith(".py")
+            if family and name in ours and ours[name] != value and not same:
                 said = "name" if name == "name" else f"settings.{name}"
                 raise FieldError(
                     f"family.{said} is {shown(ours[name])}, and training.recipe.family.{name} is {shown(value)}"

@@ -15,9 +15,10 @@ import torch
 
 from metateleport.checkpoint.card import CARD, SCHEMA, CheckpointError, read_card, sealed_for, write_card
 from metateleport.checkpoint.weights import WEIGHTS, load_weights, save_weights
-from metateleport.files import replacing_folder, search_folders, write_json, write_text
+from metateleport.files import FileError, check_destination, replacing_folder, search_folders, write_json, write_text
 from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer
 from metateleport.settings import to_toml
+from metateleport.sources import fetcher_of
 from metateleport.teleporters import Teleporter
 from metateleport.version import VERSION
 
@@ -27,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "MetaSeed",
+    "check_place",
     "load",
     "load_checkpoint",
     "meta_optimizer_of",
@@ -147,6 +149,28 @@ def save_checkpoint(
     return Path(path)
 
 
+def check_place(path: str | Path, size: int = 1 << 20) -> None:
+    """Tries before any work whether a checkpoint can be written to a place.
+
+    Args:
+        path: the folder; one that has a checkpoint is going to be replaced.
+        size: number of bytes that there has to be room for.
+
+    Raises:
+        FileError: if there is no right or no space, or something else is there, which is not replaced.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise FileError(f"{str(path)!r} has no name of its own: give the checkpoint's folder one")
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path} is a file, but a checkpoint is a folder: choose another place")
+    if path.is_dir() and not (path / CARD).exists() and any(path.iterdir()):
+        raise FileError(f"{path} has something else than a checkpoint in it, which would be lost: choose another place")
+    if path.is_mount():
+        raise FileError(f"{path} is a file system of its own, which cannot be replaced: give a folder inside it")
+    check_destination(path, size)
+
+
 def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
     """Writes the recipe of a card, if it has one, into the checkpoint's folder.
 
@@ -202,7 +226,8 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """Loads a checkpoint: its card and its meta-optimizers, on the CPU.
 
     Args:
-        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        name_or_path: a folder, the bare name of a shipped checkpoint, or an address in MLflow: `models:/lora@champion`,
+            `models:/lora/3`, `runs:/RUN`. Of the last its weights and card are downloaded.
 
     Returns:
         The checkpoint.
@@ -226,7 +251,8 @@ def load(name_or_path: str | Path) -> Teleporter:
     If the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
 
     Args:
-        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        name_or_path: a folder, the bare name of a shipped checkpoint, or an address in MLflow: `models:/lora@champion`,
+            `models:/lora/3`, `runs:/RUN`. Of the last weights and card are downloaded; no code of an artifact runs.
 
     Returns:
         The teleporter, in eval mode, on the CPU: a `LearnedTeleporter` or a `GaugeTeleporter`.
@@ -271,6 +297,9 @@ def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
 
 
 def _resolve(name_or_path: str | Path) -> Path:
+    fetch = fetcher_of(str(name_or_path))
+    if fetch is not None:
+        return fetch(str(name_or_path))
     path, known = Path(name_or_path), shipped_checkpoints()
     # A folder that has a checkpoint's name but no card does not hide the checkpoint.
     if str(name_or_path) in known and not (path / CARD).is_file():

@@ -95,13 +95,16 @@ def items(each: Check, most: int, exactly: int | None = None) -> Check:
     return check
 
 
-def table(fields: Mapping[str, Check] | Check, required: tuple[str, ...] = (), most: int = 1000) -> Check:
-    """A table with these fields and no other; with one check for all of them, a table of any names.
+def table(
+    fields: Mapping[str, Check] | Check, required: tuple[str, ...] = (), most: int = 1000, others: Check | None = None
+) -> Check:
+    """A table with these fields; with one check for all of them, a table of any names.
 
     Args:
         fields: the check of every field that there may be, or that of all.
         required: names of the fields that there have to be.
         most: the largest number of fields.
+        others: the check of fields of other names; without one they are refused.
 
     Example:
         >>> table({"tasks": whole(1)}, ("tasks",))({"taks": 3}, "results")
@@ -122,6 +125,8 @@ def table(fields: Mapping[str, Check] | Check, required: tuple[str, ...] = (), m
                 fields(each, inside + name)
             elif name in fields:
                 fields[name](each, inside + name)
+            elif others is not None:
+                others(each, inside + name)
             else:
                 near = nearest(name, fields)
                 raise FieldError(f"{inside}{shown(name)[1:-1]} is not known: the nearest is {inside}{near}")

@@ -13,6 +13,7 @@ from metateleport.checkpoint.checkpoint import (
     WEIGHTS,
     Checkpoint,
     CheckpointError,
+    check_place,
     load_checkpoint,
     write_recipe,
 )
@@ -42,6 +43,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
     Raises:
         CheckpointError: if one cannot be loaded, was not made by `metateleport train`, two have the same seed, or
             their recipes differ.
+        FileError: if there is no right or no space to write, or something else than a checkpoint is there.
     """
     found = [seed for path in paths for seed in each_meta_seed(load_checkpoint(path))]
     if not found:
@@ -63,6 +65,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
     best = min(by_seed, key=lambda seed: (_validation(by_seed[seed]), seed))
     listed = [{"seed": seed, "validation": _validation(each), "chosen": seed == best} for seed, each in by_seed.items()]
     into = Path(into)
+    check_place(into, sum((each.path / WEIGHTS).stat().st_size for each in by_seed.values()) + (1 << 20))
     with replacing_folder(into) as temporary:
         for seed, each in by_seed.items():
             folder = temporary if seed == best else temporary / SEEDS / str(seed)

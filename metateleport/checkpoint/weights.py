@@ -76,9 +76,10 @@ def load_weights(path: Path, card: Mapping[str, Any]) -> tuple[MetaOptimizer, Me
     tensors = _read(path, card, size + _HEADER)
     said = _misfit(asked, tensors)
     if said is not None:
+        key = "step_only" if said.partition(_PREFIXES["step_only"])[1] else "meta_optimizer"
         wrote = card.get("versions", {}).get("metateleport", VERSION)
         by = "" if wrote == VERSION else f". It was written by metateleport {wrote}, which reads it if this was meant"
-        raise CheckpointError(f"the weights of {path} do not fit its card: {said}{by}")
+        raise CheckpointError(f"the weights of {path} do not fit its card's {key}: {said}{by}")
     networks = []
     for key, prefix in _PREFIXES.items():
         if key not in configs:

@@ -13,10 +13,12 @@ from rich.progress import Progress
 
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
 from metateleport.cli.progress import Lines, bars
+from metateleport.interruption import Stopped
 
 if TYPE_CHECKING:
+    from metateleport.families import TaskFamily
     from metateleport.tracking import TrackedTraining
-    from metateleport.training import Progression, Recipe
+    from metateleport.training import Progression, Ranks, Recipe
 
 __all__ = ["add"]
 
@@ -30,6 +32,8 @@ examples:
   metateleport train --recipe digits --set outer.teleport_cost=0.1        closes teleports that bring less than this
   metateleport train leaky_mlp --out runs/normal --resume                 after Ctrl-C, with the same settings
   metateleport train leaky_mlp --meta-seeds 5 --out runs/five             seeds 0 to 4 in one checkpoint
+  torchrun --nproc-per-node 2 -m metateleport train leaky_mlp             two processes share the tasks; same result
+  metateleport train leaky_mlp --set outer.estimator=pes outer.unroll=20 outer.horizon=1000    long horizons
 
 A recipe has a table for each part: family, rule, teleport, gauge, outer and validation. Examples are
 checkpoints/*/recipe.toml. --set PART.KEY=VALUE changes a setting. rule.kind is lr (a step for each tensor); coordinate,
@@ -80,7 +84,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import Interrupted, device_for, tracking_run_of, train, train_meta_seeds
+    from metateleport.training import check_start, device_for, held, joined
 
     recipe, name = _recipe(arguments)
     device_for(recipe.outer.device)
@@ -93,34 +97,50 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (name or family.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, but a checkpoint is a folder: choose another --out")
+    with joined(device_for(recipe.outer.device)) as ranks, held(out) if ranks.first else contextlib.nullcontext():
+        # Before a run is opened, so that what cannot begin leaves none behind.
+        ranks.from_first(
+            lambda: check_start(recipe, out, arguments.resume, arguments.meta_seeds, restarted=bool(ranks.restarts))
+        )
+        _train(arguments, recipe, family, out, ranks)
+    return 0
+
+
+def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, out: Path, ranks: Ranks) -> None:
+    """Trains; of several processes the first alone reports and is tracked."""
+    from metateleport.training import Interrupted, tracking_run_of, train, train_meta_seeds
+
     command = "metateleport " + shlex.join(sys.argv[1:])
     # A training that goes on is one run in MLflow, however often it was interrupted.
-    begun = tracking_run_of(out) if arguments.resume and not arguments.no_track else None
+    tracks = ranks.first and not arguments.no_track
+    begun = tracking_run_of(out) if tracks and (arguments.resume or ranks.restarts) else None
     with contextlib.ExitStack() as stack:
         tracked: TrackedTraining | None = None
-        if not arguments.no_track:
+        if tracks:
             from metateleport.tracking import Run, TrackedTraining
 
             tags = {"kind": "train", "family": family.name, "seed": recipe.outer.seed, "device": recipe.outer.device}
             opened = Run(family.name, out.name, recipe.flat(), {**tags, **_conditions()}, say, begun, system=True)
             tracked = TrackedTraining(stack.enter_context(opened), recipe.outer.teleport_cost)
-        bar = stack.enter_context(bars())
+        reporter = _Reporter(stack.enter_context(bars()), tracked, recipe) if ranks.first else None
         key = None if tracked is None else tracked.run.key
         try:
-            reporter = _Reporter(bar, tracked, recipe)
             if arguments.meta_seeds > 1:
-                path = train_meta_seeds(recipe, out, arguments.meta_seeds, arguments.resume, reporter, command, key)
+                path = train_meta_seeds(
+                    recipe, out, arguments.meta_seeds, arguments.resume, reporter, command, key, ranks
+                )
             else:
-                path = train(recipe, out, arguments.resume, reporter, command, key)
+                path = train(recipe, out, arguments.resume, reporter, command, key, ranks)
         except Interrupted as interrupted:
-            raise KeyboardInterrupt(str(interrupted)) from None
+            raise Stopped(str(interrupted), interrupted.number) from None
         if tracked is not None:
             tracked.finish(path)
+    if not ranks.first:
+        return
     say(f"wrote the checkpoint {path}")
     if tracked is not None and tracked.run.id is not None:
         say(f"MLflow: run {tracked.run.id} in the experiment {family.name!r}; look at it with: metateleport ui")
     say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(recipe.family.name)}")
-    return 0
 
 
 def _conditions() -> dict[str, str]:

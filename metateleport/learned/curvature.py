@@ -36,6 +36,7 @@ def smooth_largest(factor: Tensor) -> Tensor:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
         tensor(9.0000)
     """
+
     def made() -> Tensor:
         largest: Tensor = _Largest.apply(factor, True)
         return largest

@@ -47,6 +47,7 @@ class Journal:
         self.folder = folder
         self.trouble = ""
         self.lost = 0
+        self._closed = False
         self._held: list[str] = []
         self._offset = 0
         self.run_id: str | None = None
@@ -134,6 +135,9 @@ class Journal:
 
     def done(self, mark: int) -> None:
         """Notes that the operations up to a mark that `read` gave are sent."""
+        if self._closed:
+            # The store has taken it after all, and whoever has the journal now sends it once more.
+            return
         if mark < 0:
             with self._mutex:
                 del self._held[:-mark]
@@ -147,7 +151,8 @@ class Journal:
         """Notes the id that MLflow has given the run."""
         if run_id != self.run_id:
             self.run_id = run_id
-            self._note()
+            if not self._closed:
+                self._note()
 
     @property
     def empty(self) -> bool:
@@ -167,6 +172,7 @@ class Journal:
             if self._written(text):
                 self._held.clear()
         self.lost += len(self._held)
+        self._closed = True
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.let_go()

@@ -47,10 +47,7 @@ class TrackedTraining:
 
     def __call__(self, name: str, progression: Progressing) -> None:
         """Logs what a meta-step has brought; `name` is that of the network that is trained."""
-        # Of a training that is resumed, what was validated before is logged already, or again at the same steps.
-        for step, score in progression.validations[self._validated.get(name, 0) :]:
-            self._log(name, {"validation": score, "validation_log10_loss": score / _LOG10}, int(step))
-        self._validated[name] = len(progression.validations)
+        self._log_validations(name, progression.validations)
         if not progression.meta_losses:
             if progression.searched:
                 self._log(name, {"search": progression.searched[-1]}, len(progression.searched))
@@ -74,6 +71,9 @@ class TrackedTraining:
         card = json.loads((path / "card.json").read_text())
         runs = card.get("training", {}).get("runs", {})
         step = int(runs.get("learned", {}).get("meta_steps", 0))
+        for name, each in runs.items():
+            # The last networks are validated when no meta-step is left to report.
+            self._log_validations(name, each.get("validations", ()))
         self.run.log(final_figures(card), step)
         self.run.tag({WEIGHTS: card["weights_sha256"], "checkpoint": str(path.absolute())})
         self.run.note(card_in_words(card))
@@ -82,6 +82,11 @@ class TrackedTraining:
             draw(self._curves, plot, path.name)
             self.run.artifact(plot, under="plots")
         self.run.model(path, step)
+
+    def _log_validations(self, name: str, validations: Sequence[Sequence[float]]) -> None:
+        for step, score in validations[self._validated.get(name, 0) :]:
+            self._log(name, {"validation": score, "validation_log10_loss": score / _LOG10}, int(step))
+        self._validated[name] = len(validations)
 
     def _log(self, name: str, metrics: Mapping[str, float], step: int) -> None:
         self.run.log({f"{name}/{key}": value for key, value in metrics.items()}, step)

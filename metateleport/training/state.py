@@ -18,7 +18,17 @@ from metateleport.settings import SettingsError, shown
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, TrainingError
 
-__all__ = ["TrainingState", "first_difference", "read_state", "resume_folder", "write_state"]
+__all__ = [
+    "TrainingState",
+    "begun",
+    "different",
+    "first_difference",
+    "nothing_to_resume",
+    "read_state",
+    "resume_folder",
+    "seeds_folder",
+    "write_state",
+]
 
 STATE = "state.safetensors"
 _FORMAT = 1
@@ -48,6 +58,12 @@ def resume_folder(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
+def seeds_folder(out: str | Path) -> Path:
+    """The folder beside the final checkpoint where finished meta-seeds wait for the others."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.meta-seeds")
+
+
 def write_state(folder: Path, state: TrainingState) -> None:
     """Writes a state by a single rename: at every moment the folder has the last whole state or the new one.
 
@@ -72,6 +88,27 @@ def write_state(folder: Path, state: TrainingState) -> None:
     content = save(tensors, metadata={"state": json.dumps(known, allow_nan=False)})
     with replacing(folder / STATE, durable=True) as temporary:
         temporary.write_bytes(content)
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder has the state of an unfinished training, of this version or of an earlier one."""
+    return (folder / STATE).exists() or (folder / "state.json").exists()
+
+
+def nothing_to_resume(folder: Path) -> TrainingError:
+    """The error where `--resume` is given and no training has been begun."""
+    return TrainingError(f"there is nothing to resume: {folder} does not exist. Start without --resume")
+
+
+def different(folder: Path, started: Recipe, wanted: Recipe) -> TrainingError | None:
+    """The error where a training is to go on with another recipe; None if it is the same one."""
+    changed = first_difference(started, wanted)
+    if changed is None:
+        return None
+    return TrainingError(
+        f"the training in {folder} was started with {changed}: resume with the same settings, or remove the folder "
+        "and start anew"
+    )
 
 
 def read_state(folder: Path) -> TrainingState | None:
@@ -116,8 +153,8 @@ def first_difference(started: Recipe, wanted: Recipe) -> str | None:
     """A sentence on the first setting that differs from the one at the start; the device may differ.
 
     Example:
-        >>> from metateleport.training import FamilySettings, OuterSettings
-        >>> recipes = (Recipe(FamilySettings("digits"), outer=OuterSettings(seed=seed)) for seed in (1, 2))
+        >>> from metateleport.training import FamilySettings, TruncatedSettings
+        >>> recipes = (Recipe(FamilySettings("digits"), outer=TruncatedSettings(seed=seed)) for seed in (1, 2))
         >>> first_difference(*recipes)
         'outer.seed = 1, not 2'
     """

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from metateleport import cli
+from metateleport.cli.commands import _parser
 from metateleport.cli.completion import commands_of, script_of
 from metateleport.cli.journey import journey
-from metateleport.cli.main import _parser
 
 COMMANDS = commands_of(_parser())
 

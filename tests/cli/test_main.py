@@ -144,6 +144,7 @@ def test_train_passes_on_what_was_asked_for(
         return out
 
     monkeypatch.setattr("metateleport.training.train", fake)
+    monkeypatch.setattr("metateleport.training.check_start", lambda *_, **__: None)
     command = (
         "train leaky_mlp --set family.width=6 --set teleport=none --set outer.meta_steps=20 --seconds 2.5 --seed 3 "
         "--out x --resume --no-track"

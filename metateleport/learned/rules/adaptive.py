@@ -118,6 +118,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "momentum", "squares", "weights", "recent", "seen")
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
+    rows_by_task: ClassVar[bool] = True
 
     def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
         super().__init__()

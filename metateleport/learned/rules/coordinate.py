@@ -66,6 +66,8 @@ class CoordinateRule(StepRule):
 
     _FEATURES = 4
     per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "layers", "momentum", "squares")
+    # The rows of one task's coordinates are as many as its tensors have, not the same for all.
+    rows_by_task: ClassVar[bool] = False
 
     def __init__(
         self,

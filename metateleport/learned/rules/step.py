@@ -113,6 +113,7 @@ class StepRule(nn.Module, UpdateRule):
 
     divides_by_loss: ClassVar[bool] = True
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "velocity")
+    rows_by_task: ClassVar[bool] = True
     void_on_change: ClassVar[tuple[str, ...]] = ("secants", "from")
 
     def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5, cooling: float = 0.0) -> None:

@@ -7,15 +7,21 @@ import sys
 from collections.abc import Sequence
 
 from metateleport.cli import (
+    checkpoints,
     combine,
+    compare,
     completion,
     demo,
     evaluate,
     experiment,
+    promote,
     report,
     reproduce,
     seal,
+    serve,
+    show,
     symmetries,
+    sync,
     tasks,
     train,
     ui,
@@ -23,28 +29,35 @@ from metateleport.cli import (
 from metateleport.cli.common import Parser, UsageError
 from metateleport.cli.completion import commands_of
 from metateleport.cli.journey import journey
+from metateleport.cli.who import who
+from metateleport.interruption import received
 from metateleport.version import VERSION
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 _EXAMPLES = """\
 a first session ('metateleport' alone shows more of it):
   metateleport demo --first                           a learned optimizer beside AdamW, under a minute
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
-  metateleport ui                                     compare the runs in a browser
+  metateleport compare digits                         all evaluations on digits, side by side
+  metateleport ui                                     the same in a browser
+  metateleport promote runs/digits --as champion      then: metateleport.load("models:/digits@champion")
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; `metateleport.cli.main` ends it in order where a signal asks for it.
 
     Args:
         arguments: what stands behind the program's name; the process's own if not given. Without any the way through
             the commands is printed.
 
     Returns:
-        The exit code: 0; 2 after bad input, with a one-line message; 130 after Ctrl-C; 141 if stdout's reader is gone.
+        The exit code: 0; 2 after bad input, with a one-line message; 141 if stdout's reader is gone.
+
+    Raises:
+        KeyboardInterrupt: after a signal; the message says what was saved.
     """
     try:
         parser = _parser()
@@ -59,15 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit:
         # After --help; what comes below would import every room to learn their errors.
         raise
-    except KeyboardInterrupt as stopped:
-        print(f"metateleport: {stopped}" if str(stopped) else "metateleport: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of the pipe is gone: stdout is redirected, as flushing it at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _bad_input() as error:
-        print("metateleport: " + " ".join(str(error).split()), file=sys.stderr)
+        from metateleport.training.distributed import ToldByFirstError
+
+        if received() is not None:
+            # What a library makes of an interruption while it is imported is no fault of the caller's.
+            raise
+        if not isinstance(error, ToldByFirstError):
+            print(f"{who()}: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
@@ -107,16 +123,25 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"metateleport {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
-    demo.add(commands)
-    train.add(commands)
-    combine.add(commands)
-    seal.add(commands)
-    evaluate.add(commands)
-    report.add(commands)
-    symmetries.add(commands)
-    reproduce.add(commands)
-    experiment.add(commands)
-    tasks.add(commands)
-    ui.add(commands)
+    for command in (
+        demo,
+        train,
+        combine,
+        seal,
+        evaluate,
+        compare,
+        report,
+        checkpoints,
+        show,
+        promote,
+        serve,
+        ui,
+        sync,
+        symmetries,
+        reproduce,
+        experiment,
+        tasks,
+    ):
+        command.add(commands)
     completion.add(commands, parser)
     return parser
