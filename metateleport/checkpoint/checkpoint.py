@@ -18,6 +18,7 @@ from metateleport.checkpoint.weights import WEIGHTS, load_weights, save_weights
 from metateleport.files import FileError, check_destination, replacing_folder, search_folders, write_json, write_text
 from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer
 from metateleport.settings import to_toml
+from metateleport.sources import fetcher_of
 from metateleport.teleporters import Teleporter
 from metateleport.version import VERSION
 
@@ -225,7 +226,8 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """Loads a checkpoint: its card and its meta-optimizers, on the CPU.
 
     Args:
-        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        name_or_path: a folder, the bare name of a shipped checkpoint, or an address in MLflow: `models:/lora@champion`,
+            `models:/lora/3`, `runs:/RUN`. Of the last its weights and card are downloaded.
 
     Returns:
         The checkpoint.
@@ -249,7 +251,8 @@ def load(name_or_path: str | Path) -> Teleporter:
     If the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
 
     Args:
-        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        name_or_path: a folder, the bare name of a shipped checkpoint, or an address in MLflow: `models:/lora@champion`,
+            `models:/lora/3`, `runs:/RUN`. Of the last weights and card are downloaded; no code of an artifact runs.
 
     Returns:
         The teleporter, in eval mode, on the CPU: a `LearnedTeleporter` or a `GaugeTeleporter`.
@@ -294,6 +297,9 @@ def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
 
 
 def _resolve(name_or_path: str | Path) -> Path:
+    fetch = fetcher_of(str(name_or_path))
+    if fetch is not None:
+        return fetch(str(name_or_path))
     path, known = Path(name_or_path), shipped_checkpoints()
     # A folder that has a checkpoint's name but no card does not hide the checkpoint.
     if str(name_or_path) in known and not (path / CARD).is_file():

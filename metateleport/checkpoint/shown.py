@@ -20,7 +20,8 @@ def card_in_words(card: Mapping[str, Any]) -> str:
         Markdown.
 
     Example:
-        >>> print(card_in_words({"name": "mine", "mode": "lr", "family": {"name": "digits", "settings": {"hidden": 8}}}))
+        >>> family = {"name": "digits", "settings": {"hidden": 8}}
+        >>> print(card_in_words({"name": "mine", "mode": "lr", "family": family}))
         # mine
         <BLANKLINE>
         A learned step for each tensor (mode `lr`), meta-trained on `digits` with hidden = 8.
@@ -74,8 +75,8 @@ def _training(card: Mapping[str, Any]) -> str:
     training, rows = card.get("training", {}), []
     for name, run in training.get("runs", {}).items():
         rows.append(
-            f"- {name}: {run.get('meta_steps')} meta-steps in {run.get('seconds')} s, chosen at {run.get('chosen_at')}, "
-            f"validation score {_text(run.get('validation'))}"
+            f"- {name}: {run.get('meta_steps')} meta-steps in {run.get('seconds')} s, chosen at "
+            f"{run.get('chosen_at')}, validation score {_text(run.get('validation'))}"
         )
     seeds = card.get("meta_seeds") or ()
     if len(seeds) > 1:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
 from metateleport.cli import (
+    checkpoints,
     combine,
+    compare,
     completion,
     demo,
     evaluate,
     experiment,
+    promote,
     report,
     reproduce,
     seal,
+    serve,
+    show,
     symmetries,
+    sync,
     tasks,
     train,
     ui,
@@ -34,7 +41,9 @@ a first session ('metateleport' alone shows more of it):
   metateleport demo --first                           a learned optimizer beside AdamW, under a minute
   metateleport train digits --seconds 120             meta-train; writes runs/digits
   metateleport evaluate runs/digits digits            against tuned baselines, on tasks never trained on
-  metateleport ui                                     compare the runs in a browser
+  metateleport compare digits                         all evaluations on digits, side by side
+  metateleport ui                                     the same in a browser
+  metateleport promote runs/digits --as champion      then: metateleport.load("models:/digits@champion")
 """
 
 
@@ -68,6 +77,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader of the pipe is gone: stdout is redirected, as flushing it at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A full disk, a vanished folder, a missing right: the place says more than where in the program it was met.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"{who()}: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     except _bad_input() as error:
         from metateleport.training.distributed import ToldByFirstError
 
@@ -115,16 +131,25 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"metateleport {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
-    demo.add(commands)
-    train.add(commands)
-    combine.add(commands)
-    seal.add(commands)
-    evaluate.add(commands)
-    report.add(commands)
-    symmetries.add(commands)
-    reproduce.add(commands)
-    experiment.add(commands)
-    tasks.add(commands)
-    ui.add(commands)
+    for command in (
+        demo,
+        train,
+        combine,
+        seal,
+        evaluate,
+        compare,
+        report,
+        checkpoints,
+        show,
+        promote,
+        serve,
+        ui,
+        sync,
+        symmetries,
+        reproduce,
+        experiment,
+        tasks,
+    ):
+        command.add(commands)
     completion.add(commands, parser)
     return parser

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.common import Parser, UsageError, check_files, not_negative, positive, say, settings_of
 from metateleport.cli.progress import status
+from metateleport.files import FileError
 
 if TYPE_CHECKING:
     from metateleport.evaluation import Bench, FairRules, Plan, Target
@@ -138,6 +139,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
+    from metateleport.checkpoint.card import CARD
     from metateleport.evaluation import (
         Bench,
         plot,
@@ -155,6 +157,8 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = bench.checkpoint
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' is no checkpoint: name one")
+    if arguments.card and checkpoint is not None:
+        check_files(checkpoint.path / CARD)
     target = _target(arguments, bench.names)
     if arguments.against is not None and arguments.against not in bench.names:
         raise UsageError(f"--against {arguments.against}: that is none of the methods: {', '.join(bench.names)}")
@@ -168,15 +172,21 @@ def run(arguments: argparse.Namespace) -> int:
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
     report = {**report_of(evaluation, arguments.against), **aimed}
     _show(report, bench)
-    if arguments.json is not None:
-        write_report(arguments.json, report)
-        say(f"wrote {arguments.json}")
-    if arguments.plot is not None:
-        plot(report, arguments.plot)
-        say(f"wrote {arguments.plot}")
-    if arguments.card and checkpoint is not None:
-        record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
-        say(f"wrote the result into the card of {checkpoint.name}")
+    try:
+        if arguments.json is not None:
+            write_report(arguments.json, report)
+            say(f"wrote {arguments.json}")
+        if arguments.plot is not None:
+            plot(report, arguments.plot)
+            say(f"wrote {arguments.plot}")
+        if arguments.card and checkpoint is not None:
+            record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
+            say(f"wrote the result into the card of {checkpoint.name}")
+    except OSError as error:
+        raise FileError(
+            f"{error.filename or 'the result'} cannot be written ({error.strerror or error}): finished runs are kept, "
+            "and the same command writes it once there is room"
+        ) from error
     if not arguments.no_track:
         _track(report, None if checkpoint is None else checkpoint.card)
     return 0
@@ -190,9 +200,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_tracking()
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot writes png, svg or pdf, by the file's suffix; not {str(arguments.plot)!r}")
-    for path in (arguments.json, arguments.plot):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.plot)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

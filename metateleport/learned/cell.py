@@ -48,8 +48,7 @@ class _Cell(torch.autograd.Function):
         context: Any, inputs: Tensor, hidden: Tensor, memory: Tensor, into: Tensor, back: Tensor, *biases: Tensor
     ) -> State:
         units = hidden.shape[0]
-        # The bias is the weight of a row of ones, and so is its gradient part of the weights'.
-        joined = torch.cat((inputs, hidden, hidden.new_ones(1, hidden.shape[1])))
+        joined = _joined(inputs, hidden)
         weights = torch.cat((into, back, (biases[0] + biases[1]).unsqueeze(1)), 1)
         tangent = slice(2 * units, 3 * units)
         weights[tangent] *= 2
@@ -58,15 +57,15 @@ class _Cell(torch.autograd.Function):
         enter, keep, new, leave = gates.split(units)
         memory = memory.contiguous()
         after = torch.addcmul(keep * memory, enter, new)
-        bent = _tanh(after)
-        context.save_for_backward(joined, memory, gates, bent, weights)
-        return leave * bent, after
+        # Of what fills memory the gates alone are new: the states are kept anyway.
+        context.save_for_backward(inputs, hidden, memory, gates, after, weights)
+        return leave * _tanh(after), after
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, on_hidden: Tensor | None, on_memory: Tensor | None) -> tuple[Tensor | None, ...]:
-        joined, memory, gates, bent, weights = context.saved_tensors
-        units, features = memory.shape[0], joined.shape[0] - 1 - memory.shape[0]
+        inputs, hidden, memory, gates, after, weights = context.saved_tensors
+        units, features = memory.shape[0], inputs.shape[0]
         enter, keep, new, leave = gates.split(units)
         on_gates = torch.empty_like(gates)
         on_enter, on_keep, on_new, on_leave = on_gates.split(units)
@@ -76,14 +75,14 @@ class _Cell(torch.autograd.Function):
             on_leave.zero_()
             total = on_memory
         else:
-            on_hidden = on_hidden.contiguous()
+            on_hidden, bent = on_hidden.contiguous(), _tanh(after)
             sigmoid(on_hidden * bent, leave, grad_input=on_leave)
             total = torch.ops.aten.tanh_backward(on_hidden * leave, bent)
             total = total if on_memory is None else total.add_(on_memory)
         sigmoid(total * new, enter, grad_input=on_enter)
         sigmoid(total * memory, keep, grad_input=on_keep)
         tanh(total * enter, new, grad_input=on_new)
-        on_weights = on_gates @ joined.mT
+        on_weights = on_gates @ _joined(inputs, hidden).mT
         # The tangent's weights were doubled for the sigmoid; `on_new` is of what they were before.
         plain = weights.clone()
         plain[2 * units : 3 * units] /= 2
@@ -97,6 +96,11 @@ class _Cell(torch.autograd.Function):
             on_bias,
             on_bias.clone(),
         )
+
+
+def _joined(inputs: Tensor, hidden: Tensor) -> Tensor:
+    """All that the weights multiply, with a row of ones for the bias."""
+    return torch.cat((inputs, hidden, hidden.new_ones(1, hidden.shape[1])))
 
 
 def _tanh(tensor: Tensor) -> Tensor:

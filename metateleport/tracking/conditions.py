@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import importlib.metadata
 import os
 import platform
@@ -34,7 +35,7 @@ def conditions() -> dict[str, str]:
         "command": "metateleport " + shlex.join(sys.argv[1:]),
         "mlflow.source.name": "metateleport",
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": os.environ.get("USER", "") or str(os.getuid()) if hasattr(os, "getuid") else "",
+        "mlflow.user": _user(),
     }
     for name in _LIBRARIES:
         try:
@@ -46,6 +47,13 @@ def conditions() -> dict[str, str]:
         found["commit"] = commit
         found["mlflow.source.git.commit"] = commit.partition(" ")[0]
     return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return ""
 
 
 def _commit(folder: Path) -> str:

@@ -77,7 +77,6 @@ class Delivery:
         if found is not None:
             run_id = found.info.run_id
             client.update_run(run_id, status="RUNNING")
-            self._send_tags({"values": tags})
         else:
             parent = self._parent(header.get("parent"))
             if parent is not None:
@@ -85,6 +84,8 @@ class Delivery:
             made = client.create_run(experiment, start_time=header["made"], tags=tags, run_name=header["name"])
             run_id = made.info.run_id
         self.journal.note_run(run_id)
+        if found is not None:
+            self._send_tags({"values": tags})
         self._send_params({"values": header.get("parameters", {})})
         return str(run_id)
 

@@ -27,8 +27,8 @@ def track_evaluation(
 
     One run is the evaluation's: it has its plot, its JSON and the ratios to the learned method, and is a child of the
     meta-training of the checkpoint, where that is known. Each method's run is its child. All of these have the same
-    metric names (`loss_median`, `loss_mean`, `loss_q25`, `loss_q75` along the gradient evaluations, and `log10_loss_...`
-    beside them; `final_median`, `diverged`, `seconds`), so that the UI's compare page plots them together, earlier
+    metric names (`loss_median`, `loss_mean`, `loss_q25`, `loss_q75` along the gradient evaluations, `log10_loss_...`
+    beside them, `final_median`, `diverged`, `seconds`), so that the UI's compare page plots them together, earlier
     evaluations included.
 
     Args:

@@ -47,6 +47,8 @@ class Journal:
         self.folder = folder
         self.trouble = ""
         self.lost = 0
+        self._closed = False
+        self._file: int | None = None
         self._held: list[str] = []
         self._offset = 0
         self.run_id: str | None = None
@@ -134,6 +136,9 @@ class Journal:
 
     def done(self, mark: int) -> None:
         """Notes that the operations up to a mark that `read` gave are sent."""
+        if self._closed:
+            # The store has taken it after all, and whoever has the journal now sends it once more.
+            return
         if mark < 0:
             with self._mutex:
                 del self._held[:-mark]
@@ -147,7 +152,8 @@ class Journal:
         """Notes the id that MLflow has given the run."""
         if run_id != self.run_id:
             self.run_id = run_id
-            self._note()
+            if not self._closed:
+                self._note()
 
     @property
     def empty(self) -> bool:
@@ -167,31 +173,30 @@ class Journal:
             if self._written(text):
                 self._held.clear()
         self.lost += len(self._held)
+        self._closed = True
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.let_go()
 
     def _written(self, text: str) -> bool:
         """Appends text to the file, whole or not at all; says whether it is there."""
+        data, wrote = text.encode(), 0
         try:
-            handle = os.open(self.folder / _OPERATIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if self._file is None:
+                self._file = os.open(self.folder / _OPERATIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            wrote = os.write(self._file, data)
+            if wrote == len(data):
+                return True
+            self.trouble = "the disk is full"
         except OSError as error:
             self.trouble = str(error)
-            return False
-        try:
-            before = os.fstat(handle).st_size
-            try:
-                data = text.encode()
-                if os.write(handle, data) != len(data):
-                    raise OSError("the disk is full")
-                return True
-            except OSError as error:
-                self.trouble = str(error)
-                with contextlib.suppress(OSError):
-                    os.ftruncate(handle, before)
-                return False
-        finally:
-            os.close(handle)
+        if wrote and self._file is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, os.fstat(self._file).st_size - wrote)
+        return False
 
     def _note(self) -> None:
         # What is not noted is sent again, which does no harm.

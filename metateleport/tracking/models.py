@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from metateleport.version import VERSION
 
-__all__ = ["FILES", "find_model", "log_model", "model_name"]
+__all__ = ["FILES", "find_model", "log_model", "model_name", "save_as_model"]
 
 MODEL_TYPE = "metateleport checkpoint"
 WEIGHTS = "weights"
@@ -59,9 +60,6 @@ def log_model(client: Any, path: Path, experiment: str, run_id: str | None = Non
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
-    from mlflow.models.signature import ModelSignature
-    from mlflow.pyfunc import save_model
-    from mlflow.types import ColSpec, Schema
 
     card = json.loads((path / "card.json").read_text())
     weights = str(card.get("weights_sha256", ""))
@@ -78,25 +76,42 @@ def log_model(client: Any, path: Path, experiment: str, run_id: str | None = Non
         model_type=MODEL_TYPE,
     )
     with tempfile.TemporaryDirectory() as folder:
-        copied = Path(folder) / path.name
-        _copy(path, copied)
-        text = Schema([ColSpec("string", "request")])
-        save_model(
-            Path(folder) / "model",
-            python_model=str(_CODE),
-            artifacts={"checkpoint": str(copied)},
-            signature=ModelSignature(text, Schema([ColSpec("string", "answer")])),
-            input_example=_example(),
-            pip_requirements=[f"metateleport=={VERSION}", "mlflow>=3.17,<4"],
-            mlflow_model=Model(
-                artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id, model_uuid=model.model_id
-            ),
+        described = Model(
+            artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id, model_uuid=model.model_id
         )
+        save_as_model(path, Path(folder) / "model", described)
         client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
     if run_id is not None:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
         _rank(client, model, run_id, step)
     return client.finalize_logged_model(model.model_id, "READY")
+
+
+def save_as_model(path: Path, into: Path, described: Any = None) -> None:
+    """Writes a checkpoint as a model of MLflow's: its code, the checkpoint, signature and an example. No pickle.
+
+    Args:
+        path: the checkpoint's folder.
+        into: the folder to write.
+        described: MLflow's description of the model, which is completed.
+    """
+    from mlflow.models.signature import ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ColSpec, Schema
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copied = Path(folder) / path.name
+        _copy(path, copied)
+        save_model(
+            into,
+            python_model=str(_CODE),
+            artifacts={"checkpoint": str(copied)},
+            signature=ModelSignature(Schema([ColSpec("string", "request")]), Schema([ColSpec("string", "answer")])),
+            input_example=_example(),
+            pip_requirements=[f"metateleport=={VERSION}", "mlflow>=3.17,<4"],
+            mlflow_model=described,
+        )
 
 
 def _rank(client: Any, model: Any, run_id: str, step: int) -> None:
@@ -133,4 +148,4 @@ def _facts(card: dict[str, Any]) -> dict[str, Any]:
 def _example() -> Any:
     import pandas as pd
 
-    return pd.DataFrame({"request": [json.dumps({"schema": 1, "about": True})]})
+    return pd.DataFrame({"request": [json.dumps({"schema": 1, "ask": "about"})]})

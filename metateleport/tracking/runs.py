@@ -59,7 +59,7 @@ class Run:
         self.experiment, self.name = experiment, name
         self.key = key or new_key()
         self._say = say or (lambda _: None)
-        self._header = {
+        self._header: dict[str, Any] = {
             "uri": tracking_uri(),
             "experiment": experiment,
             "name": name,
@@ -71,7 +71,7 @@ class Run:
         self._journal: Journal | None = None
         self._mutex = threading.RLock()
         self._open = True
-        self._sender = Sender(self._header["uri"], self._say)
+        self._sender = Sender(tracking_uri(), self._say)
         self._system = SystemMetrics(self.log) if system else None
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 from metateleport.tracking.delivery import Delivery
 from metateleport.tracking.journal import Journal
-from metateleport.tracking.store import connect, reason_of
+from metateleport.tracking.store import connect, database_of, reason_of
 from metateleport.tracking.sync import synchronise
 
 __all__ = ["EVERY", "PATIENCE", "Sender"]
@@ -64,10 +65,13 @@ class Sender:
 
     def finish(self) -> bool:
         """Sends what is left, and says whether all is sent; gives up on a store that does not answer."""
+        began = time.monotonic()
         self._closing.set()
         self._wake.set()
         while not self._ended.wait(0.05):
-            if time.monotonic() - (self._failing or self._since) > self._patience():
+            # It may have been idle for long before.
+            since = max(self._since, began) if self._failing is None else self._failing
+            if time.monotonic() - since > self._patience():
                 break
         return self._ended.is_set() and (self.journal is None or self.journal.empty)
 
@@ -85,10 +89,14 @@ class Sender:
             _unreachable.pop(self.uri, None)
 
     def _work(self) -> None:
+        with contextlib.suppress(ImportError):
+            # This takes a second or more, and says nothing of the store.
+            import mlflow  # noqa: F401
         client, delivery, pause, others = None, None, EVERY, True
         while True:
             try:
                 if client is None:
+                    self._beat("connecting" if _is_new(self.uri) else "sending")
                     client = connect(self.uri, self.say)
                     self._beat("idle")
                 if self.journal is not None:
@@ -132,6 +140,11 @@ class Sender:
             f"MLflow's store {self.uri} cannot be reached ({why}): the work goes on, what is logged is kept {kept} and "
             "is sent when the store is back, or by: metateleport sync"
         )
+
+
+def _is_new(uri: str) -> bool:
+    database = database_of(uri)
+    return database is not None and not database.exists()
 
 
 def _drain(journal: Journal, delivery: Delivery) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -13,7 +14,16 @@ from typing import Any
 
 from metateleport.files import Lock, cache_folder
 
-__all__ = ["TrackingError", "check_tracking", "connect", "database_of", "reason_of", "require_mlflow", "tracking_uri"]
+__all__ = [
+    "TrackingError",
+    "check_tracking",
+    "connect",
+    "database_of",
+    "reason_of",
+    "require_mlflow",
+    "set_environment",
+    "tracking_uri",
+]
 
 _MADE_WITHIN = 120.0
 """Seconds that another process may take to make a new store."""
@@ -84,7 +94,7 @@ def connect(uri: str, say: Callable[[str], None] | None = None) -> Any:
         TrackingError: if MLflow is not installed or the store cannot be used.
     """
     require_mlflow()
-    _set_environment()
+    set_environment()
     database = database_of(uri)
     if database is None:
         return _reached(uri)
@@ -92,11 +102,9 @@ def connect(uri: str, say: Callable[[str], None] | None = None) -> Any:
         say(f"making MLflow's database {database} (once, a few seconds)")
     name = hashlib.sha256(str(database.absolute()).encode()).hexdigest()[:24]
     lock = Lock(cache_folder("locks") / f"{name}.lock")
-    try:
+    # Without a place for the lock a new store may have to be made twice; the second try finds it.
+    with contextlib.suppress(OSError):
         lock.take(_MADE_WITHIN)
-    except OSError:
-        # Without a place for the lock a new store may have to be made twice; the second try finds it.
-        pass
     try:
         return _reached(uri, tries=3)
     finally:
@@ -124,7 +132,7 @@ def _reached(uri: str, tries: int = 1) -> Any:
             ) from error
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """MLflow's own retries take minutes, and its loggers print every failure with its traceback."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

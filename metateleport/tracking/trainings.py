@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from metateleport.tracking.runs import Run
 __all__ = ["Progressing", "TrackedTraining"]
 
 _LOG10 = math.log(10.0)
+_FIRST = 10
 
 
 class Progressing(Protocol):
@@ -43,28 +45,27 @@ class TrackedTraining:
     def __init__(self, run: Run, teleport_cost: float = 0.0) -> None:
         self.run, self.teleport_cost = run, teleport_cost
         self._validated: dict[str, int] = {}
+        self._beside: dict[str, float] = {}
         self._curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
 
     def __call__(self, name: str, progression: Progressing) -> None:
         """Logs what a meta-step has brought; `name` is that of the network that is trained."""
-        # Of a training that is resumed, what was validated before is logged already, or again at the same steps.
-        for step, score in progression.validations[self._validated.get(name, 0) :]:
-            self._log(name, {"validation": score, "validation_log10_loss": score / _LOG10}, int(step))
-        self._validated[name] = len(progression.validations)
+        self._log_validations(name, progression.validations)
         if not progression.meta_losses:
             if progression.searched:
                 self._log(name, {"search": progression.searched[-1]}, len(progression.searched))
             return
         loss = progression.meta_losses[-1]
-        metrics = {
-            "meta_loss": loss,
-            "log10_loss": loss / _LOG10,
-            "skipped": progression.skipped,
-            "speed": progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0,
-        }
-        if progression.openness:
-            metrics["openness"] = progression.openness[-1]
-            metrics["teleport_price"] = self.teleport_cost * progression.openness[-1]
+        metrics = {"meta_loss": loss, "log10_loss": loss / _LOG10}
+        now = time.monotonic()
+        # Points are what tracking costs: what hardly changes from step to step is logged once a second.
+        if progression.meta_step <= _FIRST or now - self._beside.get(name, 0.0) >= 1.0:
+            self._beside[name] = now
+            metrics["skipped"] = progression.skipped
+            metrics["speed"] = progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0
+            if progression.openness:
+                metrics["openness"] = progression.openness[-1]
+                metrics["teleport_price"] = self.teleport_cost * progression.openness[-1]
         self._log(name, metrics, progression.meta_step)
 
     def finish(self, path: Path) -> None:
@@ -74,6 +75,9 @@ class TrackedTraining:
         card = json.loads((path / "card.json").read_text())
         runs = card.get("training", {}).get("runs", {})
         step = int(runs.get("learned", {}).get("meta_steps", 0))
+        for name, each in runs.items():
+            # The last networks are validated when no meta-step is left to report.
+            self._log_validations(name, each.get("validations", ()))
         self.run.log(final_figures(card), step)
         self.run.tag({WEIGHTS: card["weights_sha256"], "checkpoint": str(path.absolute())})
         self.run.note(card_in_words(card))
@@ -82,6 +86,11 @@ class TrackedTraining:
             draw(self._curves, plot, path.name)
             self.run.artifact(plot, under="plots")
         self.run.model(path, step)
+
+    def _log_validations(self, name: str, validations: Sequence[Sequence[float]]) -> None:
+        for step, score in validations[self._validated.get(name, 0) :]:
+            self._log(name, {"validation": score, "validation_log10_loss": score / _LOG10}, int(step))
+        self._validated[name] = len(validations)
 
     def _log(self, name: str, metrics: Mapping[str, float], step: int) -> None:
         self.run.log({f"{name}/{key}": value for key, value in metrics.items()}, step)

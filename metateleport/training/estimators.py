@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,30 +50,48 @@ class Truncated:
     """Backpropagation through one window at a time; the processes' meta-gradients are summed.
 
     Args:
-        stack: this process's part of the tasks, at their start.
+        stacks: this process's part of the tasks, at their start: one stack, or several that are followed one after
+            another (`outer.tasks_at_once`).
         meta: the networks.
         outer: the outer loop's settings.
         ranks: the processes that share the tasks.
+        total: number of inner steps of the whole run, where the networks are told.
     """
 
-    def __init__(self, stack: TaskStack, meta: MetaOptimizer, outer: TruncatedSettings, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        stacks: Sequence[TaskStack],
+        meta: MetaOptimizer,
+        outer: TruncatedSettings,
+        ranks: Ranks,
+        total: int | None = None,
+    ) -> None:
         self.meta, self.outer, self.ranks = meta, outer, ranks
-        self.unroll = Unroll(stack, meta, outer.first_order, priced=outer.teleport_cost > 0)
+        self.unrolls = [Unroll(stack, meta, outer.first_order, outer.teleport_cost > 0, total) for stack in stacks]
 
     def meta_gradient(self, blind: bool, seconds: float) -> Findings:
         """The derivative of the window's mean log loss, plus the price on teleports; see `Estimator`."""
-        losses = self.unroll.window(self.outer.unroll, loss_known=not blind)
-        # A task whose loss is not finite is left out; the rest of its stack is used.
-        finite = losses.isfinite()
-        loss = torch.where(finite, losses, torch.zeros_like(losses)).sum()
-        opened, counted = openness_sum(self.unroll.openness, like=loss)
-        spent = torch.full_like(loss, seconds / self.ranks.size)
-        # The means are over the tasks of all processes, so their numbers are needed before the backward pass.
-        parts = torch.stack((loss.detach(), finite.sum().to(loss), opened.detach(), counted, spent))
-        whole = self.ranks.total(parts.double())
-        losses_of_all, openness_of_all = whole[1].clamp_min(1).to(loss), whole[3].clamp_min(1).to(loss)
         self.meta.zero_grad()
-        priced(loss / losses_of_all, opened / openness_of_all, self.outer.teleport_cost).backward()
+        several, cost, sums = len(self.unrolls) > 1, self.outer.teleport_cost, []
+        for unroll in self.unrolls:
+            losses = unroll.window(self.outer.unroll, loss_known=not blind)
+            losses = losses[-max(1, round(self.outer.late * len(losses))) :]
+            # A task whose loss is not finite is left out; the rest of its stack is used.
+            finite = losses.isfinite()
+            loss = torch.where(finite, losses, torch.zeros_like(losses)).sum()
+            opened, counted = openness_sum(unroll.openness, like=loss)
+            sums.append(torch.stack((loss.detach(), finite.sum().to(loss), opened.detach(), counted)).double())
+            if several:
+                # How many of all are finite is known after the last stack only, and this one's graph is not kept.
+                share = len(unroll.stack) / self.outer.tasks
+                losses_of_own, openness_of_own = finite.sum().clamp_min(1), counted.clamp_min(1)
+                priced(share * loss / losses_of_own, share * opened / openness_of_own, cost).backward()
+        # The means are over the tasks of all processes, so their numbers are needed before the backward pass.
+        spent = sums[0].new_tensor([seconds / self.ranks.size])
+        whole = self.ranks.total(torch.cat((torch.stack(sums).sum(0), spent)))
+        losses_of_all, openness_of_all = whole[1].clamp_min(1).to(loss), whole[3].clamp_min(1).to(loss)
+        if not several:
+            priced(loss / losses_of_all, opened / openness_of_all, cost).backward()
         if not self.ranks.alone:
             self._sum_gradients()
         means = [float(whole[0] / losses_of_all), float(whole[2] / openness_of_all)]
