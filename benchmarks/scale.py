@@ -199,7 +199,7 @@ def _section(report: dict[str, Any]) -> Iterator[str]:
         f"Each machine has {_tasks_of_one(report)} tasks, as each of the most processes above, so that the stack grows "
         "with the number of machines. A meta-step takes the CPU time of such a process; two times the binary logarithm "
         "of the number of machines in messages, for each exchange; two times its bytes over the bandwidth; and, for "
-        f"PES, the perturbations of all pairs, at {1e9 * report['draw_seconds']:.1f} ns a weight. A cluster has 20 µs a "
+        f"PES, all pairs' perturbations, at {1e9 * report['draw_seconds']:.1f} ns a weight. A cluster has 20 µs a "
         "message and 10 Gbit/s, a wide-area network 50 ms and 100 Mbit/s. Efficiency is the share of the time that is "
         "spent on a machine's own tasks. "
         "Nothing here was run."
