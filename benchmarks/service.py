@@ -87,7 +87,8 @@ def latencies(ask: Any, seconds: float) -> list[float]:
     """Seconds of each of some calls, one after the other."""
     for _ in range(3):
         ask()
-    found, until = [], time.monotonic() + seconds
+    found: list[float] = []
+    until = time.monotonic() + seconds
     while time.monotonic() < until or len(found) < 5:
         began = time.perf_counter()
         ask()
