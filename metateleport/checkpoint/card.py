@@ -71,6 +71,8 @@ _OUTER = table(
         "seconds": optional(number(0)),
         "tasks": whole(1),
         "tasks_at_once": optional(whole(1)),
+        "late": number(0, 1),
+        "told": flag,
         "unroll": whole(1),
         "horizon": whole(1),
         "lr": number(0),

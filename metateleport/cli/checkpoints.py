@@ -17,8 +17,8 @@ __all__ = ["add", "serves"]
 
 _EXAMPLES = """\
 examples:
-  metateleport checkpoints
-  metateleport checkpoints --json
+  metateleport checkpoints                 the shipped ones and those of METATELEPORT_CHECKPOINTS
+  metateleport checkpoints --json          the same for a program
 """
 
 _MODELS = {

@@ -15,9 +15,8 @@ __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
-  metateleport show digits
-  metateleport show models:/lora@champion
-  metateleport show runs/mine --json
+  metateleport show digits                 a shipped checkpoint
+  metateleport show models:/digits@champion --json
 """
 
 

@@ -11,7 +11,7 @@ __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
-  metateleport sync      after a run has said that MLflow's store cannot be reached
+  metateleport sync                        sends what was kept, and says what is still waiting
 """
 
 

@@ -127,11 +127,11 @@ def test_what_a_browser_shows(tmp_path: Path) -> None:
                 "run": (f"{own}?{view}", "final/validation"),
                 "curves": (f"{own}/model-metrics?{view}", "log10_loss"),
                 "compare": (
-                    f"#/compare-runs?runs=[%22{run_id}%22,%22{other}%22]&experiments=[%22{experiment}%22]&{view}",
+                    f"#/compare-runs?{both}&{view}",
                     "stays",
                 ),
                 "plot": (
-                    f"#/experiments/{experiment}/runs/{run_id}/artifacts/plots/training.png?{view}",
+                    f"{own}/artifacts/plots/training.png?{view}",
                     "training.png",
                 ),
                 "registry": (f"#/models/mine?{view}", "champion"),

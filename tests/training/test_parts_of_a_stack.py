@@ -33,4 +33,4 @@ def test_the_meta_gradient_is_that_of_the_whole_stack(cost: float) -> None:
         largest = max(float(value.abs().max()) for value in gradients)
         for one, other in zip(gradients, own, strict=True):
             # Logarithms of covariances that are nearly singular amplify rounding.
-            torch.testing.assert_close(other, one, rtol=0, atol=1e-7 * largest)
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * largest)
