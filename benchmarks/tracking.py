@@ -89,8 +89,8 @@ def page(report: dict[str, Any], rate: float) -> str:
             f"A training of {rate:g} meta-steps a second, {old['seconds']:.0f} s long, with a sqlite store.",
             "",
             f"- First metrics are in the store after {old['first_metrics_after']:.1f} s, on a new store after "
-            f"{new['first_metrics_after']:.1f} s (wall); of these {old['set_up_cpu']:.1f} and {new['set_up_cpu']:.1f} s "
-            "are CPU time of setting up, which importing MLflow and making the tables take.",
+            f"{new['first_metrics_after']:.1f} s (wall); of these {old['set_up_cpu']:.1f} and "
+            f"{new['set_up_cpu']:.1f} s are CPU time of setting up, which importing MLflow and making the tables take.",
             f"- After that tracking takes {100 * old['share']:.2g} % of one CPU: "
             f"{1e6 * old['logging_cpu'] / old['meta_steps']:.0f} us of each meta-step, and {old['sending_cpu']:.2f} s "
             "of the thread that sends.",

@@ -17,9 +17,8 @@ __all__ = ["add", "serves"]
 
 _EXAMPLES = """\
 examples:
-  metateleport checkpoints
-  metateleport checkpoints --json                  for programs
-  metateleport show digits                         one of them at length
+  metateleport checkpoints                 the shipped ones and those of METATELEPORT_CHECKPOINTS
+  metateleport checkpoints --json          the same for a program
 """
 
 _MODELS = {

@@ -15,10 +15,8 @@ __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
-  metateleport show digits                         a shipped checkpoint
-  metateleport show runs/mine                      one of yours
-  metateleport show models:/mine@champion          one that was promoted
-  metateleport show digits --json                  the whole card, for programs
+  metateleport show digits                 a shipped checkpoint
+  metateleport show models:/digits@champion --json
 """
 
 

