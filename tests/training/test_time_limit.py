@@ -13,11 +13,11 @@ import metateleport as mt
 from metateleport.training import MetaTrainer, train
 from metateleport.training.unroll import Unroll
 
-STEP = 0.01
+STEP = 0.02
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Callable[[], float]]:
-    """The inner steps that are taken, and a clock by which each takes a hundredth of a second."""
+    """The inner steps that are taken, and a clock by which each takes a fiftieth of a second."""
     steps, own = [0], Unroll.window
 
     def window(self: Unroll, length: int, *rest: bool, **named: bool) -> object:
