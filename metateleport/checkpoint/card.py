@@ -259,7 +259,10 @@ def _check_sense(card: Mapping[str, Any]) -> None:
     if recipe is not None:
         _check_agree(recipe, networks)
         family = card.get("family", {})
-        ours = {"name": family.get("name"), **family.get("settings", {})}
+        ours = dict(family.get("settings", {}))
+        # A recipe may give a family by the path of its file, and a file's class may have another name.
+        if not str(recipe["family"].get("name", "")).endswith(".py"):
+            ours["name"] = family.get("name")
         for name, value in recipe["family"].items():
             # A recipe may name its family by the path of a file.
             same = name == "name" and str(value).endswith(".py")

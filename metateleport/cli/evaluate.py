@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -123,7 +124,8 @@ def add(commands: Any) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="number of processes for the runs, with one thread each (default %(default)s)",
+        help="number of processes for the runs, with one thread each (default %(default)s); on several machines: "
+        "torchrun ... -m metateleport evaluate",
     )
     parser.add_argument("--fresh", action="store_true", help="run and tune anew, ignoring results that are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
@@ -138,7 +140,17 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.checkpoint.card import CARD
-    from metateleport.evaluation import Bench, plot, record_result, report_of, run_plan, target_of, write_report
+    from metateleport.evaluation import (
+        Bench,
+        plot,
+        record_result,
+        report_of,
+        run_plan,
+        share_plan,
+        target_of,
+        write_report,
+    )
+    from metateleport.training import joined
 
     _check(arguments)
     bench = Bench(_plan(arguments))
@@ -150,8 +162,13 @@ def run(arguments: argparse.Namespace) -> int:
     target = _target(arguments, bench.names)
     if arguments.against is not None and arguments.against not in bench.names:
         raise UsageError(f"--against {arguments.against}: that is none of the methods: {', '.join(bench.names)}")
-    with status("starting") as doing:
-        evaluation = run_plan(bench, arguments.jobs, doing)
+    with joined(bench.plan.device) as ranks:
+        if arguments.jobs > 1 and not ranks.alone:
+            raise UsageError(f"--jobs {arguments.jobs} under torchrun, which has its own processes: leave it out")
+        with status("starting") if ranks.first else contextlib.nullcontext() as doing:
+            evaluation = run_plan(bench, arguments.jobs, doing) if ranks.alone else share_plan(bench, ranks, doing)
+    if evaluation is None:
+        return 0
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
     report = {**report_of(evaluation, arguments.against), **aimed}
     _show(report, bench)

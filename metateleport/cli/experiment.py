@@ -161,4 +161,8 @@ def _track(experiment: Experiment, result: ExperimentResult) -> None:
         experiment.plot(result, files[1])
         for path in files:
             run.artifact(path)
-    say(f"MLflow: run {run.id} in the experiment {'experiment ' + result.experiment!r}; see it with: metateleport ui")
+    if run.id is not None:
+        say(
+            f"MLflow: run {run.id} in the experiment {'experiment ' + result.experiment!r}; see it with: metateleport "
+            "ui"
+        )

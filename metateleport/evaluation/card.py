@@ -35,6 +35,9 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
     if any(name.startswith(ABLATED) for name in report["methods"]):
         # An entry of its own, so that it does not replace the result of the whole optimizer.
         key += ", parts of the basis left out"
+    rules = report.get("rules", {})
+    if rules.get("rivals") == "fair":
+        key += f", rivals under fair rules for the {rules['criterion']}"
     update_card(path, {"results": {**results, key: {**result_of(report), "command": command}}})
 
 

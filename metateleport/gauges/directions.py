@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metateleport.gauges.roots import inverse_root
 
-__all__ = ["DIRECTIONS", "Direction", "in_gauge", "polar_by_gram"]
+__all__ = ["DIRECTIONS", "Direction", "in_gauge", "polar_by_gram", "polar_of_gram"]
 
 Direction = Literal["polar", "adam", "descent"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -18,11 +18,39 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
 
-def polar_by_gram(rows: Tensor) -> Tensor:
-    r"""Nearly the polar factor of tall matrices, as `metateleport.linalg.polar_factors`, from their Gram matrices.
+def polar_of_gram(gram: Tensor) -> Tensor:
+    r"""$P$ with $X P$ nearly the polar factor of $X$, from $N = X^\top X$: $k \times k$ matrices alone.
 
-    With $N = X^\top X$ the odd polynomial's steps are $P \mapsto P\,p$, $N \mapsto p\,N p$ with
-    $p = a + b N + c N^2$, and the answer is $X P$: all but two products are of $k \times k$ matrices.
+    The odd polynomial of `metateleport.linalg.polar_factors` is $P \mapsto P\,p$, $N \mapsto p\,N p$ with
+    $p = a + b N + c N^2$.
+
+    Args:
+        gram: $N$, `(batch, k, k)`.
+
+    Returns:
+        $P$, `(batch, k, k)`, which is nearly $N^{-1/2}$.
+
+    Example:
+        >>> polar_of_gram(torch.full((1, 1, 1), 4.0)).shape
+        torch.Size([1, 1, 1])
+    """
+    size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    size = size + torch.finfo(gram.dtype).tiny ** 0.5
+    gram = gram / size
+    a, b, c = _COEFFICIENTS
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    total: Tensor | None = None
+    for step in range(_STEPS):
+        factor = torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
+        total = factor if total is None else total @ factor
+        if step < _STEPS - 1:
+            gram = factor @ gram @ factor
+    assert total is not None
+    return total / size.sqrt()
+
+
+def polar_by_gram(rows: Tensor) -> Tensor:
+    """Nearly the polar factor of tall matrices, as `metateleport.linalg.polar_factors`, from their Gram matrices.
 
     Args:
         rows: `(batch, n, k)`.
@@ -38,20 +66,7 @@ def polar_by_gram(rows: Tensor) -> Tensor:
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the polynomial.
     """
-    gram = rows.mT @ rows
-    size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    size = size + torch.finfo(rows.dtype).tiny ** 0.5
-    gram = gram / size
-    a, b, c = _COEFFICIENTS
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    total: Tensor | None = None
-    for step in range(_STEPS):
-        factor = a * eye + b * gram + c * (gram @ gram)
-        total = factor if total is None else total @ factor
-        if step < _STEPS - 1:
-            gram = factor @ gram @ factor
-    assert total is not None
-    return rows @ (total / size.sqrt())
+    return rows @ polar_of_gram(rows.mT @ rows)
 
 
 def in_gauge(direction: Direction, covector: Tensor, gauge: Tensor, squares: Tensor | None = None) -> Tensor:

@@ -55,13 +55,19 @@ class Truncated:
         meta: the networks.
         outer: the outer loop's settings.
         ranks: the processes that share the tasks.
+        total: number of inner steps of the whole run, where the networks are told.
     """
 
     def __init__(
-        self, stacks: Sequence[TaskStack], meta: MetaOptimizer, outer: TruncatedSettings, ranks: Ranks
+        self,
+        stacks: Sequence[TaskStack],
+        meta: MetaOptimizer,
+        outer: TruncatedSettings,
+        ranks: Ranks,
+        total: int | None = None,
     ) -> None:
         self.meta, self.outer, self.ranks = meta, outer, ranks
-        self.unrolls = [Unroll(stack, meta, outer.first_order, priced=outer.teleport_cost > 0) for stack in stacks]
+        self.unrolls = [Unroll(stack, meta, outer.first_order, outer.teleport_cost > 0, total) for stack in stacks]
 
     def meta_gradient(self, blind: bool, seconds: float) -> Findings:
         """The derivative of the window's mean log loss, plus the price on teleports; see `Estimator`."""
@@ -69,6 +75,7 @@ class Truncated:
         several, cost, sums = len(self.unrolls) > 1, self.outer.teleport_cost, []
         for unroll in self.unrolls:
             losses = unroll.window(self.outer.unroll, loss_known=not blind)
+            losses = losses[-max(1, round(self.outer.late * len(losses))) :]
             # A task whose loss is not finite is left out; the rest of its stack is used.
             finite = losses.isfinite()
             loss = torch.where(finite, losses, torch.zeros_like(losses)).sum()

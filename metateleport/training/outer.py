@@ -145,6 +145,10 @@ class TruncatedSettings(WindowedSettings):
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         tasks_at_once: number of a process's tasks that are followed in one graph; None for all. The meta-gradient is
             then added up over parts of the stack, and the memory is that of one part.
+        late: share of a window's losses, at its end, that the meta-loss is the mean of, and of a horizon's that the
+            score is. With all of them networks learn to be quick in the window under way; with the last ones to be
+            far at its end.
+        told: whether the networks are told how long a run is, in three stacks of four, if their rule makes use of it.
 
     Example:
         >>> [TruncatedSettings(unroll=10, horizon=30).windows(share) for share in (0.0, 0.25, 0.5)]
@@ -155,6 +159,8 @@ class TruncatedSettings(WindowedSettings):
 
     first_order: bool = setting(False)
     tasks_at_once: int | None = setting(None, AT_LEAST_ONE, 10**6)
+    late: float = setting(1.0, Range("a share of the losses, above 0 and at most 1", lambda value: 0 < value <= 1))
+    told: bool = setting(False)
 
     def windows(self, share: float) -> int:
         return max(1, round(1 + (self.horizon / self.unroll - 1) * min(1.0, 2 * share)))

@@ -105,6 +105,11 @@ cooling
                 f"outer.teleport_cost = {self.outer.teleport_cost:g} is a price on teleports, and none is learned: "
                 "leave it out, or add teleport or gauge"
             )
+        if isinstance(self.outer, TruncatedSettings) and self.outer.told and not self.rule.reads_total:
+            raise SettingsError(
+                f"outer.told tells the length of a run, and rule.kind = {self.rule.kind!r} makes no use of it: leave "
+                "it out"
+            )
         if self.outer.meta_steps is not None and self.validation.every > self.outer.meta_steps:
             raise SettingsError(
                 f"validation.every = {self.validation.every} is never reached in outer.meta_steps = "

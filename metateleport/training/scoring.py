@@ -62,9 +62,16 @@ def dealt(
 
 
 def score(
-    meta: MetaOptimizer, stacks: Iterable[TaskStack], horizon: int, cost: float, tasks: int = 0, ranks: Ranks = ALONE
+    meta: MetaOptimizer,
+    stacks: Iterable[TaskStack],
+    horizon: int,
+    cost: float,
+    tasks: int = 0,
+    ranks: Ranks = ALONE,
+    late: float = 1.0,
+    told: bool = False,
 ) -> Score:
-    """Mean log loss along the horizon plus the price on teleports, without a graph.
+    """Mean log loss along the horizon, or its end, plus the price on teleports, without a graph.
 
     Args:
         meta: the meta-optimizer.
@@ -73,6 +80,8 @@ def score(
         cost: the price on a teleport that is wide open.
         tasks: number of tasks of all processes, if there are several.
         ranks: the processes; the stacks are those of this one, as `dealt` gives them.
+        late: share of the horizon, at its end, that the mean is over.
+        told: whether the networks are told the horizon.
 
     Returns:
         The score, the same on all processes, whatever their number.
@@ -87,8 +96,9 @@ def score(
     """
     rows = [torch.empty(0, 3, dtype=torch.float64, device=ranks.device)]
     for stack in stacks:
-        unroll = Unroll(stack, meta)
-        means = bounded(unroll.window(horizon, track=False).detach()).mean(0)
+        unroll = Unroll(stack, meta, total=horizon if told else None)
+        losses = bounded(unroll.window(horizon, track=False).detach())
+        means = losses[-max(1, round(late * len(losses))) :].mean(0)
         opened, counted = openness_sum(unroll.openness, like=means, dim=0)
         rows.append(torch.stack((means, opened, counted), 1).to(rows[0]))
     losses, opened, counted = ranks.gathered(torch.cat(rows), tasks).unbind(1)

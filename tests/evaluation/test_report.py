@@ -266,7 +266,7 @@ class TestEvaluations:
         write_pages(tmp_path / "out", [], [result])
         page = (tmp_path / "out" / "none.md").read_text()
         assert "Diverged: adam on 2 of 2 tasks." in page
-        assert "No card was given" in page
+        assert "This page has evaluations only" in page
 
     @pytest.mark.parametrize(
         ("spoil", "said"),

@@ -52,6 +52,8 @@ class UpdateRule(abc.ABC):
 
     tolerance: ClassVar[Tolerance] = Tolerance()
     divides_by_loss: ClassVar[bool] = False
+    reads_factors: ClassVar[bool] = False
+    """Whether it steps the factors of exact symmetries in gauges; it asks for their weights and for no pass."""
     per_tensor: ClassVar[tuple[str, ...]] = ()
     void_on_change: ClassVar[tuple[str, ...]] = ()
     void_on_growth: ClassVar[tuple[str, ...]] = ()
@@ -105,6 +107,8 @@ class RuleSettings(Settings, abc.ABC):
 
     part: ClassVar[str] = "rule"
     kind: ClassVar[str] = ""
+    reads_total: ClassVar[bool] = False
+    """Whether the rule makes its steps shorter itself where the length of the run is told."""
 
     @property
     def learns(self) -> Learns:
