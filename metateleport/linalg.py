@@ -211,7 +211,7 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
         found = found.bfloat16()
     a, b, c = _COEFFICIENTS
     for _ in range(_POLAR_STEPS):
-        gram = found @ found.mT
+        gram = torch.bmm(found, found.mT)
         found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     found = (found if wide else found.mT).to(first.dtype)
     return [each.reshape(first.shape) for each in found.split(first.shape[0])]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.progress import status
 
 if TYPE_CHECKING:
     from metateleport.evaluation import Bench, FairRules, Plan, Target
@@ -102,6 +103,16 @@ def add(commands: Any) -> None:
         "evaluations to the --target, or seconds to it",
     )
     parser.add_argument(
+        "--trial-tasks", type=positive, metavar="N", help="with --rivals fair: training tasks of a trial (default 8)"
+    )
+    parser.add_argument(
+        "--every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="measure the losses every N evaluations and at the marks, which is not counted but takes time (default 1)",
+    )
+    parser.add_argument(
         "--against", metavar="METHOD", help="also give all other methods' losses over this one's, as adamw"
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="dtype of the tasks (default: the family's)")
@@ -135,8 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     target = _target(arguments, bench.names)
     if arguments.against is not None and arguments.against not in bench.names:
         raise UsageError(f"--against {arguments.against}: that is none of the methods: {', '.join(bench.names)}")
-    with Console(stderr=True).status("starting") as status:
-        evaluation = run_plan(bench, arguments.jobs, status.update)
+    with status("starting") as doing:
+        evaluation = run_plan(bench, arguments.jobs, doing)
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
     report = {**report_of(evaluation, arguments.against), **aimed}
     _show(report, bench)
@@ -150,16 +161,16 @@ def run(arguments: argparse.Namespace) -> int:
         record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
         say(f"wrote the result into the card of {checkpoint.name}")
     if not arguments.no_track:
-        _track(report, None if checkpoint is None else checkpoint.path)
+        _track(report, None if checkpoint is None else checkpoint.card)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises a `UsageError` for arguments that cannot work, before any work starts."""
     if not arguments.no_track:
-        from metateleport.tracking import require_mlflow
+        from metateleport.tracking import check_tracking
 
-        require_mlflow()
+        check_tracking()
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot writes png, svg or pdf, by the file's suffix; not {str(arguments.plot)!r}")
     for path in (arguments.json, arguments.plot):
@@ -185,6 +196,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         device=str(device_for(arguments.device)),
         all_meta_seeds=arguments.meta_seeds == "all",
         fresh=arguments.fresh,
+        every=arguments.every,
         rules=_rules(arguments),
     )
 
@@ -192,9 +204,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _rules(arguments: argparse.Namespace) -> FairRules | None:
     from metateleport.evaluation import FairRules, Target
 
-    given = {name: getattr(arguments, name) for name in ("trials", "measure")}
+    given = {"trials": arguments.trials, "measure": arguments.measure, "tasks": arguments.trial_tasks}
     if arguments.rivals != "fair":
-        wrong = [f"--{name}" for name, value in given.items() if value is not None]
+        flags = {"tasks": "--trial-tasks"}
+        wrong = [flags.get(name, f"--{name}") for name, value in given.items() if value is not None]
         if wrong:
             raise UsageError(f"{' and '.join(wrong)}: that is a rule of --rivals fair, which is not given")
         return None
@@ -244,17 +257,17 @@ def _show(report: dict[str, Any], bench: Bench) -> None:
         )
 
 
-def _track(report: dict[str, Any], checkpoint: Path | None) -> None:
-    from metateleport.evaluation import plot, write_report
+def _track(report: dict[str, Any], card: dict[str, Any] | None) -> None:
+    from metateleport.evaluation import plot, words_of, write_report
     from metateleport.tracking import track_evaluation
 
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "evaluation.json", Path(folder) / "evaluation.png"]
         write_report(files[0], report)
         plot(report, files[1])
-        ids = track_evaluation(report, files, checkpoint, say)
-    say(
-        f"MLflow: {len(ids)} runs in the experiment {report['task']['name']!r}"
-        + (f", that of the learned method is {ids['learned']}" if "learned" in ids else "")
-        + "; compare them with: metateleport ui"
-    )
+        ids = track_evaluation(report, files, card, "\n\n".join(words_of(report)), say)
+    if ids["evaluation"] is not None:
+        say(
+            f"MLflow: {len(ids)} runs in the experiment {report['task']['name']!r}, that of the evaluation is "
+            f"{ids['evaluation']}; compare them with: metateleport compare {report['task']['name']}, or metateleport ui"
+        )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metateleport.checkpoint.checkpoint import CARD, update_card
+from metateleport.checkpoint import read_card, update_card
 from metateleport.evaluation.marks import marks
 from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.words import ABLATED, over_seeds
@@ -26,8 +25,11 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
         path: the checkpoint's folder.
         report: the evaluation's report, as `metateleport.evaluation.report_of` returns it.
         command: the command that made the evaluation.
+
+    Raises:
+        CheckpointError: if the card cannot be read.
     """
-    results = json.loads((Path(path) / CARD).read_text()).get("results", {})
+    results = read_card(Path(path)).get("results", {})
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
     key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
     if any(name.startswith(ABLATED) for name in report["methods"]):

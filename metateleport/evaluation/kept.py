@@ -23,19 +23,13 @@ from torch import Tensor
 from metateleport.evaluation.conditions import conditions_of
 from metateleport.evaluation.trajectory import Method, Trajectory
 from metateleport.families import TaskFamily, TaskStack
-from metateleport.files import replacing
+from metateleport.files import cache_folder, replacing
 
 __all__ = ["KeptRun", "KeptRuns", "cache_folder", "digest", "foundations"]
 
 _FORMAT = 1
 _DAYS = 30
 _JOBS = "jobs"
-
-
-def cache_folder(name: str) -> Path:
-    """The cache folder of that name: under `METATELEPORT_CACHE` if it is set, else under `~/.cache/metateleport`."""
-    root = os.environ.get("METATELEPORT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "metateleport") / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +57,7 @@ class KeptRuns:
         stack: the tasks.
         steps: the budget.
         folder: folder of the files; `cache_folder("runs")` if not given.
+        every: gradient evaluations between two measurements.
 
     Example:
         >>> import tempfile
@@ -76,11 +71,13 @@ class KeptRuns:
         ((2, 6), None)
     """
 
-    def __init__(self, family: TaskFamily, stack: TaskStack, steps: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, family: TaskFamily, stack: TaskStack, steps: int, folder: Path | None = None, every: int = 1
+    ) -> None:
         self.folder = folder or cache_folder("runs")
         self._shape = (len(stack), steps + 1)
         self._family = family.name
-        self._foundations = foundations(family, stack, steps)
+        self._foundations = foundations(family, stack, steps) + (f" every {every}" if every > 1 else "")
         _sweep(self.folder)
 
     def get(self, method: Method) -> KeptRun | None:

@@ -27,7 +27,7 @@ from metateleport.evaluation.run import (
     result_of,
     run_once,
 )
-from metateleport.evaluation.trajectory import Method
+from metateleport.evaluation.trajectory import Method, every_so_often
 from metateleport.evaluation.tuning import tune
 from metateleport.evaluation.words import ABLATED
 from metateleport.families import TaskFamily, TaskStack, load_family
@@ -91,6 +91,7 @@ class Plan:
         device: where to run.
         all_meta_seeds: run the learned methods of every meta-seed, not only of the chosen one.
         fresh: run and tune anew, ignoring what is kept.
+        every: gradient evaluations between two measurements of a run's losses.
         rules: fair rules that rivals are tuned by; None for a grid that is searched until its best lies inside.
     """
 
@@ -106,6 +107,7 @@ class Plan:
     device: str = "cpu"
     all_meta_seeds: bool = True
     fresh: bool = False
+    every: int = 1
     rules: FairRules | None = None
 
 
@@ -162,7 +164,8 @@ class Bench:
         run = kept
         if run is None:
             progress(f"{unit} on {self.plan.tasks} held-out tasks")
-            run = KeptRun(run_once(method, self._stack, self.plan.steps), jobs)
+            with every_so_often(self.plan.every):
+                run = KeptRun(run_once(method, self._stack, self.plan.steps), jobs)
             self._runs.put(method, run)
         return Done(unit, result_of(method, run.trajectory), measure_of(self._stack), run.jobs, kept is not None)
 
@@ -207,7 +210,7 @@ class Bench:
 
     @functools.cached_property
     def _runs(self) -> KeptRuns:
-        return KeptRuns(self.family, self._stack, self.plan.steps)
+        return KeptRuns(self.family, self._stack, self.plan.steps, every=self.plan.every)
 
     @property
     def _dtype(self) -> torch.dtype | None:

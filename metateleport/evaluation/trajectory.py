@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metateleport.evaluation.lost import where
+from metateleport.evaluation.marks import marks
 from metateleport.families import TaskStack
 from metateleport.families.stack import Batch
 
@@ -114,7 +115,7 @@ def ends_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def every_so_often(evaluations: int) -> Iterator[None]:
-    """Inside the block recorders measure every so many gradient evaluations, and the end.
+    """Inside the block recorders measure every so many gradient evaluations, at the marks and at the end.
 
     Between them a trajectory keeps the last value that was measured.
 
@@ -208,10 +209,11 @@ class Recorder:
             self._reached[reached] = now
 
     def _is_due(self) -> bool:
-        """Whether it is time to measure again, or some task has no evaluation left."""
+        """Whether it is time to measure again: so many evaluations have passed, or a mark or the end is reached."""
         if self._every == 1:
             return True
-        passed = int(float(self.spent.max()) + _ROUNDING) // self._every
+        spent = int(float(self.spent.max()) + _ROUNDING)
+        passed = spent // self._every + sum(spent >= mark for mark in marks(self.budget))
         if passed == self._measured and bool(self.affords().all()):
             return False
         self._measured = passed
@@ -271,9 +273,11 @@ class Recorder:
         stack, held_out, score = self.stack, self.stack.held_out, self.stack.score
         found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
-            found["held_out_loss"] = stack.losses_at(parameters, held_out)
+            # One pass serves the loss and the score.
+            outputs = stack.outputs(parameters, held_out[0])
+            with torch.no_grad():
+                found["held_out_loss"] = stack.each(stack.loss, outputs, *held_out[1])
             if score is not None:
-                outputs = stack.outputs(parameters, held_out[0])
                 found["held_out_accuracy"] = stack.each(score, outputs, *held_out[1])
         return {name: values.detach().double().cpu().numpy() for name, values in found.items()}
 

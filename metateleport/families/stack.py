@@ -15,7 +15,7 @@ from metateleport.capture import Recording, channel_modules, modules_of, record
 from metateleport.families.probed import ProbedLosses
 from metateleport.families.stackable import check_stackable, movable
 from metateleport.families.task import Batch, Task
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, lasting
 
 __all__ = ["TaskStack", "stacked_name"]
 
@@ -74,6 +74,7 @@ class TaskStack(nn.Module):
         """Names of the modules whose inputs and cotangents symmetries need."""
         self._has_channels = channel_modules(self.template, self.watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
+        self._constant: dict[str, tuple[Any, Tensor]] = {}
         self.batched = True
         """Whether `vmap` batches the tasks; a model that does not go through it is run task by task."""
         self.to(device)
@@ -250,7 +251,17 @@ class TaskStack(nn.Module):
             return self.loss(outputs, *wanted), activations
 
         losses, activations = self.each(single, parameters, self.fixed(), inputs, targets, probes)
-        return losses, activations, probes
+        return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
+
+    def _same_again(self, name: str, value: Tensor) -> Tensor:
+        """Inputs of a module that are the same memory as in the last pass, such as data, as the same lasting tensor."""
+        if not self.deterministic or value.requires_grad:
+            return value
+        seen = (value.data_ptr(), value._version, value.shape, value.stride())
+        kept = self._constant.get(name)
+        if kept is None or kept[0] != seen:
+            kept = self._constant[name] = (seen, lasting(value.view_as(value)))
+        return kept[1]
 
     def _zeros(self, parameters: Tensors, inputs: tuple[Tensor, ...]) -> Tensors:
         """Zeros to add to the outputs of the watched modules: the loss's gradient on them is the cotangent."""

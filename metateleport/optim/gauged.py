@@ -22,7 +22,7 @@ from metateleport.optim.parameters import dense_gradient, master, raised, traina
 from metateleport.point import Tensors
 from metateleport.symmetries import Symmetry, Unsuitable
 
-__all__ = ["GaugedOptimizer"]
+__all__ = ["FLOOR", "MATCHED", "GaugedOptimizer"]
 
 FLOOR = 0.1
 """The floor on the singular values of a pair's product, in steps."""

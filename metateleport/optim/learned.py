@@ -99,7 +99,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Args:
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter, as `torch.optim`'s
             own take them. Without a model there are no symmetries to move along.
-        checkpoint: a checkpoint's name or path, a loaded checkpoint or a `MetaOptimizer`.
+        checkpoint: a checkpoint's name, path or address in MLflow (`models:/lora@champion`), a loaded checkpoint, a
+            `MetaOptimizer`, or what `metateleport.connect` gave.
         symmetries: of the model, in the order of the data flow; found in it if not given, none if empty.
         example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model, not only of an
             `nn.Sequential`.
@@ -676,6 +677,10 @@ def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, A
     """The meta-optimizer, what it is called, and what its card says that it is made for."""
     if isinstance(checkpoint, MetaOptimizer):
         return checkpoint, "this meta-optimizer", {}
+    service = getattr(checkpoint, "service", None)
+    if service is not None:
+        # What `metateleport.connect` gave: its networks run elsewhere.
+        return service.meta_optimizer(), repr(service.name), service.made_for
     from metateleport.checkpoint import Checkpoint, load_checkpoint, meta_optimizer_of
 
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)

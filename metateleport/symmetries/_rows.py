@@ -7,11 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metateleport.point import made_of
+
 __all__ = ["fitted_to", "has_full_rank", "least_norm_over"]
 
 
 def has_full_rank(rows: Tensor) -> Tensor:
     """Whether there are at most as many rows as columns and all of them independent, `(*batch,)`."""
+    return made_of(rows, "full rank", lambda: _full_rank(rows))
+
+
+def _full_rank(rows: Tensor) -> Tensor:
     if rows.shape[-2] > rows.shape[-1]:
         return torch.zeros(rows.shape[:-2], dtype=torch.bool, device=rows.device)
     # The decompositions raise on what is not finite, and spoil the whole batch.
@@ -37,6 +43,10 @@ def least_norm_over(rows: Tensor) -> Callable[[Tensor], Tensor]:
     needs no singular value decomposition. Where the rows are dependent and there is no such X, the answer is zero with
     finite derivatives, so that one task does not spoil the others of its batch.
     """
+    return made_of(rows, "least norm", lambda: _solver(rows))
+
+
+def _solver(rows: Tensor) -> Callable[[Tensor], Tensor]:
     if rows.shape[-2] > rows.shape[-1]:
         pseudo_inverse = torch.linalg.pinv(torch.where(_finite(rows), rows, 0.0))
         return lambda target: pseudo_inverse @ target

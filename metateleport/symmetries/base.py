@@ -205,6 +205,10 @@ class Symmetry(abc.ABC):
         """The diagonals of `matrices`, `(*batch, size)`: all that is read of them where the group is a diagonal one."""
         return {name: torch.diagonal(value, dim1=-2, dim2=-1) for name, value in self.matrices(point).items()}
 
+    def moments(self, point: Point) -> dict[str, Tensor]:
+        """Those of `matrices` that are moments: products of weights and their gradients, of any sign."""
+        return {name: value for name, value in self.matrices(point).items() if name.endswith("moment")}
+
     def _batch(self, point: Point) -> int:
         """Number of batch dimensions of a point."""
         return 0 if point.loss is None else point.loss.ndim
@@ -305,9 +309,14 @@ class Pair(Symmetry):
             first_gradient, second_gradient = self._rows(point, point.gradients)
             found["incoming_gradient_covariance"] = first_gradient @ first_gradient.mT
             found["outgoing_gradient_covariance"] = second_gradient.mT @ second_gradient
-            found["outgoing_moment"] = second.mT @ second_gradient
-            found["incoming_moment"] = first_gradient @ first.mT
+            found |= self.moments(point)
         return found
+
+    def moments(self, point: Point) -> dict[str, Tensor]:
+        if self.first_weight not in point.gradients or self.second_weight not in point.gradients:
+            return {}
+        (first, second), (first_gradient, second_gradient) = self._rows(point), self._rows(point, point.gradients)
+        return {"outgoing_moment": second.mT @ second_gradient, "incoming_moment": first_gradient @ first.mT}
 
     def diagonals(self, point: Point) -> dict[str, Tensor]:
         first, second = self._rows(point)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from metateleport.cli.commands import _parser
 from metateleport.cli.common import UsageError
-from metateleport.cli.main import _parser
 from metateleport.cli.train import _recipe
 from metateleport.families import load_family
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metateleport.evaluation.methods.schedule import DECAYS
 from metateleport.evaluation.methods.scheduled import Scheduled
@@ -14,7 +16,7 @@ from metateleport.evaluation.rival import Choice, Lattice, Rival
 from metateleport.evaluation.trajectory import Method
 from metateleport.torchvision import define_operators
 
-__all__ = ["RIVALS", "lora_plus", "lora_rite", "riemannian"]
+__all__ = ["RIVALS", "Riemannian", "lora_plus", "lora_rite", "riemannian"]
 
 
 def lora_plus(model: nn.Module, lr: float, ratio: float) -> torch.optim.Optimizer:
@@ -33,20 +35,46 @@ def lora_plus(model: nn.Module, lr: float, ratio: float) -> torch.optim.Optimize
     return made
 
 
-def riemannian(model: nn.Module, lr: float, reg: float = 1e-2) -> torch.optim.Optimizer:
-    """PEFT's Riemannian-preconditioned AdamW, without weight decay.
+class Riemannian(torch.optim.AdamW):
+    r"""PEFT's Riemannian-preconditioned AdamW on stacks of matrices, which PEFT's own leaves as they are.
+
+    $$G_A \mapsto (B^\top B + \epsilon I)^{-1} G_A, \qquad G_B \mapsto G_B (A A^\top + \epsilon I)^{-1},$$
+
+    and then AdamW's step, without weight decay.
 
     Args:
-        model: one task's model, with PEFT's names.
+        pairs: A, `(..., rank, features)`, and B, `(..., features, rank)`, of every adapter.
+        others: further parameters, which AdamW alone steps.
         lr: step size.
-        reg: damping of the preconditioners.
+        reg: $\epsilon$.
 
     Source: Zhang and Pilanci, ICML 2024 (arXiv 2402.02347).
     """
-    made: torch.optim.Optimizer = _peft().create_riemannian_optimizer(
-        model, torch.optim.AdamW, lr=lr, reg=reg, weight_decay=0.0
-    )
-    return made
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], others: Sequence[Tensor], lr: float, reg: float) -> None:
+        super().__init__([*itertools.chain(*pairs), *others], lr=lr, weight_decay=0.0)
+        self.pairs, self.reg = tuple(pairs), reg
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for down, up in self.pairs:
+            if down.grad is None or up.grad is None:
+                continue
+            down.grad = self._inverse(up.mT @ up) @ down.grad
+            up.grad = up.grad @ self._inverse(down @ down.mT)
+        super().step()
+
+    def _inverse(self, matrix: Tensor) -> Tensor:
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.pinv(matrix + self.reg * eye)
+
+
+def riemannian(model: nn.Module, lr: float, reg: float = 1e-2) -> torch.optim.Optimizer:
+    """The Riemannian-preconditioned AdamW on a stack of tasks or a model with PEFT's names."""
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    pairs = [(value, named[name.replace("lora_A", "lora_B")]) for name, value in named.items() if "lora_A" in name]
+    others = [value for name, value in named.items() if "lora_A" not in name and "lora_B" not in name]
+    return Riemannian(pairs, others, lr, reg)
 
 
 def lora_rite(model: nn.Module, lr: float, beta2: float = 0.999) -> torch.optim.Optimizer:
@@ -77,7 +105,7 @@ def _lora_plus(**settings: Any) -> Method:
 
 
 def _riemannian(**settings: Any) -> Method:
-    return Scheduled("riemannian", riemannian, stacked=False, **settings)
+    return Scheduled("riemannian", riemannian, **settings)
 
 
 def _lora_rite(**settings: Any) -> Method:
@@ -103,12 +131,9 @@ RIVALS = (
         _riemannian,
         Lattice(-4, -1),
         {**_DECAY, "reg": Choice((1e-2, 1e-4))},
-        tasks=8,
         on_request=True,
         fair=True,
         needs="LoRA pair",
-        library="peft",
-        extra="lora",
     ),
     Rival(
         "lora-rite",

@@ -18,6 +18,7 @@ _FILES = (
     "muon",
     "soap",
     "lora",
+    "gauged",
 )
 """Files of this folder, each with a tuple `RIVALS`, in the order in which tables list the rivals."""
 

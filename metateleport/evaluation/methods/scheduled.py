@@ -30,7 +30,7 @@ class Scheduled(Method):
         name: name of the method.
         make: makes an optimizer, called with a module (the stack, whose parameters have a task dimension in front, or
             one task's model) and the settings.
-        stacked: whether one optimizer serves the whole stack.
+        stacked: whether one optimizer serves the whole stack; or a function of the stack that says so.
         decay: the schedule, as in `factor`.
         settings: keyword arguments of `make`; one that ends in `_share` is a share of the budget, and its number of
             steps is passed under the name without it.
@@ -41,15 +41,24 @@ class Scheduled(Method):
         {'decay': 'constant', 'lr': 0.1}
     """
 
-    def __init__(self, name: str, make: Make, stacked: bool = True, decay: Decay = "constant", **settings: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Make,
+        stacked: bool | Callable[[nn.Module], bool] = True,
+        decay: Decay = "constant",
+        **settings: Any,
+    ) -> None:
         super().__init__(name, {"decay": decay, **settings})
-        self.make, self.stacked, self.decay = make, stacked, decay
+        self.make, self.decay = make, decay
+        self._serves = stacked if callable(stacked) else lambda _: bool(stacked)
 
     def identity(self) -> dict[str, Any]:
         made = f"{self.make.__module__}.{getattr(self.make, '__qualname__', repr(self.make))}"
-        return {**super().identity(), "make": made, "stacked": self.stacked}
+        return {**super().identity(), "make": made}
 
     def run(self, stack: TaskStack, budget: int) -> Trajectory:
+        self.stacked = self._serves(stack)
         return self._stacked(stack, budget) if self.stacked else self._one_by_one(stack, budget)
 
     def _made(self, model: nn.Module, budget: int) -> _Driven:

@@ -126,8 +126,8 @@ class GaugedRule(nn.Module, UpdateRule):
     $M$ and $M'$ momenta of a learned memory and of a long one, $W$ the running mean of the Gram matrix of the
     gradients (Adam's second moments of columns with one another), all of the length of a polar factor; $d \le 1$ the
     task's damping, $\lambda$ the momentum's share of the gradients, $r$ what is left of the run, where its length is
-    told, else one. An LSTM for each side of each pair (weights shared by all pairs, one network for each side) puts out the length
-    $\ell$, the memory, $\kappa$, the reach $t$, the cooling $a$ and the shares $c$, which sum up to one.
+    told, else one. An LSTM for each side of each pair (weights shared by all pairs, one network for each side) puts out
+    the length $\ell$, the memory, $\kappa$, the reach $t$, the cooling $a$ and the shares $c$, which sum up to one.
 
     With $\sigma$ the singular values of the product and $V$ their directions, the reach $t \in [0, 1]$ leads from the
     gauge in which the side itself is white to that in which the other one is (`metateleport.gauges.spectrum`).
@@ -156,6 +156,7 @@ class GaugedRule(nn.Module, UpdateRule):
     )  # fmt: skip
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
     reads_factors: ClassVar[bool] = True
+    rows_by_task: ClassVar[bool] = True
 
     def __init__(
         self, hidden: int = 16, plain_hidden: int = 32, cooling: float = 0.01, kind: GaugeKind = "whitening"

@@ -114,6 +114,22 @@ def test_muon_steps_vectors_as_adamw_does() -> None:
     torch.testing.assert_close(vector, twin)
 
 
+def test_the_riemannian_preconditioner_is_pefts() -> None:
+    define_operators()
+    optimizers = pytest.importorskip("peft.optimizers")
+    stack = stack_for("riemannian")
+    loss = made("riemannian", reg=1e-3).run(stack, BUDGET).loss
+
+    def theirs(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = optimizers.create_riemannian_optimizer(
+            model, torch.optim.AdamW, lr=lr, reg=1e-3, weight_decay=0.0
+        )
+        return made
+
+    other = Scheduled("theirs", theirs, stacked=False, decay="cosine", lr=0.01).run(stack, BUDGET).loss
+    np.testing.assert_allclose(loss, other, rtol=1e-8)
+
+
 def test_lora_plus_steps_b_further() -> None:
     stack = stack_for("lora+")
     optimizer = made("lora+").make(copy.deepcopy(stack), lr=0.01, ratio=8)

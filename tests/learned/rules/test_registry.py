@@ -85,5 +85,5 @@ def test_a_shape_is_read_from_its_table() -> None:
     for wrong in ({}, {"groups": "GL"}, {"groups": [3]}):
         with pytest.raises(SettingsError, match="groups is a list"):
             MetaOptimizerConfig.read({**shapes[0].table(), "groups": None, **wrong})
-    with pytest.raises(SettingsError, match="has no mode"):
+    with pytest.raises(SettingsError, match="has no 'mode'"):
         MetaOptimizerConfig.read({**shapes[0].table(), "mode": "lr"})
