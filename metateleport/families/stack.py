@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
+from metateleport.families.chain import Chain, chain_of, through
 from metateleport.families.probed import ProbedLosses
 from metateleport.families.stackable import check_stackable, movable
 from metateleport.families.task import Batch, Task
@@ -268,6 +269,10 @@ class TaskStack(nn.Module):
     def _run(self, parameters: Tensors, batch: Batch, probe: bool) -> tuple[Tensor, Tensors, Tensors]:
         inputs, targets = batch
         probes = self._zeros(parameters, inputs) if probe and self.watched else {}
+        if self.batched and self._chain is not None and len(inputs) == 1 and inputs[0].ndim == 3:
+            outputs, activations = through(self._chain, {**self.fixed(), **parameters}, inputs[0], probes)
+            losses = self.each(self.loss, outputs, *targets)
+            return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
 
         def single(
             values: Tensors, buffers: Tensors, one: tuple[Tensor, ...], wanted: tuple[Tensor, ...], added: Tensors
@@ -280,6 +285,11 @@ class TaskStack(nn.Module):
 
         losses, activations = self.each(single, parameters, self.fixed(), inputs, targets, probes)
         return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
+
+    @functools.cached_property
+    def _chain(self) -> Chain | None:
+        """The model's layers where they can be run as they are on all tasks at once, without `vmap`."""
+        return chain_of(self.template)
 
     def _same_again(self, name: str, value: Tensor) -> Tensor:
         """Inputs of a module that are the same memory as in the last pass, such as data, as the same lasting tensor."""
