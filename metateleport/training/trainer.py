@@ -270,8 +270,8 @@ class MetaTrainer:
         chosen.load_state_dict(self.best)
         return chosen.eval()
 
-    def _estimator(self, windows: int) -> Estimator:
-        """The estimator on this process's part of the next stack, which it follows for some windows."""
+    def _estimator(self) -> Estimator:
+        """The estimator on this process's part of the next stack."""
         number, outer, share = self.progression.stack, self.outer, self.ranks.share(self.outer.tasks)
         family = self.family.augmented(number, outer.seed)
         total = outer.total(number, outer.window * outer.windows(self.share))
