@@ -14,7 +14,7 @@ from metateleport.tracking.sync import synchronise
 
 __all__ = ["EVERY", "PATIENCE", "Sender"]
 
-EVERY = 5.0
+EVERY = 8.0
 """Seconds from one batch to the next."""
 
 PATIENCE = 5.0
