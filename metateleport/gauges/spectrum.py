@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metateleport.gauges.factors import FactorSide
 from metateleport.gauges.whitened import GaugeKind, _turn
+from metateleport.linalg import symmetric_spectrum
 
 __all__ = ["GaugeKind", "ProductGauges", "product_gauges"]
 
@@ -89,7 +90,10 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
     lower, info = torch.linalg.cholesky_ex(scaled + 8 * width * torch.finfo(dtype).eps * eye)
     lower = torch.where((info == 0)[..., None, None], lower, eye) * scale.unsqueeze(-1)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
-    values, vectors = torch.linalg.eigh(lower.mT @ incoming @ lower)
+    # Of a run that has diverged it is not finite, and the other tasks of the stack go on.
+    spectrum = symmetric_spectrum(lower.mT @ incoming @ lower)
+    assert spectrum.vectors is not None
+    values, vectors = spectrum.values * spectrum.largest.exp().unsqueeze(-1), spectrum.vectors
     trace = values.clamp_min(0).sum(-1, keepdim=True)
     least = 8 * width * torch.finfo(dtype).eps * trace
     values = torch.where(values < least, 0.0, values)

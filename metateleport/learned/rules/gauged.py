@@ -156,6 +156,7 @@ class GaugedRule(nn.Module, UpdateRule):
     )  # fmt: skip
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
     reads_factors: ClassVar[bool] = True
+    rows_by_task: ClassVar[bool] = True
 
     def __init__(
         self, hidden: int = 16, plain_hidden: int = 32, cooling: float = 0.01, kind: GaugeKind = "whitening"
