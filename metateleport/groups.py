@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal", "exponentials", "still"]
+__all__ = ["GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal", "exponentials", "product", "still"]
 
 _KNOWN_INVERSE = "_known_inverse"
 """Attribute of an element that came with its inverse: the tensor keeps it, so that it lives as long as the element."""
@@ -210,7 +210,7 @@ class _MatrixGroup(Group):
         return exponentials(generator)[0]
 
     def compose(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right
+        return product(left, right)
 
     def trivialised(self, element: Tensor, slope: Tensor) -> Tensor:
         return self.project(slope @ element.mT)
@@ -268,6 +268,17 @@ class GeneralLinear(_MatrixGroup):
         return super().retract(element, step)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`; of two stacks of matrices in one operation, where `@` reshapes and takes six.
+
+    Example:
+        >>> product(torch.eye(2).expand(3, 2, 2), torch.ones(3, 2, 1)).shape
+        torch.Size([3, 2, 1])
+    """
+    batched = left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
+    return torch.bmm(left, right) if batched else left @ right
+
+
 def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     r"""$\exp(T)$ and its inverse $\exp(-T)$, to rounding, from one series.
 
@@ -301,8 +312,8 @@ def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     halvings = max(0, math.frexp(size / series[-1][0])[1])
     degree, block = next(rest for norm, *rest in series if size <= norm * 2**halvings)
     scaled = matrix / 2**halvings if halvings else matrix
-    even, odd = _two_series(scaled @ scaled, degree, block)
-    odd = scaled @ odd
+    even, odd = _two_series(product(scaled, scaled), degree, block)
+    odd = product(scaled, odd)
     element, inverse = even + odd, even - odd
     for _ in range(halvings):
         element, inverse = element @ element, inverse @ inverse
@@ -314,7 +325,7 @@ def _two_series(square: Tensor, degree: int, block: int) -> tuple[Tensor, Tensor
     size, batch = square.shape[-1], square.shape[:-2]
     powers = [square]
     while len(powers) < block:
-        powers.append(powers[-1] @ square)
+        powers.append(product(powers[-1], square))
     blocks, shares = _shares(degree, block, square.dtype, square.device)
     summed = shares[:, 1:] @ torch.stack(powers, -3).flatten(-2)
     eye = torch.eye(size, dtype=square.dtype, device=square.device)
@@ -322,7 +333,7 @@ def _two_series(square: Tensor, degree: int, block: int) -> tuple[Tensor, Tensor
     terms = (summed.unflatten(-1, (size, size)) + shares[:, :1, None] * eye).reshape(*batch, blocks, 2 * size, size)
     found, *rest = terms.unbind(-3)
     for term in rest:
-        found = term + found @ powers[-1]
+        found = term + product(found, powers[-1])
     even, odd = found.unflatten(-2, (2, size)).unbind(-3)
     return even, odd
 

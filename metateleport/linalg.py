@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from metateleport.groups import product
+
 __all__ = [
     "Spectrum",
     "alike",
@@ -75,7 +77,7 @@ class Spectrum:
     def log(self, shift: float | Tensor) -> Tensor:
         r"""The logarithm $\log(A + \epsilon\,\lambda_{\max} 1)$, `(*batch, k, k)`, or `(*batch, k)` of a diagonal."""
         logs = self._logs(shift)
-        whole = logs if self.vectors is None else (self.vectors * logs.unsqueeze(-2)) @ self.vectors.mT
+        whole = logs if self.vectors is None else product(self.vectors * logs.unsqueeze(-2), self.vectors.mT)
         return whole.to(self.dtype)
 
     def _logs(self, shift: float | Tensor) -> Tensor:
@@ -270,7 +272,7 @@ def finite_gradient(tensor: Tensor) -> Tensor:
 
 
 def _finite(gradient: Tensor) -> Tensor:
-    return torch.where(gradient.isfinite(), gradient, 0.0)
+    return torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str:

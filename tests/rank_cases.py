@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from training_cases import small, trainer
 
-from metateleport.training import MetaTrainer, Ranks, joined
+from metateleport.evaluation import Bench, Evaluation, Plan, share_plan
+from metateleport.training import MetaTrainer, Progression, RankLostError, Ranks, joined
 
-__all__ = ["evolved", "in_ranks", "meta_gradient", "networks", "refused", "told", "validation"]
+__all__ = ["evaluated", "evolved", "in_ranks", "left", "meta_gradient", "networks", "refused", "told", "validation"]
 
 
 def in_ranks(count: int, run: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -35,7 +36,7 @@ def in_ranks(count: int, run: Callable[..., Any], *arguments: Any) -> list[Any]:
         What they returned, by rank.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["metateleport.training", "torch._dynamo"])
+    context.set_forkserver_preload(["metateleport.evaluation", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -118,3 +119,26 @@ def evolved(ranks: Ranks, changes: dict[str, Any]) -> list[int]:
     finally:
         dist.all_reduce = own
     return sizes
+
+
+def left(ranks: Ranks) -> str:
+    """What the first process says of another that is gone in the midst of a training."""
+    learning = _trainer(ranks, {"mode": "lr"})
+
+    def leaves(progression: Progression) -> None:
+        if progression.meta_step == 2 and ranks.rank == 1:
+            raise InterruptedError
+
+    try:
+        learning.run(leaves)
+    except InterruptedError:
+        dist.destroy_process_group()
+    except RankLostError as lost:
+        return f"{learning.progression.meta_step}: {lost}"
+    return ""
+
+
+def evaluated(ranks: Ranks, plan: Plan, cache: str) -> tuple[Evaluation | None, int]:
+    """The evaluation of a plan, and how many threads a process has."""
+    os.environ["METATELEPORT_CACHE"] = cache
+    return share_plan(Bench(plan), ranks), torch.get_num_threads()

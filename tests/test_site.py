@@ -129,6 +129,24 @@ def test_the_table_of_checkpoints_is_what_the_cards_say(page: str) -> None:
         tables.written("no marks", rows)
 
 
+def test_the_family_of_the_page_is_trained_on_from_its_path(tmp_path: Path) -> None:
+    """With the page's commands, shortened: the file need not be named as its class is, nor lie in the gallery."""
+    from metateleport import cli, load_checkpoint
+
+    page = (ROOT / "docs" / "own-family.md").read_text()
+    (tmp_path / "waves.py").write_text(page.split("```python\n")[1].split("```")[0])
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("metateleport ")]
+    trained, evaluated = commands[:2]
+    assert trained[:2] == ["train", "waves.py"]
+    short = ["meta_steps=2", "tasks=2", "unroll=2", "horizon=4", "starts=1"]
+    short = [*(f"outer.{each}" for each in short), "validation.every=2", "validation.tasks=2"]
+    assert cli.main([*trained, "--no-track", "--set", *short]) == 0
+    assert load_checkpoint("runs/waves").card["family"]["name"] == "waves"
+    small = ["--tasks", "2", "--steps", "3", "--methods", "learned", "--no-track"]
+    assert cli.main([*evaluated, *small]) == 0
+    assert json.loads((tmp_path / "waves.json").read_text())["task"]["name"] == "waves"
+
+
 def test_the_figures_are_drawn_by_their_command(tmp_path: Path) -> None:
     from tools.figures import FIGURES, main
 
@@ -151,6 +169,10 @@ def test_what_the_figures_show_is_so() -> None:
         moved = pair.act(torch.tensor([[log_element]]).exp(), start)
         there = Product(float(moved.parameters["u.weight"]), float(moved.parameters["v.weight"]))
         assert float(_loss(there).detach()) == pytest.approx(float(start.loss), rel=1e-5)
+        if log_element == -1.5:
+            lengths = [torch.cat([each.flatten() for each in at.gradients.values()]).norm() for at in (moved, start)]
+            # docs/concepts.md says three times.
+            assert float(lengths[0] / lengths[1]) == pytest.approx(3, abs=0.3)
         for name, gradient in _point(there).gradients.items():
             torch.testing.assert_close(moved.gradients[name], gradient, rtol=1e-4, atol=1e-6)
 

@@ -62,7 +62,8 @@ def _recipe(value: Any, key: str) -> None:
     table({**dict.fromkeys(value["family"], plain), "name": _NAME}, ("name",))(value["family"], f"{key}.family")
 
 
-# `metateleport.training.recipe` has these settings; its room is below this one, and a test holds the two together.
+# The outer loop is of a room below this one, which checks the whole recipe where it is used: what is known of it here
+# is checked here, and what it may gain is at least no nonsense.
 _OUTER = table(
     {
         "estimator": one_of("tbptt", "es", "pes"),
@@ -70,6 +71,9 @@ _OUTER = table(
         "meta_steps": optional(whole(1)),
         "seconds": optional(number(0)),
         "tasks": whole(1),
+        "tasks_at_once": optional(whole(1)),
+        "late": number(0, 1),
+        "told": flag,
         "unroll": whole(1),
         "horizon": whole(1),
         "lr": number(0),
@@ -85,8 +89,9 @@ _OUTER = table(
         "dtype": optional(one_of("float32", "float64")),
     },
     ("seed",),
+    others=plain,
 )
-_VALIDATION = table({"tasks": whole(1), "every": whole(1)})
+_VALIDATION = table({"tasks": whole(1), "every": whole(1)}, others=plain)
 _RUN = table(
     {
         "meta_steps": whole(),
@@ -257,7 +262,10 @@ def _check_sense(card: Mapping[str, Any]) -> None:
     if recipe is not None:
         _check_agree(recipe, networks)
         family = card.get("family", {})
-        ours = {"name": family.get("name"), **family.get("settings", {})}
+        ours = dict(family.get("settings", {}))
+        # A recipe may give a family by the path of its file, and a file's class may have another name.
+        if not str(recipe["family"].get("name", "")).endswith(".py"):
+            ours["name"] = family.get("name")
         for name, value in recipe["family"].items():
             # A recipe may name its family by the path of a file.
             same = name == "name" and str(value).endswith(".py")

@@ -15,6 +15,12 @@ from metateleport.cli.common import Parser, say
 
 __all__ = ["add", "serves"]
 
+_EXAMPLES = """\
+examples:
+  metateleport checkpoints                 the shipped ones and those of METATELEPORT_CHECKPOINTS
+  metateleport checkpoints --json          the same for a program
+"""
+
 _MODELS = {
     "GL": "linear layers in a row, LoRA, attention",
     "diagonal": "layers with ReLU or LeakyReLU between",
@@ -28,6 +34,7 @@ def add(commands: Any) -> None:
         "checkpoints",
         help="list the checkpoints, and for which models each is",
         description="Lists the checkpoints that are known by a bare name, and for which models each is.",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print them as JSON")
     parser.set_defaults(run=run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader of the pipe is gone: stdout is redirected, as flushing it at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A full disk, a vanished folder, a missing right: the place says more than where in the program it was met.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"{who()}: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     except _bad_input() as error:
         from metateleport.training.distributed import ToldByFirstError
 

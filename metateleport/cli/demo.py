@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metateleport.cli import evaluate, train
-from metateleport.cli.common import Parser, UsageError, positive, say
+from metateleport.cli.common import Parser, UsageError, check_files, positive, say
 from metateleport.cli.progress import status
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     begun = time.monotonic()
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is a file, and the demo writes a folder: choose another --out")
-    if arguments.json is not None and arguments.json.is_dir():
-        raise UsageError(f"{arguments.json} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.out / "beside.png")
     if not (arguments.no_track or arguments.first):
         from metateleport.tracking import check_tracking
 

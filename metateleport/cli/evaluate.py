@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.common import Parser, UsageError, check_files, not_negative, positive, say, settings_of
 from metateleport.cli.progress import status
+from metateleport.files import FileError
 
 if TYPE_CHECKING:
     from metateleport.evaluation import Bench, FairRules, Plan, Target
@@ -122,7 +124,8 @@ def add(commands: Any) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="number of processes for the runs, with one thread each (default %(default)s)",
+        help="number of processes for the runs, with one thread each (default %(default)s); on several machines: "
+        "torchrun ... -m metateleport evaluate",
     )
     parser.add_argument("--fresh", action="store_true", help="run and tune anew, ignoring results that are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
@@ -136,30 +139,55 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from metateleport.evaluation import Bench, plot, record_result, report_of, run_plan, target_of, write_report
+    from metateleport.checkpoint.card import CARD
+    from metateleport.evaluation import (
+        Bench,
+        plot,
+        record_result,
+        report_of,
+        run_plan,
+        share_plan,
+        target_of,
+        write_report,
+    )
+    from metateleport.training import joined
 
     _check(arguments)
     bench = Bench(_plan(arguments))
     checkpoint = bench.checkpoint
     if arguments.card and checkpoint is None:
         raise UsageError("--card writes into a checkpoint's card, and 'none' is no checkpoint: name one")
+    if arguments.card and checkpoint is not None:
+        check_files(checkpoint.path / CARD)
     target = _target(arguments, bench.names)
     if arguments.against is not None and arguments.against not in bench.names:
         raise UsageError(f"--against {arguments.against}: that is none of the methods: {', '.join(bench.names)}")
-    with status("starting") as doing:
-        evaluation = run_plan(bench, arguments.jobs, doing)
+    with joined(bench.plan.device) as ranks:
+        if arguments.jobs > 1 and not ranks.alone:
+            raise UsageError(f"--jobs {arguments.jobs} under torchrun, which has its own processes: leave it out")
+        with status("starting") if ranks.first else contextlib.nullcontext() as doing:
+            evaluation = run_plan(bench, arguments.jobs, doing) if ranks.alone else share_plan(bench, ranks, doing)
+    if evaluation is None:
+        return 0
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
-    report = {**report_of(evaluation, arguments.against), **aimed}
+    command = "metateleport " + shlex.join(sys.argv[1:])
+    report = {**report_of(evaluation, arguments.against), **aimed, "command": command}
     _show(report, bench)
-    if arguments.json is not None:
-        write_report(arguments.json, report)
-        say(f"wrote {arguments.json}")
-    if arguments.plot is not None:
-        plot(report, arguments.plot)
-        say(f"wrote {arguments.plot}")
-    if arguments.card and checkpoint is not None:
-        record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
-        say(f"wrote the result into the card of {checkpoint.name}")
+    try:
+        if arguments.json is not None:
+            write_report(arguments.json, report)
+            say(f"wrote {arguments.json}")
+        if arguments.plot is not None:
+            plot(report, arguments.plot)
+            say(f"wrote {arguments.plot}")
+        if arguments.card and checkpoint is not None:
+            record_result(checkpoint.path, report, command)
+            say(f"wrote the result into the card of {checkpoint.name}")
+    except OSError as error:
+        raise FileError(
+            f"{error.filename or 'the result'} cannot be written ({error.strerror or error}): finished runs are kept, "
+            "and the same command writes it once there is room"
+        ) from error
     if not arguments.no_track:
         _track(report, None if checkpoint is None else checkpoint.card)
     return 0
@@ -173,9 +201,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_tracking()
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot writes png, svg or pdf, by the file's suffix; not {str(arguments.plot)!r}")
-    for path in (arguments.json, arguments.plot):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.plot)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

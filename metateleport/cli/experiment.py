@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from metateleport.cli.common import Parser, UsageError, not_negative, say, settings_of
+from metateleport.cli.common import Parser, UsageError, check_files, not_negative, say, settings_of
 from metateleport.cli.progress import status
 from metateleport.files import write_text
 
@@ -60,9 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _list(arguments)
     if arguments.png is not None and arguments.png.suffix != ".png":
         raise UsageError(f"--png writes a file that ends in .png; not {str(arguments.png)!r}")
-    for path in (arguments.json, arguments.png, arguments.page):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.png, arguments.page)
     experiment = load_experiment(arguments.name, settings_of(arguments.set))
     if not arguments.no_track:
         from metateleport.tracking import check_tracking
@@ -163,4 +161,8 @@ def _track(experiment: Experiment, result: ExperimentResult) -> None:
         experiment.plot(result, files[1])
         for path in files:
             run.artifact(path)
-    say(f"MLflow: run {run.id} in the experiment {'experiment ' + result.experiment!r}; see it with: metateleport ui")
+    if run.id is not None:
+        say(
+            f"MLflow: run {run.id} in the experiment {'experiment ' + result.experiment!r}; see it with: metateleport "
+            "ui"
+        )

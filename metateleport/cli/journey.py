@@ -32,7 +32,7 @@ _STAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("compare digits", "the runs of a task, in a table"),
             ("ui", "the same in MLflow's pages"),
             ("promote runs/digits", "give it a name that others load it by"),
-            ("serve", "group elements and steps over HTTP"),
+            ("serve digits", "group elements and steps over HTTP"),
         ),
     ),
     (

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.common import Parser, UsageError, check_files, not_negative, positive, say, settings_of
 from metateleport.cli.progress import status
 
 __all__ = ["add"]
@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.png is not None and arguments.png.suffix != ".png":
         raise UsageError(f"--png writes a file that ends in .png; not {str(arguments.png)!r}")
-    for path in (arguments.json, arguments.png, arguments.page):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.png, arguments.page)
     names = [field.name for field in dataclasses.fields(Figure6)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.read is not None:

@@ -13,6 +13,12 @@ from metateleport.cli.common import Parser
 
 __all__ = ["add"]
 
+_EXAMPLES = """\
+examples:
+  metateleport show digits                 a shipped checkpoint
+  metateleport show models:/digits@champion --json
+"""
+
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
@@ -20,6 +26,7 @@ def add(commands: Any) -> None:
         "show",
         help="a checkpoint's card: what it is for, how it was trained, what it has shown, its limits",
         description="Prints a checkpoint's card for people.",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("checkpoint", help="bare name, folder, runs:/... or models:/...")
     parser.add_argument("--json", action="store_true", help="print the whole card as JSON")

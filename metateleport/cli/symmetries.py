@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metateleport.cli.common import UsageError
+from metateleport.cli.common import UsageError, check_files
 from metateleport.cli.progress import status
 from metateleport.files import run_file, write_text
 
@@ -49,6 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.json is not None and arguments.json.is_dir():
         raise UsageError(f"--json names a file to write, and {arguments.json} is a folder")
+    check_files(arguments.json)
     model, example = load_factory(arguments.factory)
     try:
         with status("finding and certifying symmetries"):

@@ -9,6 +9,11 @@ from metateleport.cli.common import Parser, say
 
 __all__ = ["add"]
 
+_EXAMPLES = """\
+examples:
+  metateleport sync                        sends what was kept, and says what is still waiting
+"""
+
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
@@ -17,6 +22,7 @@ def add(commands: Any) -> None:
         help="send to MLflow what runs have kept while its store could not be reached",
         description="Sends to MLflow what runs have kept on disk while its store could not be reached, each to the "
         "store that it was meant for; and ends the runs of processes that were killed. Runs that go on are left alone.",
+        epilog=_EXAMPLES,
     )
     parser.set_defaults(run=run)
 

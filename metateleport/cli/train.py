@@ -113,6 +113,8 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, ou
     command = "metateleport " + shlex.join(sys.argv[1:])
     # A training that goes on is one run in MLflow, however often it was interrupted.
     tracks = ranks.first and not arguments.no_track
+    if ranks.restarts and ranks.first:
+        say(f"all {ranks.size} processes were started anew (restart {ranks.restarts}): going on from the last state")
     begun = tracking_run_of(out) if tracks and (arguments.resume or ranks.restarts) else None
     with contextlib.ExitStack() as stack:
         tracked: TrackedTraining | None = None

@@ -17,6 +17,7 @@ from metateleport.evaluation.methods.whitening import Whitening
 from metateleport.evaluation.paired import PairedRatio, paired_ratio, ratio_over_seeds
 from metateleport.evaluation.plan import NO_CHECKPOINT, Bench, Plan, Unit
 from metateleport.evaluation.plot import plot
+from metateleport.evaluation.ranked import share_plan
 from metateleport.evaluation.report import report_of, write_report
 from metateleport.evaluation.rival import Choice, Lattice, Rival
 from metateleport.evaluation.run import Evaluation, EvaluationError, Result, Seed, SeedResults, evaluate
@@ -74,6 +75,7 @@ __all__ = [
     "record_result",
     "report_of",
     "run_plan",
+    "share_plan",
     "table_of",
     "target_of",
     "tune",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metateleport.evaluation.kept import cache_folder, foundations
+from metateleport.evaluation.kept import cache_folder, foundations, kept_if_possible
 from metateleport.evaluation.rival import Rival
 from metateleport.evaluation.trajectory import Method, Trajectory, ends_only, every_so_often, reproducible
 from metateleport.evaluation.tuning import LARGEST, Trials, score
@@ -204,8 +204,9 @@ def tune_fairly(
             raise ValueError(f"the tasks of {family.name} have no held-out data to tune for: give another measure")
         trials = Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
         record = _tuned(rival, stack, steps, rules, goal, trials, progress or (lambda _: None))
-        write_text(path, json.dumps(record, indent=1, allow_nan=False))
-        trials.forget()
+        with kept_if_possible(folder):
+            write_text(path, json.dumps(record, indent=1, allow_nan=False))
+            trials.forget()
     method = rival.make(**record["chosen"])
     method.tuning = {**record, "cached": cached}
     return method

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metateleport.evaluation.kept import cache_folder, foundations
+from metateleport.evaluation.kept import cache_folder, foundations, kept_if_possible
 from metateleport.evaluation.rival import Rival
 from metateleport.evaluation.trajectory import Method, ends_only, reproducible
 from metateleport.families import TaskFamily, TaskStack
@@ -128,8 +128,9 @@ def tune(
         stack = family.stack(range(rival.tasks), "train", 0, dtype, device)
         trials = Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
         record = _tuned(rival, stack, steps, trials, progress or (lambda _: None))
-        write_text(path, json.dumps(record, indent=1, allow_nan=False))
-        trials.forget()
+        with kept_if_possible(folder):
+            write_text(path, json.dumps(record, indent=1, allow_nan=False))
+            trials.forget()
     method = rival.make(**record["chosen"])
     method.tuning = {**record, "cached": cached}
     return method
@@ -158,7 +159,8 @@ class Trials:
         name = json.dumps(settings, sort_keys=True, default=str)
         if name not in self.known:
             self.known[name] = run()
-            write_text(self.path, json.dumps({"foundations": self.foundations, "scores": self.known}))
+            with kept_if_possible(self.path.parent):
+                write_text(self.path, json.dumps({"foundations": self.foundations, "scores": self.known}))
         return self.known[name]
 
     def forget(self) -> None:

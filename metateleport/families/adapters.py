@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -49,9 +51,14 @@ class Adapter(nn.Module):
 
 
 def adapted(
-    model: nn.Module, rank: int, source: torch.Generator, scale: float = 1.0, condition: float = 1.0
+    model: nn.Module,
+    rank: int,
+    source: torch.Generator,
+    scale: float = 1.0,
+    condition: float = 1.0,
+    targets: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Puts an adapter on every linear layer of a model, in place, and freezes all else.
+    """Puts adapters on linear layers of a model, in place, and freezes all else.
 
     Args:
         model: the model.
@@ -59,6 +66,7 @@ def adapted(
         source: draws their starts.
         scale: size of the element of GL(r) that each is split by.
         condition: its condition number.
+        targets: last parts of the names of the layers; all if not given.
 
     Example:
         >>> model = adapted(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 2, torch.Generator().manual_seed(0))
@@ -67,7 +75,7 @@ def adapted(
     """
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and (targets is None or name.rpartition(".")[2] in targets):
             # The start of A does not depend on how it is split.
             apart = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=source)))
             element = None if scale == condition == 1 else splitting(rank, apart, scale, condition)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metateleport.gauges import Gauge
+from metateleport.groups import product
 from metateleport.point import Point, Tensors, made_of
 from metateleport.symmetries import Pair, Symmetry
 
@@ -59,19 +60,20 @@ class _Largest(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor, is_factor: bool) -> Tensor:
         tall = tensor.shape[-1] <= tensor.shape[-2]
-        matrix = (tensor.mT @ tensor if tall else tensor @ tensor.mT) if is_factor else tensor
+        matrix = (product(tensor.mT, tensor) if tall else product(tensor, tensor.mT)) if is_factor else tensor
         tiny = torch.finfo(matrix.dtype).tiny
         bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
         power = matrix / bound[..., None, None]
-        powers, scale = [power], torch.ones_like(bound)
+        powers, norms = [power], []
         # Scaled after every squaring, so that the powers neither overflow nor vanish.
-        for root in (1 / 2, 1 / 4, 1 / 8):
-            power = power @ power
-            norm = power.square().sum((-2, -1)).clamp_min(tiny).sqrt()
+        for _ in range(3):
+            power = product(power, power)
+            norm = torch.linalg.vector_norm(power, dim=(-2, -1)).clamp_min(tiny**0.5)
             power = power / norm[..., None, None]
-            bound = bound * norm**root
             powers.append(power)
-            scale = scale * norm ** (root - 1)
+            norms.append(norm)
+        stacked, roots = torch.stack(norms, -1), torch.tensor((1 / 2, 1 / 4, 1 / 8)).to(bound)
+        bound, scale = bound * (stacked**roots).prod(-1), (stacked ** (roots - 1)).prod(-1)
         context.save_for_backward(tensor, scale, *powers)
         context.is_factor, context.tall = is_factor, tall
         return bound
@@ -83,10 +85,10 @@ class _Largest(torch.autograd.Function):
         first, second, fourth, eighth = powers
         # Of a matrix of zeros the bound is as flat as it is.
         scale = torch.where(torch.diagonal(first, dim1=-2, dim2=-1).sum(-1) > 0.5, scale, 0.0)
-        slope = (gradient * scale)[..., None, None] * ((first @ second) @ (fourth @ eighth))
+        slope = (gradient * scale)[..., None, None] * product(product(first, second), product(fourth, eighth))
         if not context.is_factor:
             return slope, None
-        return 2 * (tensor @ slope if context.tall else slope @ tensor), None
+        return 2 * (product(tensor, slope) if context.tall else product(slope, tensor)), None
 
 
 def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
@@ -117,9 +119,9 @@ def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
             return None
         if layer not in found:
             weight, above = point.parameters[pair.second_weight], of(pair.second)
-            matrix = weight.mT @ (weight if above is None else above @ weight)
+            matrix = product(weight.mT, weight if above is None else product(above, weight))
             slopes = pair.slopes(point)
-            found[layer] = matrix if slopes is None else matrix * (slopes.mT @ slopes) / slopes.shape[-2]
+            found[layer] = matrix if slopes is None else matrix * product(slopes.mT, slopes) / slopes.shape[-2]
         return found[layer]
 
     for layer in following:
@@ -208,4 +210,4 @@ def _of_pair(gauge: Gauge) -> bool:
 
 def _kernel(weight: Tensor, batch: int) -> int:
     """Number of positions in a convolution's kernel; one for a linear layer."""
-    return weight[(0,) * (batch + 2)].numel()
+    return weight.shape[batch + 2 :].numel()

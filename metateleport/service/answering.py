@@ -206,7 +206,8 @@ class Answerer:
         found = {}
         for index, (place, each) in enumerate(zip(places, gauges, strict=True)):
             hidden, memory = after[f"{index}/{place[1]}"]
-            found[f"{index}.element"], found[f"{index}.size"] = each.element, each.size
+            found[f"{index}.element"], found[f"{index}.inverse"] = each.element, each.inverse
+            found[f"{index}.size"] = each.size
             found[f"{index}.hidden"], found[f"{index}.memory"] = hidden, memory
         return Message({}, found)
 

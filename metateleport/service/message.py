@@ -128,7 +128,8 @@ def _from_binary(body: bytes, limits: Limits) -> Message:
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
             raise Refused(f"tensors.{name}", "it has values that are not finite")
-    return Message(fields, tensors)
+    # Some libraries round products otherwise where memory is not aligned: torch's own is.
+    return Message(fields, {name: value.clone() for name, value in tensors.items()})
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

@@ -228,11 +228,14 @@ class RemoteGauge(LearnedGauge):
             raise _as_here(error) from error
         after, gauges = dict(cells), []
         for index, (symmetry, side, names) in enumerate(places):
-            element, size, hidden, memory = (
-                answer[f"{index}.{name}"] for name in ("element", "size", "hidden", "memory")
+            element, inverse, size, hidden, memory = (
+                answer[f"{index}.{name}"] for name in ("element", "inverse", "size", "hidden", "memory")
             )
             like = seen[f"{symmetry.key}/{side}"][0]
-            gauges.append(Gauge(symmetry, side, names, element.to(like), size.to(like)))
+            gauge = Gauge(symmetry, side, names, element.to(like), size.to(like))
+            # As exact as the element: made of the generator, which only the service knows.
+            gauge.__dict__["inverse"] = inverse.to(like)
+            gauges.append(gauge)
             after[f"{symmetry.key}/{side}"] = (hidden.to(like.device), memory.to(like.device))
         return after, gauges
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metateleport.groups import product
 from metateleport.point import made_of
 
 __all__ = ["fitted_to", "has_full_rank", "least_norm_over"]
@@ -54,7 +55,7 @@ def _solver(rows: Tensor) -> Callable[[Tensor], Tensor]:
     diagonal = torch.diagonal(r.detach(), dim1=-2, dim2=-1).abs()
     usable = diagonal.amin(-1) > torch.finfo(rows.dtype).eps * diagonal.amax(-1)
     if bool(usable.all()):
-        return lambda target: q @ torch.linalg.solve_triangular(r.mT, target, upper=False)
+        return lambda target: product(q, torch.linalg.solve_triangular(r.mT, target, upper=False))
     usable = usable.unsqueeze(-1).unsqueeze(-1)
     eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
     q, r = torch.linalg.qr(torch.where(usable, rows, eye).mT)

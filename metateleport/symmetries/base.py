@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import Group
+from metateleport.groups import Group, product
 from metateleport.point import Point
 from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope
@@ -299,16 +299,16 @@ class Pair(Symmetry):
     def matrices(self, point: Point) -> dict[str, Tensor]:
         first, second = self._rows(point)
         found = {
-            "incoming_covariance": first @ first.mT,
-            "outgoing_covariance": second.mT @ second,
+            "incoming_covariance": product(first, first.mT),
+            "outgoing_covariance": product(second.mT, second),
         }
         if self.second in point.activations:
             features = self._features(point)
-            found["feature_covariance"] = features.mT @ features
+            found["feature_covariance"] = product(features.mT, features)
         if self.first_weight in point.gradients and self.second_weight in point.gradients:
             first_gradient, second_gradient = self._rows(point, point.gradients)
-            found["incoming_gradient_covariance"] = first_gradient @ first_gradient.mT
-            found["outgoing_gradient_covariance"] = second_gradient.mT @ second_gradient
+            found["incoming_gradient_covariance"] = product(first_gradient, first_gradient.mT)
+            found["outgoing_gradient_covariance"] = product(second_gradient.mT, second_gradient)
             found |= self.moments(point)
         return found
 
@@ -316,7 +316,10 @@ class Pair(Symmetry):
         if self.first_weight not in point.gradients or self.second_weight not in point.gradients:
             return {}
         (first, second), (first_gradient, second_gradient) = self._rows(point), self._rows(point, point.gradients)
-        return {"outgoing_moment": second.mT @ second_gradient, "incoming_moment": first_gradient @ first.mT}
+        return {
+            "outgoing_moment": product(second.mT, second_gradient),
+            "incoming_moment": product(first_gradient, first.mT),
+        }
 
     def diagonals(self, point: Point) -> dict[str, Tensor]:
         first, second = self._rows(point)
@@ -343,7 +346,7 @@ class Pair(Symmetry):
         """
         if not self.is_dense or self.first not in point.activations:
             return None
-        before = point.activations[self.first] @ point.parameters[self.first_weight].mT
+        before = product(point.activations[self.first], point.parameters[self.first_weight].mT)
         if self.first_bias is not None:
             before = before + point.parameters[self.first_bias].unsqueeze(-2)
         activation = getattr(self, "activation", None)

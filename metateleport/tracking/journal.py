@@ -48,6 +48,7 @@ class Journal:
         self.trouble = ""
         self.lost = 0
         self._closed = False
+        self._file: int | None = None
         self._held: list[str] = []
         self._offset = 0
         self.run_id: str | None = None
@@ -173,31 +174,29 @@ class Journal:
                 self._held.clear()
         self.lost += len(self._held)
         self._closed = True
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.let_go()
 
     def _written(self, text: str) -> bool:
         """Appends text to the file, whole or not at all; says whether it is there."""
+        data, wrote = text.encode(), 0
         try:
-            handle = os.open(self.folder / _OPERATIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if self._file is None:
+                self._file = os.open(self.folder / _OPERATIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            wrote = os.write(self._file, data)
+            if wrote == len(data):
+                return True
+            self.trouble = "the disk is full"
         except OSError as error:
             self.trouble = str(error)
-            return False
-        try:
-            before = os.fstat(handle).st_size
-            try:
-                data = text.encode()
-                if os.write(handle, data) != len(data):
-                    raise OSError("the disk is full")
-                return True
-            except OSError as error:
-                self.trouble = str(error)
-                with contextlib.suppress(OSError):
-                    os.ftruncate(handle, before)
-                return False
-        finally:
-            os.close(handle)
+        if wrote and self._file is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, os.fstat(self._file).st_size - wrote)
+        return False
 
     def _note(self) -> None:
         # What is not noted is sent again, which does no harm.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from metateleport.tracking.runs import Run
 __all__ = ["Progressing", "TrackedTraining"]
 
 _LOG10 = math.log(10.0)
+_FIRST = 10
 
 
 class Progressing(Protocol):
@@ -43,6 +45,7 @@ class TrackedTraining:
     def __init__(self, run: Run, teleport_cost: float = 0.0) -> None:
         self.run, self.teleport_cost = run, teleport_cost
         self._validated: dict[str, int] = {}
+        self._beside: dict[str, float] = {}
         self._curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
 
     def __call__(self, name: str, progression: Progressing) -> None:
@@ -53,15 +56,16 @@ class TrackedTraining:
                 self._log(name, {"search": progression.searched[-1]}, len(progression.searched))
             return
         loss = progression.meta_losses[-1]
-        metrics = {
-            "meta_loss": loss,
-            "log10_loss": loss / _LOG10,
-            "skipped": progression.skipped,
-            "speed": progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0,
-        }
-        if progression.openness:
-            metrics["openness"] = progression.openness[-1]
-            metrics["teleport_price"] = self.teleport_cost * progression.openness[-1]
+        metrics = {"meta_loss": loss, "log10_loss": loss / _LOG10}
+        now = time.monotonic()
+        # Points are what tracking costs: what hardly changes from step to step is logged once a second.
+        if progression.meta_step <= _FIRST or now - self._beside.get(name, 0.0) >= 1.0:
+            self._beside[name] = now
+            metrics["skipped"] = progression.skipped
+            metrics["speed"] = progression.meta_step / progression.seconds if progression.seconds > 0 else 0.0
+            if progression.openness:
+                metrics["openness"] = progression.openness[-1]
+                metrics["teleport_price"] = self.teleport_cost * progression.openness[-1]
         self._log(name, metrics, progression.meta_step)
 
     def finish(self, path: Path) -> None:

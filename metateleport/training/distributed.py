@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Ranks:
         restarts: how many times `torchrun` has started all of them anew.
         neighbours: number of processes on this machine.
         store: where they find each other; None alone.
+        places: machine and process number of each of the others, by rank.
 
     Example:
         >>> [list(Ranks(rank, 3).share(8)) for rank in range(3)]
@@ -62,6 +63,7 @@ class Ranks:
     restarts: int = 0
     neighbours: int = 1
     store: Any = None
+    places: Mapping[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def first(self) -> bool:
@@ -167,24 +169,24 @@ class Ranks:
         except (RuntimeError, ValueError, OSError):
             return "another rank was lost, and so is the store that would tell which: see the launcher's report"
 
-    def _missing(self) -> str:
-        others = [rank for rank in range(self.size) if rank != self.rank]
+    def ended(self) -> str:
+        """Which processes of this machine have ended, in words; empty if none has."""
         here = socket.gethostname()
-        places = {rank: self.store.get(f"place/{self.restarts}/{rank}").decode().split() for rank in others}
-        ended = [rank for rank, (host, process) in places.items() if host == here and _ended(int(process))]
-        why = "it ended or was killed"
-        if not ended:
-            self.store.set(f"survives/{self.restarts}/{self.rank}", "yes")
-            stop = time.monotonic() + _PATIENCE
-            ended = others
-            while ended and time.monotonic() < stop:
-                ended = [rank for rank in ended if not self.store.check([f"survives/{self.restarts}/{rank}"])]
-                time.sleep(0.05)
-            why = "it ended, hangs or cannot be reached"
-        if not ended:
+        gone = {rank: at for rank, at in self.places.items() if at[0] == here and _ended(int(at[1]))}
+        return _named(gone, "ended or was killed") if gone else ""
+
+    def _missing(self) -> str:
+        self.store.set(f"survives/{self.restarts}/{self.rank}", "yes")
+        stop, gone = time.monotonic() + _PATIENCE, dict(self.places)
+        while gone and time.monotonic() < stop:
+            # A connection is closed a moment before its process has ended.
+            if self.ended():
+                return self.ended()
+            gone = {rank: at for rank, at in gone.items() if not self.store.check([f"survives/{self.restarts}/{rank}"])}
+            time.sleep(0.05)
+        if not gone:
             return "the ranks could not exchange values, though all are there: the network failed between them"
-        named = ", ".join(f"rank {rank} (process {places[rank][1]} on {places[rank][0]})" for rank in ended)
-        return f"{named} was lost: {why}" if len(ended) == 1 else f"{named} were lost: they ended or cannot be reached"
+        return _named(gone, "ended, hangs or cannot be reached")
 
 
 ALONE = Ranks()
@@ -237,11 +239,12 @@ def joined(device: torch.device | str = "cpu") -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise RankLostError(f"rank {rank} of {size} did not meet the others ({_brief(error)})") from error
     store.set(f"place/{restarts}/{rank}", f"{socket.gethostname()} {os.getpid()}")
-    ranks = Ranks(rank, size, torch.device(kind), restarts, neighbours, store)
-    ranks.meet()
-    yield ranks
+    others = {other: store.get(f"place/{restarts}/{other}").decode().split() for other in range(size) if other != rank}
+    places = {other: (host, process) for other, (host, process) in others.items()}
+    yield Ranks(rank, size, torch.device(kind), restarts, neighbours, store, places)
     # After an error the others may be gone, and taking leave of them would wait for them.
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -268,7 +271,12 @@ def _ended(process: int) -> bool:
     return state in "ZX"
 
 
+def _named(gone: Mapping[int, tuple[str, str]], why: str) -> str:
+    said = ", ".join(f"rank {rank} (process {process} on {host})" for rank, (host, process) in gone.items())
+    return f"{said} was lost: it {why}" if len(gone) == 1 else f"{said} were lost: each {why}"
+
+
 def _brief(error: Exception) -> str:
-    """The first line of an error, without the file and line of torch's sources."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first sentence of an error, without the file and line of torch's sources."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
     return line.partition("] ")[2] if line.startswith("[") and "] " in line else line

@@ -54,14 +54,18 @@ class TrainingState:
 
 def resume_folder(out: str | Path) -> Path:
     """The folder beside the final checkpoint where the state of an unfinished training is saved."""
-    out = Path(out)
-    return out.with_name(f"{out.name}.unfinished")
+    return _beside(Path(out), "unfinished")
 
 
 def seeds_folder(out: str | Path) -> Path:
     """The folder beside the final checkpoint where finished meta-seeds wait for the others."""
-    out = Path(out)
-    return out.with_name(f"{out.name}.meta-seeds")
+    return _beside(Path(out), "meta-seeds")
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    if out.name in ("", ".."):
+        raise FileError(f"{str(out)!r} has no name of its own: give the checkpoint's folder one")
+    return out.with_name(f"{out.name}.{suffix}")
 
 
 def write_state(folder: Path, state: TrainingState) -> None:

@@ -166,7 +166,8 @@ def _trained(
     except KeyboardInterrupt as stopped:
         if not ranks.first:
             raise
-        raise Stopped(_saved(saver), code_of(stopped) - 128) from None
+        # The launcher ends the others where one is lost.
+        raise Stopped(_saved(saver, ranks.ended() or "interrupted"), code_of(stopped) - 128) from None
     except RankLostError as lost:
         if not ranks.first:
             raise
@@ -192,12 +193,12 @@ def _write(
         ) from error
 
 
-def _saved(saver: _Saver) -> str:
+def _saved(saver: _Saver, why: str) -> str:
     try:
         saver.save()
     except TrainingError as error:
-        return f"interrupted; {error}"
-    return f"interrupted; the state is in {saver.folder}, and the same command with --resume goes on"
+        return f"{why}; {error}"
+    return f"{why}; the state is in {saver.folder}, and the same command with --resume goes on"
 
 
 @contextlib.contextmanager

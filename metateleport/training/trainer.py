@@ -41,7 +41,7 @@ _VALIDATION_STACKS = 8
 """Number of stacks for the validation tasks, so that the score covers several of the varied settings."""
 
 
-_SCORE_TIME = 0.25
+_SCORE_TIME = 0.1
 """Largest share of a limited time that one validation, or one round of the search, may take."""
 
 _SEARCH_SCORES = 32

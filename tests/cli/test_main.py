@@ -179,7 +179,10 @@ def test_ui_serves_the_store_that_runs_are_written_to(monkeypatch: pytest.Monkey
     assert seen[0][-1] == "5050"
 
 
-@pytest.mark.parametrize("command", ["", "train", "combine", "evaluate", "reproduce", "tasks", "ui"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "combine", "evaluate", "reproduce", "tasks", "ui", "compare", "promote", "serve", "show", "sync"],
+)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command.split(), "--help"])

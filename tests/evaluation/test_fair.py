@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from metateleport.evaluation import (
     run_plan,
     target_of,
     tune_fairly,
+    write_report,
 )
 from metateleport.evaluation.fair import goal_of, search_within
+from metateleport.evaluation.pages import write_pages
 from metateleport.evaluation.tuning import LARGEST
 from metateleport.families import TaskStack
 
@@ -164,5 +167,28 @@ def test_an_evaluation_under_fair_rules_says_so() -> None:
     assert (report["rules"]["trials"], report["rules"]["measure"]) == (2, "target")
     assert report["methods"]["muon"]["tuning"]["measure"] == "target"
     assert report["methods"]["adamw/end"]["tuning"]["measure"] == "end"
+    judged = Bench(Plan("digits", {"hidden": 3, "samples": 20, "batch": 10}, methods=("adamw",), steps=4, rules=rules))
+    tuned = judged._method(judged.units[0], lambda _: None)
+    assert tuned.name == "adamw/end"
+    assert tuned.tuning is not None
+    assert tuned.tuning["measure"] == "held-out", "where there are held-out data"
     assert set(report["against"]["others"]) == {"adamw/end", "adamw"}
     assert target_of(evaluation, Target("adamw/end", 4))["methods"]["adamw/end"]["evaluations"] <= 4
+
+
+def test_pages_say_which_rules_and_which_methods_step_task_by_task(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    plan = Plan("leaky_mlp", {"width": 4}, methods=("adamw", "muon", "soap"), tasks=2, steps=4)
+    texts = {}
+    for name, rules in (("fair", FairRules(trials=2, tasks=2)), ("library", None)):
+        rival = dataclasses.replace(plan, rules=rules, methods=plan.methods if rules else ("gd",))
+        report = report_of(run_plan(Bench(rival)), "muon" if rules else None)
+        write_report(tmp_path / f"{name}.json", report)
+        write_pages(tmp_path / name, [], [tmp_path / f"{name}.json"])
+        texts[name] = (tmp_path / name / "none.md").read_text()
+    assert "Rivals under fair rules: 2 trials each on 2 training tasks" in texts["fair"]
+    assert "- muon: lr=" in texts["fair"]
+    assert "training loss over that of muon at" in texts["fair"]
+    assert texts["fair"].count("task by task") == 2, "beside its seconds, and in place of a ratio at equal seconds"
+    assert "until the best of its grid lies inside" in texts["library"]
+    assert "fair rules: " not in texts["library"]

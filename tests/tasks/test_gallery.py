@@ -40,13 +40,14 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("matrix_factorisation", {"width": 6, "rank": 2, "batch": 20}),
     ("matrix_factorisation", {"width": 4, "rank": 4, "condition": 1e3, "batch": None, "noise": 0.1}),
     ("lora_digits", {"width": 8, "depth": 2, "samples": 100, "batch": 20}),
+    ("lora_text", {"rank": 2, "samples": 12, "batch": 3, "targets": "query-value", "scale": 3.0}),
     (
         "lora_digits",
         {"width": 6, "rank": 2, "activation": "gelu", "classes": 4, "samples": 40, "batch": 9, "scale": 10.0},
     ),
 ]
-# Whatever else is in the gallery is met at its defaults; Omniglot's data do not come with any package.
-ELSEWHERE = {"fewshot_omniglot"}
+# Whatever else is in the gallery is met at its defaults; Omniglot's data come with no package, and MiniLM is large.
+ELSEWHERE = {"fewshot_omniglot", "lora_sentences"}
 SETTINGS += [
     (path.stem, {})
     for path in sorted(TASKS.glob("[!_]*.py"))
@@ -224,6 +225,13 @@ def test_symmetries_keep_the_loss_and_carry_gradients(name: str, settings: dict[
         ("lora_digits", {"scale": 0.0}, "positive factor"),
         ("lora_digits", {"split": 0.5}, "condition number"),
         ("lora_digits", {"activation": "sigmoid"}, "one of relu, leaky_relu, gelu, tanh"),
+        ("lora_text", {"rank": 0}, "rank=0"),
+        ("lora_text", {"batch": 2049}, "between 1 and samples=2048"),
+        ("lora_text", {"split": 0.0}, "condition number"),
+        ("lora_text", {"targets": "mlp"}, "one of all, attention, query-value"),
+        ("lora_sentences", {"rank": 0}, "rank=0"),
+        ("lora_sentences", {"classes": 1}, "classes=1"),
+        ("lora_sentences", {"batch": 600}, "between 1 and 528"),
         ("matrix_factorisation", {"rank": 0}, "rank=0"),
         ("matrix_factorisation", {"rank": 21}, "between 1 and width=20"),
         ("matrix_factorisation", {"condition": 0.5}, "between 1 and 1e"),

@@ -112,7 +112,7 @@ def test_a_killed_training_goes_on_as_one_run(tmp_path: Path) -> None:
     command = training("out", outer_meta_steps=30)
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not (tmp_path / "out.unfinished").exists():
+    while not (tmp_path / "out.unfinished" / "state.safetensors").exists():
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.02)
@@ -159,7 +159,12 @@ def server(tmp_path: Path) -> Iterator[str]:
     run("pg_ctl", "-D", data, "-l", str(home / "log"), "-o", options, "-w", "start")
     process = None
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-    command += ["--port", str(ports[1]), "--backend-store-uri", f"postgresql://mlflow@127.0.0.1:{ports[0]}/postgres"]
+    command += [
+        "--port",
+        str(ports[1]),
+        "--backend-store-uri",
+        f"postgresql+psycopg2://mlflow@127.0.0.1:{ports[0]}/postgres",
+    ]
     command += ["--artifacts-destination", str(tmp_path / "artifacts")]
     try:
         with (tmp_path / "server.log").open("w") as log:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import in_ranks, meta_gradient, networks, refused, told, validation
+from rank_cases import in_ranks, left, meta_gradient, networks, refused, told, validation
 
 from metateleport.training import Ranks, TrainingError, joined
 from metateleport.training.distributed import ALONE
@@ -65,6 +65,13 @@ def test_shares_are_a_partition() -> None:
 
 def test_an_error_of_the_first_process_reaches_all() -> None:
     assert in_ranks(2, told) == [["ValueError", "there is no such file"], ["ToldByFirstError", "there is no such file"]]
+
+
+def test_a_process_that_is_gone_is_named() -> None:
+    said, nothing = in_ranks(2, left)
+    assert said.startswith("2: rank 1 (process "), said
+    assert "was lost: it ended, hangs or cannot be reached (" in said
+    assert nothing == ""
 
 
 def test_fewer_tasks_than_processes_are_refused() -> None:
