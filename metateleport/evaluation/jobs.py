@@ -17,7 +17,7 @@ import torch
 from metateleport.evaluation.plan import Bench, Done, Plan, Unit
 from metateleport.evaluation.run import Evaluation, EvaluationError
 
-__all__ = ["run_plan"]
+__all__ = ["Account", "run_plan"]
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -40,7 +40,7 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
         EvaluationError: if a process ends during a run.
         KeyboardInterrupt: after Ctrl-C; the message says what is kept.
     """
-    account = _Account(len(bench.units), progress or (lambda _: None))
+    account = Account(len(bench.units), progress or (lambda _: None))
     threads = 1 if jobs > 1 else torch.get_num_threads()
     runs = _shared(bench, jobs, account) if jobs > 1 else _alone(bench, account)
     done = []
@@ -54,7 +54,7 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
     return bench.evaluation(done, threads)
 
 
-class _Account:
+class Account:
     """Counts the finished runs and names those that are running."""
 
     def __init__(self, total: int, tell: Callable[[str], None]) -> None:
@@ -74,13 +74,13 @@ class _Account:
         return f"{self.done} of {self.total} runs are finished and kept: the same command goes on from there"
 
 
-def _alone(bench: Bench, account: _Account) -> Generator[Done, None, None]:
+def _alone(bench: Bench, account: Account) -> Generator[Done, None, None]:
     for unit in bench.units:
         account.started(0, str(unit))
         yield bench.run(unit, lambda what: account.started(0, what))
 
 
-def _shared(bench: Bench, jobs: int, account: _Account) -> Generator[Done, None, None]:
+def _shared(bench: Bench, jobs: int, account: Account) -> Generator[Done, None, None]:
     waiting = list(bench.units)
     with _workers(bench.plan, min(jobs, len(waiting))) as workers:
         busy: dict[Any, tuple[int, Unit]] = {}
@@ -108,7 +108,7 @@ def _hand_out(worker: tuple[Any, Any], number: int, waiting: list[Unit], busy: d
             worker[1].send(unit)
 
 
-def _heard(channel: Any, process: Any, unit: Unit, account: _Account) -> tuple[str, Any]:
+def _heard(channel: Any, process: Any, unit: Unit, account: Account) -> tuple[str, Any]:
     try:
         kind, what = channel.recv()
     except (EOFError, ConnectionResetError):

@@ -28,9 +28,9 @@ class TaskStack(nn.Module):
     costs one set of batched kernels and not one set per task. As an ordinary module the stack can be patched by
     `higher`, which replaces its parameters by the tensors of an unroll.
 
-    Parameters that the tasks froze are buffers of the stack, with a value for each task. Data are stacked at first use,
-    on the device of the parameters. A deep copy has its own parameters and buffers and shares tasks and data, and so
-    have a stack patched by `higher` and a clone by learn2learn.
+    Parameters that the tasks froze are buffers of the stack, with a value for each task; what tasks share is not
+    copied. Data are stacked at first use, on the device of the parameters. A deep copy has its own parameters and
+    buffers and shares tasks and data, and so have a stack patched by `higher` and a clone by learn2learn.
 
     Args:
         tasks: tasks of one family and setting; the loss and the symmetries are those of the first.
@@ -60,11 +60,13 @@ class TaskStack(nn.Module):
         self.frozen = tuple(name for name in parameters[0] if name not in self.names)
         """Names in the model of the parameters that are not."""
         for name in (*self.names, *self.frozen):
-            value = torch.stack([own[name].detach() for own in parameters])
+            values = [own[name] for own in parameters]
             if name in self.names:
-                self.register_parameter(stacked_name(name), nn.Parameter(value))
+                self.register_parameter(
+                    stacked_name(name), nn.Parameter(torch.stack([each.detach() for each in values]))
+                )
             else:
-                self.register_buffer(stacked_name(name), value)
+                self.register_buffer(stacked_name(name), _together(values))
         buffers = [dict(model.named_buffers()) for model in models]
         for name in buffers[0]:
             self.register_buffer(stacked_name(name), torch.stack([own[name] for own in buffers]))
@@ -321,6 +323,13 @@ def _rows_of(values: Tensor, index: Tensor) -> Tensor:
         # One set of data that all tasks share.
         return values[0][index]
     return values[torch.arange(len(values), device=index.device).unsqueeze(1), index]
+
+
+def _together(values: Sequence[Tensor]) -> Tensor:
+    """The tasks' tensors stacked; one that they share, as a large frozen base, is not copied."""
+    if all(value is values[0] for value in values):
+        return values[0].detach().expand(len(values), *values[0].shape)
+    return torch.stack([value.detach() for value in values])
 
 
 def stacked_name(name: str) -> str:

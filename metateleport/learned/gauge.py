@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,15 +170,39 @@ class LearnedGauge(nn.Module):
         fixed = point.detach()
         with torch.no_grad():
             seen, covariances = self._covariances(fixed, places, state, deterministic, moved)
-            observed = [self.observe(place, *seen[_key(place)], fixed) for place in places]
-        cells, gauges = dict(state["cells"]), {}
+        cells, gauges = self.elements(places, seen, fixed, progress.features().detach(), state["cells"])
+        after_state = {"cells": cells, "covariances": covariances, "seen": state["seen"] + 1}
+        return gauges, after_state
+
+    def elements(
+        self,
+        places: Sequence[Place],
+        seen: Mapping[str, tuple[Tensor, Tensor]],
+        point: Point,
+        progress: Tensor,
+        cells: Mapping[str, Cell],
+    ) -> tuple[dict[str, Cell], list[Gauge]]:
+        """What the networks make of the metrics and the gradient covariances.
+
+        Args:
+            places: the sides that gauges are chosen for.
+            seen: the metric and the gradient covariance of each place.
+            point: where the model stands; of it only the number of samples is read.
+            progress: the features of the progress, `(tasks, PROGRESS_FEATURES)`.
+            cells: the states of the LSTMs, by place.
+
+        Returns:
+            The new states, and the gauges in the order of the places.
+        """
+        with torch.no_grad():
+            observed = [self.observe(place, *seen[_key(place)], point) for place in places]
+        after_cells, gauges = dict(cells), {}
         for group, network in self.networks.items():
             own = [index for index, place in enumerate(places) if place[0].group.name == group]
             if not own:
                 continue
             dtype = next(network.parameters()).dtype
-            shared = progress.features().detach()
-            rows = [torch.cat((observed[index][1], shared), -1) for index in own]
+            rows = [torch.cat((observed[index][1], progress), -1) for index in own]
             inputs = torch.nan_to_num(torch.stack(rows), 0.0, 10.0, -10.0).clamp(-10, 10).to(dtype)
             before = tuple(
                 torch.stack([cells[_key(places[index])][part] for index in own]).to(dtype) for part in (0, 1)
@@ -187,10 +211,9 @@ class LearnedGauge(nn.Module):
             chosen = chosen.reshape(*inputs.shape[:2], -1)
             hidden, memory = (part.reshape(*inputs.shape[:2], -1) for part in after)
             for row, index in enumerate(own):
-                cells[_key(places[index])] = (hidden[row], memory[row])
+                after_cells[_key(places[index])] = (hidden[row], memory[row])
                 gauges[index] = _gauge(places[index], GaugeChoice(*chosen[row].unbind(-1)), observed[index][0])
-        after_state = {"cells": cells, "covariances": covariances, "seen": state["seen"] + 1}
-        return [gauges[index] for index in sorted(gauges)], after_state
+        return after_cells, [gauges[index] for index in sorted(gauges)]
 
     def _covariances(
         self, point: Point, places: Sequence[Place], state: dict[str, Any], deterministic: bool, moved: Tensor | None

@@ -7,7 +7,10 @@ from typing import ClassVar, Literal
 
 from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, Range, Settings, setting
 
-__all__ = ["GaugeSettings", "TeleportSettings"]
+__all__ = ["UNITS", "GaugeSettings", "TeleportSettings"]
+
+UNITS = 2048
+"""Largest number of units of an LSTM; more would take gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +31,9 @@ class TeleportSettings(Settings):
 
     part: ClassVar[str] = "teleport"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    max_stretch: float | None = setting(None, ABOVE_ONE)
-    refresh: int = setting(1, AT_LEAST_ONE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    max_stretch: float | None = setting(None, ABOVE_ONE, 1e30)
+    refresh: int = setting(1, AT_LEAST_ONE, 10**6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,5 +56,5 @@ class GaugeSettings(Settings):
     part: ClassVar[str] = "gauge"
 
     kind: Literal["exact", "linearised"] = setting()
-    hidden: int = setting(32, AT_LEAST_ONE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
     metric_memory: float = setting(0.95, Range("in [0, 1)", lambda value: 0 <= value < 1))

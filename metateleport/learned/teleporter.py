@@ -234,26 +234,53 @@ class LearnedTeleporter(Teleporter, nn.Module):
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The generator in the dtype of the weights; see `Teleporter.generator`."""
         group = symmetry.group
-        weight = point.parameters[symmetry.parameters[0]]
-        batch = () if point.loss is None else point.loss.shape
         if group.name not in self.networks:
+            weight = point.parameters[symmetry.parameters[0]]
+            batch = () if point.loss is None else point.loss.shape
             return weight.new_zeros(*batch, *group.shape), state
-        network = self.networks[group.name]
         observation, state = self._observed(symmetry, point, state)
-        inputs = torch.cat((observation.features, state["progress"].features()), -1)
-        own = next(network.parameters()).dtype
-        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
-        cell = tuple(part.to(own) for part in state[symmetry.key])
-        coefficients, gate, cell = network(inputs, cell)
-        weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
-        shape = (*weights.shape, *(1 for _ in group.shape))
-        chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
-        chosen = self._bounded(symmetry, chosen)
+        chosen, cell = self.proposed(symmetry, point, state["progress"].features(), state[symmetry.key], observation)
         if self.max_stretch is not None:
             chosen = within_reach(group, chosen, state["reached"][symmetry.key], math.log(self.max_stretch))
         return chosen, {**state, symmetry.key: cell}
 
-    def _observed(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+    def proposed(
+        self,
+        symmetry: Symmetry,
+        point: Point,
+        progress: Tensor,
+        cell: tuple[Tensor, Tensor],
+        observation: Observation | None = None,
+        network: Callable[..., tuple[Tensor, Tensor, Cell]] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The generator before it is shortened to `max_stretch`, and the new state of the symmetry's LSTM.
+
+        Args:
+            symmetry: of a group that there is a network for; only its group and its small matrices are read.
+            point: where the model stands.
+            progress: the features of the progress, `(*batch, PROGRESS_FEATURES)`.
+            cell: the state of the symmetry's LSTM.
+            observation: what the network sees of the symmetry; None to make it here.
+            network: in the place of the group's own.
+        """
+        group = symmetry.group
+        dtype = point.parameters[symmetry.parameters[0]].dtype
+        batch = () if point.loss is None else point.loss.shape
+        own = next(self.networks[group.name].parameters()).dtype
+        network = network or self.networks[group.name]
+        if observation is None:
+            observation = self.observe(symmetry, point, self.detach)
+        inputs = torch.cat((observation.features, progress), -1)
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        coefficients, gate, after = network(inputs, tuple(part.to(own) for part in cell))
+        weights = (gate.unsqueeze(-1) * coefficients).to(dtype)
+        shape = (*weights.shape, *(1 for _ in group.shape))
+        chosen = (weights.reshape(shape) * observation.basis.to(dtype)).sum(len(batch))
+        return self._bounded(symmetry, chosen), after
+
+    def _observed(
+        self, symmetry: Symmetry, point: Point, state: dict[str, Any]
+    ) -> tuple[Observation | None, dict[str, Any]]:
         """The observation, with the logarithms of covariances of some teleports ago where they are kept."""
         if self.refresh == 1 or not _kept(symmetry):
             return self.observe(symmetry, point, self.detach), state

@@ -88,6 +88,7 @@ class Unroll:
         meta: the meta-optimizer that is trained.
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         priced: keep the openness of teleports in the graph.
+        total: number of inner steps of the whole run, where the networks are told.
 
     After a window `openness` has how far each step's teleports and gauges were open, `(length, tasks)`; None where the
     meta-optimizer chooses no group element.
@@ -97,6 +98,7 @@ class Unroll:
     meta: MetaOptimizer
     first_order: bool = False
     priced: bool = False
+    total: int | None = None
     steps: int = 0
     start: Tensor | None = None
     state: MetaState | None = None
@@ -118,7 +120,7 @@ class Unroll:
             loss_known: whether the steps know the loss; if not, they act as in a training loop that does not tell it.
         """
         optimizer = StackOptimizer(self.stack, self.meta, self.stack.deterministic)
-        optimizer.loop.state = self.state
+        optimizer.loop.state, optimizer.loop.total = self.state, self.total
         optimizer.first_order = self.first_order
         optimizer.loss_known = loss_known
         stays = self.meta.teleporter is not None

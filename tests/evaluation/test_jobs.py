@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rank_cases import evaluated, in_ranks
 
 from metateleport import cli, load_family
 from metateleport.evaluation import Bench, Evaluation, EvaluationError, FirstOrder, Plan, plan, run_plan, tune
@@ -17,6 +19,7 @@ from metateleport.evaluation.kept import KeptRun, KeptRuns
 from metateleport.evaluation.methods.registry import RIVALS
 from metateleport.evaluation.run import run_once
 from metateleport.families import FamilyError
+from metateleport.training import Ranks
 
 PLAN = Plan("leaky_mlp", {"width": 4}, "leaky_mlp_stays", ("learned", "gd"), ("identity",), tasks=3, steps=5)
 
@@ -82,6 +85,31 @@ def figures(evaluation: Evaluation) -> dict[str, list[bytes]]:
     for seed in evaluation.meta_seeds:
         found.update({f"{name} {seed.seed} {seed.chosen}": of(result) for name, result in seed.results.items()})
     return found
+
+
+class TestUnderTorchrun:
+    def test_the_figures_are_those_of_one_process_bit_for_bit(self, tmp_path: Path) -> None:
+        whole = run_plan(Bench(PLAN))
+        (shared, threads), *others = in_ranks(3, evaluated, PLAN, str(tmp_path / "other"))
+        assert [each for each, _ in others] == [None, None]
+        assert threads == 1
+        assert figures(shared) == figures(whole)
+        assert list(shared.results) == list(whole.results)
+        assert (shared.jobs, shared.threads, shared.kept) == (3, 1, ())
+        (again, _), *_ = in_ranks(2, evaluated, PLAN, str(tmp_path / "other"))
+        assert len(again.kept) == len(Bench(PLAN).units)
+        assert figures(again) == figures(whole)
+
+    def test_its_processes_are_not_multiplied(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        @contextlib.contextmanager
+        def two(_: str) -> Iterator[Ranks]:
+            yield Ranks(0, 2)
+
+        monkeypatch.setattr("metateleport.training.joined", two)
+        assert cli.main(["evaluate", "none", "leaky_mlp", "--methods", "gd", "--jobs", "2", "--no-track"]) == 2
+        assert "--jobs 2 under torchrun, which has its own processes" in capsys.readouterr().err
 
 
 class TestGoingOn:

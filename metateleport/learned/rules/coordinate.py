@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
 from metateleport.learned.cell import recur_columns
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import Learns, carried_moments, subtracted
 from metateleport.learned.rules.step import StepRule, StepSettings
@@ -35,7 +36,7 @@ class CoordinateSettings(StepSettings):
 
     kind: ClassVar[str] = "coordinate"
 
-    coordinate_hidden: int = setting(20, AT_LEAST_ONE)
+    coordinate_hidden: int = setting(20, AT_LEAST_ONE, UNITS)
 
     @property
     def learns(self) -> Learns:
@@ -65,6 +66,8 @@ class CoordinateRule(StepRule):
 
     _FEATURES = 4
     per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "layers", "momentum", "squares")
+    # The rows of one task's coordinates are as many as its tensors have, not the same for all.
+    rows_by_task: ClassVar[bool] = False
 
     def __init__(
         self,

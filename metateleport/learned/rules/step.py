@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
@@ -49,10 +50,10 @@ class StepSettings(RuleSettings):
 
     kind: ClassVar[str] = "lr"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    secants: int = setting(0, NOT_NEGATIVE)
-    longest: float = setting(1.5, ABOVE_ONE)
-    cooling: float = setting(0.0, NOT_NEGATIVE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    secants: int = setting(0, NOT_NEGATIVE, 1000)
+    longest: float = setting(1.5, ABOVE_ONE, 1e6)
+    cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
 
     @property
     def learns(self) -> Learns:
@@ -112,6 +113,7 @@ class StepRule(nn.Module, UpdateRule):
 
     divides_by_loss: ClassVar[bool] = True
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "velocity")
+    rows_by_task: ClassVar[bool] = True
     void_on_change: ClassVar[tuple[str, ...]] = ("secants", "from")
 
     def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5, cooling: float = 0.0) -> None:
@@ -159,6 +161,11 @@ class StepRule(nn.Module, UpdateRule):
             velocity.update(move.symmetry.carry_covectors(move.element, velocity, point).tensors)
             secants = [_carried_secant(Secant(*each), move, point) for each in secants]
         return {**state, "velocity": velocity, "secants": tuple(secants)}
+
+    def network(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The outputs of the LSTM and its head for every tensor and task, in rows, and the new state."""
+        hidden, memory = self.cell(inputs, state)
+        return self.head(hidden), (hidden, memory)
 
     def _changes(
         self,
@@ -209,9 +216,9 @@ class StepRule(nn.Module, UpdateRule):
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(own) for part in (0, 1))
-        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        answers, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1).unbind(-1)
+        outputs = finite_gradient(answers).to(point.loss.dtype).reshape(*size, -1).unbind(-1)
         shares = _shares(outputs[2], [name in bounds for name in names])
         multipliers = self.longest * outputs[0].sigmoid() * shares
         if unbounded:
