@@ -70,6 +70,16 @@ def test_what_is_cited_is_this_version(installed: Path) -> None:
     assert cited[1] == _metadata(installed)["Version"] == VERSION
 
 
+def test_the_changelog_keeps_its_form() -> None:
+    """Keep a Changelog: versions with a date or `unreleased`, this one first, and six kinds of changes."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\]( - (unreleased|\d{4}-\d\d-\d\d))?", each) for each in versions)
+    assert versions[0].startswith(f"[{VERSION}]")
+    kinds = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
 @pytest.mark.slow(seconds=90)
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
 def test_a_wheel_installs_without_a_compiler(installed: Path, version: str, tmp_path: Path) -> None:

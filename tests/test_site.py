@@ -169,6 +169,10 @@ def test_what_the_figures_show_is_so() -> None:
         moved = pair.act(torch.tensor([[log_element]]).exp(), start)
         there = Product(float(moved.parameters["u.weight"]), float(moved.parameters["v.weight"]))
         assert float(_loss(there).detach()) == pytest.approx(float(start.loss), rel=1e-5)
+        if log_element == -1.5:
+            lengths = [torch.cat([each.flatten() for each in at.gradients.values()]).norm() for at in (moved, start)]
+            # docs/concepts.md says three times.
+            assert float(lengths[0] / lengths[1]) == pytest.approx(3, abs=0.3)
         for name, gradient in _point(there).gradients.items():
             torch.testing.assert_close(moved.gradients[name], gradient, rtol=1e-4, atol=1e-6)
 

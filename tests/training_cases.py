@@ -53,7 +53,7 @@ def small(**changes: Any) -> Recipe:
     given = {**_SMALL, **changes}
     family = FamilySettings(given.pop("family"), given.pop("settings"))
     validation = ValidationSettings(
-        given.pop("validation_tasks"), min(given.pop("validation_every"), given["meta_steps"])
+        given.pop("validation_tasks"), min(given.pop("validation_every"), given["meta_steps"] or 10**9)
     )
     kind = ESTIMATORS[given.pop("estimator", "tbptt")]
     own = {name: given.pop(name) for name in _OUTER if name in given}

@@ -39,6 +39,7 @@ FREE = ("limits", "notes")
 _MOST_BYTES = 16 << 20
 _DIGITS = 16
 _MANY = 1_000_000
+_LONGEST = 1000
 _HASH = text(64, "[0-9a-f]{64}")
 _NAME = text(300)
 _SETTINGS = table(plain, most=200)
@@ -62,7 +63,8 @@ def _recipe(value: Any, key: str) -> None:
     table({**dict.fromkeys(value["family"], plain), "name": _NAME}, ("name",))(value["family"], f"{key}.family")
 
 
-# `metateleport.training.recipe` has these settings; its room is below this one, and a test holds the two together.
+# The outer loop is of a room below this one, which checks the whole recipe where it is used: what is known of it here
+# is checked here, and what it may gain is at least no nonsense.
 _OUTER = table(
     {
         "estimator": one_of("tbptt", "es", "pes"),
@@ -70,6 +72,9 @@ _OUTER = table(
         "meta_steps": optional(whole(1)),
         "seconds": optional(number(0)),
         "tasks": whole(1),
+        "tasks_at_once": optional(whole(1)),
+        "late": number(0, 1),
+        "told": flag,
         "unroll": whole(1),
         "horizon": whole(1),
         "lr": number(0),
@@ -85,8 +90,9 @@ _OUTER = table(
         "dtype": optional(one_of("float32", "float64")),
     },
     ("seed",),
+    others=plain,
 )
-_VALIDATION = table({"tasks": whole(1), "every": whole(1)})
+_VALIDATION = table({"tasks": whole(1), "every": whole(1)}, others=plain)
 _RUN = table(
     {
         "meta_steps": whole(),
@@ -230,6 +236,9 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
 
 def _of_earlier(path: Path, card: dict[str, Any]) -> dict[str, Any]:
     """A card of schema 1 or 2 in today's schema, without digests."""
+    for name in _DIGEST:
+        if name in card:
+            raise FieldError(f"schema is {card['schema']}, and cards of that schema have no {name}: it was changed")
     read = card
     if card["schema"] == 1:
         try:
@@ -346,8 +355,11 @@ def _refused(constant: str) -> Any:
 
 
 def _damaged(path: Path, error: FieldError) -> str:
+    said = str(error)
+    # What is wrong may be a text of any length, which a setting's own message has in full.
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
     return (
-        f"the card of {path} is damaged: {error}. Copy the folder again; if it was edited on purpose, "
+        f"the card of {path} is damaged: {said}. Copy the folder again; if it was edited on purpose, "
         "'metateleport seal --edited' writes its digest anew"
     )
 

@@ -170,7 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
     if evaluation is None:
         return 0
     aimed = {} if target is None else {"target": target_of(evaluation, target)}
-    report = {**report_of(evaluation, arguments.against), **aimed}
+    command = "metateleport " + shlex.join(sys.argv[1:])
+    report = {**report_of(evaluation, arguments.against), **aimed, "command": command}
     _show(report, bench)
     try:
         if arguments.json is not None:
@@ -180,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
             plot(report, arguments.plot)
             say(f"wrote {arguments.plot}")
         if arguments.card and checkpoint is not None:
-            record_result(checkpoint.path, report, "metateleport " + shlex.join(sys.argv[1:]))
+            record_result(checkpoint.path, report, command)
             say(f"wrote the result into the card of {checkpoint.name}")
     except OSError as error:
         raise FileError(

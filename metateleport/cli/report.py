@@ -14,7 +14,7 @@ __all__ = ["add"]
 _EXAMPLES = """\
 examples:
   metateleport report                                    all shipped checkpoints, to docs/results
-  metateleport report --extract README.md                also the extract between the marks of README.md
+  metateleport report --extract docs/choose.md           also the extract between that file's marks
   metateleport report runs/mine --out runs/mine-results  a checkpoint of your own
   metateleport report runs/mine --evaluation a.json --evaluation b.json --out pages    with results of evaluate --json
 

@@ -51,8 +51,8 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
         `task`, `measure`, `tasks`, `steps`, `seed`, `dtype`, `conditions`, and `methods`. For each method:
         `median_loss` and, if known, `held_out_accuracy` by mark; `diverged`, a number of tasks; `seconds`; `drift_max`;
         the ratios to the learned method by mark and `ratio_at_equal_seconds`, over meta-seeds if there are several.
-        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; `target`, `against`
-        and `rules` as in the report.
+        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; `target`, `against`,
+        `rules` and `command` as in the report.
     """
     places = marks(report["steps"])
     timed = _timed(report)
@@ -77,7 +77,7 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
     result = {**{key: report[key] for key in keys}, "methods": methods}
     if report["meta_seeds"]:
         result["meta_seeds"] = {key: report["meta_seeds"][key] for key in ("seeds", "worst", "ratios_to_learned")}
-    for key in ("target", "against", "rules"):
+    for key in ("target", "against", "rules", "command"):
         if key in report:
             result[key] = report[key]
     rounded: dict[str, Any] = _rounded(result)

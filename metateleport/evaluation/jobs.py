@@ -16,6 +16,7 @@ import torch
 
 from metateleport.evaluation.plan import Bench, Done, Plan, Unit
 from metateleport.evaluation.run import Evaluation, EvaluationError
+from metateleport.interruption import Stopped, code_of
 
 __all__ = ["Account", "run_plan"]
 
@@ -38,7 +39,7 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
 
     Raises:
         EvaluationError: if a process ends during a run.
-        KeyboardInterrupt: after Ctrl-C; the message says what is kept.
+        Stopped: after Ctrl-C or another signal; the message says what is kept.
     """
     account = Account(len(bench.units), progress or (lambda _: None))
     threads = 1 if jobs > 1 else torch.get_num_threads()
@@ -49,8 +50,8 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
             for each in runs:
                 done.append(each)
                 account.finished(each)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {account.left_off()}") from None
+    except KeyboardInterrupt as stopped:
+        raise Stopped(f"interrupted; {account.left_off()}", code_of(stopped) - 128) from None
     return bench.evaluation(done, threads)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
+from metateleport.families.chain import Chain, chain_of, through
 from metateleport.families.probed import ProbedLosses
 from metateleport.families.stackable import check_stackable, movable
 from metateleport.families.task import Batch, Task
@@ -77,6 +78,7 @@ class TaskStack(nn.Module):
         self._has_channels = channel_modules(self.template, self.watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
         self._constant: dict[str, tuple[Any, Tensor]] = {}
+        self._epoch: tuple[int, Tensor] | None = None
         self.batched = True
         """Whether `vmap` batches the tasks; a model that does not go through it is run task by task."""
         self.to(device)
@@ -93,8 +95,9 @@ class TaskStack(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TaskStack:
         # The data follow the parameters to another device: they are stacked there at the next use.
-        for name in ("full", "held_out", "_sought"):
+        for name in ("full", "held_out", "_sought", "_data"):
             vars(self).pop(name, None)
+        self._epoch = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -128,7 +131,33 @@ class TaskStack(nn.Module):
 
     def batch(self, step: int) -> Batch:
         """Every task's minibatch of one evaluation, stacked."""
-        return self.full if self.deterministic else self._side_by_side([task.batch(step) for task in self.tasks])
+        if self.deterministic:
+            return self.full
+        if not self._alike:
+            return self._side_by_side([task.batch(step) for task in self.tasks])
+        size = self.tasks[0].batch_size
+        assert size is not None
+        epoch, place = divmod(step, self.tasks[0].per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            # Drawn once an epoch, and one index for all tasks.
+            self._epoch = (epoch, torch.stack([task.order(epoch) for task in self.tasks]).to(self.device))
+        index = self._epoch[1][:, place * size : (place + 1) * size]
+        inputs, targets = (tuple(_rows_of(value, index) for value in part) for part in self._data)
+        return inputs, targets
+
+    @functools.cached_property
+    def _alike(self) -> bool:
+        """Whether all tasks have as many samples, a minibatch as large, and tensors of one shape to draw them from."""
+        shapes = [
+            (task.samples, task.batch_size, [value.shape for value in (*task.inputs, *task.targets)])
+            for task in self.tasks
+        ]
+        return all(each == shapes[0] for each in shapes)
+
+    @functools.cached_property
+    def _data(self) -> Batch:
+        """All rows that minibatches are drawn from, stacked at first use."""
+        return self._side_by_side([(task.inputs, task.targets) for task in self.tasks])
 
     def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The measure of every task at some parameters, or its full training loss if it has none, `(tasks,)`."""
@@ -242,6 +271,10 @@ class TaskStack(nn.Module):
     def _run(self, parameters: Tensors, batch: Batch, probe: bool) -> tuple[Tensor, Tensors, Tensors]:
         inputs, targets = batch
         probes = self._zeros(parameters, inputs) if probe and self.watched else {}
+        if self.batched and self._chain is not None and len(inputs) == 1 and inputs[0].ndim == 3:
+            outputs, activations = through(self._chain, {**self.fixed(), **parameters}, inputs[0], probes)
+            losses = self.each(self.loss, outputs, *targets)
+            return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
 
         def single(
             values: Tensors, buffers: Tensors, one: tuple[Tensor, ...], wanted: tuple[Tensor, ...], added: Tensors
@@ -254,6 +287,11 @@ class TaskStack(nn.Module):
 
         losses, activations = self.each(single, parameters, self.fixed(), inputs, targets, probes)
         return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
+
+    @functools.cached_property
+    def _chain(self) -> Chain | None:
+        """The model's layers where they can be run as they are on all tasks at once, without `vmap`."""
+        return chain_of(self.template)
 
     def _same_again(self, name: str, value: Tensor) -> Tensor:
         """Inputs of a module that are the same memory as in the last pass, such as data, as the same lasting tensor."""
@@ -277,6 +315,14 @@ class TaskStack(nn.Module):
         return {
             name: like.new_zeros(len(self), *shape).requires_grad_() for name, shape in self._output_shapes[key].items()
         }
+
+
+def _rows_of(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each task's tensor, `(tasks, batch, ...)`, by their index, `(tasks, batch)`."""
+    if values.stride(0) == 0:
+        # One set of data that all tasks share.
+        return values[0][index]
+    return values[torch.arange(len(values), device=index.device).unsqueeze(1), index]
 
 
 def _together(values: Sequence[Tensor]) -> Tensor:

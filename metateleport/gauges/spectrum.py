@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metateleport.gauges.factors import FactorSide
 from metateleport.gauges.whitened import GaugeKind, _turn
+from metateleport.linalg import symmetric_spectrum
 
 __all__ = ["GaugeKind", "ProductGauges", "product_gauges"]
 
@@ -60,7 +61,13 @@ class ProductGauges:
         return self.start * (reach * self.filtered + (reach - 1) * middle).exp().unsqueeze(-2)
 
 
-def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: GaugeKind = "whitening") -> ProductGauges:
+def product_gauges(
+    outgoing: Tensor,
+    incoming: Tensor,
+    floor: Tensor,
+    kind: GaugeKind = "whitening",
+    dtype: torch.dtype | None = None,
+) -> ProductGauges:
     r"""The gauges of pairs, from the Gram matrices of their factors, without a graph.
 
     Args:
@@ -68,6 +75,7 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
         incoming: $X_u^\top X_u$, `(batch, k, k)`.
         floor: $\epsilon$, `(batch,)`.
         kind: `random` for gauges of the same spectrum in other directions, `identity` for none.
+        dtype: of the factors, where it is not that of their Gram matrices.
 
     Example:
         >>> a, b = torch.eye(2).unsqueeze(0), torch.diag(torch.tensor([16.0, 1.0])).unsqueeze(0)
@@ -79,7 +87,7 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
         >>> bool(torch.allclose(gauges.reaching("out", torch.ones(1)), full))
         True
     """
-    dtype, width = outgoing.dtype, outgoing.shape[-1]
+    dtype, width = dtype or outgoing.dtype, outgoing.shape[-1]
     # Small matrices: in double precision an ill-conditioned split loses nothing that the gradients had not lost.
     outgoing, incoming = outgoing.double(), incoming.double()
     eye = torch.eye(width, dtype=torch.float64, device=outgoing.device)
@@ -89,7 +97,10 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
     lower, info = torch.linalg.cholesky_ex(scaled + 8 * width * torch.finfo(dtype).eps * eye)
     lower = torch.where((info == 0)[..., None, None], lower, eye) * scale.unsqueeze(-1)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
-    values, vectors = torch.linalg.eigh(lower.mT @ incoming @ lower)
+    # Of a run that has diverged it is not finite, and the other tasks of the stack go on.
+    spectrum = symmetric_spectrum(lower.mT @ incoming @ lower)
+    assert spectrum.vectors is not None
+    values, vectors = spectrum.values * spectrum.largest.exp().unsqueeze(-1), spectrum.vectors
     trace = values.clamp_min(0).sum(-1, keepdim=True)
     least = 8 * width * torch.finfo(dtype).eps * trace
     values = torch.where(values < least, 0.0, values)

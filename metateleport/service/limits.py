@@ -14,6 +14,7 @@ class Limits:
     Args:
         bytes: of a binary body.
         json_bytes: of a JSON body, whose numbers take ten times their bytes in memory.
+        held_bytes: of all bodies that are in memory at one time.
         size: dimensions of the space that a group acts on.
         tasks: tasks in one request, the product of its batch dimensions.
         tensors: tensors in one body.
@@ -26,6 +27,7 @@ class Limits:
 
     bytes: int = 32 << 20
     json_bytes: int = 8 << 20
+    held_bytes: int = 256 << 20
     size: int = 512
     tasks: int = 1024
     tensors: int = 1024

@@ -35,24 +35,31 @@ class Guard:
 
     def __init__(self, app: Any, limits: Limits | None = None, token: str | None = None) -> None:
         self.app, self.limits, self.token = app, limits or Limits(), token
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        parts: list[bytes] = []
         try:
-            self._check_token(scope)
-            body = await self._body(scope, receive)
-        except Refused as refused:
-            await _reply(send, refused.status, json.dumps(refused.table()).encode())
-            return
-        except (asyncio.TimeoutError, TimeoutError):
-            late = Refused("", f"the body did not arrive within {self.limits.body_seconds:g} s")
-            await _reply(send, 408, json.dumps(late.table()).encode())
-            return
-        if body is None:
-            # The client is gone.
-            return
+            try:
+                self._check_token(scope)
+                whole = await self._read(scope, receive, parts)
+            except Refused as refused:
+                await _reply(send, refused.status, json.dumps(refused.table()).encode())
+                return
+            except (asyncio.TimeoutError, TimeoutError):
+                late = Refused("", f"the body did not arrive within {self.limits.body_seconds:g} s")
+                await _reply(send, 408, json.dumps(late.table()).encode())
+                return
+            if whole:
+                parts[:] = [b"".join(parts)]
+                await self._pass_on(scope, receive, send, parts[0])
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         given = False
 
         async def once() -> MutableMapping[str, Any]:
@@ -71,24 +78,28 @@ class Guard:
         if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
             raise Refused("authorization", "this service asks for its bearer token", 401)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive, parts: list[bytes]) -> bool:
+        """Reads a body; false if the client is gone before its end."""
         said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         too_large = Refused("", f"the body is too large: at most {self.limits.bytes} bytes are taken", 413)
         if not said.isdigit() or int(said) > self.limits.bytes:
             raise too_large
-        parts, total = [], 0
+        total = 0
         loop = asyncio.get_running_loop()
         until = loop.time() + self.limits.body_seconds
         while True:
             message = await asyncio.wait_for(receive(), max(0.0, until - loop.time()))
             if message["type"] == "http.disconnect":
-                return None
+                return False
             parts.append(message.get("body", b""))
             total += len(parts[-1])
+            self._held += len(parts[-1])
             if total > self.limits.bytes:
                 raise too_large
+            if self._held > self.limits.held_bytes:
+                raise Refused("", "too much waits to be answered: come again in a second", 503)
             if not message.get("more_body", False):
-                return b"".join(parts)
+                return True
 
 
 def add_routes(app: Any, answerer: Answerer, batching: bool = False) -> None:
@@ -165,6 +176,8 @@ def add_routes(app: Any, answerer: Answerer, batching: bool = False) -> None:
 
 async def _reply(send: Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     # What is left of a body is not read: the connection is of no more use.

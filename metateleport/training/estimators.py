@@ -55,7 +55,7 @@ class Truncated:
         meta: the networks.
         outer: the outer loop's settings.
         ranks: the processes that share the tasks.
-        total: number of inner steps of the whole run, where the networks are told.
+        total: number of inner steps of the run, where the networks are told.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class Truncated:
         self.meta.zero_grad()
         several, cost, sums = len(self.unrolls) > 1, self.outer.teleport_cost, []
         for unroll in self.unrolls:
-            losses = unroll.window(self.outer.unroll, loss_known=not blind)
-            losses = losses[-max(1, round(self.outer.late * len(losses))) :]
+            losses = unroll.window(self.outer.unroll, loss_known=not blind)[-self.outer.last(self.outer.unroll) :]
             # A task whose loss is not finite is left out; the rest of its stack is used.
             finite = losses.isfinite()
             loss = torch.where(finite, losses, torch.zeros_like(losses)).sum()

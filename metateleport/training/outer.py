@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+_UNTOLD = 4
+"""One stack of so many is not told the length of its runs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OuterSettings(Settings, abc.ABC):
     """The outer loop: how the networks are trained, by whichever estimator of the meta-gradient.
@@ -44,6 +48,10 @@ class OuterSettings(Settings, abc.ABC):
         clip: largest norm of the meta-gradient.
         blind: share of the windows in which the networks see no loss, in [0, 1], so that they learn to work in training
             loops that do not tell it.
+        late: share of a window's losses, at its end, that the meta-loss is the mean of, and of a horizon's that the
+            score is. With all of them networks learn to be quick in the window under way; with the last ones to be
+            far at its end.
+        told: whether the networks are told how long a run is, in three stacks of four, if their rule makes use of it.
         teleport_cost: price on teleports that stay and on gauges, so that they close where they bring too little. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
             between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
@@ -68,6 +76,8 @@ class OuterSettings(Settings, abc.ABC):
     lr: float = setting(5e-3, POSITIVE, 1e6)
     clip: float = setting(1.0, POSITIVE)
     blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
+    late: float = setting(1.0, Range("a share of the losses, above 0 and at most 1", lambda value: 0 < value <= 1))
+    told: bool = setting(False)
     teleport_cost: float = setting(0.0, NOT_NEGATIVE, 1e6)
     search: int = setting(0, NOT_NEGATIVE, 10**6)
     starts: int = setting(1, AT_LEAST_ONE, 10**4)
@@ -98,6 +108,19 @@ class OuterSettings(Settings, abc.ABC):
             share: share of the training that is done.
         """
         return 1
+
+    def total(self, stack: int, steps: int) -> int | None:
+        """The length of a run that the networks are told; None where they are not.
+
+        Args:
+            stack: number of the stack.
+            steps: number of inner steps of the run.
+        """
+        return steps if self.told and stack % _UNTOLD != _UNTOLD - 1 else None
+
+    def last(self, steps: int) -> int:
+        """How many losses of so many inner steps count."""
+        return max(1, round(self.late * steps))
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -145,10 +168,6 @@ class TruncatedSettings(WindowedSettings):
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         tasks_at_once: number of a process's tasks that are followed in one graph; None for all. The meta-gradient is
             then added up over parts of the stack, and the memory is that of one part.
-        late: share of a window's losses, at its end, that the meta-loss is the mean of, and of a horizon's that the
-            score is. With all of them networks learn to be quick in the window under way; with the last ones to be
-            far at its end.
-        told: whether the networks are told how long a run is, in three stacks of four, if their rule makes use of it.
 
     Example:
         >>> [TruncatedSettings(unroll=10, horizon=30).windows(share) for share in (0.0, 0.25, 0.5)]
@@ -159,8 +178,6 @@ class TruncatedSettings(WindowedSettings):
 
     first_order: bool = setting(False)
     tasks_at_once: int | None = setting(None, AT_LEAST_ONE, 10**6)
-    late: float = setting(1.0, Range("a share of the losses, above 0 and at most 1", lambda value: 0 < value <= 1))
-    told: bool = setting(False)
 
     def windows(self, share: float) -> int:
         return max(1, round(1 + (self.horizon / self.unroll - 1) * min(1.0, 2 * share)))

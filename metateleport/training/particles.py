@@ -37,6 +37,7 @@ class Particles:
     Args:
         stack: the tasks at their start; their parameters move along.
         meta: tells the shape of the networks; it is not changed.
+        total: number of inner steps of the run, where the networks are told.
 
     Example:
         >>> from metateleport import load_family
@@ -49,28 +50,29 @@ class Particles:
         True
     """
 
-    def __init__(self, stack: TaskStack, meta: MetaOptimizer) -> None:
+    def __init__(self, stack: TaskStack, meta: MetaOptimizer, total: int | None = None) -> None:
         if side_by_side(meta):
-            self._unrolls = [Unroll(stack, _stacked(meta, len(stack)))]
+            self._unrolls = [Unroll(stack, _stacked(meta, len(stack)), total=total)]
         else:
             alone = [TaskStack([task], stack.device) for task in stack.tasks]
             for each in alone:
                 each.batched = stack.batched
-            self._unrolls = [Unroll(each, copy.deepcopy(meta)) for each in alone]
+            self._unrolls = [Unroll(each, copy.deepcopy(meta), total=total) for each in alone]
 
-    def window(self, length: int, weights: Tensor, loss_known: bool = True) -> Seen:
+    def window(self, length: int, weights: Tensor, loss_known: bool = True, last: int | None = None) -> Seen:
         """Takes some inner steps from where the last window ended.
 
         Args:
             length: number of inner steps.
             weights: of each task's networks, in the order of the meta-optimizer's parameters, `(tasks, weights)`.
             loss_known: whether the steps know the loss.
+            last: how many losses count, the last ones; all of them if not given.
         """
         found = []
         for place, unroll in enumerate(self._unrolls):
             own = weights if len(self._unrolls) == 1 else weights[place]
             _load(unroll.meta, own)
-            found.append(_followed(unroll, length, loss_known))
+            found.append(_followed(unroll, length, loss_known, length if last is None else last))
         return Seen(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -100,10 +102,10 @@ def _load(meta: MetaOptimizer, weights: Tensor) -> None:
             start += size
 
 
-def _followed(unroll: Unroll, length: int, loss_known: bool) -> Seen:
+def _followed(unroll: Unroll, length: int, loss_known: bool, last: int) -> Seen:
     parts: list[Seen] = []
     for done in range(0, length, _CHUNK):
         losses = unroll.window(min(_CHUNK, length - done), track=False, loss_known=loss_known)
-        summed = bounded(losses.detach()).sum(0)
-        parts.append(Seen(summed / length, *openness_sum(unroll.openness, like=summed, dim=0)))
+        summed = bounded(losses.detach())[max(0, length - last - done) :].sum(0)
+        parts.append(Seen(summed / last, *openness_sum(unroll.openness, like=summed, dim=0)))
     return Seen(*(torch.stack(values).sum(0) for values in zip(*parts, strict=True)))

@@ -105,7 +105,7 @@ cooling
                 f"outer.teleport_cost = {self.outer.teleport_cost:g} is a price on teleports, and none is learned: "
                 "leave it out, or add teleport or gauge"
             )
-        if isinstance(self.outer, TruncatedSettings) and self.outer.told and not self.rule.reads_total:
+        if self.outer.told and not self.rule.reads_total:
             raise SettingsError(
                 f"outer.told tells the length of a run, and rule.kind = {self.rule.kind!r} makes no use of it: leave "
                 "it out"

@@ -65,23 +65,19 @@ def score(
     meta: MetaOptimizer,
     stacks: Iterable[TaskStack],
     horizon: int,
-    cost: float,
+    outer: OuterSettings,
     tasks: int = 0,
     ranks: Ranks = ALONE,
-    late: float = 1.0,
-    told: bool = False,
 ) -> Score:
-    """Mean log loss along the horizon, or its end, plus the price on teleports, without a graph.
+    """Mean log loss along the horizon, or at its end, plus the price on teleports, without a graph.
 
     Args:
         meta: the meta-optimizer.
         stacks: the stacks at the start of their tasks; their parameters are changed.
         horizon: number of inner steps.
-        cost: the price on a teleport that is wide open.
+        outer: the outer loop's settings: `late`, `told` and `teleport_cost`.
         tasks: number of tasks of all processes, if there are several.
         ranks: the processes; the stacks are those of this one, as `dealt` gives them.
-        late: share of the horizon, at its end, that the mean is over.
-        told: whether the networks are told the horizon.
 
     Returns:
         The score, the same on all processes, whatever their number.
@@ -89,21 +85,21 @@ def score(
     Example:
         >>> from metateleport import load_family
         >>> from metateleport.learned import MetaOptimizerConfig, StepSettings
+        >>> from metateleport.training.outer import TruncatedSettings
         >>> stack = load_family("leaky_mlp", {"width": 3}).stack(range(2))
         >>> meta = MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None))
-        >>> score(meta, [stack], horizon=2, cost=0.0).openness
+        >>> score(meta, [stack], 2, TruncatedSettings(horizon=10)).openness
         0.0
     """
     rows = [torch.empty(0, 3, dtype=torch.float64, device=ranks.device)]
     for stack in stacks:
-        unroll = Unroll(stack, meta, total=horizon if told else None)
-        losses = bounded(unroll.window(horizon, track=False).detach())
-        means = losses[-max(1, round(late * len(losses))) :].mean(0)
+        unroll = Unroll(stack, meta, total=outer.total(0, horizon))
+        means = bounded(unroll.window(horizon, track=False).detach())[-outer.last(horizon) :].mean(0)
         opened, counted = openness_sum(unroll.openness, like=means, dim=0)
         rows.append(torch.stack((means, opened, counted), 1).to(rows[0]))
     losses, opened, counted = ranks.gathered(torch.cat(rows), tasks).unbind(1)
     openness = opened.sum() / counted.sum().clamp_min(1)
-    return Score(float(priced(losses.mean(), openness, cost)), float(openness))
+    return Score(float(priced(losses.mean(), openness, outer.teleport_cost)), float(openness))
 
 
 def priced(loss: Tensor, opened: Tensor, cost: float) -> Tensor:

@@ -41,14 +41,11 @@ _VALIDATION_STACKS = 8
 """Number of stacks for the validation tasks, so that the score covers several of the varied settings."""
 
 
-_SCORE_TIME = 0.25
+_SCORE_TIME = 0.1
 """Largest share of a limited time that one validation, or one round of the search, may take."""
 
 _SEARCH_SCORES = 32
 """About how many scores a round of the search takes."""
-
-_UNTOLD = 4
-"""One stack of so many is not told the length of its runs."""
 
 _SEARCH_STACKS = 4
 """Stacks that the tasks of a round of the search are dealt out to."""
@@ -164,9 +161,8 @@ class MetaTrainer:
                 if report is not None:
                     report(done)
                 continue
-            windows = self.outer.windows(self.share)
-            estimator = self._estimator(windows)
-            for window in range(windows):
+            estimator = self._estimator()
+            for window in range(self.outer.windows(self.share)):
                 started = self.clock()
                 self._meta_step(estimator, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
                 if done.meta_step % self.recipe.validation.every == 0:
@@ -274,10 +270,11 @@ class MetaTrainer:
         chosen.load_state_dict(self.best)
         return chosen.eval()
 
-    def _estimator(self, windows: int) -> Estimator:
-        """The estimator on this process's part of the next stack, which it follows for some windows."""
+    def _estimator(self) -> Estimator:
+        """The estimator on this process's part of the next stack."""
         number, outer, share = self.progression.stack, self.outer, self.ranks.share(self.outer.tasks)
         family = self.family.augmented(number, outer.seed)
+        total = outer.total(number, outer.window * outer.windows(self.share))
 
         def stacked(indices: Sequence[int]) -> TaskStack:
             numbers = [number * outer.tasks + index for index in indices]
@@ -288,11 +285,10 @@ class MetaTrainer:
             stacks = [stacked(share[first : first + some]) for first in range(0, len(share), some)]
             if not self.progression.meta_step and not outer.first_order:
                 check_second_order(stacks[0], stacks[0].batch(0))
-            told = outer.told and number % _UNTOLD != _UNTOLD - 1
-            return Truncated(stacks, self.meta, outer, self.ranks, windows * outer.unroll if told else None)
+            return Truncated(stacks, self.meta, outer, self.ranks, total)
         assert isinstance(outer, EvolutionSettings | PersistentSettings)
         # Each task stands there twice, once for each network of a pair.
-        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number)
+        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number, total)
 
     def _meta_step(self, estimator: Estimator, blind: bool) -> None:
         done = self.progression
@@ -347,9 +343,7 @@ class MetaTrainer:
     def _score(self, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]) -> Score:
         stacks = dealt(self.family, self.outer, tasks, parts, first, split, seeds, self.ranks)
         count = parts * max(1, tasks // parts)
-        outer, steps = self.outer, self._scored_steps()
-        late, told = (outer.late, outer.told) if isinstance(outer, TruncatedSettings) else (1.0, False)
-        return score(self.meta, stacks, steps, outer.teleport_cost, count, self.ranks, late, told)
+        return score(self.meta, stacks, self._scored_steps(), self.outer, count, self.ranks)
 
     def _scored_steps(self) -> int:
         """Inner steps that scores follow their tasks for: the horizon, or as many as a limited time has room for.

@@ -167,6 +167,11 @@ def test_an_evaluation_under_fair_rules_says_so() -> None:
     assert (report["rules"]["trials"], report["rules"]["measure"]) == (2, "target")
     assert report["methods"]["muon"]["tuning"]["measure"] == "target"
     assert report["methods"]["adamw/end"]["tuning"]["measure"] == "end"
+    judged = Bench(Plan("digits", {"hidden": 3, "samples": 20, "batch": 10}, methods=("adamw",), steps=4, rules=rules))
+    tuned = judged._method(judged.units[0], lambda _: None)
+    assert tuned.name == "adamw/end"
+    assert tuned.tuning is not None
+    assert tuned.tuning["measure"] == "held-out", "where there are held-out data"
     assert set(report["against"]["others"]) == {"adamw/end", "adamw"}
     assert target_of(evaluation, Target("adamw/end", 4))["methods"]["adamw/end"]["evaluations"] <= 4
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,18 +176,23 @@ class TestGoingOn:
         whole = tune(watched, family, 4, fresh=True)
         assert whole.tuning == resumed.tuning
 
-    def test_ctrl_c_on_the_command_line_says_how_to_go_on(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], made: list[str]
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_to_the_command_line_says_how_to_go_on(
+        self,
+        number: signal.Signals,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        made: list[str],
     ) -> None:
         noted, command = plan.run_once, "evaluate none leaky_mlp --set width=3 --tasks 2 --steps 3 --methods gd,adam"
 
         def stopped(method: Any, *rest: Any) -> Any:
             if made:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
             return noted(method, *rest)
 
         monkeypatch.setattr(plan, "run_once", stopped)
-        assert cli.main([*command.split(), "--no-track"]) == 130
+        assert cli.main([*command.split(), "--no-track"]) == 128 + number
         assert "1 of 2 runs are finished and kept: the same command goes on" in capsys.readouterr().err
         monkeypatch.setattr(plan, "run_once", noted)
         assert cli.main([*command.split(), "--no-track"]) == 0

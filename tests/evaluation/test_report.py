@@ -57,31 +57,31 @@ class TestRepository:
     @pytest.fixture
     def copied(self, tmp_path: Path) -> Path:
         shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
-        shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+        shutil.copy(ROOT / "docs" / "choose.md", tmp_path / "docs" / "choose.md")
         return tmp_path
 
     def test_its_pages_are_those_of_its_cards(self, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
         before = {path: path.read_bytes() for path in copied.rglob("*.*") if path.is_file()}
         checkpoints = [load_checkpoint(path) for path in (ROOT / "checkpoints").iterdir() if path.is_dir()]
-        written = write_pages(copied / "docs" / "results", checkpoints, extract_in=copied / "README.md")
-        assert written.changed == [], "run: metateleport report --extract README.md"
+        written = write_pages(copied / "docs" / "results", checkpoints, extract_in=copied / "docs" / "choose.md")
+        assert written.changed == [], "run: metateleport report --extract docs/choose.md"
         assert {path: path.read_bytes() for path in copied.rglob("*.*") if path.is_file()} == before
         assert not written.strangers
         assert set(written.files) == set(before)
 
     def test_the_extract_is_short_and_its_figures_are_the_cards(self) -> None:
-        text = (ROOT / "README.md").read_text()
+        text = (ROOT / "docs" / "choose.md").read_text()
         lines = text[text.index(BEGIN) : text.index(END)].splitlines()
         assert len(lines) <= 25
         rows = [line for line in lines if line.startswith("| [")]
         assert len(rows) == len(list((ROOT / "checkpoints").glob("*/card.json")))
         for row in rows:
             cells = [cell.strip() for cell in row.strip("|").split("|")]
-            read = re.match(r"\[(\w+)\]\((docs/results/\w+\.md)\).*, at (\d+)$", cells[0])
+            read = re.match(r"\[(\w+)\]\((results/\w+\.md)\).*, at (\d+)$", cells[0])
             assert read is not None
             name, page, mark = read.groups()
-            assert (ROOT / page).is_file()
+            assert (ROOT / "docs" / page).is_file()
             card = json.loads((ROOT / "checkpoints" / name / "card.json").read_text())
             shown = [
                 [number(each["methods"][method]["median_loss"][mark]) for method in each["methods"]]

@@ -308,6 +308,11 @@ def test_the_routes(app: Any, digits: Answerer) -> None:
     assert ask(guarded, "/v1/teleport", b"{}", headers=too_long)[0] == 413
     assert ask(guarded, "/v1/teleport", b"", parts=[b" " * 3000, b" " * 3000])[0] == 413
     assert ask(guarded, "/v1/teleport", b"", parts=[b"{"], endless=True)[0] == 408
+    # What was refused is let go of.
+    assert guarded._held == 0
+    full = Guard(app, Limits(held_bytes=100))
+    assert ask(full, "/v1/teleport", b" " * 200)[0] == 503
+    assert ask(full, "/v1/teleport", b"{}")[0] == 422
 
 
 def test_the_token(app: Any) -> None:

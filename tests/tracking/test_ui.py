@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,11 +24,14 @@ from serving_cases import free
 from metateleport.checkpoint import save_checkpoint
 from metateleport.learned import MetaOptimizer
 from metateleport.tracking import Run, TrackedTraining, promote, tracking_uri
+from metateleport.tracking.conditions import conditions
 
 pytest.importorskip("mlflow")
 
 PICTURES = os.environ.get("METATELEPORT_SCREENSHOTS")
 """A folder to keep the screenshots in, for the docs."""
+
+_ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
 
 
 @contextlib.contextmanager
@@ -61,19 +66,23 @@ def ui(log: Path) -> Iterator[str]:
             process.kill()
 
 
-def something(folder: Path) -> str:
+def something(folder: Path, name: str = "mine", slope: float = 0.1) -> str:
     """A training with a promoted checkpoint; the id of its run."""
     card = {
-        "name": "mine",
+        "name": name,
         "mode": "lr+tele",
         "family": {"name": "leaky_mlp", "settings": {"width": 4}},
         "training": {"runs": {"learned": {"meta_steps": 3, "validation": -1.5, "seconds": 1.0, "validations": []}}},
     }
-    path = save_checkpoint(folder / "mine", MetaOptimizer(shape_of("lr+tele", hidden=4)), None, card)
-    with Run("leaky_mlp", "mine", {"outer.seed": 0}, {"kind": "train"}) as run:
+    path = save_checkpoint(folder / name, MetaOptimizer(shape_of("lr+tele", hidden=4)), None, card)
+    with Run("leaky_mlp", name, {"outer.seed": 0}, {"kind": "train", **conditions()}) as run:
         tracked = TrackedTraining(run)
+        losses = {"meta_losses": [0.0], "validations": [], "openness": [], "searched": []}
         for step in range(1, 60):
-            run.log({"learned/log10_loss": -0.1 * step}, step)
+            losses["meta_losses"] = [2.0 - slope * step * (1 + 0.1 * math.sin(step))]
+            if step % 5 == 0:
+                losses["validations"].append([step, 1.5 - slope * step])
+            tracked("learned", SimpleNamespace(meta_step=step, skipped=0, seconds=0.1 * step, **losses))
         tracked.finish(path)
     promote(path, alias="champion")
     assert run.id is not None
@@ -97,7 +106,7 @@ def test_what_a_browser_shows(tmp_path: Path) -> None:
     from selenium import webdriver
 
     assert selenium
-    run_id = something(tmp_path)
+    other, run_id = something(tmp_path, "stays", 0.2), something(tmp_path)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for each in ("--headless=new", "--no-sandbox", "--window-size=1400,900", "--disable-dev-shm-usage"):
@@ -110,11 +119,21 @@ def test_what_a_browser_shows(tmp_path: Path) -> None:
 
             experiment = connect(tracking_uri()).get_run(run_id).info.experiment_id
             view = "workflowType=machine_learning"
+            both = f"runs=[%22{run_id}%22,%22{other}%22]&experiments=[%22{experiment}%22]"
+            own = f"#/experiments/{experiment}/runs/{run_id}"
             pages = {
-                "runs": (f"#/experiments/{experiment}/runs?{view}", "mine"),
-                "run": (f"#/experiments/{experiment}/runs/{run_id}?{view}", "final/validation"),
-                "curves": (f"#/experiments/{experiment}/runs/{run_id}/model-metrics?{view}", "log10_loss"),
-                "compare": (f"#/compare-runs?runs=[%22{run_id}%22]&experiments=[%22{experiment}%22]&{view}", "mine"),
+                "runs": (f"#/experiments/{experiment}/runs?{view}", "stays"),
+                "live": (f"#/experiments/{experiment}/runs?compareRunsMode=CHART&{view}", "log10_loss"),
+                "run": (f"{own}?{view}", "final/validation"),
+                "curves": (f"{own}/model-metrics?{view}", "log10_loss"),
+                "compare": (
+                    f"#/compare-runs?{both}&{view}",
+                    "stays",
+                ),
+                "plot": (
+                    f"{own}/artifacts/plots/training.png?{view}",
+                    "training.png",
+                ),
                 "registry": (f"#/models/mine?{view}", "champion"),
             }
             for name, (path, shown) in pages.items():
@@ -124,7 +143,10 @@ def test_what_a_browser_shows(tmp_path: Path) -> None:
                 while shown not in browser.page_source:
                     assert time.monotonic() < until, (name, browser.page_source[-2000:])
                     time.sleep(0.5)
-                time.sleep(2.0)
+                for button in browser.find_elements("css selector", _ASSISTANT):
+                    button.click()
+                # Charts are drawn when their points have come.
+                time.sleep(4.0)
                 browser.save_screenshot(str(folder / f"ui-{name}.png"))
     finally:
         browser.quit()
