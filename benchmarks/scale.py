@@ -2,8 +2,8 @@
 
 Processes are started by torchrun on this machine, with one thread each, and share the tasks of a stack of the source
 paper's regression. Bytes and exchanges do not depend on the machine. Seconds are CPU time, which other load hardly
-changes: on a machine with a free core for each process a meta-step takes as long as the CPU time of the process that has
-the most.
+changes: on a machine with a free core for each process a meta-step takes as long as the CPU time of the process that
+has the most.
 
 Example:
     python -m benchmarks.scale --json scale.json --page docs/scale.md
