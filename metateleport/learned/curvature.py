@@ -6,6 +6,7 @@ a gauge that makes the curvature more even allows a larger step; without that no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from metateleport.gauges import Gauge
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
 
-__all__ = ["curvature_bounds", "output_curvatures", "smooth_largest"]
+__all__ = ["curvature_bounds", "largest_of", "output_curvatures", "smooth_largest"]
 
 
 def smooth_largest(factor: Tensor) -> Tensor:
@@ -34,10 +35,11 @@ def smooth_largest(factor: Tensor) -> Tensor:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
         tensor(9.0000)
     """
-    return _largest_of(factor.mT @ factor if factor.shape[-1] <= factor.shape[-2] else factor @ factor.mT)
+    return largest_of(factor.mT @ factor if factor.shape[-1] <= factor.shape[-2] else factor @ factor.mT)
 
 
-def _largest_of(matrix: Tensor) -> Tensor:
+def largest_of(matrix: Tensor) -> Tensor:
+    """The bound of `smooth_largest` for a symmetric positive semidefinite matrix $A$, `(*batch, k, k)`."""
     tiny = torch.finfo(matrix.dtype).tiny
     bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
     power = matrix / bound[..., None, None]
@@ -116,11 +118,12 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
     pairs = [symmetry for symmetry in symmetries if isinstance(symmetry, Pair)]
     following = {pair.first: pair.second for pair in pairs}
     layers = list(dict.fromkeys(name for pair in pairs for name in pair.modules))
-    curvatures = output_curvatures(point, pairs)
     seen = {gauge.symmetry.modules[1]: gauge for gauge in gauges if _of_pair(gauge) and gauge.side == "in"}
     shown = {gauge.symmetry.modules[0]: gauge for gauge in gauges if _of_pair(gauge) and gauge.side == "out"}
     tiny = torch.finfo(loss.dtype).tiny
     downstream: Tensors = {}
+    # Not looked at where every gauge holds its bound.
+    curvatures = functools.cache(lambda: output_curvatures(point, pairs))
 
     def last(layer: str) -> str:
         return last(following[layer]) if layer in following else layer
@@ -130,11 +133,12 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
             if layer not in following:
                 power = point.cotangents[layer].square().sum((-2, -1))
                 downstream[layer] = power / (2 * loss.abs()).clamp_min(tiny)
-            elif layer in curvatures:
-                matrix = curvatures[layer]
-                if layer in shown:
-                    matrix = shown[layer].outgoing(matrix)
-                downstream[layer] = gamma(last(layer)) * _largest_of(matrix)
+            elif layer in shown:
+                above = shown[layer].above
+                largest = largest_of(shown[layer].outgoing(curvatures()[layer])) if above is None else above
+                downstream[layer] = gamma(last(layer)) * largest
+            elif layer in curvatures():
+                downstream[layer] = gamma(last(layer)) * largest_of(curvatures()[layer])
             else:
                 weight = point.parameters[f"{following[layer]}.weight"]
                 through = smooth_largest(weight.flatten(batch + 1)) * _kernel(weight, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -193,8 +193,12 @@ class Symmetry(abc.ABC):
         """
         return 0.0
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Small `(*batch, size, size)` matrices that transform with the group; a learned teleporter reads them.
+
+        Args:
+            point: where the model stands.
+            names: those that are going to be read, so that the others need not be made; all if not given.
 
         Returns:
             By name. Names ending in `covariance` are positive semidefinite.
@@ -292,22 +296,22 @@ class Pair(Symmetry):
         for name in sorted(overlaps({name: named[name] for name in self.parameters}, others)):
             raise Unsuitable(f"another tensor of the model shares the memory of {name!r}, which cannot move alone")
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         first, second = self._rows(point)
-        found = {
-            "incoming_covariance": first @ first.mT,
-            "outgoing_covariance": second.mT @ second,
+        makers: dict[str, Callable[[], Tensor]] = {
+            "incoming_covariance": lambda: first @ first.mT,
+            "outgoing_covariance": lambda: second.mT @ second,
         }
         if self.second in point.activations:
             features = self._features(point)
-            found["feature_covariance"] = features.mT @ features
+            makers["feature_covariance"] = lambda: features.mT @ features
         if self.first_weight in point.gradients and self.second_weight in point.gradients:
             first_gradient, second_gradient = self._rows(point, point.gradients)
-            found["incoming_gradient_covariance"] = first_gradient @ first_gradient.mT
-            found["outgoing_gradient_covariance"] = second_gradient.mT @ second_gradient
-            found["outgoing_moment"] = second.mT @ second_gradient
-            found["incoming_moment"] = first_gradient @ first.mT
-        return found
+            makers["incoming_gradient_covariance"] = lambda: first_gradient @ first_gradient.mT
+            makers["outgoing_gradient_covariance"] = lambda: second_gradient.mT @ second_gradient
+            makers["outgoing_moment"] = lambda: second.mT @ second_gradient
+            makers["incoming_moment"] = lambda: first_gradient @ first.mT
+        return {name: make() for name, make in makers.items() if names is None or name in names}
 
     def diagonals(self, point: Point) -> dict[str, Tensor]:
         first, second = self._rows(point)

@@ -201,7 +201,7 @@ class StepRule(nn.Module, UpdateRule):
         own = self.head.weight.dtype
         if self.detach:
             fixed = {name: value.detach() for name, value in bounds.items()}
-            still = [dataclasses.replace(gauge, element=gauge.element.detach()) for gauge in gauges]
+            still = [gauge.detached() for gauge in gauges]
             inputs = self.observe(point.detach(), fixed, progress, still, symmetries)
         else:
             inputs = self.observe(point, bounds, progress, gauges, symmetries)
