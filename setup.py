@@ -7,5 +7,9 @@ BESIDE = {"metateleport._gallery": "tasks", "metateleport._checkpoints": "checkp
 setup(
     packages=[*find_packages(include=["metateleport", "metateleport.*"]), *BESIDE],
     package_dir=BESIDE,
-    package_data={"metateleport": ["py.typed"], "metateleport._checkpoints": ["**/*"]},
+    package_data={
+        "metateleport": ["py.typed"],
+        "metateleport._checkpoints": ["**/*"],
+        "metateleport._gallery": ["backbones/*"],
+    },
 )

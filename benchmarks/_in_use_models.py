@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "InUse"]
+__all__ = ["MODELS", "WINDOWS", "InUse", "LanguageModel", "digits", "images", "rows", "sequences"]
 
 CONTEXT, WINDOWS = 16, 2000
 _LETTERS = " \nabcdefghijklmnopqrstuvwxyz.,()'\"-_:=`*0"
@@ -122,7 +122,7 @@ class _Transformer(nn.Module):
         return self.head(self.layers(self.embed(x) + self.place).mean(1))
 
 
-class _LanguageModel(nn.Module):
+class LanguageModel(nn.Module):
     """Two causal blocks over letters."""
 
     def __init__(self, width: int = 32) -> None:
@@ -245,10 +245,6 @@ def _lora() -> nn.Module:
 
 
 def _peft() -> nn.Module:
-    from metateleport.fewshot.learn2learn import define_torchvision_operators
-
-    # PEFT imports torchvision where it is installed.
-    define_torchvision_operators()
     import peft
 
     adapted: Any = peft.get_peft_model(
@@ -282,7 +278,7 @@ MODELS = {
         InUse("cnn", _cnn, images),
         InUse("transformer", lambda: _Transformer(lambda width: _Block(width, 4, causal=False)), rows),
         InUse("encoder layers", lambda: _Transformer(_encoder), rows),
-        InUse("language model", _LanguageModel, sequences),
+        InUse("language model", LanguageModel, sequences),
         InUse("embedding", _Embedded, letters),
         InUse("embedding, sparse", lambda: _Embedded(sparse=True), letters),
         InUse("lstm", lambda: _Recurrent(nn.LSTM), rows),

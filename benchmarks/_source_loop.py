@@ -5,11 +5,15 @@ first-order group elements $(I + T, I - T)$ with $\|T\| = 0.01$, inner gradients
 step of Adam after the window of each task. What the source's code computes without using it (a pseudo-inverse at every
 step) is left out. Networks are in float32 and tasks in float64, as in this library.
 
+With several tasks stacked the same functions are its roof: what the source's networks would cost if their loop were
+batched by hand. Mode `sgd`, with one learned rate and no network, is the floor: the tasks' own passes and steps.
+
 Source: Zhao et al., ICLR 2024 (arXiv 2305.13404), section 5 and appendix E.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +22,13 @@ from torch.nn.functional import leaky_relu
 
 from metateleport import Task
 
-__all__ = ["SOURCE_HIDDEN", "SourceNetworks", "SourceTask", "window"]
+__all__ = ["FLOOR", "SOURCE_HIDDEN", "SourceNetworks", "SourceTask", "window"]
 
 SOURCE_HIDDEN = {"update": 300, "update+tele": 300, "lr+tele": 20, "tele": 20}
 """Units of the LSTMs in the source's code; it has no mode `lr`."""
+
+FLOOR = "sgd"
+"""The mode without networks."""
 
 _SLOPE, _GENERATOR_NORM, _RATE = 0.1, 0.01, 1e-4
 
@@ -29,13 +36,13 @@ Cells = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SourceTask(NamedTuple):
-    """One regression; data in columns.
+    """One regression, or several with a dimension in front; data in columns.
 
     Args:
-        weights: of both layers, `(width, width)`.
-        inputs: `(width, samples)`.
+        weights: of both layers, `(*tasks, width, width)`.
+        inputs: `(*tasks, width, samples)`.
         inverse: pseudo-inverse of the inputs, made once a task.
-        targets: `(width, samples)`.
+        targets: `(*tasks, width, samples)`.
     """
 
     weights: tuple[Tensor, Tensor]
@@ -49,6 +56,13 @@ class SourceTask(NamedTuple):
         first, second = (value.detach().to(device).requires_grad_() for value in task.model.parameters())
         inputs, targets = (value[0].to(device).mT.contiguous() for value in (task.inputs, task.targets))
         return cls((first, second), inputs, torch.linalg.pinv(inputs), targets)
+
+    @classmethod
+    def stacked(cls, tasks: Sequence[SourceTask]) -> SourceTask:
+        """Several tasks side by side."""
+        first, second = (torch.stack([task.weights[place].detach() for task in tasks]) for place in (0, 1))
+        inputs, inverse, targets = (torch.stack(list(part)) for part in list(zip(*tasks, strict=True))[1:])
+        return cls((first.requires_grad_(), second.requires_grad_()), inputs, inverse, targets)
 
 
 class _GradientLSTM(nn.Module):
@@ -68,7 +82,7 @@ class SourceNetworks(nn.Module):
     """The networks of one mode.
 
     Args:
-        mode: `update`, `update+tele`, `lr+tele` or `tele`.
+        mode: `update`, `update+tele`, `lr+tele`, `tele` or `sgd`.
         width: of both layers.
         hidden: units of each LSTM layer.
     """
@@ -86,13 +100,15 @@ class SourceNetworks(nn.Module):
                 # Learning rates of the usual size: with larger ones the loss overflows within a window.
                 self.rate.weight.mul_(_RATE)
                 self.rate.bias.fill_(_RATE)
+        if mode == FLOOR:
+            self.constant = nn.Parameter(torch.tensor(_RATE))
         if mode.startswith("update"):
             self.updater = _GradientLSTM(count, hidden)
             self.update = nn.Linear(hidden, count)
 
 
 def evaluate(weights: tuple[Tensor, Tensor], task: SourceTask) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss, in the graph, and its gradients, which are not."""
+    """The loss, summed over tasks, in the graph, and its gradients, which are not."""
     outputs = weights[1] @ leaky_relu(weights[0] @ task.inputs, _SLOPE)
     loss = (task.targets - outputs).square().sum() / 2
     return loss, torch.autograd.grad(loss, weights, retain_graph=True)
@@ -100,7 +116,7 @@ def evaluate(weights: tuple[Tensor, Tensor], task: SourceTask) -> tuple[Tensor, 
 
 def teleport(weights: tuple[Tensor, Tensor], generator: Tensor, task: SourceTask) -> tuple[Tensor, Tensor]:
     """The 2022 action of a generator, to first order."""
-    generator = generator / torch.linalg.matrix_norm(generator) * _GENERATOR_NORM
+    generator = generator / torch.linalg.matrix_norm(generator, keepdim=True) * _GENERATOR_NORM
     unit = torch.eye(generator.shape[-1], dtype=generator.dtype, device=generator.device)
     features = (unit + generator) @ leaky_relu(weights[0] @ task.inputs, _SLOPE)
     return leaky_relu(features, 1 / _SLOPE) @ task.inverse, weights[1] @ (unit - generator)
@@ -111,7 +127,7 @@ def window(networks: SourceNetworks, task: SourceTask, length: int) -> Tensor:
 
     Args:
         networks: of one mode.
-        task: at its start.
+        task: one or several, at their start.
         length: inner steps.
 
     Returns:
@@ -122,23 +138,25 @@ def window(networks: SourceNetworks, task: SourceTask, length: int) -> Tensor:
     updater_cells: Cells | None = None
     _, gradients = evaluate(weights, task)
     for _ in range(length):
-        rate: float | Tensor = _RATE
+        rate: float | Tensor = networks.constant.to(total.dtype) if networks.mode == FLOOR else _RATE
         if "tele" in networks.mode:
             hidden, teleporter_cells = networks.teleporter(_flat(gradients), teleporter_cells)
-            generator = networks.generator(hidden).reshape(networks.width, networks.width)
+            generator = networks.generator(hidden).reshape(weights[0].shape)
             if networks.mode == "lr+tele":
-                rate = networks.rate(hidden).clamp(1e-7, 5e-3).squeeze().to(total.dtype)
+                rates = networks.rate(hidden).clamp(1e-7, 5e-3).to(total.dtype)
+                rate = rates.unsqueeze(-1) if weights[0].ndim > 2 else rates.squeeze()
             weights = teleport(weights, generator.to(total.dtype), task)
         loss, gradients = evaluate(weights, task)
         total = total + loss
         if networks.mode.startswith("update"):
             hidden, updater_cells = networks.updater(_flat(gradients), updater_cells)
-            changes = networks.update(hidden).to(total.dtype).reshape(2, networks.width, networks.width)
-            weights = (weights[0] - changes[0], weights[1] - changes[1])
+            first, second = networks.update(hidden).to(total.dtype).chunk(2, -1)
+            weights = (weights[0] - first.reshape(weights[0].shape), weights[1] - second.reshape(weights[1].shape))
         else:
             weights = (weights[0] - rate * gradients[0], weights[1] - rate * gradients[1])
     return total
 
 
 def _flat(gradients: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([each.flatten() for each in gradients]).unsqueeze(0).float()
+    width = gradients[0].shape[-1]
+    return torch.cat([each.reshape(-1, width * width) for each in gradients], 1).float()

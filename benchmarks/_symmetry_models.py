@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 __all__ = ["MODELS", "UNet", "build"]
 
-_KEPT: list[torch.library.Library] = []
-
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """A model in evaluation mode and an example input, drawn from a fixed seed.
@@ -51,12 +49,6 @@ def _twice(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _torchvision() -> Any:
-    """torchvision; its compiled extension may not load beside a CPU build of torch."""
-    if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
     import torchvision
 
     return torchvision.models
@@ -64,8 +56,6 @@ def _torchvision() -> Any:
 
 def _transformers() -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if importlib.util.find_spec("torchvision") is not None:
-        _torchvision()
     import transformers
 
     transformers.logging.set_verbosity_error()

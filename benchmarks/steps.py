@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import metateleport as mt
+from benchmarks._counting import Counting
 from benchmarks._step_models import MODELS, Problem
 from benchmarks._timing import Summary, conditions
 from metateleport.files import write_json, write_text
@@ -35,8 +35,6 @@ __all__ = ["METHODS", "main"]
 SCHEMA = 1
 _WARM_UP = 12
 """Steps before any is timed: by then most symmetries rest that are going to."""
-
-_FACTORISATIONS = ("eigh", "svd", "qr", "inv", "cholesky", "matrix_exp", "lu_factor", "solve")
 
 
 class _Both(torch.optim.Optimizer):
@@ -94,21 +92,6 @@ _EVERY = {"teleporting-adamw": 10, "leaky_mlp_mixture": 16}
 """Steps that are timed together, where some cost more than others."""
 
 
-class _Counting(TorchDispatchMode):
-    """Counts what is computed: operations, waits for the device, factorisations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.waits = self.factorisations = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        name = str(function).removeprefix("aten.").removeprefix("_linalg_").removeprefix("linalg_").split(".")[0]
-        self.operations += 1
-        self.waits += name in ("_local_scalar_dense", "is_nonzero")
-        self.factorisations += any(name.startswith(each) for each in _FACTORISATIONS)
-        return function(*arguments, **(keywords or {}))
-
-
 class _Case:
     """One optimizer on a model of its own, always on the same batch."""
 
@@ -134,7 +117,7 @@ class _Case:
 
     def counts(self) -> dict[str, float]:
         """Of the optimizer's own step, without the passes, as a mean over the steps that are timed together."""
-        counting = _Counting()
+        counting = Counting()
         for _ in range(max(self.steps, 2)):
             self.problem.loss().backward()
             with counting:

@@ -5,7 +5,7 @@ step is measured, which other load hardly changes. The networks are untrained: t
 weights.
 
 Example:
-    python -m benchmarks.updates --json updates.json
+    python -m benchmarks.updates --json updates.json --page docs/update-rules.md
     python -m benchmarks.updates --widths 784 3000 1000 10 --rounds 9
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from benchmarks._timing import Summary, conditions
-from metateleport.files import write_json
+from metateleport.files import write_json, write_text
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.rules import read_rule
 
@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--widths", type=int, nargs="+", default=[784, 1000, 300, 10], metavar="N")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each update (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of the docs")
     given = parser.parse_args(arguments)
     if len(given.widths) < 2 or min(given.widths) < 1 or given.rounds < 1:
         parser.error("give at least two widths and one round, all of them positive")
@@ -122,7 +123,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_table(report))
     if given.json is not None:
         write_json(given.json, report)
+    if given.page is not None:
+        write_text(given.page, _page(report))
     return 0
+
+
+def _page(report: dict[str, Any]) -> str:
+    known, settings = report["conditions"], report["settings"]
+    widths = ", ".join(map(str, settings["widths"]))
+    lines = [
+        "# What an update rule costs",
+        "",
+        "`python -m benchmarks.updates --page docs/update-rules.md` writes this page. A row is a whole step, "
+        f"forward and backward pass included, of a perceptron of {widths} units ({settings['parameters']:,} "
+        f"parameters) on minibatches of {settings['batch']}, without symmetries. State is what the rule keeps, in "
+        "numbers a parameter.",
+        "",
+        f"Medians and ranges of {settings['rounds']} rounds, all rules in turn, in CPU time on {known['threads']} "
+        f"thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}.",
+        "",
+        _table(report),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -6,15 +6,19 @@ The names here are what a person needs first; each room of the package has the r
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metateleport.sources import register_source
 from metateleport.version import VERSION
 
 if TYPE_CHECKING:
     from metateleport.checkpoint import Checkpoint, load, load_checkpoint
     from metateleport.detection import Symmetries, certify, find_symmetries, symmetries_of
     from metateleport.families import Task, TaskFamily, load_family
-    from metateleport.optim import LearnedOptimizer, TeleportingOptimizer
+    from metateleport.optim import GaugedOptimizer, LearnedOptimizer, TeleportingOptimizer
+    from metateleport.service import connect
     from metateleport.symmetries import LinearPair, Rescaling, Symmetry
     from metateleport.teleporters import (
         GradientAscentTeleporter,
@@ -30,6 +34,7 @@ __version__ = VERSION
 
 __all__ = [
     "Checkpoint",
+    "GaugedOptimizer",
     "GradientAscentTeleporter",
     "LearnedOptimizer",
     "LinearPair",
@@ -45,6 +50,7 @@ __all__ = [
     "TeleportingOptimizer",
     "WhiteningTeleporter",
     "certify",
+    "connect",
     "find_symmetries",
     "load",
     "load_checkpoint",
@@ -55,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "metateleport.checkpoint",
+    "GaugedOptimizer": "metateleport.optim",
     "GradientAscentTeleporter": "metateleport.teleporters",
     "LearnedOptimizer": "metateleport.optim",
     "LinearPair": "metateleport.symmetries",
@@ -70,6 +77,7 @@ _HOMES = {
     "TeleportingOptimizer": "metateleport.optim",
     "WhiteningTeleporter": "metateleport.teleporters",
     "certify": "metateleport.detection",
+    "connect": "metateleport.service",
     "find_symmetries": "metateleport.detection",
     "load": "metateleport.checkpoint",
     "load_checkpoint": "metateleport.checkpoint",
@@ -79,6 +87,16 @@ _HOMES = {
 }
 """Where each name is. A room is imported when one of its names is first asked for: torch takes a second, and
 `metateleport --help` need not wait for it."""
+
+
+def _fetched(address: str) -> Path:
+    """The folder of a checkpoint that MLflow has, downloaded; MLflow is imported now and not before."""
+    fetch: Callable[[str], Path] = importlib.import_module("metateleport.tracking").fetch_checkpoint
+    return fetch(address)
+
+
+for _scheme in ("runs", "models"):
+    register_source(_scheme, _fetched)
 
 # Names that stood here before 0.3.0, by the room that has them now; they go with 0.4.0.
 _MOVED = {

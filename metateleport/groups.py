@@ -8,12 +8,22 @@ dimensions in front, keep dtype and device, and are differentiable.
 from __future__ import annotations
 
 import abc
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal"]
+__all__ = ["GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal", "exponentials", "product", "still"]
+
+_KNOWN_INVERSE = "_known_inverse"
+"""Attribute of an element that came with its inverse: the tensor keeps it, so that it lives as long as the element."""
+
+_SERIES: dict[torch.dtype, tuple[tuple[float, int, int], ...]] = {
+    torch.float64: ((0.1, 4, 2), (0.4, 6, 3), (1.2, 9, 3)),
+    torch.float32: ((0.18, 2, 2), (0.8, 4, 2), (1.8, 6, 3)),
+}
+"""For matrices up to a norm, to rounding: the degree in the square of both series, and the powers of it in a block."""
 
 
 class Group(abc.ABC):
@@ -197,10 +207,10 @@ class _MatrixGroup(Group):
         return (self.size, self.size)
 
     def exp(self, generator: Tensor) -> Tensor:
-        return torch.linalg.matrix_exp(generator)
+        return exponentials(generator)[0]
 
     def compose(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right
+        return product(left, right)
 
     def trivialised(self, element: Tensor, slope: Tensor) -> Tensor:
         return self.project(slope @ element.mT)
@@ -232,13 +242,19 @@ class GeneralLinear(_MatrixGroup):
     def project(self, matrix: Tensor) -> Tensor:
         return matrix
 
+    def exp(self, generator: Tensor) -> Tensor:
+        element, inverse = exponentials(generator)
+        return _with_inverse(element, inverse)
+
     def inverse(self, element: Tensor) -> Tensor:
-        return torch.linalg.inv(element)
+        known: Tensor | None = getattr(element, _KNOWN_INVERSE, None)
+        return torch.linalg.inv(element) if known is None else known
 
     def conditioned(self, element: Tensor, bound: float) -> Tensor:
         # The product of the Frobenius norms lies above the condition number and takes no singular value decomposition;
         # as long as half of the digits are left, rounding in the inverse does not matter.
-        inverse, _ = torch.linalg.inv_ex(element)
+        inverse: Tensor | None = getattr(element, _KNOWN_INVERSE, None)
+        inverse = torch.linalg.inv_ex(element)[0] if inverse is None else inverse
         well = self.norm(element) * self.norm(inverse) <= min(bound, torch.finfo(element.dtype).eps ** -0.5)
         return well if bool(well.all()) else super().conditioned(element, bound)
 
@@ -250,6 +266,105 @@ class GeneralLinear(_MatrixGroup):
         if longest < 1:
             return _short_exponential(step) @ element
         return super().retract(element, step)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`; of two stacks of matrices in one operation, where `@` reshapes and takes six.
+
+    Example:
+        >>> product(torch.eye(2).expand(3, 2, 2), torch.ones(3, 2, 1)).shape
+        torch.Size([3, 2, 1])
+    """
+    batched = left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
+    return torch.bmm(left, right) if batched else left @ right
+
+
+def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    r"""$\exp(T)$ and its inverse $\exp(-T)$, to rounding, from one series.
+
+    $$\exp(\pm T) = E(T^2) \pm T\,O(T^2), \qquad E(S) = \sum_j \frac{S^j}{(2j)!}, \quad
+      O(S) = \sum_j \frac{S^j}{(2j+1)!},$$
+
+    both series evaluated side by side in blocks, after a division of $T$ by a power of two that squaring makes up for.
+    It takes products alone, as does its derivative; that of `torch.linalg.matrix_exp` is the exponential of a matrix of
+    twice the size, at six times the price.
+
+    Args:
+        matrix: $T$, `(*batch, k, k)`. All matrices of a batch are divided by the same power of two.
+
+    Returns:
+        Both, of the same shape; NaN where an entry is not finite.
+
+    Example:
+        >>> element, inverse = exponentials(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        >>> element.tolist(), inverse.tolist()
+        ([[1.0, 1.0], [0.0, 1.0]], [[1.0, -1.0], [0.0, 1.0]])
+
+    Source: Paterson and Stockmeyer, SIAM J. Comput. 2, 1973, for the blocks; Higham, SIAM J. Matrix Anal. Appl. 26,
+    2005, for the squaring.
+    """
+    series = _SERIES.get(matrix.dtype)
+    if series is None or not matrix.numel() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.linalg.matrix_exp(matrix), torch.linalg.matrix_exp(-matrix)
+    size = float(matrix.detach().abs().sum(-1).amax())
+    if not size < math.inf:
+        return torch.linalg.matrix_exp(matrix), torch.linalg.matrix_exp(-matrix)
+    halvings = max(0, math.frexp(size / series[-1][0])[1])
+    degree, block = next(rest for norm, *rest in series if size <= norm * 2**halvings)
+    scaled = matrix / 2**halvings if halvings else matrix
+    even, odd = _two_series(product(scaled, scaled), degree, block)
+    odd = product(scaled, odd)
+    element, inverse = even + odd, even - odd
+    for _ in range(halvings):
+        element, inverse = element @ element, inverse @ inverse
+    return element, inverse
+
+
+def _two_series(square: Tensor, degree: int, block: int) -> tuple[Tensor, Tensor]:
+    r"""$E$ and $O$ of `exponentials` up to a degree, from $S$ and its powers up to `block`."""
+    size, batch = square.shape[-1], square.shape[:-2]
+    powers = [square]
+    while len(powers) < block:
+        powers.append(product(powers[-1], square))
+    blocks, shares = _shares(degree, block, square.dtype, square.device)
+    summed = shares[:, 1:] @ torch.stack(powers, -3).flatten(-2)
+    eye = torch.eye(size, dtype=square.dtype, device=square.device)
+    # Both series one below the other, so that one product serves them.
+    terms = (summed.unflatten(-1, (size, size)) + shares[:, :1, None] * eye).reshape(*batch, blocks, 2 * size, size)
+    found, *rest = terms.unbind(-3)
+    for term in rest:
+        found = term + product(found, powers[-1])
+    even, odd = found.unflatten(-2, (2, size)).unbind(-3)
+    return even, odd
+
+
+@functools.cache
+def _shares(degree: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, Tensor]:
+    """Number of blocks, the highest first, and what each power has in them, `(2 * blocks, 1 + powers)`."""
+    starts = range(degree - block, -1, -block)
+    rows = [
+        [0.0 if place == block and start != starts[0] else 1 / math.factorial(2 * (start + place) + odd)]
+        for start in starts
+        for odd in (0, 1)
+        for place in range(block + 1)
+    ]
+    return len(starts), torch.tensor(rows, dtype=dtype, device=device).reshape(2 * len(starts), block + 1)
+
+
+def _with_inverse(element: Tensor, inverse: Tensor) -> Tensor:
+    setattr(element, _KNOWN_INVERSE, inverse)
+    return element
+
+
+def still(element: Tensor) -> Tensor:
+    """The element out of its graph, with its inverse where that is known.
+
+    Example:
+        >>> still(torch.eye(2, requires_grad=True)).requires_grad
+        False
+    """
+    known = getattr(element, _KNOWN_INVERSE, None)
+    return element.detach() if known is None else _with_inverse(element.detach(), known.detach())
 
 
 def _short_exponential(matrix: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from metateleport.groups import product
+
 __all__ = [
     "Spectrum",
     "alike",
@@ -79,7 +81,7 @@ class Spectrum:
         logs = self._logs(shift)
         if self.vectors is None:
             return logs.to(self.dtype)
-        whole = (self.vectors * logs.to(self.vectors.dtype).unsqueeze(-2)) @ self.vectors.mT
+        whole = product(self.vectors * logs.to(self.vectors.dtype).unsqueeze(-2), self.vectors.mT)
         return whole.to(self.dtype)
 
     def _logs(self, shift: float | Tensor) -> Tensor:
@@ -215,7 +217,7 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
         found = found.bfloat16()
     a, b, c = _COEFFICIENTS
     for _ in range(_POLAR_STEPS):
-        gram = found @ found.mT
+        gram = torch.bmm(found, found.mT)
         found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     found = (found if wide else found.mT).to(first.dtype)
     return [each.reshape(first.shape) for each in found.split(first.shape[0])]
@@ -274,7 +276,7 @@ def finite_gradient(tensor: Tensor) -> Tensor:
 
 
 def _finite(gradient: Tensor) -> Tensor:
-    return torch.where(gradient.isfinite(), gradient, 0.0)
+    return torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str:

@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Point", "Tensors", "pullback_through"]
+__all__ = ["Point", "Tensors", "lasting", "made_of", "pullback_through"]
 
 Tensors = dict[str, Tensor]
+Made = TypeVar("Made")
+
+_MADE = "_made_of_it"
+"""Attribute of a lasting tensor: what was made of it, by name. It goes when the tensor goes."""
+
+
+def lasting(tensor: Tensor) -> Tensor:
+    """Marks data that come back unchanged at every evaluation, so that what is made of them is made once (`made_of`).
+
+    Example:
+        >>> calls = []
+        >>> rows = lasting(torch.ones(2, 3))
+        >>> for _ in range(3):
+        ...     total = made_of(rows, "total", lambda: calls.append(1) or rows.sum())
+        >>> len(calls), total
+        (1, tensor(6.))
+    """
+    if not hasattr(tensor, _MADE):
+        setattr(tensor, _MADE, {})
+    return tensor
+
+
+def made_of(tensor: Tensor, what: str, make: Callable[[], Made]) -> Made:
+    """What `make` makes of a tensor; of a lasting one, what it made the first time.
+
+    Args:
+        tensor: what it is made of, alone.
+        what: its name among all that is made of tensors.
+        make: makes it.
+    """
+    known: dict[str, Made] | None = getattr(tensor, _MADE, None)
+    if known is None:
+        return make()
+    if what not in known:
+        known[what] = make()
+    return known[what]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +121,7 @@ class Point:
 
     def detach(self) -> Point:
         """The same point without its graph."""
-        return self.map(Tensor.detach)
+        return self.map(lambda value: value if hasattr(value, _MADE) else value.detach())
 
     def choose(self, mask: Tensor, other: Point) -> Point:
         """This point where `mask` is true, `other` elsewhere; `mask` has the batch dimensions.

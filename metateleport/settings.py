@@ -70,9 +70,15 @@ POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 ABOVE_ONE = Range("a number above 1", lambda value: 1 < value < math.inf)
 
 
-def setting(default: Any = dataclasses.MISSING, within: Range | None = None) -> Any:
-    """A field of `Settings`: its default, and the range of its values."""
-    return dataclasses.field(default=default, metadata={} if within is None else {"range": within})
+def setting(default: Any = dataclasses.MISSING, within: Range | None = None, most: float | None = None) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: its default; without one the setting has to be given.
+        within: the range of its values.
+        most: their upper end, beyond which a value makes no sense, or asks for more memory than computers have.
+    """
+    return dataclasses.field(default=default, metadata={"range": within, "most": most})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +115,9 @@ class Settings:
             value = _typed(hints[field.name], getattr(self, field.name), key)
             if allowed is not None and value is not None and not allowed.holds(value):
                 raise SettingsError(f"{key} has to be {allowed.words}, not {shown(value)}")
+            most = field.metadata.get("most")
+            if most is not None and value is not None and value > most:
+                raise SettingsError(f"{key} has to be at most {most:g}, not {shown(value)}")
             object.__setattr__(self, field.name, value)
 
     @classmethod

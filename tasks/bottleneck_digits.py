@@ -6,29 +6,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport import LinearPair, Rescaling, Symmetry, load_family
+from metateleport import LinearPair, Rescaling, Symmetry
 from metateleport.families import FamilyError
-from metateleport.families.classification import ClassificationFamily, linear
+from metateleport.families.classification import ClassificationFamily, data_of, linear
 from metateleport.families.labelled import LabelledData
 from metateleport.symmetries import AttentionQK, AttentionVO
 
 # An image is eight tokens, its rows, of eight pixels each.
 TOKENS = PIXELS = 8
-
-
-@functools.cache
-def images() -> LabelledData:
-    """The images of the family `digits`, shared out as there."""
-    family = load_family(Path(__file__).with_name("digits.py"))
-    assert isinstance(family, ClassificationFamily)
-    return family.data()
 
 
 class RowClassifier(nn.Module):
@@ -134,7 +125,7 @@ class BottleneckDigits(ClassificationFamily):
         )
 
     def data(self) -> LabelledData:
-        return images()
+        return data_of("digits")
 
     def network(self, source: torch.Generator) -> tuple[nn.Module, Sequence[Symmetry]]:
         layer = functools.partial(linear, source=source, scale=self.scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import os
 import random
@@ -30,34 +29,6 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 torch.set_num_threads(1)
-
-
-def _define_torchvision_operators() -> torch.library.Library | None:
-    """Defines the two operators that torchvision registers fakes for, where its own extension does not load.
-
-    A torchvision made for CUDA cannot load its extension beside a torch for CPUs, and then importing it fails with
-    `operator torchvision::nms does not exist`; so does transformers, which imports it where it is installed.
-
-    Returns:
-        The library that holds the definitions, which last as long as it does; None where none were needed.
-    """
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return None
-    for extension in Path(found.origin).parent.glob("_C.*"):
-        try:
-            torch.ops.load_library(str(extension))
-        except OSError:
-            continue
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-_torchvision_operators = _define_torchvision_operators()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -89,8 +89,3 @@ def test_nothing_lands_in_the_project() -> None:
     assert ROOT not in [Path.cwd(), *Path.cwd().parents]
     assert str(ROOT) not in os.environ["MLFLOW_TRACKING_URI"]
     assert torch.get_num_threads() == 1
-
-
-def test_torchvision_imports() -> None:
-    torchvision = pytest.importorskip("torchvision", exc_type=ModuleNotFoundError)
-    assert torchvision.ops.nms

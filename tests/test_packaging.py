@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
+from metateleport.version import VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["metateleport", "tasks", "checkpoints", "pyproject.toml", "setup.py", "README.md"]
+SOURCES = ["metateleport", "tasks", "checkpoints", "pyproject.toml", "setup.py", "README.md", "LICENSE"]
+LARGEST = 10_000_000
+# learn2learn has no wheel.
+COMPILED = {"learn2learn"}
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -38,6 +46,56 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     return site
+
+
+def _metadata(site: Path) -> Message:
+    (path,) = site.glob("*.dist-info/METADATA")
+    return message_from_string(path.read_text())
+
+
+def test_a_wheel_is_small_and_says_under_which_licence_it_is(installed: Path) -> None:
+    (wheel,) = installed.glob("*.whl")
+    # The checkpoint that `installed` adds is in it.
+    assert wheel.stat().st_size < LARGEST
+    metadata = _metadata(installed)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    (licence,) = installed.glob("*.dist-info/licenses/LICENSE")
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert "Version 2.0, January 2004" in licence.read_text()
+
+
+def test_what_is_cited_is_this_version(installed: Path) -> None:
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == _metadata(installed)["Version"] == VERSION
+
+
+def test_the_changelog_keeps_its_form() -> None:
+    """Keep a Changelog: versions with a date or `unreleased`, this one first, and six kinds of changes."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\]( - (unreleased|\d{4}-\d\d-\d\d))?", each) for each in versions)
+    assert versions[0].startswith(f"[{VERSION}]")
+    kinds = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+@pytest.mark.slow(seconds=90)
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_a_wheel_installs_without_a_compiler(installed: Path, version: str, tmp_path: Path) -> None:
+    """All that it asks for, and all of its extras but one, are there as wheels; nothing is installed."""
+    (wheel,) = installed.glob("*.whl")
+    extras = set(_metadata(installed).get_all("Provides-Extra", [])) - COMPILED
+    assert extras
+    where = ["--target", str(tmp_path), "--python-version", version, "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", *where]
+    done = subprocess.run(
+        [*command, f"{wheel}[{','.join(sorted(extras))}]"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    would = done.stdout.rpartition("Would install ")[2]
+    assert f"metateleport-{VERSION}" in would
+    assert "torch-" in would
 
 
 def _in_installation(site: Path, code: str) -> object:
@@ -84,14 +142,15 @@ print(json.dumps({name: str(path) for name, path in found.items()}))
 def test_make_lists_its_targets() -> None:
     done = subprocess.run(["make", "-C", str(ROOT)], check=True, capture_output=True, text=True)
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("make ")}
-    assert {"venv", "demo", "test", "lint", "format", "clean"} <= listed
+    assert {"venv", "demo", "test", "lint", "format", "wheel", "clean"} <= listed
 
 
 @pytest.mark.parametrize(
     ("version", "message"), [(None, "there is no python-of-the-test"), ("3.9", "needs Python 3.10 or later")]
 )
 def test_make_venv_refuses_an_interpreter_that_cannot_serve(tmp_path: Path, version: str | None, message: str) -> None:
-    for name in ("Makefile", "requirements.txt", "pyproject.toml", "setup.py"):
+    (tmp_path / "metateleport").mkdir()
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "setup.py", "metateleport/torchvision.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / "bin" / "python-of-the-test"
     if version is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from metateleport.learned import MetaOptimizer
 from metateleport.training import (
     FamilySettings,
     MetaTrainer,
-    OuterSettings,
     Recipe,
     ValidationSettings,
 )
+from metateleport.training.outer import ESTIMATORS
 
 _SMALL: dict[str, Any] = {
     "family": "leaky_mlp",
@@ -41,22 +40,24 @@ _TINY: dict[str, Any] = {
     "validation_every": 1,
     "hidden": 3,
 }
-_OUTER = [field.name for field in dataclasses.fields(OuterSettings)]
+_OUTER = {name for kind in ESTIMATORS.values() for name in kind.names()}
 
 
 def small(**changes: Any) -> Recipe:
     """Six meta-steps, in windows of half the horizon.
 
     Args:
-        changes: `family` and its `settings`, settings of the outer loop, `validation_tasks` and `validation_every`, and
-            what `learned_cases.shape_of` takes.
+        changes: `family` and its `settings`, the `estimator` and settings of the outer loop, `validation_tasks` and
+            `validation_every`, and what `learned_cases.shape_of` takes.
     """
     given = {**_SMALL, **changes}
     family = FamilySettings(given.pop("family"), given.pop("settings"))
     validation = ValidationSettings(
-        given.pop("validation_tasks"), min(given.pop("validation_every"), given["meta_steps"])
+        given.pop("validation_tasks"), min(given.pop("validation_every"), given["meta_steps"] or 10**9)
     )
-    outer = OuterSettings(**{name: given.pop(name) for name in _OUTER if name in given})
+    kind = ESTIMATORS[given.pop("estimator", "tbptt")]
+    own = {name: given.pop(name) for name in _OUTER if name in given}
+    outer = kind(**{name: value for name, value in own.items() if name in kind.names()})
     shape = shape_of(**given)
     return Recipe(family, shape.rule, shape.teleport, shape.gauge, outer, validation)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
-from metateleport.checkpoint.schema_1 import card_of_schema_1
-from metateleport.files import replacing_folder, search_folders, write_json, write_text
-from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
-from metateleport.settings import shown, to_toml
+from metateleport.checkpoint.card import CARD, SCHEMA, CheckpointError, read_card, sealed_for, write_card
+from metateleport.checkpoint.weights import WEIGHTS, load_weights, save_weights
+from metateleport.files import FileError, check_destination, replacing_folder, search_folders, write_json, write_text
+from metateleport.learned import GaugeTeleporter, LearnedTeleporter, MetaOptimizer
+from metateleport.settings import to_toml
+from metateleport.sources import fetcher_of
 from metateleport.teleporters import Teleporter
 from metateleport.version import VERSION
 
@@ -30,22 +28,18 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "MetaSeed",
+    "check_place",
     "load",
     "load_checkpoint",
     "meta_optimizer_of",
     "read_card",
     "save_checkpoint",
+    "seal",
     "shipped_checkpoints",
     "update_card",
 ]
 
-SCHEMA = 2
-WEIGHTS, CARD, SEEDS, RECIPE = "weights.safetensors", "card.json", "meta_seeds", "recipe.toml"
-_LEARNED, _STEP_ONLY = "learned.", "step-only."
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, of another version or of another mode; the message says what to do."""
+SEEDS, RECIPE = "meta_seeds", "recipe.toml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,25 +125,50 @@ def save_checkpoint(
 
     Returns:
         The folder.
+
+    Raises:
+        CheckpointError: if an entry of the card is not allowed, or weights are not finite or of another dtype than the
+            networks that a card describes.
     """
-    tensors = {_LEARNED + name: value.detach().cpu().contiguous() for name, value in learned.state_dict().items()}
-    if step_only is not None:
-        state = step_only.state_dict()
-        tensors.update({_STEP_ONLY + name: value.detach().cpu().contiguous() for name, value in state.items()})
-    weights = save_tensors(tensors)
-    whole = {
-        "schema": SCHEMA,
-        "meta_optimizer": learned.config.table(),
-        "step_only": None if step_only is None else step_only.config.table(),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "versions": versions(),
-        **card,
-    }
+    weights = save_weights(learned, step_only)
+    whole = sealed_for(
+        path,
+        {
+            "schema": SCHEMA,
+            "meta_optimizer": learned.config.table(),
+            "step_only": None if step_only is None else step_only.config.table(),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "versions": versions(),
+            **card,
+        },
+    )
     with replacing_folder(path) as temporary:
         (temporary / WEIGHTS).write_bytes(weights)
         write_json(temporary / CARD, whole)
         write_recipe(temporary, whole)
     return Path(path)
+
+
+def check_place(path: str | Path, size: int = 1 << 20) -> None:
+    """Tries before any work whether a checkpoint can be written to a place.
+
+    Args:
+        path: the folder; one that has a checkpoint is going to be replaced.
+        size: number of bytes that there has to be room for.
+
+    Raises:
+        FileError: if there is no right or no space, or something else is there, which is not replaced.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise FileError(f"{str(path)!r} has no name of its own: give the checkpoint's folder one")
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path} is a file, but a checkpoint is a folder: choose another place")
+    if path.is_dir() and not (path / CARD).exists() and any(path.iterdir()):
+        raise FileError(f"{path} has something else than a checkpoint in it, which would be lost: choose another place")
+    if path.is_mount():
+        raise FileError(f"{path} is a file system of its own, which cannot be replaced: give a folder inside it")
+    check_destination(path, size)
 
 
 def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
@@ -170,16 +189,45 @@ def write_recipe(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def update_card(path: str | Path, changes: Mapping[str, Any]) -> None:
-    """Replaces some entries of a checkpoint's card, whole or not at all."""
-    file = Path(path) / CARD
-    write_json(file, {**json.loads(file.read_text()), **changes})
+    """Replaces some entries of a checkpoint's card, whole or not at all; the card gets today's schema and its digest.
+
+    Raises:
+        CheckpointError: if the card cannot be read, or an entry is not allowed.
+    """
+    write_card(Path(path), {**read_card(Path(path)), **changes})
+
+
+def seal(path: str | Path, edited: bool = False) -> list[Path]:
+    """Writes the cards of a checkpoint and its meta-seeds in today's schema, each under a digest; weights stay.
+
+    Args:
+        path: the checkpoint's folder.
+        edited: accept entries that a person has edited since the card was written; they are checked all the same.
+
+    Returns:
+        The folders whose cards were written; those that were as they should be are left alone.
+
+    Raises:
+        CheckpointError: if a card or weights cannot be read, or do not fit each other; then none is written.
+    """
+    top = _resolve(path)
+    folders = [top, *sorted(each.parent for each in (top / SEEDS).glob(f"*/{CARD}"))]
+    cards = {folder: _read(folder, edited) for folder in folders}
+    written = []
+    for folder, (card, _) in cards.items():
+        whole = sealed_for(folder, card)
+        if json.loads((folder / CARD).read_text()) != whole:
+            write_card(folder, whole)
+            written.append(folder)
+    return written
 
 
 def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """Loads a checkpoint: its card and its meta-optimizers, on the CPU.
 
     Args:
-        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        name_or_path: a folder, the bare name of a shipped checkpoint, or an address in MLflow: `models:/lora@champion`,
+            `models:/lora/3`, `runs:/RUN`. Of the last its weights and card are downloaded.
 
     Returns:
         The checkpoint.
@@ -188,23 +236,13 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         CheckpointError: if it is missing, damaged, or of another version.
     """
     path = _resolve(name_or_path)
-    card = read_card(path)
-    try:
-        weights = (path / WEIGHTS).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} has no readable {WEIGHTS}: copy the whole folder again ({error})") from error
-    if hashlib.sha256(weights).hexdigest() != card.get("weights_sha256"):
-        raise CheckpointError(f"{path / WEIGHTS} is truncated or changed (its hash is not the card's): copy it again")
-    try:
-        tensors = load_tensors(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path / WEIGHTS} is not a safetensors file ({error}): copy it again") from error
-    _check_made_for(path, card)
-    learned = _build(path, card.get("meta_optimizer"), tensors, _LEARNED)
-    step_only = None
-    if card.get("step_only") is not None:
-        step_only = _build(path, card["step_only"], tensors, _STEP_ONLY)
+    card, (learned, step_only) = _read(path)
     return Checkpoint(path, card, learned, step_only, _meta_seeds(path, card))
+
+
+def _read(path: Path, edited: bool = False) -> tuple[dict[str, Any], tuple[MetaOptimizer, MetaOptimizer | None]]:
+    card = read_card(path, edited)
+    return card, load_weights(path, card)
 
 
 def load(name_or_path: str | Path) -> Teleporter:
@@ -213,7 +251,8 @@ def load(name_or_path: str | Path) -> Teleporter:
     If the checkpoint has learned gauges and no teleport that stays, the teleporter moves by the gauges' elements.
 
     Args:
-        name_or_path: a folder, or the bare name of a shipped checkpoint.
+        name_or_path: a folder, the bare name of a shipped checkpoint, or an address in MLflow: `models:/lora@champion`,
+            `models:/lora/3`, `runs:/RUN`. Of the last weights and card are downloaded; no code of an artifact runs.
 
     Returns:
         The teleporter, in eval mode, on the CPU: a `LearnedTeleporter` or a `GaugeTeleporter`.
@@ -258,6 +297,9 @@ def meta_optimizer_of(checkpoint: Checkpoint | str | Path) -> MetaOptimizer:
 
 
 def _resolve(name_or_path: str | Path) -> Path:
+    fetch = fetcher_of(str(name_or_path))
+    if fetch is not None:
+        return fetch(str(name_or_path))
     path, known = Path(name_or_path), shipped_checkpoints()
     # A folder that has a checkpoint's name but no card does not hide the checkpoint.
     if str(name_or_path) in known and not (path / CARD).is_file():
@@ -272,87 +314,9 @@ def _resolve(name_or_path: str | Path) -> Path:
     )
 
 
-def read_card(path: Path) -> dict[str, Any]:
-    """The card in a checkpoint's folder, converted to today's schema.
-
-    Raises:
-        CheckpointError: if there is no card, or it cannot be read.
-    """
-    try:
-        card = json.loads((path / CARD).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {CARD}: it is not a checkpoint, or was not copied whole") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / CARD} is truncated or not JSON ({error}): copy it again") from error
-    if isinstance(card, dict) and card.get("schema") == SCHEMA:
-        return card
-    card = card if isinstance(card, dict) else {}
-    if card.get("schema") == 1:
-        try:
-            return {**card_of_schema_1(card), "schema": SCHEMA}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the card of {path}, of schema 1, is damaged ({error!r}): copy it again") from error
-    wrote = card.get("versions")
-    version = wrote.get("metateleport", "unknown") if isinstance(wrote, dict) else "unknown"
-    raise CheckpointError(
-        f"{path} is a checkpoint of schema {card.get('schema')!r}, and this version reads 1 and {SCHEMA}: use the "
-        f"version of metateleport that wrote it ({version})"
-    )
-
-
-def _check_made_for(path: Path, card: Mapping[str, Any]) -> None:
-    made_for = card.get("made_for", {})
-    groups = made_for.get("groups", []) if isinstance(made_for, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(each, str) for each in groups):
-        raise CheckpointError(
-            f"made_for in the card of {path} is a table whose groups are a list of names, not {shown(made_for)}: copy "
-            "it again"
-        )
-
-
 def _meta_seeds(path: Path, card: Mapping[str, Any]) -> tuple[MetaSeed, ...]:
-    try:
-        listed = [
-            MetaSeed(
-                int(each["seed"]),
-                float(each["validation"]),
-                path if each["chosen"] else path / SEEDS / str(int(each["seed"])),
-            )
-            for each in card.get(SEEDS, ())
-        ]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"the meta-seeds in the card of {path} cannot be read ({error!r}): copy it again"
-        ) from error
+    listed = [
+        MetaSeed(each["seed"], each["validation"], path if each["chosen"] else path / SEEDS / str(each["seed"]))
+        for each in card.get(SEEDS, ())
+    ]
     return tuple(sorted(listed, key=lambda each: each.seed))
-
-
-def _build(path: Path, shape: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> MetaOptimizer:
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    try:
-        config = MetaOptimizerConfig.read(shape)
-        # Without memory first: a damaged card may ask for more than there is. Rules that read numbers cannot do so.
-        with contextlib.suppress(NotImplementedError), torch.device("meta"):
-            _check_fits(path, MetaOptimizer(config), own)
-        # The initial weights are overwritten: drawing them should not change the caller's random numbers.
-        with torch.random.fork_rng(devices=[]):
-            meta = MetaOptimizer(config)
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(
-            f"the card of {path} does not describe a meta-optimizer that is known here: {error}"
-        ) from error
-    _check_fits(path, meta, own)
-    meta.load_state_dict(own)
-    return meta.eval()
-
-
-def _check_fits(path: Path, meta: MetaOptimizer, own: Mapping[str, torch.Tensor]) -> None:
-    asked = meta.state_dict()
-    for name in asked.keys() | own.keys():
-        wants, has = (tuple(each[name].shape) if name in each else "nothing" for each in (asked, own))
-        if has != wants:
-            raise CheckpointError(
-                f"the weights of {path} do not fit its card: of {name} there is {has}, and the card asks for {wants}"
-            )

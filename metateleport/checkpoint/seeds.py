@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metateleport.checkpoint.card import write_card
 from metateleport.checkpoint.checkpoint import (
-    CARD,
     SEEDS,
     WEIGHTS,
     Checkpoint,
     CheckpointError,
+    check_place,
     load_checkpoint,
     write_recipe,
 )
-from metateleport.files import replacing_folder, write_json
+from metateleport.files import replacing_folder
 from metateleport.settings import flattened
 
 __all__ = ["combine_meta_seeds", "each_meta_seed"]
@@ -42,6 +43,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
     Raises:
         CheckpointError: if one cannot be loaded, was not made by `metateleport train`, two have the same seed, or
             their recipes differ.
+        FileError: if there is no right or no space to write, or something else than a checkpoint is there.
     """
     found = [seed for path in paths for seed in each_meta_seed(load_checkpoint(path))]
     if not found:
@@ -63,6 +65,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
     best = min(by_seed, key=lambda seed: (_validation(by_seed[seed]), seed))
     listed = [{"seed": seed, "validation": _validation(each), "chosen": seed == best} for seed, each in by_seed.items()]
     into = Path(into)
+    check_place(into, sum((each.path / WEIGHTS).stat().st_size for each in by_seed.values()) + (1 << 20))
     with replacing_folder(into) as temporary:
         for seed, each in by_seed.items():
             folder = temporary if seed == best else temporary / SEEDS / str(seed)
@@ -71,7 +74,7 @@ def combine_meta_seeds(paths: Sequence[str | Path], into: str | Path) -> Path:
             card = {**each.card, "results": {}}
             card.pop(SEEDS, None)
             card = {**card, "name": into.name, SEEDS: listed} if seed == best else card
-            write_json(folder / CARD, card)
+            write_card(folder, card)
             write_recipe(folder, card)
     return into
 

@@ -1,5 +1,5 @@
 """The command line, with one file for each command."""
 
-from metateleport.cli.main import main
+from metateleport.cli.entry import main
 
 __all__ = ["main"]

@@ -1,5 +1,5 @@
 """`python -m metateleport.cli`."""
 
-from metateleport.cli.main import main
+from metateleport.cli import main
 
 raise SystemExit(main())

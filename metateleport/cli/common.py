@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 
-__all__ = ["Parser", "UsageError", "positive", "say", "settings_of"]
+from metateleport.files import check_destination
+
+__all__ = ["Parser", "UsageError", "check_files", "positive", "say", "settings_of"]
 
 
 class UsageError(ValueError):
@@ -46,6 +49,21 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--set gives {name} twice: {settings[name]!r} and {value!r}")
         settings[name] = value
     return settings
+
+
+def check_files(*paths: Path | None) -> None:
+    """Tries before any work whether files can be written; those that are None are left out.
+
+    Raises:
+        UsageError: if one is a folder.
+        FileError: if there is no right or no space to write it.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: give the name of a file to write")
+        check_destination(path)
 
 
 def positive(text: str) -> int:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from metateleport.cli.common import Parser, UsageError, not_negative, say, settings_of
+from metateleport.cli.common import Parser, UsageError, check_files, not_negative, say, settings_of
+from metateleport.cli.progress import status
+from metateleport.files import write_text
 
 if TYPE_CHECKING:
     from metateleport.papers.experiments import Claim, Experiment, ExperimentResult
@@ -45,6 +47,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the experiment")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, results and claims as JSON")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the figure")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table of claims as Markdown")
     parser.add_argument("--no-track", action="store_true", help="leave MLflow out")
     parser.set_defaults(run=run)
 
@@ -57,16 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _list(arguments)
     if arguments.png is not None and arguments.png.suffix != ".png":
         raise UsageError(f"--png writes a file that ends in .png; not {str(arguments.png)!r}")
-    for path in (arguments.json, arguments.png):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.png, arguments.page)
     experiment = load_experiment(arguments.name, settings_of(arguments.set))
     if not arguments.no_track:
-        from metateleport.tracking import require_mlflow
+        from metateleport.tracking import check_tracking
 
-        require_mlflow()
-    with Console(stderr=True).status(f"{experiment.name}: starting") as status:
-        result = experiment.run(arguments.seed, lambda doing: status.update(f"{experiment.name}: {doing}"))
+        check_tracking()
+    with status(f"{experiment.name}: starting") as show:
+        result = experiment.run(arguments.seed, lambda doing: show(f"{experiment.name}: {doing}"))
     _print(result)
     if arguments.json is not None:
         result.write(arguments.json)
@@ -74,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         experiment.plot(result, arguments.png)
         say(f"wrote {arguments.png}")
+    if arguments.page is not None:
+        write_text(arguments.page, _page(experiment, result))
+        say(f"wrote {arguments.page}")
     if not arguments.no_track:
         _track(experiment, result)
     return 0
@@ -82,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from metateleport.papers.experiments import EXPERIMENTS, summary_of
 
-    if arguments.set or arguments.json or arguments.png:
+    if arguments.set or arguments.json or arguments.png or arguments.page:
         raise UsageError(f"which experiment is meant? There are {', '.join(EXPERIMENTS)}")
     table = Table("experiment", "what it tests", "settings and defaults", show_lines=True)
     for name, kind in EXPERIMENTS.items():
@@ -97,6 +101,25 @@ def _print(result: ExperimentResult) -> None:
     for claim in result.claims:
         table.add_row(claim.claim, claim.source, _value(claim), _holds(claim))
     _show(table)
+
+
+def _page(experiment: Experiment, result: ExperimentResult) -> str:
+    from metateleport.evaluation.pages.markdown import table
+
+    usual = vars(type(experiment)())
+    own = [f" --set {name}={value}" for name, value in result.settings.items() if value != usual.get(name, value)]
+    lines = [
+        f"# Claims tested by `{result.experiment}`",
+        "",
+        "This command writes the page. A value that is an estimate has its 95 % interval beside it.",
+        "",
+        "```",
+        f"metateleport experiment {result.experiment} --seed {result.settings['seed']}{''.join(own)} --page FILE",
+        "```",
+        "",
+    ]
+    rows = [[claim.claim, claim.source, _value(claim), _holds(claim)] for claim in result.claims]
+    return "\n".join([*lines, *table(["claim", "source", "value", "holds"], rows)])
 
 
 def _value(claim: Claim) -> str:
@@ -138,4 +161,8 @@ def _track(experiment: Experiment, result: ExperimentResult) -> None:
         experiment.plot(result, files[1])
         for path in files:
             run.artifact(path)
-    say(f"MLflow: run {run.id} in the experiment {'experiment ' + result.experiment!r}; see it with: metateleport ui")
+    if run.id is not None:
+        say(
+            f"MLflow: run {run.id} in the experiment {'experiment ' + result.experiment!r}; see it with: metateleport "
+            "ui"
+        )

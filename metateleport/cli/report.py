@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from metateleport.cli.common import Parser, UsageError, say
+from metateleport.cli.progress import status
 
 __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
   metateleport report                                    all shipped checkpoints, to docs/results
-  metateleport report --extract README.md                also the extract between the marks of README.md
+  metateleport report --extract docs/choose.md           also the extract between that file's marks
   metateleport report runs/mine --out runs/mine-results  a checkpoint of your own
   metateleport report runs/mine --evaluation a.json --evaluation b.json --out pages    with results of evaluate --json
 
@@ -54,9 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is a file: --out takes a folder")
     names = arguments.checkpoints or ([] if arguments.evaluation else list(shipped_checkpoints()))
-    written = write_pages(
-        arguments.out, [load_checkpoint(name) for name in names], arguments.evaluation, arguments.extract
-    )
+    with status("writing pages and pictures"):
+        written = write_pages(
+            arguments.out, [load_checkpoint(name) for name in names], arguments.evaluation, arguments.extract
+        )
     for path in written.changed:
         say(f"wrote {path}")
     if not written.changed:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from metateleport.cli.common import Parser, UsageError, not_negative, positive, say, settings_of
+from metateleport.cli.common import Parser, UsageError, check_files, not_negative, positive, say, settings_of
+from metateleport.cli.progress import status
 
 __all__ = ["add"]
 
 _EXAMPLES = """\
 examples:
   metateleport reproduce figure-6 --json figure_6.json --png figure_6.png
+  metateleport reproduce figure-6 --read figure_6.json --page tables.md    tables of finished results
   metateleport reproduce figure-6 --runs 50 --tasks 8 --evaluations 30     a shorter run
   metateleport reproduce figure-6 --stack 1 --runs 700                     a meta-step for each run, as in the paper
 
@@ -51,25 +54,30 @@ def add(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the task family")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write tables and findings as Markdown")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="show the results that --json wrote; run nothing")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.files import write_json
-    from metateleport.papers.reproduction import Figure6, draw, figure_6, sentences_of, tables_of
+    from metateleport.files import write_json, write_text
+    from metateleport.papers.reproduction import Figure6, draw, figure_6, page_of, sentences_of, tables_of
 
     if arguments.png is not None and arguments.png.suffix != ".png":
         raise UsageError(f"--png writes a file that ends in .png; not {str(arguments.png)!r}")
-    for path in (arguments.json, arguments.png):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: give the name of a file to write")
+    check_files(arguments.json, arguments.png, arguments.page)
     names = [field.name for field in dataclasses.fields(Figure6)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    settings, family = Figure6(**given), load_family(arguments.task, settings_of(arguments.set))
-    with Console(stderr=True).status("starting") as status:
-        result = figure_6(family, settings, status.update)
+    if arguments.read is not None:
+        if given or arguments.set or arguments.json:
+            raise UsageError("--read shows finished results: it takes --png and --page, and no settings or --json")
+        result = _read(arguments.read)
+    else:
+        settings, family = Figure6(**given), load_family(arguments.task, settings_of(arguments.set))
+        with status("starting") as doing:
+            result = figure_6(family, settings, doing)
     console = Console()
     for table in tables_of(result):
         Console(width=None if console.is_terminal else 160).print(table)
@@ -81,4 +89,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         draw(result, arguments.png)
         say(f"wrote {arguments.png}")
+    if arguments.page is not None:
+        write_text(arguments.page, page_of(result, "Tables of figure 6"))
+        say(f"wrote {arguments.page}")
     return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--read {path}: {error}") from error
+    if not (isinstance(result, dict) and {"networks", "collapsed"} <= set(result)):
+        raise UsageError(f"--read {path}: not the results of reproduce --json")
+    return result

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metateleport.cli.common import UsageError
+from metateleport.cli.common import UsageError, check_files
+from metateleport.cli.progress import status
 from metateleport.files import run_file, write_text
 
 __all__ = ["add", "load_factory"]
@@ -22,7 +23,10 @@ tensor, a tuple of positional inputs or a dict of keyword inputs):
   def small():
       return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), torch.randn(8, 4)
 
+examples:
   metateleport symmetries nets.py:small
+  metateleport symmetries nets.py:small --json found.json      also those that were refused, and why
+  metateleport symmetries nets.py:adapted --frozen             of frozen parameters too
 """
 
 
@@ -45,9 +49,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.json is not None and arguments.json.is_dir():
         raise UsageError(f"--json names a file to write, and {arguments.json} is a folder")
+    check_files(arguments.json)
     model, example = load_factory(arguments.factory)
     try:
-        found = find_symmetries(model, example, frozen=arguments.frozen)
+        with status("finding and certifying symmetries"):
+            found = find_symmetries(model, example, frozen=arguments.frozen)
     except Exception as error:
         raise UsageError(
             f"{arguments.factory}: the model cannot be followed on its example input: {type(error).__name__}: {error}"

@@ -14,6 +14,14 @@ from metateleport.cli.common import Parser, say
 
 __all__ = ["add"]
 
+_EXAMPLES = """\
+examples:
+  metateleport tasks
+  metateleport tasks --json | python -m json.tool        for programs
+  metateleport train leaky_mlp --set family.width=12     a family's setting in a training
+  metateleport evaluate none my_family.py                a file of your own in the place of a name
+"""
+
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's subcommands."""
@@ -21,6 +29,7 @@ def add(commands: Any) -> None:
         "tasks",
         help="list the task families and their settings",
         description="Lists the task families that have a bare name, with their settings and defaults.",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

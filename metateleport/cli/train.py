@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from metateleport.cli.common import Parser, UsageError, positive, say, settings_of
+from metateleport.cli.progress import Lines, bars
+from metateleport.interruption import Stopped
 
 if TYPE_CHECKING:
-    from metateleport.tracking import Run
-    from metateleport.training import Progression, Recipe
+    from metateleport.families import TaskFamily
+    from metateleport.tracking import TrackedTraining
+    from metateleport.training import Progression, Ranks, Recipe
 
 __all__ = ["add"]
 
@@ -30,6 +32,8 @@ examples:
   metateleport train --recipe digits --set outer.teleport_cost=0.1        closes teleports that bring less than this
   metateleport train leaky_mlp --out runs/normal --resume                 after Ctrl-C, with the same settings
   metateleport train leaky_mlp --meta-seeds 5 --out runs/five             seeds 0 to 4 in one checkpoint
+  torchrun --nproc-per-node 2 -m metateleport train leaky_mlp             two processes share the tasks; same result
+  metateleport train leaky_mlp --set outer.estimator=pes outer.unroll=20 outer.horizon=1000    long horizons
 
 A recipe has a table for each part: family, rule, teleport, gauge, outer and validation. Examples are
 checkpoints/*/recipe.toml. --set PART.KEY=VALUE changes a setting. rule.kind is lr (a step for each tensor); coordinate,
@@ -80,44 +84,71 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from metateleport.families import load_family
-    from metateleport.training import Interrupted, device_for, train, train_meta_seeds
+    from metateleport.training import check_start, device_for, held, joined
 
     recipe, name = _recipe(arguments)
     device_for(recipe.outer.device)
     if not arguments.no_track:
-        from metateleport.tracking import require_mlflow
+        from metateleport.tracking import check_tracking
 
-        require_mlflow()
+        check_tracking()
     family = load_family(recipe.family.name, recipe.family.settings)
     recipe = recipe.of_family(family)
     out = arguments.out or Path("runs") / (name or family.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, but a checkpoint is a folder: choose another --out")
-    command = "metateleport " + shlex.join(sys.argv[1:])
-    with contextlib.ExitStack() as stack:
-        tracked: Run | None = None
-        if not arguments.no_track:
-            from metateleport.tracking import Run
-
-            tracked = stack.enter_context(
-                Run(f"train/{family.name}", out.name, recipe.flat(), {"command": command}, say)
-            )
-        bar = stack.enter_context(_bar())
-        try:
-            reporter = _Reporter(bar, tracked, recipe)
-            if arguments.meta_seeds > 1:
-                path = train_meta_seeds(recipe, out, arguments.meta_seeds, arguments.resume, reporter, command)
-            else:
-                path = train(recipe, out, arguments.resume, reporter, command)
-        except Interrupted as interrupted:
-            raise KeyboardInterrupt(str(interrupted)) from None
-        if tracked is not None:
-            tracked.artifact(path)
-    say(f"wrote the checkpoint {path}")
-    if tracked is not None:
-        say(f"MLflow: run {tracked.id} in the experiment {tracked.experiment!r}; look at it with: metateleport ui")
-    say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(recipe.family.name)}")
+    with joined(device_for(recipe.outer.device)) as ranks, held(out) if ranks.first else contextlib.nullcontext():
+        # Before a run is opened, so that what cannot begin leaves none behind.
+        ranks.from_first(
+            lambda: check_start(recipe, out, arguments.resume, arguments.meta_seeds, restarted=bool(ranks.restarts))
+        )
+        _train(arguments, recipe, family, out, ranks)
     return 0
+
+
+def _train(arguments: argparse.Namespace, recipe: Recipe, family: TaskFamily, out: Path, ranks: Ranks) -> None:
+    """Trains; of several processes the first alone reports and is tracked."""
+    from metateleport.training import Interrupted, tracking_run_of, train, train_meta_seeds
+
+    command = "metateleport " + shlex.join(sys.argv[1:])
+    # A training that goes on is one run in MLflow, however often it was interrupted.
+    tracks = ranks.first and not arguments.no_track
+    if ranks.restarts and ranks.first:
+        say(f"all {ranks.size} processes were started anew (restart {ranks.restarts}): going on from the last state")
+    begun = tracking_run_of(out) if tracks and (arguments.resume or ranks.restarts) else None
+    with contextlib.ExitStack() as stack:
+        tracked: TrackedTraining | None = None
+        if tracks:
+            from metateleport.tracking import Run, TrackedTraining
+
+            tags = {"kind": "train", "family": family.name, "seed": recipe.outer.seed, "device": recipe.outer.device}
+            opened = Run(family.name, out.name, recipe.flat(), {**tags, **_conditions()}, say, begun, system=True)
+            tracked = TrackedTraining(stack.enter_context(opened), recipe.outer.teleport_cost)
+        reporter = _Reporter(stack.enter_context(bars()), tracked, recipe) if ranks.first else None
+        key = None if tracked is None else tracked.run.key
+        try:
+            if arguments.meta_seeds > 1:
+                path = train_meta_seeds(
+                    recipe, out, arguments.meta_seeds, arguments.resume, reporter, command, key, ranks
+                )
+            else:
+                path = train(recipe, out, arguments.resume, reporter, command, key, ranks)
+        except Interrupted as interrupted:
+            raise Stopped(str(interrupted), interrupted.number) from None
+        if tracked is not None:
+            tracked.finish(path)
+    if not ranks.first:
+        return
+    say(f"wrote the checkpoint {path}")
+    if tracked is not None and tracked.run.id is not None:
+        say(f"MLflow: run {tracked.run.id} in the experiment {family.name!r}; look at it with: metateleport ui")
+    say(f"next: metateleport evaluate {shlex.quote(str(path))} {shlex.quote(recipe.family.name)}")
+
+
+def _conditions() -> dict[str, str]:
+    from metateleport.tracking.conditions import conditions
+
+    return conditions()
 
 
 def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
@@ -149,24 +180,12 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
     return Recipe(FamilySettings(arguments.family)).changed(changes), ""
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
 class _Reporter:
     """Shows the progress of the training and tracks it with MLflow."""
 
-    def __init__(self, bar: Progress, tracked: Run | None, recipe: Recipe) -> None:
+    def __init__(self, bar: Progress | Lines, tracked: TrackedTraining | None, recipe: Recipe) -> None:
         self.bar, self.tracked, self.outer = bar, tracked, recipe.outer
         self.rows: dict[str, Any] = {}
-        self.validated: dict[str, int] = {}
 
     def __call__(self, name: str, progression: Progression, share: float) -> None:
         if name not in self.rows:
@@ -183,16 +202,5 @@ class _Reporter:
         if opened is not None and self.outer.teleport_cost:
             status += f", openness {opened:.2f}"
         self.bar.update(self.rows[name], completed=share, status=status)
-        if self.tracked is None:
-            return
-        for step, score in progression.validations[self.validated.get(name, 0) :]:
-            self.tracked.log({f"{name}/validation": score}, step=int(step))
-        self.validated[name] = len(progression.validations)
-        if not progression.meta_losses and progression.searched:
-            self.tracked.log({f"{name}/search": progression.searched[-1]}, step=len(progression.searched))
-            return
-        metrics = {f"{name}/meta_loss": loss, f"{name}/skipped": progression.skipped, f"{name}/speed": speed}
-        if opened is not None:
-            metrics[f"{name}/openness"] = opened
-            metrics[f"{name}/teleport_price"] = self.outer.teleport_cost * opened
-        self.tracked.log(metrics, step=progression.meta_step)
+        if self.tracked is not None:
+            self.tracked(name, progression)

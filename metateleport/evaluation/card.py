@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metateleport.checkpoint.checkpoint import CARD, update_card
+from metateleport.checkpoint import read_card, update_card
 from metateleport.evaluation.marks import marks
 from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.words import ABLATED, over_seeds
@@ -26,13 +25,19 @@ def record_result(path: str | Path, report: Mapping[str, Any], command: str) -> 
         path: the checkpoint's folder.
         report: the evaluation's report, as `metateleport.evaluation.report_of` returns it.
         command: the command that made the evaluation.
+
+    Raises:
+        CheckpointError: if the card cannot be read.
     """
-    results = json.loads((Path(path) / CARD).read_text()).get("results", {})
+    results = read_card(Path(path)).get("results", {})
     settings = ", ".join(f"{name}={value}" for name, value in report["task"]["settings"].items())
     key = f"{report['task']['name']}({settings}), {report['steps']} gradient evaluations"
     if any(name.startswith(ABLATED) for name in report["methods"]):
         # An entry of its own, so that it does not replace the result of the whole optimizer.
         key += ", parts of the basis left out"
+    rules = report.get("rules", {})
+    if rules.get("rivals") == "fair":
+        key += f", rivals under fair rules for the {rules['criterion']}"
     update_card(path, {"results": {**results, key: {**result_of(report), "command": command}}})
 
 
@@ -46,8 +51,8 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
         `task`, `measure`, `tasks`, `steps`, `seed`, `dtype`, `conditions`, and `methods`. For each method:
         `median_loss` and, if known, `held_out_accuracy` by mark; `diverged`, a number of tasks; `seconds`; `drift_max`;
         the ratios to the learned method by mark and `ratio_at_equal_seconds`, over meta-seeds if there are several.
-        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; with a target also
-        `target`.
+        With several meta-seeds also `meta_seeds` with `seeds`, `worst` and `ratios_to_learned`; `target`, `against`,
+        `rules` and `command` as in the report.
     """
     places = marks(report["steps"])
     timed = _timed(report)
@@ -61,6 +66,10 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
         if "held_out_accuracy" in entry:
             accuracy = entry["held_out_accuracy"]["median"]
             methods[name]["held_out_accuracy"] = {str(place): accuracy[place] for place in places}
+        if "tuning" in entry:
+            methods[name]["chosen"] = entry["tuning"]["chosen"]
+        if not entry.get("stacked", True):
+            methods[name]["stacked"] = False
         if name in timed:
             methods[name]["ratio_at_equal_seconds"] = timed[name]
         methods[name].update({key: entry[key] for key in _KEPT if key in entry})
@@ -68,8 +77,9 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
     result = {**{key: report[key] for key in keys}, "methods": methods}
     if report["meta_seeds"]:
         result["meta_seeds"] = {key: report["meta_seeds"][key] for key in ("seeds", "worst", "ratios_to_learned")}
-    if "target" in report:
-        result["target"] = report["target"]
+    for key in ("target", "against", "rules", "command"):
+        if key in report:
+            result[key] = report[key]
     rounded: dict[str, Any] = _rounded(result)
     return rounded
 

@@ -50,7 +50,8 @@ def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] =
         pairs: both results for every meta-seed, if there are several.
 
     Returns:
-        `gauge`, the other's `moves_by`; `gradient_evaluations`, a list of `at`, `ratio`, `low`, `high` at the marks;
+        `gauge`, the other's `moves_by`; `stacked`, whether both step all tasks at once; `gradient_evaluations`, a list
+        of `at`, `ratio`, `low`, `high` at the marks;
         `seconds`, the same at the time when the faster of the two had spent its budget. With several meta-seeds also
         `meta_seeds`: `gradient_evaluations` and `seconds` over all of them, as by `ratio_over_seeds`, each with the
         ratio of the `worst` seed and its interval over tasks.
@@ -58,6 +59,7 @@ def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] =
     seconds = _seconds([Pair(0, learned, other)])
     found: dict[str, Any] = {
         "gauge": other.moves_by,
+        "stacked": other.stacked and learned.stacked,
         "gradient_evaluations": [
             {"at": place, **_ratio(_loss(other, place), _loss(learned, place))} for place in marks(steps)
         ],

@@ -16,8 +16,9 @@ import torch
 
 from metateleport.evaluation.plan import Bench, Done, Plan, Unit
 from metateleport.evaluation.run import Evaluation, EvaluationError
+from metateleport.interruption import Stopped, code_of
 
-__all__ = ["run_plan"]
+__all__ = ["Account", "run_plan"]
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -38,9 +39,9 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
 
     Raises:
         EvaluationError: if a process ends during a run.
-        KeyboardInterrupt: after Ctrl-C; the message says what is kept.
+        Stopped: after Ctrl-C or another signal; the message says what is kept.
     """
-    account = _Account(len(bench.units), progress or (lambda _: None))
+    account = Account(len(bench.units), progress or (lambda _: None))
     threads = 1 if jobs > 1 else torch.get_num_threads()
     runs = _shared(bench, jobs, account) if jobs > 1 else _alone(bench, account)
     done = []
@@ -49,12 +50,12 @@ def run_plan(bench: Bench, jobs: int = 1, progress: Callable[[str], None] | None
             for each in runs:
                 done.append(each)
                 account.finished(each)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {account.left_off()}") from None
+    except KeyboardInterrupt as stopped:
+        raise Stopped(f"interrupted; {account.left_off()}", code_of(stopped) - 128) from None
     return bench.evaluation(done, threads)
 
 
-class _Account:
+class Account:
     """Counts the finished runs and names those that are running."""
 
     def __init__(self, total: int, tell: Callable[[str], None]) -> None:
@@ -74,13 +75,13 @@ class _Account:
         return f"{self.done} of {self.total} runs are finished and kept: the same command goes on from there"
 
 
-def _alone(bench: Bench, account: _Account) -> Generator[Done, None, None]:
+def _alone(bench: Bench, account: Account) -> Generator[Done, None, None]:
     for unit in bench.units:
         account.started(0, str(unit))
         yield bench.run(unit, lambda what: account.started(0, what))
 
 
-def _shared(bench: Bench, jobs: int, account: _Account) -> Generator[Done, None, None]:
+def _shared(bench: Bench, jobs: int, account: Account) -> Generator[Done, None, None]:
     waiting = list(bench.units)
     with _workers(bench.plan, min(jobs, len(waiting))) as workers:
         busy: dict[Any, tuple[int, Unit]] = {}
@@ -108,7 +109,7 @@ def _hand_out(worker: tuple[Any, Any], number: int, waiting: list[Unit], busy: d
             worker[1].send(unit)
 
 
-def _heard(channel: Any, process: Any, unit: Unit, account: _Account) -> tuple[str, Any]:
+def _heard(channel: Any, process: Any, unit: Unit, account: Account) -> tuple[str, Any]:
     try:
         kind, what = channel.recv()
     except (EOFError, ConnectionResetError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,13 @@ from torch import Tensor
 from metateleport.evaluation.conditions import conditions_of
 from metateleport.evaluation.trajectory import Method, Trajectory
 from metateleport.families import TaskFamily, TaskStack
-from metateleport.files import replacing
+from metateleport.files import cache_folder, replacing
 
-__all__ = ["KeptRun", "KeptRuns", "cache_folder", "digest", "foundations"]
+__all__ = ["KeptRun", "KeptRuns", "cache_folder", "digest", "foundations", "kept_if_possible"]
 
 _FORMAT = 1
 _DAYS = 30
 _JOBS = "jobs"
-
-
-def cache_folder(name: str) -> Path:
-    """The cache folder of that name: under `METATELEPORT_CACHE` if it is set, else under `~/.cache/metateleport`."""
-    root = os.environ.get("METATELEPORT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "metateleport") / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,7 @@ class KeptRuns:
         stack: the tasks.
         steps: the budget.
         folder: folder of the files; `cache_folder("runs")` if not given.
+        every: gradient evaluations between two measurements.
 
     Example:
         >>> import tempfile
@@ -76,11 +73,13 @@ class KeptRuns:
         ((2, 6), None)
     """
 
-    def __init__(self, family: TaskFamily, stack: TaskStack, steps: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, family: TaskFamily, stack: TaskStack, steps: int, folder: Path | None = None, every: int = 1
+    ) -> None:
         self.folder = folder or cache_folder("runs")
         self._shape = (len(stack), steps + 1)
         self._family = family.name
-        self._foundations = foundations(family, stack, steps)
+        self._foundations = foundations(family, stack, steps) + (f" every {every}" if every > 1 else "")
         _sweep(self.folder)
 
     def get(self, method: Method) -> KeptRun | None:
@@ -95,23 +94,40 @@ class KeptRuns:
             return None
         if trajectory.loss.shape != self._shape:
             return None
-        os.utime(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)
         return KeptRun(trajectory, jobs)
 
     def put(self, method: Method, run: KeptRun) -> None:
-        """Writes a finished run, whole or not at all."""
+        """Writes a finished run, whole or not at all; where it cannot be written a warning says so."""
         fields = {field.name: getattr(run.trajectory, field.name) for field in dataclasses.fields(run.trajectory)}
         arrays = {
             name: np.ascontiguousarray(value, dtype=np.float64) for name, value in fields.items() if value is not None
         }
         # ascontiguousarray gives a scalar a dimension, which is taken off again.
         arrays = {name: value if np.ndim(fields[name]) else value.reshape(()) for name, value in arrays.items()}
-        with replacing(self._path(method)) as temporary:
+        with kept_if_possible(self.folder), replacing(self._path(method)) as temporary:
             temporary.write_bytes(save({**arrays, _JOBS: np.asarray(run.jobs, dtype=np.int64)}))
 
     def _path(self, method: Method) -> Path:
         name = re.sub(r"[^a-z0-9]+", "-", f"{self._family} {method.name}".lower())
         return self.folder / f"{name}-{digest([self._foundations, method.identity()])[:24]}.safetensors"
+
+
+@contextlib.contextmanager
+def kept_if_possible(folder: Path) -> Iterator[None]:
+    """What cannot be written in the block, because of a full disk or a missing right, is told by a warning, once.
+
+    What is kept serves a later call alone, and is no reason to end the one that has the results in its memory.
+    """
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"finished runs cannot be kept in {folder} ({error.strerror or error}): this evaluation goes on, but after "
+            "an interruption it begins anew. Make room there, or set METATELEPORT_CACHE to another folder",
+            stacklevel=4,
+        )
 
 
 def foundations(family: TaskFamily, stack: TaskStack, steps: int) -> str:
@@ -193,4 +209,5 @@ def _sweep(folder: Path) -> None:
     """Removes files that were not read for long."""
     for path in folder.glob("*.safetensors") if folder.is_dir() else ():
         if time.time() - path.stat().st_mtime > _DAYS * 86400:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)

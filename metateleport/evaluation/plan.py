@@ -13,9 +13,10 @@ import torch
 from metateleport.checkpoint import Checkpoint, load_checkpoint
 from metateleport.checkpoint.seeds import each_meta_seed
 from metateleport.evaluation.ablation import ablated_methods, parts_of
+from metateleport.evaluation.fair import FairRules, goal_of, tune_fairly
 from metateleport.evaluation.kept import KeptRun, KeptRuns
 from metateleport.evaluation.methods.learned import learned_methods
-from metateleport.evaluation.methods.registry import BASELINES, RIVALS
+from metateleport.evaluation.methods.registry import BASELINES, FAIR, RIVALS
 from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.run import (
     Evaluation,
@@ -26,15 +27,19 @@ from metateleport.evaluation.run import (
     result_of,
     run_once,
 )
-from metateleport.evaluation.trajectory import Method
+from metateleport.evaluation.trajectory import Method, every_so_often
 from metateleport.evaluation.tuning import tune
 from metateleport.evaluation.words import ABLATED
 from metateleport.families import TaskFamily, TaskStack, load_family
 
-__all__ = ["NO_CHECKPOINT", "Bench", "Done", "Plan", "Unit"]
+__all__ = ["FOR_THE_END", "NO_CHECKPOINT", "Bench", "Done", "Plan", "Unit"]
 
 NO_CHECKPOINT = "none"
 """The name given for a checkpoint if the rivals run alone."""
+
+FOR_THE_END = "/end"
+"""Suffix of the name of the rival that a target is taken from under fair rules: it is tuned for the end of the run, and
+for the held-out loss there if the tasks have held-out data."""
 
 
 class Unit(NamedTuple):
@@ -87,6 +92,8 @@ class Plan:
         device: where to run.
         all_meta_seeds: run the learned methods of every meta-seed, not only of the chosen one.
         fresh: run and tune anew, ignoring what is kept.
+        every: gradient evaluations between two measurements of a run's losses.
+        rules: fair rules that rivals are tuned by; None for a grid that is searched until its best lies inside.
     """
 
     task: str
@@ -101,6 +108,8 @@ class Plan:
     device: str = "cpu"
     all_meta_seeds: bool = True
     fresh: bool = False
+    every: int = 1
+    rules: FairRules | None = None
 
 
 class Bench:
@@ -156,7 +165,8 @@ class Bench:
         run = kept
         if run is None:
             progress(f"{unit} on {self.plan.tasks} held-out tasks")
-            run = KeptRun(run_once(method, self._stack, self.plan.steps), jobs)
+            with every_so_often(self.plan.every):
+                run = KeptRun(run_once(method, self._stack, self.plan.steps), jobs)
             self._runs.put(method, run)
         return Done(unit, result_of(method, run.trajectory), measure_of(self._stack), run.jobs, kept is not None)
 
@@ -190,6 +200,7 @@ class Bench:
             meta_seeds=tuple(seeds),
             threads=threads,
             jobs=max(each.jobs for each in done),
+            rules=plan.rules,
             kept=tuple(str(unit) for unit in self.units if any(each.kept for each in done if each.unit == unit)),
         )
 
@@ -200,7 +211,7 @@ class Bench:
 
     @functools.cached_property
     def _runs(self) -> KeptRuns:
-        return KeptRuns(self.family, self._stack, self.plan.steps)
+        return KeptRuns(self.family, self._stack, self.plan.steps, every=self.plan.every)
 
     @property
     def _dtype(self) -> torch.dtype | None:
@@ -220,8 +231,10 @@ class Bench:
     def _method(self, unit: Unit, progress: Callable[[str], None]) -> Method:
         plan = self.plan
         if unit.method in self.rivals:
-            rival, dtype, device = RIVALS[unit.method], self._dtype, plan.device
+            rival, dtype, device = RIVALS[unit.method.removesuffix(FOR_THE_END)], self._dtype, plan.device
             told = lambda trial: progress(f"tuning {unit.method}: {trial}")  # noqa: E731
+            if plan.rules is not None:
+                return self._tuned_fairly(unit.method, plan.rules, told)
             return tune(rival, self.family, plan.steps, dtype, device, fresh=plan.fresh, progress=told)
         checkpoint = self.checkpoint
         if unit.seed is not None:
@@ -233,11 +246,37 @@ class Bench:
             return ablated_methods(checkpoint, {part: self._parts[part]})[0]
         return learned_methods(checkpoint, [unit.method], plan.seed)[0]
 
+    def _tuned_fairly(self, name: str, rules: FairRules, progress: Callable[[str], None]) -> Method:
+        plan, dtype = self.plan, self._dtype
+        rival = RIVALS[name.removesuffix(FOR_THE_END)]
+        if name.endswith(FOR_THE_END):
+            # Absurd step sizes can fit a few hundred samples exactly: nothing but such another reaches that loss.
+            judged = self.family.task(0).held_out is not None
+            rules = dataclasses.replace(rules, measure="held-out" if judged else "end", target=None)
+        goal = None
+        if rules.aims:
+            reference, _, at = str(rules.target).rpartition("@")
+            tuned = self._tuned_fairly(reference + FOR_THE_END, rules, progress)
+            progress(f"the goal is the loss of {reference}, tuned for the end, at {at}")
+            goal = goal_of(tuned, self.family, plan.steps, int(at), rules, dtype, plan.device)
+        method = tune_fairly(
+            rival, self.family, plan.steps, rules, goal, dtype, plan.device, fresh=plan.fresh, progress=progress
+        )
+        method.name = name
+        return method
+
+    def _fair(self) -> list[str]:
+        """Names of the rivals that run under fair rules if no names are given."""
+        symmetries = self.family.task(0).symmetries
+        return [name for name, rival in FAIR.items() if rival.suits(symmetries)]
+
     def _chosen(self) -> tuple[list[str], list[str]]:
         """Names of the learned methods and of the rivals to run."""
         learned = [] if self.checkpoint is None else [each.name for each in learned_methods(self.checkpoint)]
         known = [*learned, *RIVALS]
-        wanted = [*learned, *BASELINES] if self.plan.methods is None else self.plan.methods
+        rules = self.plan.rules
+        usual = BASELINES if rules is None else self._fair()
+        wanted = [*learned, *usual] if self.plan.methods is None else self.plan.methods
         for name in wanted:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -246,10 +285,23 @@ class Bench:
                 raise EvaluationError(f"there is no method {name!r} {where}: there are {', '.join(known)}{meant}")
             missing = RIVALS[name].missing() if name in RIVALS else ""
             if missing:
-                raise EvaluationError(missing)
+                raise EvaluationError(f"{missing}; or name the methods to run, without it")
+            if name in RIVALS and RIVALS[name].needs and not RIVALS[name].suits(self.family.task(0).symmetries):
+                raise EvaluationError(
+                    f"{name} needs tasks with a symmetry of the kind {RIVALS[name].needs!r}, and those of "
+                    f"{self.family.name} have none: leave it out"
+                )
         if not wanted:
             raise EvaluationError(f"the list of methods names none: there are {', '.join(known)}")
-        return [name for name in learned if name in wanted], [name for name in RIVALS if name in wanted]
+        rivals = [name for name in RIVALS if name in wanted]
+        if rules is not None and rules.aims:
+            reference = str(rules.target).rpartition("@")[0]
+            if reference not in RIVALS:
+                raise EvaluationError(
+                    f"under fair rules a target is taken from a rival, and {reference!r} is none: {', '.join(RIVALS)}"
+                )
+            rivals = [reference + FOR_THE_END, *rivals]
+        return [name for name in learned if name in wanted], rivals
 
     def _left_out(self) -> dict[str, tuple[str, ...]]:
         """For each part of the basis the generators to leave out."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metateleport.evaluation.attribution import attribution_of, goes_below_zero
+from metateleport.evaluation.compared import compared
 from metateleport.evaluation.conditions import conditions_of
 from metateleport.evaluation.meta_seeds import meta_seeds_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE, paired_ratio
@@ -19,12 +20,12 @@ from metateleport.evaluation.tuning import LARGEST
 from metateleport.evaluation.words import ABLATED
 from metateleport.files import write_text
 
-__all__ = ["SCHEMA", "report_of", "write_report"]
+__all__ = ["SCHEMA", "against_of", "report_of", "write_report"]
 
 SCHEMA = 1
 
 
-def report_of(evaluation: Evaluation) -> dict[str, Any]:
+def report_of(evaluation: Evaluation, against: str | None = None) -> dict[str, Any]:
     """An evaluation as plain values for JSON: numbers, strings, booleans; never null, NaN or infinity.
 
     A loss that is not finite or above 1e300 becomes 1e300, and `diverged` says so. A setting that is None becomes
@@ -32,18 +33,22 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
 
     Args:
         evaluation: the evaluation.
+        against: name of a method that all others are compared with, beside the learned one.
 
     Returns:
         `schema`, `task`, `measure`, `checkpoint`, `seed`, `tasks`, `steps`, `dtype`, `conditions`, and
 
         - `methods`, by name: the lists of the measure along the trajectory (`gradient_evaluations`, `mean`, `median`,
           `q25`, `q75`, `seconds_along`), `final` and `diverged` for each task, `seconds` of the whole run, `settings`;
+          `stacked`, whether it steps all tasks at once (seconds of methods that do and that do not are not comparable);
           if it teleports also `drift_max` and `gauge`, its `moves_by`; if it was tuned also `tuning`; if the tasks have
           them also `held_out_loss` and `held_out_accuracy`; if there is a learned method also
           `paired_ratio_to_learned` at the end and `paired_ratios_to_learned`, a list of `at`, `ratio`, `low`, `high` at
           the marks. The learned methods are those of the checkpoint's chosen seed;
         - `attribution`, the result of `attribution_of`; it says so if losses below zero allow no ratios;
         - `meta_seeds`, the result of `meta_seeds_of`;
+        - `against`, if it is given: `method`, its name, and `others`, the result of `compared` for each of the others;
+        - `rules`, those that rivals were tuned by: `rivals` is `library` or `fair`;
         - `kept`, the names of runs that an earlier call made; their seconds are those measured then.
     """
     methods = {name: _method(result) for name, result in evaluation.results.items()}
@@ -73,11 +78,31 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
             "threads": evaluation.threads,
             "jobs": evaluation.jobs,
         },
+        "rules": {"rivals": "library"} if evaluation.rules is None else _plain(evaluation.rules.plain()),
         "kept": list(evaluation.kept),
         "methods": methods,
+        **({} if against is None or below else {"against": against_of(evaluation, against)}),
         "attribution": attribution,
         "meta_seeds": meta_seeds_of(evaluation, beside),
     }
+
+
+def against_of(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """All other methods' losses over those of one method, at equal evaluations and at equal seconds.
+
+    Args:
+        evaluation: with the method.
+        name: name of the method.
+
+    Returns:
+        `method`, its name; `others`, by name the result of `compared`, in which a ratio above 1 means that the method
+        named is better.
+    """
+    mine = evaluation.results[name]
+    others = {
+        other: compared(mine, result, evaluation.steps) for other, result in evaluation.results.items() if other != name
+    }
+    return {"method": name, "others": others}
 
 
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
@@ -98,6 +123,7 @@ def _method(result: Result) -> dict[str, Any]:
         "seconds": trajectory.seconds,
         "seconds_along": trajectory.seconds_along.tolist(),
         "settings": _plain(result.settings),
+        "stacked": result.stacked,
     }
     if result.teleports:
         entry["gauge"] = result.moves_by

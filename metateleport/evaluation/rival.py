@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from metateleport.evaluation.trajectory import Method
+from metateleport.symmetries import Symmetry
 
 __all__ = ["Choice", "Lattice", "Rival"]
 
@@ -59,6 +60,8 @@ class Rival:
         on_request: whether it runs only if it is asked for by name, because it takes long.
         library: a library that it imports and that may not be installed; empty if there is none.
         extra: the extra of this package that brings the library.
+        fair: whether it is among those that run under fair rules if no names are given.
+        needs: the kind of symmetry that a task has to have for it, as `LoRA pair`; empty for none.
 
     Example:
         >>> from metateleport.evaluation import FirstOrder
@@ -74,12 +77,18 @@ class Rival:
     on_request: bool = False
     library: str = ""
     extra: str = ""
+    fair: bool = False
+    needs: str = ""
 
     def missing(self) -> str:
         """A sentence that says what to install; empty if nothing is missing."""
         if not self.library or importlib.util.find_spec(self.library) is not None:
             return ""
         return f"{self.name} needs {self.library}: pip install 'metateleport[{self.extra}]'"
+
+    def suits(self, symmetries: Sequence[Symmetry]) -> bool:
+        """Whether tasks with these symmetries have the kind that it needs."""
+        return not self.needs or any(symmetry.kind == self.needs for symmetry in symmetries)
 
     def grid(self) -> str:
         """The grid and the search, in words."""

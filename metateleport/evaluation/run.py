@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from metateleport.evaluation.fair import FairRules
 from metateleport.evaluation.paired import REFERENCE
 from metateleport.evaluation.trajectory import Method, Trajectory, reproducible
 from metateleport.families import TRAINING_LOSS, TaskFamily, TaskStack
@@ -38,6 +39,7 @@ class Result:
     settings: dict[str, Any]
     tuning: dict[str, Any] | None
     moves_by: str = "none"
+    stacked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Evaluation:
         threads: number of threads of each run.
         jobs: largest number of processes that shared the machine.
         kept: names of the runs that an earlier call made; their seconds are those measured then.
+        rules: the rules that rivals were tuned by; None for those of `tune`.
     """
 
     family: str
@@ -108,6 +111,7 @@ class Evaluation:
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
     jobs: int = 1
     kept: tuple[str, ...] = ()
+    rules: FairRules | None = None
 
 
 def evaluate(
@@ -209,4 +213,4 @@ def run_once(method: Method, stack: TaskStack, steps: int) -> Trajectory:
 
 def result_of(method: Method, trajectory: Trajectory) -> Result:
     """A method's result, from its trajectory."""
-    return Result(trajectory, method.teleports, method.settings, method.tuning, method.moves_by)
+    return Result(trajectory, method.teleports, method.settings, method.tuning, method.moves_by, method.stacked)

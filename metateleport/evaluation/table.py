@@ -39,6 +39,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
         title=f"{report['task']['name']}: {measured(report)}, median of {tasks} held-out tasks by gradient evaluations",
         caption=f"{report['dtype']}, seed {report['seed']}; seconds are of all {tasks} tasks together"
         + (f", measured with {report['conditions']['jobs']} processes side by side" if _shared(report) else "")
+        + ("" if all(entry.get("stacked", True) for entry in methods.values()) else "; *: one task after another")
         + (f"; ratio: paired median of final losses over {REFERENCE}'s" if compared else ""),
         title_justify="left",
         caption_justify="left",
@@ -59,7 +60,8 @@ def table_of(report: Mapping[str, Any]) -> Table:
         if accurate:
             accuracy = entry.get("held_out_accuracy")
             row.append(f"{accuracy['median'][-1]:.1%}" if accuracy else "")
-        row += [str(sum(entry["diverged"])) if any(entry["diverged"]) else "-", f"{entry['seconds']:.2f}"]
+        seconds = f"{entry['seconds']:.2f}" + ("" if entry.get("stacked", True) else "*")
+        row += [str(sum(entry["diverged"])) if any(entry["diverged"]) else "-", seconds]
         if compared:
             pair = entry.get(f"paired_ratio_to_{REFERENCE}")
             row.append("" if pair is None else interval(pair))

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from metateleport.evaluation.lost import where
+from metateleport.evaluation.marks import marks
 from metateleport.families import TaskStack
 from metateleport.families.stack import Batch
 
-__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "output_drift", "reproducible"]
+__all__ = ["Method", "Recorder", "Trajectory", "ends_only", "every_so_often", "output_drift", "reproducible"]
 
 Array = npt.NDArray[np.float64]
 
@@ -61,12 +62,14 @@ class Method(abc.ABC):
 
     `name` is its name in tables and files; `settings` are its settings; `tuning` says how they were found (None without
     tuning); `teleports` says whether it uses group elements, and `moves_by` how: by a teleport that `stays`, by a gauge
-    that is `undone` after the step, by `both`, or `none`.
+    that is `undone` after the step, by `both`, or `none`; `stacked` says whether it steps all tasks at once, which its
+    seconds depend on.
     """
 
     name: str
     teleports: ClassVar[bool] = False
     moves_by: str = "none"
+    stacked: bool = True
 
     def __init__(self, name: str, settings: Mapping[str, Any] | None = None) -> None:
         self.name = name
@@ -94,6 +97,7 @@ class Method(abc.ABC):
 
 
 _ends_only: contextvars.ContextVar[bool] = contextvars.ContextVar("ends_only", default=False)
+_every: contextvars.ContextVar[int] = contextvars.ContextVar("every", default=1)
 
 
 @contextlib.contextmanager
@@ -107,6 +111,22 @@ def ends_only() -> Iterator[None]:
         yield
     finally:
         _ends_only.reset(token)
+
+
+@contextlib.contextmanager
+def every_so_often(evaluations: int) -> Iterator[None]:
+    """Inside the block recorders measure every so many gradient evaluations, at the marks and at the end.
+
+    Between them a trajectory keeps the last value that was measured.
+
+    Args:
+        evaluations: between two measurements.
+    """
+    token = _every.set(evaluations)
+    try:
+        yield
+    finally:
+        _every.reset(token)
 
 
 @contextlib.contextmanager
@@ -153,7 +173,8 @@ class Recorder:
         self._values = {name: np.repeat(values[:, None], budget + 1, axis=1) for name, values in start.items()}
         self._reached = np.zeros((len(stack), budget + 1))
         self._end: dict[str, Tensor] | None = None
-        self._ends_only = _ends_only.get()
+        self._ends_only, self._every = _ends_only.get(), _every.get()
+        self._measured = 0
         self._paused = 0.0
         self._began = self._now()
 
@@ -181,9 +202,22 @@ class Recorder:
             if self._ends_only:
                 self._keep(parameters, torch.from_numpy(reached[:, -1]).to(self.stack.device))
                 return
+            if not self._is_due():
+                return
             for name, values in self._measure(parameters).items():
                 self._values[name] = np.where(reached, values[:, None], self._values[name])
             self._reached[reached] = now
+
+    def _is_due(self) -> bool:
+        """Whether it is time to measure again: so many evaluations have passed, or a mark or the end is reached."""
+        if self._every == 1:
+            return True
+        spent = int(float(self.spent.max()) + _ROUNDING)
+        passed = spent // self._every + sum(spent >= mark for mark in marks(self.budget))
+        if passed == self._measured and bool(self.affords().all()):
+            return False
+        self._measured = passed
+        return True
 
     def drift(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], batch: Batch, where: Tensor | None = None
@@ -239,9 +273,11 @@ class Recorder:
         stack, held_out, score = self.stack, self.stack.held_out, self.stack.score
         found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
-            found["held_out_loss"] = stack.losses_at(parameters, held_out)
+            # One pass serves the loss and the score.
+            outputs = stack.outputs(parameters, held_out[0])
+            with torch.no_grad():
+                found["held_out_loss"] = stack.each(stack.loss, outputs, *held_out[1])
             if score is not None:
-                outputs = stack.outputs(parameters, held_out[0])
                 found["held_out_accuracy"] = stack.each(score, outputs, *held_out[1])
         return {name: values.detach().double().cpu().numpy() for name, values in found.items()}
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from metateleport.evaluation.kept import cache_folder, foundations
+from metateleport.evaluation.kept import cache_folder, foundations, kept_if_possible
 from metateleport.evaluation.rival import Rival
 from metateleport.evaluation.trajectory import Method, ends_only, reproducible
 from metateleport.families import TaskFamily, TaskStack
 from metateleport.files import write_text
 from metateleport.version import VERSION
 
-__all__ = ["LARGEST", "score", "search", "tune"]
+__all__ = ["LARGEST", "Trials", "score", "search", "tune"]
 
 LARGEST = 1e300
 """Value of a loss that is not finite."""
@@ -126,16 +126,17 @@ def tune(
     cached = record is not None
     if record is None:
         stack = family.stack(range(rival.tasks), "train", 0, dtype, device)
-        trials = _Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
+        trials = Trials(path.with_suffix(".trials.json"), foundations(family, stack, steps), fresh)
         record = _tuned(rival, stack, steps, trials, progress or (lambda _: None))
-        write_text(path, json.dumps(record, indent=1, allow_nan=False))
-        trials.forget()
+        with kept_if_possible(folder):
+            write_text(path, json.dumps(record, indent=1, allow_nan=False))
+            trials.forget()
     method = rival.make(**record["chosen"])
     method.tuning = {**record, "cached": cached}
     return method
 
 
-class _Trials:
+class Trials:
     """The scores of a running search, written to disk after every trial.
 
     Args:
@@ -158,7 +159,8 @@ class _Trials:
         name = json.dumps(settings, sort_keys=True, default=str)
         if name not in self.known:
             self.known[name] = run()
-            write_text(self.path, json.dumps({"foundations": self.foundations, "scores": self.known}))
+            with kept_if_possible(self.path.parent):
+                write_text(self.path, json.dumps({"foundations": self.foundations, "scores": self.known}))
         return self.known[name]
 
     def forget(self) -> None:
@@ -166,7 +168,7 @@ class _Trials:
 
 
 def _tuned(
-    rival: Rival, stack: TaskStack, steps: int, trials: _Trials, progress: Callable[[str], None]
+    rival: Rival, stack: TaskStack, steps: int, trials: Trials, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     def evaluate(settings: dict[str, Any]) -> float:
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metateleport.families.family import FamilyError, TaskFamily
+from metateleport.families.family import FamilyError, TaskFamily, load_family
 from metateleport.families.labelled import LabelledData
 from metateleport.families.task import Split, Task, split_of
 from metateleport.symmetries import Rescaling, Symmetry
 
-__all__ = ["ClassificationFamily", "PerceptronFamily", "accuracy", "linear", "subsets"]
+__all__ = ["ClassificationFamily", "PerceptronFamily", "accuracy", "data_of", "linear", "subsets"]
 
 # Of every five subsets of the classes, shares of the splits; validation and held-out tasks need few.
 SHARES: dict[Split, tuple[int, ...]] = {"train": (0, 1, 2), "validation": (3,), "held-out": (4,)}
@@ -226,3 +226,19 @@ class PerceptronFamily(ClassificationFamily):
         model = nn.Sequential(*layers[:-1])
         places = range(0, 2 * self.depth, 2)
         return model, [Rescaling(model, str(first), str(second)) for first, second in itertools.pairwise(places)]
+
+
+@functools.cache
+def data_of(name: str) -> LabelledData:
+    """The data of a family of the gallery, for another one that classifies the same samples with another model.
+
+    Args:
+        name: of a classification family in the gallery.
+
+    Raises:
+        FamilyError: if there is no such family, it does not classify, or its data are not there.
+    """
+    family = load_family(name)
+    if not isinstance(family, ClassificationFamily):
+        raise FamilyError(f"{name} does not classify labelled data: {type(family).__name__} has none to share")
+    return family.data()

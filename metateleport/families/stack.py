@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
+from metateleport.families.chain import Chain, chain_of, through
 from metateleport.families.probed import ProbedLosses
 from metateleport.families.stackable import check_stackable, movable
 from metateleport.families.task import Batch, Task
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, lasting
 
 __all__ = ["TaskStack", "stacked_name"]
 
@@ -27,9 +28,9 @@ class TaskStack(nn.Module):
     costs one set of batched kernels and not one set per task. As an ordinary module the stack can be patched by
     `higher`, which replaces its parameters by the tensors of an unroll.
 
-    Parameters that the tasks froze are buffers of the stack, with a value for each task. Data are stacked at first use,
-    on the device of the parameters. A deep copy has its own parameters and buffers and shares tasks and data, and so
-    have a stack patched by `higher` and a clone by learn2learn.
+    Parameters that the tasks froze are buffers of the stack, with a value for each task; what tasks share is not
+    copied. Data are stacked at first use, on the device of the parameters. A deep copy has its own parameters and
+    buffers and shares tasks and data, and so have a stack patched by `higher` and a clone by learn2learn.
 
     Args:
         tasks: tasks of one family and setting; the loss and the symmetries are those of the first.
@@ -59,11 +60,13 @@ class TaskStack(nn.Module):
         self.frozen = tuple(name for name in parameters[0] if name not in self.names)
         """Names in the model of the parameters that are not."""
         for name in (*self.names, *self.frozen):
-            value = torch.stack([own[name].detach() for own in parameters])
+            values = [own[name] for own in parameters]
             if name in self.names:
-                self.register_parameter(stacked_name(name), nn.Parameter(value))
+                self.register_parameter(
+                    stacked_name(name), nn.Parameter(torch.stack([each.detach() for each in values]))
+                )
             else:
-                self.register_buffer(stacked_name(name), value)
+                self.register_buffer(stacked_name(name), _together(values))
         buffers = [dict(model.named_buffers()) for model in models]
         for name in buffers[0]:
             self.register_buffer(stacked_name(name), torch.stack([own[name] for own in buffers]))
@@ -74,6 +77,8 @@ class TaskStack(nn.Module):
         """Names of the modules whose inputs and cotangents symmetries need."""
         self._has_channels = channel_modules(self.template, self.watched)
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
+        self._constant: dict[str, tuple[Any, Tensor]] = {}
+        self._epoch: tuple[int, Tensor] | None = None
         self.batched = True
         """Whether `vmap` batches the tasks; a model that does not go through it is run task by task."""
         self.to(device)
@@ -90,8 +95,9 @@ class TaskStack(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TaskStack:
         # The data follow the parameters to another device: they are stacked there at the next use.
-        for name in ("full", "held_out", "_sought"):
+        for name in ("full", "held_out", "_sought", "_data"):
             vars(self).pop(name, None)
+        self._epoch = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -125,7 +131,33 @@ class TaskStack(nn.Module):
 
     def batch(self, step: int) -> Batch:
         """Every task's minibatch of one evaluation, stacked."""
-        return self.full if self.deterministic else self._side_by_side([task.batch(step) for task in self.tasks])
+        if self.deterministic:
+            return self.full
+        if not self._alike:
+            return self._side_by_side([task.batch(step) for task in self.tasks])
+        size = self.tasks[0].batch_size
+        assert size is not None
+        epoch, place = divmod(step, self.tasks[0].per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            # Drawn once an epoch, and one index for all tasks.
+            self._epoch = (epoch, torch.stack([task.order(epoch) for task in self.tasks]).to(self.device))
+        index = self._epoch[1][:, place * size : (place + 1) * size]
+        inputs, targets = (tuple(_rows_of(value, index) for value in part) for part in self._data)
+        return inputs, targets
+
+    @functools.cached_property
+    def _alike(self) -> bool:
+        """Whether all tasks have as many samples, a minibatch as large, and tensors of one shape to draw them from."""
+        shapes = [
+            (task.samples, task.batch_size, [value.shape for value in (*task.inputs, *task.targets)])
+            for task in self.tasks
+        ]
+        return all(each == shapes[0] for each in shapes)
+
+    @functools.cached_property
+    def _data(self) -> Batch:
+        """All rows that minibatches are drawn from, stacked at first use."""
+        return self._side_by_side([(task.inputs, task.targets) for task in self.tasks])
 
     def measured(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The measure of every task at some parameters, or its full training loss if it has none, `(tasks,)`."""
@@ -239,6 +271,10 @@ class TaskStack(nn.Module):
     def _run(self, parameters: Tensors, batch: Batch, probe: bool) -> tuple[Tensor, Tensors, Tensors]:
         inputs, targets = batch
         probes = self._zeros(parameters, inputs) if probe and self.watched else {}
+        if self.batched and self._chain is not None and len(inputs) == 1 and inputs[0].ndim == 3:
+            outputs, activations = through(self._chain, {**self.fixed(), **parameters}, inputs[0], probes)
+            losses = self.each(self.loss, outputs, *targets)
+            return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
 
         def single(
             values: Tensors, buffers: Tensors, one: tuple[Tensor, ...], wanted: tuple[Tensor, ...], added: Tensors
@@ -250,7 +286,22 @@ class TaskStack(nn.Module):
             return self.loss(outputs, *wanted), activations
 
         losses, activations = self.each(single, parameters, self.fixed(), inputs, targets, probes)
-        return losses, activations, probes
+        return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
+
+    @functools.cached_property
+    def _chain(self) -> Chain | None:
+        """The model's layers where they can be run as they are on all tasks at once, without `vmap`."""
+        return chain_of(self.template)
+
+    def _same_again(self, name: str, value: Tensor) -> Tensor:
+        """Inputs of a module that are the same memory as in the last pass, such as data, as the same lasting tensor."""
+        if not self.deterministic or value.requires_grad:
+            return value
+        seen = (value.data_ptr(), value._version, value.shape, value.stride())
+        kept = self._constant.get(name)
+        if kept is None or kept[0] != seen:
+            kept = self._constant[name] = (seen, lasting(value.view_as(value)))
+        return kept[1]
 
     def _zeros(self, parameters: Tensors, inputs: tuple[Tensor, ...]) -> Tensors:
         """Zeros to add to the outputs of the watched modules: the loss's gradient on them is the cotangent."""
@@ -264,6 +315,21 @@ class TaskStack(nn.Module):
         return {
             name: like.new_zeros(len(self), *shape).requires_grad_() for name, shape in self._output_shapes[key].items()
         }
+
+
+def _together(values: Sequence[Tensor]) -> Tensor:
+    """The tasks' tensors stacked; one that they share, as a large frozen base, is not copied."""
+    if all(value is values[0] for value in values):
+        return values[0].detach().expand(len(values), *values[0].shape)
+    return torch.stack([value.detach() for value in values])
+
+
+def _rows_of(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each task's tensor, `(tasks, batch, ...)`, by their index, `(tasks, batch)`."""
+    if values.stride(0) == 0:
+        # One set of data that all tasks share.
+        return values[0][index]
+    return values[torch.arange(len(values), device=index.device).unsqueeze(1), index]
 
 
 def stacked_name(name: str) -> str:

@@ -88,11 +88,24 @@ class Task:
         """The minibatch of one evaluation: shuffled epochs, a function of the task's seed and the step alone."""
         if self.batch_size is None:
             return self.training
-        per_epoch = max(self.samples // self.batch_size, 1)
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
-        chosen = torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
-        return self._picked(chosen if self.rows is None else self.rows[chosen])
+        epoch, place = divmod(step, self.per_epoch)
+        return self._picked(self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size])
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of minibatches until all samples have been seen."""
+        return 1 if self.batch_size is None else max(self.samples // self.batch_size, 1)
+
+    def order(self, epoch: int) -> Tensor:
+        """The rows of `inputs` and `targets` in the order of one epoch, shuffled by the task's seed.
+
+        Example:
+            >>> task = Task(nn.Linear(1, 1), nn.functional.mse_loss, (torch.zeros(5, 1),), (torch.zeros(5, 1),))
+            >>> sorted(task.order(3).tolist())
+            [0, 1, 2, 3, 4]
+        """
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(self.samples))
+        return order if self.rows is None else self.rows[order]
 
     def _picked(self, rows: Tensor) -> Batch:
         return tuple(value[rows] for value in self.inputs), tuple(value[rows] for value in self.targets)

@@ -8,10 +8,9 @@ import importlib
 import importlib.util
 import io
 import warnings
-from pathlib import Path
 from typing import Any
 
-import torch
+from metateleport.torchvision import define_operators
 
 __all__ = ["MissingLearn2Learn", "learn2learn"]
 
@@ -43,7 +42,8 @@ def learn2learn() -> Any:
     """
     if importlib.util.find_spec("learn2learn") is None:
         raise MissingLearn2Learn(f"learn2learn is not installed: {_HOW}")
-    define_torchvision_operators()
+    # learn2learn imports torchvision.
+    define_operators()
     try:
         # gym tells at every import, on stderr, that it is unmaintained.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -53,27 +53,3 @@ def learn2learn() -> Any:
         raise MissingLearn2Learn(
             f"learn2learn is installed but does not import ({type(error).__name__}: {error}): {_HOW}"
         ) from error
-
-
-@functools.cache
-def define_torchvision_operators() -> torch.library.Library | None:
-    """Defines the operators that torchvision, which learn2learn imports, registers fakes for.
-
-    A torchvision made for CUDA cannot load its own extension beside a torch for CPUs; importing it then fails with
-    `operator torchvision::nms does not exist`.
-
-    Returns:
-        The library that holds the definitions, which last as long as it does; None where none were needed.
-    """
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return None
-    for extension in Path(found.origin).parent.glob("_C.*"):
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(str(extension))
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library

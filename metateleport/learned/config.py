@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.rules.base import RuleSettings
 from metateleport.learned.rules.registry import read_rule
 from metateleport.learned.rules.step import StepSettings
-from metateleport.settings import SettingsError
+from metateleport.settings import SettingsError, shown
 
 __all__ = ["MODES", "MetaOptimizerConfig", "read_networks"]
+
+_GROUP = re.compile(r"\w[\w-]{0,63}")
 
 MODES = ("update", "lr", "update+tele", "lr+tele", "tele")
 """Modes: an update of every coordinate (`update`) or a step for each tensor (`lr`), alone or with group elements
@@ -97,10 +102,14 @@ class MetaOptimizerConfig:
         """
         for name in table:
             if name not in ("rule", "teleport", "gauge", "groups"):
-                raise SettingsError(f"a meta-optimizer has no {name}: it has rule, teleport, gauge and groups")
+                raise SettingsError(f"a meta-optimizer has no {shown(name)}: it has rule, teleport, gauge and groups")
         groups = table.get("groups")
         if not isinstance(groups, (list, tuple)) or not all(isinstance(each, str) for each in groups):
-            raise SettingsError(f"groups is a list of the names of groups, not {groups!r}")
+            raise SettingsError(f"groups is a list of the names of groups, not {shown(groups)}")
+        for name in groups:
+            # They name parts of networks, and come from files.
+            if not _GROUP.fullmatch(name) or groups.count(name) > 1 or hasattr(nn.ModuleDict, name):
+                raise SettingsError(f"groups cannot have {shown(name)}: it has names of letters, each of them once")
         return cls(*read_networks(table), groups=tuple(groups))
 
 
@@ -118,7 +127,7 @@ def read_networks(
     """
     for part in ("rule", "teleport", "gauge"):
         if not isinstance(tables.get(part, {}), Mapping):
-            raise SettingsError(f"{part} is a table of settings, not {tables[part]!r}")
+            raise SettingsError(f"{part} is a table of settings, not {shown(tables[part])}")
     rule = read_rule(tables.get("rule", {}))
     teleport = TeleportSettings.read(tables["teleport"]) if "teleport" in tables else None
     return rule, teleport, GaugeSettings.read(tables["gauge"]) if "gauge" in tables else None

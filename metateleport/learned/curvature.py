@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from metateleport.gauges import Gauge
-from metateleport.point import Point, Tensors
+from metateleport.groups import product
+from metateleport.point import Point, Tensors, made_of
 from metateleport.symmetries import Pair, Symmetry
 
 __all__ = ["curvature_bounds", "largest_of", "output_curvatures", "smooth_largest"]
@@ -35,21 +38,59 @@ def smooth_largest(factor: Tensor) -> Tensor:
         >>> smooth_largest(torch.diag(torch.tensor([3.0, 1.0])))
         tensor(9.0000)
     """
-    return largest_of(factor.mT @ factor if factor.shape[-1] <= factor.shape[-2] else factor @ factor.mT)
+
+    def made() -> Tensor:
+        largest: Tensor = _Largest.apply(factor, True)
+        return largest
+
+    return made_of(factor, "largest", made)
 
 
 def largest_of(matrix: Tensor) -> Tensor:
     """The bound of `smooth_largest` for a symmetric positive semidefinite matrix $A$, `(*batch, k, k)`."""
-    tiny = torch.finfo(matrix.dtype).tiny
-    bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-    power = matrix / bound[..., None, None]
-    # Scaled after every squaring, so that the powers neither overflow nor vanish.
-    for root in (1 / 2, 1 / 4, 1 / 8):
-        power = power @ power
-        norm = power.square().sum((-2, -1)).clamp_min(tiny).sqrt()
-        power = power / norm[..., None, None]
-        bound = bound * norm**root
-    return bound
+    largest: Tensor = _Largest.apply(matrix, False)
+    return largest
+
+
+class _Largest(torch.autograd.Function):
+    r"""$b = (\operatorname{tr} A^{16})^{1/16}$ of $A$, or of a factor's Gram matrix, by three squarings.
+
+    The derivative is $A^{15} / b^{15}$, of which the powers at hand leave three products, where that of the squarings
+    would take six. As $b$ is homogeneous of degree one its own scale cancels.
+    """
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, is_factor: bool) -> Tensor:
+        tall = tensor.shape[-1] <= tensor.shape[-2]
+        matrix = (product(tensor.mT, tensor) if tall else product(tensor, tensor.mT)) if is_factor else tensor
+        tiny = torch.finfo(matrix.dtype).tiny
+        bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
+        power = matrix / bound[..., None, None]
+        powers, norms = [power], []
+        # Scaled after every squaring, so that the powers neither overflow nor vanish.
+        for _ in range(3):
+            power = product(power, power)
+            norm = torch.linalg.vector_norm(power, dim=(-2, -1)).clamp_min(tiny**0.5)
+            power = power / norm[..., None, None]
+            powers.append(power)
+            norms.append(norm)
+        stacked, roots = torch.stack(norms, -1), torch.tensor((1 / 2, 1 / 4, 1 / 8)).to(bound)
+        bound, scale = bound * (stacked**roots).prod(-1), (stacked ** (roots - 1)).prod(-1)
+        context.save_for_backward(tensor, scale, *powers)
+        context.is_factor, context.tall = is_factor, tall
+        return bound
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        tensor, scale, *powers = context.saved_tensors
+        first, second, fourth, eighth = powers
+        # Of a matrix of zeros the bound is as flat as it is.
+        scale = torch.where(torch.diagonal(first, dim1=-2, dim2=-1).sum(-1) > 0.5, scale, 0.0)
+        slope = (gradient * scale)[..., None, None] * product(product(first, second), product(fourth, eighth))
+        if not context.is_factor:
+            return slope, None
+        return 2 * (product(tensor, slope) if context.tall else product(slope, tensor)), None
 
 
 def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
@@ -80,9 +121,9 @@ def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
             return None
         if layer not in found:
             weight, above = point.parameters[pair.second_weight], of(pair.second)
-            matrix = weight.mT @ (weight if above is None else above @ weight)
+            matrix = product(weight.mT, weight if above is None else product(above, weight))
             slopes = pair.slopes(point)
-            found[layer] = matrix if slopes is None else matrix * (slopes.mT @ slopes) / slopes.shape[-2]
+            found[layer] = matrix if slopes is None else matrix * product(slopes.mT, slopes) / slopes.shape[-2]
         return found[layer]
 
     for layer in following:
@@ -90,7 +131,9 @@ def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:
     return found
 
 
-def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Sequence[Gauge] = ()) -> Tensors:
+def curvature_bounds(
+    point: Point, symmetries: Sequence[Symmetry], gauges: Sequence[Gauge] = (), largest: Tensors | None = None
+) -> Tensors:
     r"""Bounds on the Gauss-Newton curvature along each weight and bias of the modules in the symmetries.
 
     For a layer $z = W h + b$ whose outputs the loss curves in by at most $\gamma$, the curvature along $W$ is at most
@@ -107,6 +150,7 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
         point: with loss, activations and cotangents.
         symmetries: pairs, which give the order of the layers.
         gauges: the gauges that the tensors are stepped in.
+        largest: is given `smooth_largest` of the inputs of each layer that no gauge changes, by the layer's name.
 
     Returns:
         Bounds by parameter name, `(*batch,)`; parameters of other modules are left out.
@@ -151,9 +195,13 @@ def curvature_bounds(point: Point, symmetries: Sequence[Symmetry], gauges: Seque
             continue
         inputs = point.activations[layer]
         if layer in seen:
-            inputs = seen[layer].incoming(inputs)
-        largest = smooth_largest(inputs) * _kernel(point.parameters[f"{layer}.weight"], batch)
-        bounds[f"{layer}.weight"] = (gamma(layer) * largest).clamp_min(tiny)
+            size = smooth_largest(seen[layer].incoming(inputs))
+        else:
+            size = smooth_largest(inputs)
+            if largest is not None:
+                largest[layer] = size
+        size = size * _kernel(point.parameters[f"{layer}.weight"], batch)
+        bounds[f"{layer}.weight"] = (gamma(layer) * size).clamp_min(tiny)
         if f"{layer}.bias" in point.parameters:
             samples = point.cotangents[layer].shape[-2]
             bounds[f"{layer}.bias"] = (gamma(layer) * samples).clamp_min(tiny)
@@ -166,4 +214,4 @@ def _of_pair(gauge: Gauge) -> bool:
 
 def _kernel(weight: Tensor, batch: int) -> int:
     """Number of positions in a convolution's kernel; one for a linear layer."""
-    return weight[(0,) * (batch + 2)].numel()
+    return weight.shape[batch + 2 :].numel()

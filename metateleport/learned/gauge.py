@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -192,47 +192,85 @@ class LearnedGauge(nn.Module):
             own_symmetries = list(dict.fromkeys(place[0] for place in places))
             bends = cache(lambda: output_curvatures(fixed, own_symmetries))
             seen, covariances = self._covariances(fixed, places, state, deterministic, moved, waiting, bends)
-            observed = {
-                _key(place): self._look(place)(place, *seen[_key(place)], fixed)
-                for place in places
-                if _key(place) not in waiting
-            }
         # The bound on a step goes by all layers above, also by those without a gauge.
         above = bends if own_symmetries == list(symmetries) else cache(lambda: output_curvatures(fixed, symmetries))
-        cells, gauges, renewed = dict(state["cells"]), dict[int, Gauge](), dict[str, Renewed]()
+        features = progress.features().detach()
+        after_state = {"covariances": covariances, "seen": state["seen"] + 1}
+        if self.refresh is None:
+            after_state["cells"], gauges = self.elements(places, seen, fixed, features, state["cells"])
+            return gauges, after_state
+        with torch.no_grad():
+            looked = {
+                _key(each): self._look(each)(each, *seen[_key(each)], fixed) for each in places if _key(each) in seen
+            }
+        told = {
+            **{key: each["features"] for key, each in waiting.items()},
+            **{key: each[1] for key, each in looked.items()},
+        }
+        after_state["cells"], choices = self._choices(places, told, features, state["cells"])
+        made, renewed = dict[int, Gauge](), dict[str, Renewed]()
+        for index, choice in choices.items():
+            place, key = places[index], _key(places[index])
+            if key not in waiting and self._holds(place):
+                curvature = above()[place[0].modules[0]] if place[1] == "out" else None
+                renewed[key] = Renewed(*_generator(place, choice, looked[key][0]), curvature, looked[key][1])
+            elif key not in waiting:
+                made[index] = _gauge(place, choice, looked[key][0])
+        after_state["held"] = self.refresh.after(state["held"], waiting, renewed)
+        for index in choices.keys() - made.keys():
+            symmetry, side, names = places[index]
+            curvature = above()[symmetry.modules[0]] if side == "out" else None
+            made[index] = held_gauge(symmetry, side, names, after_state["held"][_key(places[index])], curvature)
+        return [made[index] for index in sorted(made)], after_state
+
+    def elements(
+        self,
+        places: Sequence[Place],
+        seen: Mapping[str, tuple[Tensor, Tensor]],
+        point: Point,
+        progress: Tensor,
+        cells: Mapping[str, Cell],
+    ) -> tuple[dict[str, Cell], list[Gauge]]:
+        """What the networks make of the metrics and the gradient covariances.
+
+        Args:
+            places: the sides that gauges are chosen for.
+            seen: the metric and the gradient covariance of each place.
+            point: where the model stands; of it only the number of samples is read.
+            progress: the features of the progress, `(tasks, PROGRESS_FEATURES)`.
+            cells: the states of the LSTMs, by place.
+
+        Returns:
+            The new states, and the gauges in the order of the places.
+        """
+        with torch.no_grad():
+            observed = {_key(place): self.observe(place, *seen[_key(place)], point) for place in places}
+        told = {key: features for key, (_, features) in observed.items()}
+        after_cells, choices = self._choices(places, told, progress, cells)
+        ordered = sorted(choices.items())
+        return after_cells, [_gauge(places[at], choice, observed[_key(places[at])][0]) for at, choice in ordered]
+
+    def _choices(
+        self, places: Sequence[Place], told: Mapping[str, Tensor], progress: Tensor, cells: Mapping[str, Cell]
+    ) -> tuple[dict[str, Cell], dict[int, GaugeChoice]]:
+        """The networks' choices by the number of the place, of the features that they are told, and the new states."""
+        after_cells, choices = dict(cells), dict[int, GaugeChoice]()
         for group, network in self.networks.items():
             own = [index for index, place in enumerate(places) if place[0].group.name == group]
             if not own:
                 continue
             dtype = next(network.parameters()).dtype
-            shared = progress.features().detach()
             keys = [_key(places[index]) for index in own]
-            features = [waiting[key]["features"] if key in waiting else observed[key][1] for key in keys]
-            rows = [torch.cat((each, shared), -1) for each in features]
+            rows = [torch.cat((told[key], progress), -1) for key in keys]
             inputs = torch.nan_to_num(torch.stack(rows), 0.0, 10.0, -10.0).clamp(-10, 10).to(dtype)
             before = tuple(torch.stack([cells[key][part] for key in keys]).to(dtype) for part in (0, 1))
             chosen, after = network(inputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in before))
             chosen = chosen.reshape(*inputs.shape[:2], -1)
             hidden, memory = (part.reshape(*inputs.shape[:2], -1) for part in after)
             for row, (index, key) in enumerate(zip(own, keys, strict=True)):
-                cells[key] = (hidden[row], memory[row])
-                choice = GaugeChoice(*chosen[row].unbind(-1))
-                if key in waiting:
-                    continue
-                if self._holds(places[index]):
-                    curvature = above()[places[index][0].modules[0]] if places[index][1] == "out" else None
-                    generator, size = _generator(places[index], choice, observed[key][0])
-                    renewed[key] = Renewed(generator, size, curvature, observed[key][1])
-                else:
-                    gauges[index] = _gauge(places[index], choice, observed[key][0])
-        after_state = {"cells": cells, "covariances": covariances, "seen": state["seen"] + 1}
-        if self.refresh is not None:
-            after_state["held"] = self.refresh.after(state["held"], waiting, renewed)
-            for index, place in enumerate(places):
-                if self._holds(place):
-                    curvature = above()[place[0].modules[0]] if place[1] == "out" else None
-                    gauges[index] = held_gauge(*place, after_state["held"][_key(place)], curvature)
-        return [gauges[index] for index in sorted(gauges)], after_state
+                after_cells[key] = (hidden[row], memory[row])
+                choices[index] = GaugeChoice(*chosen[row].unbind(-1))
+        return after_cells, choices
 
     def _holds(self, place: Place) -> bool:
         return self.refresh is not None and self.refresh.holds(place[0])

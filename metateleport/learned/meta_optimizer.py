@@ -134,7 +134,8 @@ class MetaOptimizer(nn.Module):
     @property
     def reads_symmetries(self) -> bool:
         """Whether it makes use of a model's symmetries: to move along, or as what tells which layer follows which."""
-        return self.teleporter is not None or self.gauge is not None or self.rule.divides_by_loss
+        parts = self.teleporter is not None or self.gauge is not None
+        return parts or self.rule.divides_by_loss or self.rule.reads_factors
 
     def initial_state(
         self,
@@ -277,6 +278,7 @@ class InnerLoop:
         regauge: replaces the learned gauges (for attribution).
         state: where to go on from; None before the first step.
         spends: whether nobody else reads a state of it, so that one step's memory serves the next; without a graph.
+        total: number of steps of the run, where it is known; rules that cool down by it are told.
 
     Example:
         >>> import torch
@@ -298,6 +300,7 @@ class InnerLoop:
     state: MetaState | None = None
     last_step: Step | None = None
     spends: bool = False
+    total: int | None = None
 
     def advance(
         self,
@@ -320,6 +323,9 @@ class InnerLoop:
         """
         if self.state is None:
             self.state = self.meta.initial_state(point, self.symmetries, self.deterministic, self.teleporter)
+        if self.state.progress.total != self.total:
+            told = dataclasses.replace(self.state.progress, total=self.total)
+            self.state = dataclasses.replace(self.state, progress=told)
         fits = loss_known and loss_fits
         step = self.meta.step(
             point, self.symmetries, self.state, self.teleporter, self.regauge, loss_known, fits, along, self.spends

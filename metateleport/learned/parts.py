@@ -7,7 +7,10 @@ from typing import ClassVar, Literal
 
 from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, Range, Settings, setting
 
-__all__ = ["GaugeSettings", "TeleportSettings"]
+__all__ = ["UNITS", "GaugeSettings", "TeleportSettings"]
+
+UNITS = 2048
+"""Largest number of units of an LSTM; more would take gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +21,19 @@ class TeleportSettings(Settings):
         hidden: units of the LSTM of each kind of group.
         max_stretch: the largest factor, above one, by which all teleports together may stretch or shrink anything;
             None for no bound.
+        refresh: number of steps for which the logarithms of covariances are kept that generators of GL(k) are made
+            of. They are most of what a small model's step costs; a generator is one of the group however old they are.
 
     Example:
         >>> TeleportSettings(max_stretch=2).table()
-        {'hidden': 32, 'max_stretch': 2.0}
+        {'hidden': 32, 'max_stretch': 2.0, 'refresh': 1}
     """
 
     part: ClassVar[str] = "teleport"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    max_stretch: float | None = setting(None, ABOVE_ONE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    max_stretch: float | None = setting(None, ABOVE_ONE, 1e30)
+    refresh: int = setting(1, AT_LEAST_ONE, 10**6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,5 +56,5 @@ class GaugeSettings(Settings):
     part: ClassVar[str] = "gauge"
 
     kind: Literal["exact", "linearised"] = setting()
-    hidden: int = setting(32, AT_LEAST_ONE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
     metric_memory: float = setting(0.95, Range("in [0, 1)", lambda value: 0 <= value < 1))

@@ -70,6 +70,7 @@ class Progress:
         deterministic: whether every evaluation sees all data.
         known: whether the last evaluation's loss is known. If not, no step is taken back, and the features of the loss
             have the values that they have at the start of a task.
+        total: number of steps of the run, where it is told.
 
     Example:
         >>> start = torch.tensor([1.0, 1.0])
@@ -92,6 +93,12 @@ class Progress:
     seen: Tensor
     deterministic: bool = True
     known: bool = True
+    total: int | None = None
+
+    @property
+    def left(self) -> float:
+        """The share of the run that is left before this step, where its length is told; else one."""
+        return 1.0 if self.total is None else max(0.0, 1.0 - max(self.time - 1, 0) / self.total)
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:

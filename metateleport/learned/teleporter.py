@@ -57,7 +57,37 @@ class Observation(NamedTuple):
     features: Tensor
 
 
+class Spectra(NamedTuple):
+    """What is read of a symmetry's covariances.
+
+    Args:
+        logarithms: of the covariances, `(*batch, covariances, *group.shape)`.
+        spread: of the logarithms of their eigenvalues, `(*batch, covariances, 2)`.
+    """
+
+    logarithms: Tensor
+    spread: Tensor
+
+    @classmethod
+    def none(cls, group: Group, like: Tensor) -> Spectra:
+        """Those of no covariance, zero; `like` has the batch dimensions."""
+        count = len(_COVARIANCES)
+        return cls(like.new_zeros(*like.shape, count, *group.shape), like.new_zeros(*like.shape, count, 2))
+
+    @classmethod
+    def of(cls, observation: Observation, group: Group) -> Spectra:
+        """Those that an observation was made of."""
+        basis, count = observation.basis, len(_COVARIANCES)
+        spread = observation.features[..., : 2 * count].unflatten(-1, (count, 2))
+        return cls(basis.narrow(basis.ndim - 1 - len(group.shape), 0, count), spread)
+
+
 Cell = tuple[Tensor, Tensor]
+
+
+def _kept(symmetry: Symmetry) -> bool:
+    """Whether decompositions of the symmetry's covariances are worth keeping."""
+    return symmetry.group.name == "GL"
 
 
 class TeleportNetwork(nn.Module):
@@ -122,16 +152,19 @@ class LearnedTeleporter(Teleporter, nn.Module):
         detach: bool = True,
         trust_region: TrustRegion | None = None,
         max_stretch: float | None = None,
+        refresh: int = 1,
     ) -> None:
         nn.Module.__init__(self)
         Teleporter.__init__(self, trust_region)
         check_max_stretch(max_stretch)
+        if refresh < 1:
+            raise ValueError(f"refresh is a number of teleports, at least one; not {refresh!r}")
         unknown = [group for group in groups if group not in BASIS]
         if unknown:
             raise ValueError(f"there is no basis for the group {unknown[0]!r}; there is one for {', '.join(BASIS)}")
-        self.hidden, self.detach, self.max_stretch = hidden, detach, max_stretch
+        self.hidden, self.detach, self.max_stretch, self.refresh = hidden, detach, max_stretch, refresh
         self.networks = nn.ModuleDict({group: TeleportNetwork(group, hidden) for group in groups})
-        self.observe: Callable[[Symmetry, Point, bool], Observation] = observe
+        self.observe: Callable[..., Observation] = observe
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -151,6 +184,10 @@ class LearnedTeleporter(Teleporter, nn.Module):
                 each.key: each.group.identity(*batch, dtype=like.dtype, device=like.device) for each in symmetries
             }
             state["departed"] = state["reached"] = places
+        if self.refresh > 1:
+            state["spectra"] = {
+                each.key: (0, *Spectra.none(each.group, like.new_zeros(batch))) for each in symmetries if _kept(each)
+            }
         return state
 
     def told(self, state: dict[str, Any], loss: Tensor, deterministic: bool) -> dict[str, Any]:
@@ -197,24 +234,63 @@ class LearnedTeleporter(Teleporter, nn.Module):
     def generator(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The generator in the dtype of the weights; see `Teleporter.generator`."""
         group = symmetry.group
-        weight = point.parameters[symmetry.parameters[0]]
-        batch = () if point.loss is None else point.loss.shape
         if group.name not in self.networks:
+            weight = point.parameters[symmetry.parameters[0]]
+            batch = () if point.loss is None else point.loss.shape
             return weight.new_zeros(*batch, *group.shape), state
-        network = self.networks[group.name]
-        observation = self.observe(symmetry, point, self.detach)
-        inputs = torch.cat((observation.features, state["progress"].features()), -1)
-        own = next(network.parameters()).dtype
-        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
-        cell = tuple(part.to(own) for part in state[symmetry.key])
-        coefficients, gate, cell = network(inputs, cell)
-        weights = (gate.unsqueeze(-1) * coefficients).to(weight.dtype)
-        shape = (*weights.shape, *(1 for _ in group.shape))
-        chosen = (weights.reshape(shape) * observation.basis.to(weight.dtype)).sum(len(batch))
-        chosen = self._bounded(symmetry, chosen)
+        observation, state = self._observed(symmetry, point, state)
+        chosen, cell = self.proposed(symmetry, point, state["progress"].features(), state[symmetry.key], observation)
         if self.max_stretch is not None:
             chosen = within_reach(group, chosen, state["reached"][symmetry.key], math.log(self.max_stretch))
         return chosen, {**state, symmetry.key: cell}
+
+    def proposed(
+        self,
+        symmetry: Symmetry,
+        point: Point,
+        progress: Tensor,
+        cell: tuple[Tensor, Tensor],
+        observation: Observation | None = None,
+        network: Callable[..., tuple[Tensor, Tensor, Cell]] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The generator before it is shortened to `max_stretch`, and the new state of the symmetry's LSTM.
+
+        Args:
+            symmetry: of a group that there is a network for; only its group and its small matrices are read.
+            point: where the model stands.
+            progress: the features of the progress, `(*batch, PROGRESS_FEATURES)`.
+            cell: the state of the symmetry's LSTM.
+            observation: what the network sees of the symmetry; None to make it here.
+            network: in the place of the group's own.
+        """
+        group = symmetry.group
+        dtype = point.parameters[symmetry.parameters[0]].dtype
+        batch = () if point.loss is None else point.loss.shape
+        own = next(self.networks[group.name].parameters()).dtype
+        network = network or self.networks[group.name]
+        if observation is None:
+            observation = self.observe(symmetry, point, self.detach)
+        inputs = torch.cat((observation.features, progress), -1)
+        inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
+        coefficients, gate, after = network(inputs, tuple(part.to(own) for part in cell))
+        weights = (gate.unsqueeze(-1) * coefficients).to(dtype)
+        shape = (*weights.shape, *(1 for _ in group.shape))
+        chosen = (weights.reshape(shape) * observation.basis.to(dtype)).sum(len(batch))
+        return self._bounded(symmetry, chosen), after
+
+    def _observed(
+        self, symmetry: Symmetry, point: Point, state: dict[str, Any]
+    ) -> tuple[Observation | None, dict[str, Any]]:
+        """The observation, with the logarithms of covariances of some teleports ago where they are kept."""
+        if self.refresh == 1 or not _kept(symmetry):
+            return self.observe(symmetry, point, self.detach), state
+        age, *kept = state["spectra"][symmetry.key]
+        if age % self.refresh:
+            observation = self.observe(symmetry, point, self.detach, Spectra(*kept))
+        else:
+            observation = self.observe(symmetry, point, self.detach)
+            kept = list(Spectra.of(observation, symmetry.group))
+        return observation, {**state, "spectra": {**state["spectra"], symmetry.key: (age + 1, *kept)}}
 
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
         """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""
@@ -223,7 +299,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         return generator * symmetry.group.expand(scale)
 
 
-def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observation:
+def observe(symmetry: Symmetry, point: Point, detach: bool = True, spectra: Spectra | None = None) -> Observation:
     """The basis and the features of a symmetry at a point.
 
     Args:
@@ -231,6 +307,7 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observatio
         point: where the model stands.
         detach: keep both out of the graph. The backward pass of `eigh` is infinite where eigenvalues coincide, as
             those of whitened features do; only for tests of the gradient itself is this switched off.
+        spectra: the logarithms of the covariances, if they are not to be made anew.
 
     Returns:
         The observation; what the symmetry or the point cannot tell is zero.
@@ -239,8 +316,12 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observatio
     group = symmetry.group
     if group.name == "diagonal":
         return _observe_diagonals(symmetry.diagonals(point))
+    if group.name == "O":
+        return _observe_vectors(group, symmetry.matrices(point))
+    if spectra is not None:
+        return _observe_pair(group, spectra, symmetry.moments(point), symmetry.diagonals(point))
     matrices = symmetry.matrices(point)
-    return _observe_vectors(group, matrices) if group.name == "O" else _observe_pair(group, matrices)
+    return _observe_pair(group, _spectra(group, matrices), matrices, _diagonals(matrices))
 
 
 def _observe_diagonals(found: dict[str, Tensor]) -> Observation:
@@ -261,33 +342,42 @@ def _observe_diagonals(found: dict[str, Tensor]) -> Observation:
     return Observation(basis, features)
 
 
-def _observe_pair(group: Group, matrices: dict[str, Tensor]) -> Observation:
-    known = next(iter(matrices.values()))
-    batch = known.shape[:-2]
-    generators, features = [], []
-    for name in _COVARIANCES:
-        if name not in matrices:
-            generators.append(known.new_zeros(*batch, *group.shape))
-            features += [known.new_zeros(batch)] * 2
-            continue
-        generator, logs = symmetric_log(matrices[name])
-        generators.append(group.project(generator))
-        features += [(logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10]
-    for name in _MOMENTS:
-        if name not in matrices:
-            generators.append(known.new_zeros(*batch, *group.shape))
-            features += [known.new_zeros(batch)] * 2
-            continue
-        generator = group.project(matrices[name])
-        norm = group.norm(generator).clamp_min(torch.finfo(known.dtype).tiny)
-        generators.append(generator / group.expand(norm))
-        factors = _factor_norms(name, _diagonals(matrices))
-        trace = torch.diagonal(matrices[name], dim1=-2, dim2=-1).sum(-1)
-        features += [norm / factors, trace / factors]
-    generators.append(
-        group.project(torch.eye(group.size, dtype=known.dtype, device=known.device)).expand(*batch, *group.shape)
+def _spectra(group: Group, matrices: dict[str, Tensor]) -> Spectra:
+    """The logarithms of all covariances, from one decomposition; zero for those that are not known."""
+    seen = [name for name in _COVARIANCES if name in matrices]
+    logarithms, logs = symmetric_log(torch.stack([matrices[name] for name in seen], -3))
+    spread = torch.stack(((logs.amax(-1) - logs.mean(-1)) / 10, logs.std(-1, correction=0) / 10), -1)
+    logarithms = group.project(logarithms)
+    if len(seen) == len(_COVARIANCES):
+        return Spectra(logarithms, spread)
+    places = torch.tensor([_COVARIANCES.index(name) for name in seen], device=logs.device)
+    none = Spectra.none(group, logs.new_zeros(logs.shape[:-2]))
+    axis = -1 - len(group.shape)
+    return Spectra(
+        none.logarithms.index_copy(none.logarithms.ndim + axis, places, logarithms),
+        none.spread.index_copy(none.spread.ndim - 2, places, spread),
     )
-    return Observation(torch.stack(generators, len(batch)), torch.stack(features, -1))
+
+
+def _observe_pair(
+    group: Group, spectra: Spectra, matrices: dict[str, Tensor], diagonals: dict[str, Tensor]
+) -> Observation:
+    logarithms, spread = spectra
+    tiny, axis = torch.finfo(logarithms.dtype).tiny, -1 - len(group.shape)
+    known = [name for name in _MOMENTS if name in matrices]
+    moments = torch.zeros_like(logarithms.narrow(logarithms.ndim + axis, 0, len(_MOMENTS)))
+    if known:
+        zero = torch.zeros_like(matrices[known[0]])
+        moments = torch.stack([matrices.get(name, zero) for name in _MOMENTS], -3)
+    directions = group.project(moments)
+    norms = group.norm(directions)
+    factors = torch.stack([_factor_norms(name, diagonals) for name in _MOMENTS], -1)
+    traces = torch.diagonal(moments, dim1=-2, dim2=-1).sum(-1)
+    along = torch.stack((norms / factors, traces / factors), -1)
+    directions = directions / group.expand(norms.clamp_min(tiny))
+    one = group.project(torch.eye(group.size, dtype=moments.dtype, device=moments.device))
+    one = one.expand(*moments.shape[:-3], 1, *group.shape)
+    return Observation(torch.cat((logarithms, directions, one), axis), torch.cat((spread, along), -2).flatten(-2))
 
 
 def _diagonals(matrices: dict[str, Tensor]) -> dict[str, Tensor]:

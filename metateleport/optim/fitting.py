@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.detection import exact_symmetries
+from metateleport.detection.adapters import told_symmetries
 from metateleport.detection.chain import symmetries_of
 from metateleport.gauges import gauge_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer
@@ -85,8 +86,11 @@ def fitting_symmetries(
         if not meta.reads_symmetries:
             return ()
         try:
+            told = told_symmetries(model, frozen=True) if meta.rule.reads_factors else ()
             if example_input is not None:
-                found = tuple(exact_symmetries(model, example_input, buffers=False))
+                found = (*told, *exact_symmetries(model, example_input, buffers=False))
+            elif told:
+                found = told
             else:
                 found = tuple(symmetries_of(model))
         except Unsuitable as error:

@@ -100,14 +100,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Args:
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter, as `torch.optim`'s
             own take them. Without a model there are no symmetries to move along.
-        checkpoint: a checkpoint's name or path, a loaded checkpoint or a `MetaOptimizer`.
+        checkpoint: a checkpoint's name, path or address in MLflow (`models:/lora@champion`), a loaded checkpoint, a
+            `MetaOptimizer`, or what `metateleport.connect` gave.
         symmetries: of the model, in the order of the data flow; found in it if not given, none if empty.
         example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model, not only of an
             `nn.Sequential`.
         lr: a factor on the learned step, of each group; the learned length is at one.
         weight_decay: share of the weights that each step takes off, times `lr`. AdamW at `lr=1e-3, weight_decay=1e-2`
             takes off 1e-5.
-        total_steps: length of the run, where it is known: steps get shorter along half a cosine, down to zero there.
+        total_steps: length of the run, where it is known: steps get shorter along half a cosine, down to zero there, or
+            as the checkpoint has learned it.
         deterministic: a promise that every closure evaluates the same data without noise. Losses are then compared
             exactly, and rules that can build on that do.
 
@@ -179,7 +181,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.skipped = 0
         self._in_a_row = 0
         self.last_step: Step | None = None
-        self.loop = InnerLoop(meta, self.symmetries, deterministic, spends=True)
+        # Rules that cool down by the length of the run do so in place of the cosine.
+        self._told = total_steps is not None and meta.config.rule.reads_total
+        self.loop = InnerLoop(
+            meta, self.symmetries, deterministic, spends=True, total=total_steps if self._told else None
+        )
         self._loaded: Tensors = {}
         self._stepped: frozenset[str] | None = None
         # What is taken back at once where it was too long may be as long as it likes.
@@ -194,7 +200,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _record(self) -> None:
         modules = tuple(dict.fromkeys(name for each in self.symmetries for name in each.modules))
-        if self.model is not None and modules:
+        if self.model is not None and modules and not self.meta.rule.reads_factors:
             # Part of a backward pass has to be made anew where a teleport is no linear action.
             rebuilds = any(each.exactness == "batch-exact" for each in self.symmetries)
             self._recorder = PassRecorder(self.model, modules, replays=rebuilds)
@@ -275,7 +281,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.loop.symmetries = tuple(
             each
             for each in self.symmetries
-            if (evidence.activations or not each.modules) and all(name in point.parameters for name in each.parameters)
+            if (evidence.activations or not each.modules or self.meta.rule.reads_factors)
+            and all(name in point.parameters for name in each.parameters)
         )
         recorded = None if recorder is None else recorder.last
         replays = 0 if recorded is None else recorded.replays
@@ -374,6 +381,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         left = 1.0
         if self.total_steps is not None:
             left = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / self.total_steps)))
+            left = float(self.steps < self.total_steps) if self._told else left
             if self.steps >= self.total_steps:
                 self._say(f"all of total_steps={self.total_steps} are taken: from now on no step moves anything")
         names = {id(value): name for name, value in named.items()}
@@ -673,6 +681,10 @@ def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, A
     """The meta-optimizer, what it is called, and what its card says that it is made for."""
     if isinstance(checkpoint, MetaOptimizer):
         return checkpoint, "this meta-optimizer", {}
+    service = getattr(checkpoint, "service", None)
+    if service is not None:
+        # What `metateleport.connect` gave: its networks run elsewhere.
+        return service.meta_optimizer(), repr(service.name), service.made_for
     from metateleport.checkpoint import Checkpoint, load_checkpoint, meta_optimizer_of
 
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)

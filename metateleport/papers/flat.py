@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
-from metateleport.learned.parts import GaugeSettings, TeleportSettings
+from metateleport.learned.parts import UNITS, GaugeSettings, TeleportSettings
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule
 from metateleport.learned.rules.registry import register
 from metateleport.point import Point, Tensors
-from metateleport.settings import AT_LEAST_ONE, SettingsError, setting
+from metateleport.settings import AT_LEAST_ONE, SettingsError, setting, shown
 from metateleport.symmetries import Symmetry, Unsuitable
 from metateleport.teleporters import Teleporter, TrustRegion
 
@@ -24,6 +24,7 @@ __all__ = ["FlatRule", "FlatSettings", "FlatTeleporter"]
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 _GENERATOR_NORM = 0.01
+_COORDINATES = 1_000_000
 # The source's learning rates lie between 1e-7 and 5e-3.
 _LOG_RATES = (math.log(1e-7), math.log(5e-3))
 
@@ -65,8 +66,20 @@ class FlatSettings(RuleSettings):
     kind: ClassVar[str] = "flat"
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = setting()
-    hidden: int = setting(300, AT_LEAST_ONE)
+    hidden: int = setting(300, AT_LEAST_ONE, UNITS)
     per_coordinate: bool = setting(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = [size for _, shape in self.shapes for size in shape]
+        if not self.shapes or min(sizes, default=1) < 1:
+            raise SettingsError(
+                f"rule.shapes has to name parameters with sizes of at least 1, not {shown(self.shapes)}"
+            )
+        if sum(math.prod(shape) for _, shape in self.shapes) > _COORDINATES:
+            raise SettingsError(
+                f"rule.shapes asks for more than {_COORDINATES} coordinates, which flat networks do not serve"
+            )
 
     @property
     def learns(self) -> Learns:

@@ -7,11 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metateleport.groups import product
+from metateleport.point import made_of
+
 __all__ = ["fitted_to", "has_full_rank", "least_norm_over"]
 
 
 def has_full_rank(rows: Tensor) -> Tensor:
     """Whether there are at most as many rows as columns and all of them independent, `(*batch,)`."""
+    return made_of(rows, "full rank", lambda: _full_rank(rows))
+
+
+def _full_rank(rows: Tensor) -> Tensor:
     if rows.shape[-2] > rows.shape[-1]:
         return torch.zeros(rows.shape[:-2], dtype=torch.bool, device=rows.device)
     # The decompositions raise on what is not finite, and spoil the whole batch.
@@ -44,6 +51,10 @@ def least_norm_over(rows: Tensor) -> Callable[[Tensor], Tensor]:
     needs no singular value decomposition. Where the rows are dependent and there is no such X, the answer is zero with
     finite derivatives, so that one task does not spoil the others of its batch.
     """
+    return made_of(rows, "least norm", lambda: _solver(rows))
+
+
+def _solver(rows: Tensor) -> Callable[[Tensor], Tensor]:
     if rows.shape[-2] > rows.shape[-1]:
         pseudo_inverse = torch.linalg.pinv(torch.where(_finite(rows), rows, 0.0))
         return lambda target: pseudo_inverse @ target
@@ -51,7 +62,7 @@ def least_norm_over(rows: Tensor) -> Callable[[Tensor], Tensor]:
     diagonal = torch.diagonal(r.detach(), dim1=-2, dim2=-1).abs()
     usable = diagonal.amin(-1) > torch.finfo(rows.dtype).eps * diagonal.amax(-1)
     if bool(usable.all()):
-        return lambda target: q @ torch.linalg.solve_triangular(r.mT, target, upper=False)
+        return lambda target: product(q, torch.linalg.solve_triangular(r.mT, target, upper=False))
     usable = usable.unsqueeze(-1).unsqueeze(-1)
     eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
     q, r = torch.linalg.qr(torch.where(usable, rows, eye).mT)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import Group
+from metateleport.groups import Group, product
 from metateleport.point import Point
 from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope
@@ -209,6 +209,10 @@ class Symmetry(abc.ABC):
         """The diagonals of `matrices`, `(*batch, size)`: all that is read of them where the group is a diagonal one."""
         return {name: torch.diagonal(value, dim1=-2, dim2=-1) for name, value in self.matrices(point).items()}
 
+    def moments(self, point: Point) -> dict[str, Tensor]:
+        """Those of `matrices` that are moments: products of weights and their gradients, of any sign."""
+        return {name: value for name, value in self.matrices(point).items() if name.endswith("moment")}
+
     def _batch(self, point: Point) -> int:
         """Number of batch dimensions of a point."""
         return 0 if point.loss is None else point.loss.ndim
@@ -299,19 +303,28 @@ class Pair(Symmetry):
     def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         first, second = self._rows(point)
         makers: dict[str, Callable[[], Tensor]] = {
-            "incoming_covariance": lambda: first @ first.mT,
-            "outgoing_covariance": lambda: second.mT @ second,
+            "incoming_covariance": lambda: product(first, first.mT),
+            "outgoing_covariance": lambda: product(second.mT, second),
         }
         if self.second in point.activations:
             features = self._features(point)
-            makers["feature_covariance"] = lambda: features.mT @ features
+            makers["feature_covariance"] = lambda: product(features.mT, features)
         if self.first_weight in point.gradients and self.second_weight in point.gradients:
             first_gradient, second_gradient = self._rows(point, point.gradients)
-            makers["incoming_gradient_covariance"] = lambda: first_gradient @ first_gradient.mT
-            makers["outgoing_gradient_covariance"] = lambda: second_gradient.mT @ second_gradient
-            makers["outgoing_moment"] = lambda: second.mT @ second_gradient
-            makers["incoming_moment"] = lambda: first_gradient @ first.mT
+            makers["incoming_gradient_covariance"] = lambda: product(first_gradient, first_gradient.mT)
+            makers["outgoing_gradient_covariance"] = lambda: product(second_gradient.mT, second_gradient)
+            makers["outgoing_moment"] = lambda: product(second.mT, second_gradient)
+            makers["incoming_moment"] = lambda: product(first_gradient, first.mT)
         return {name: make() for name, make in makers.items() if names is None or name in names}
+
+    def moments(self, point: Point) -> dict[str, Tensor]:
+        if self.first_weight not in point.gradients or self.second_weight not in point.gradients:
+            return {}
+        (first, second), (first_gradient, second_gradient) = self._rows(point), self._rows(point, point.gradients)
+        return {
+            "outgoing_moment": product(second.mT, second_gradient),
+            "incoming_moment": product(first_gradient, first.mT),
+        }
 
     def diagonals(self, point: Point) -> dict[str, Tensor]:
         first, second = self._rows(point)
@@ -338,7 +351,7 @@ class Pair(Symmetry):
         """
         if not self.is_dense or self.first not in point.activations:
             return None
-        before = point.activations[self.first] @ point.parameters[self.first_weight].mT
+        before = product(point.activations[self.first], point.parameters[self.first_weight].mT)
         if self.first_bias is not None:
             before = before + point.parameters[self.first_bias].unsqueeze(-2)
         activation = getattr(self, "activation", None)

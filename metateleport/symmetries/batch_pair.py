@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metateleport.groups import GeneralLinear
+from metateleport.groups import GeneralLinear, product
 from metateleport.point import Point
 from metateleport.symmetries._rows import fitted_to, has_full_rank, least_norm_over
 from metateleport.symmetries.activations import inverse_of, slope
@@ -64,7 +64,7 @@ class _BatchPair(Pair):
 
     def _before(self, point: Point) -> Tensor:
         """Pre-activations of the first layer, `(*batch, samples, width)`."""
-        z = point.activations[self.first] @ point.parameters[self.first_weight].mT
+        z = product(point.activations[self.first], point.parameters[self.first_weight].mT)
         return z if self.first_bias is None else z + point.parameters[self.first_bias].unsqueeze(-2)
 
     def _rebuild(
@@ -99,7 +99,7 @@ class _BatchPair(Pair):
         below = on_features * slope(self.activation, before, features)
         gradients = {
             self.second_weight: on_second,
-            self.first_weight: below.mT @ point.activations[self.first],
+            self.first_weight: product(below.mT, point.activations[self.first]),
         }
         if self.first_bias is not None:
             gradients[self.first_bias] = below.sum(-2)
@@ -200,24 +200,24 @@ class BatchPair2022(_BatchPair):
             start, least_norm = point, least_norm_over(point.activations[self.first])
         # U and its inputs move linearly, so what the backward pass says of them is a covector.
         above = point.cotangents.get(self.second)
-        on_second = None if above is None else above.mT @ features
-        on_features = None if above is None or self.first not in point.cotangents else above @ second
+        on_second = None if above is None else product(above.mT, features)
+        on_features = None if above is None or self.first not in point.cotangents else product(above, second)
 
         def act(element: Tensor) -> Point:
             inverse = self.group.inverse(element)
-            moved_features = features @ element.mT
+            moved_features = product(features, element.mT)
             moved = self._inverse(moved_features)
             parameters = {}
             if least_norm is not None:
                 parameters[self.first_weight] = point.parameters[self.first_weight] + least_norm(moved - before).mT
-                parameters[self.second_weight] = second @ inverse
+                parameters[self.second_weight] = product(second, inverse)
             return self._rebuild(
                 start,
                 parameters,
                 moved,
                 moved_features,
-                None if on_second is None else on_second @ element.mT,
-                None if on_features is None else on_features @ inverse,
+                None if on_second is None else product(on_second, element.mT),
+                None if on_features is None else product(on_features, inverse),
             )
 
         return act
@@ -226,7 +226,7 @@ class BatchPair2022(_BatchPair):
         # U moves linearly; what stands for V and b has no image under a linear map and stays.
         carried = {name: tensors[name] for name in self.parameters if name in tensors}
         if self.second_weight in carried:
-            carried[self.second_weight] = carried[self.second_weight] @ element.mT
+            carried[self.second_weight] = product(carried[self.second_weight], element.mT)
         return carried
 
 
@@ -277,7 +277,7 @@ class BatchPair2024(_BatchPair):
         reaches_below = self.first in point.cotangents
 
         def act(element: Tensor) -> Point:
-            moved = before @ element.mT
+            moved = product(before, element.mT)
             features = self.activation(moved)
             shift = least_norm_over(features)((old - features) @ second.mT)
             parameters = {**self._moved_first(element, point), self.second_weight: second + shift.mT}
@@ -304,7 +304,7 @@ class BatchPair2024(_BatchPair):
         start = point.replace(parameters=others)
 
         def act(element: Tensor) -> Point:
-            moved = before @ element.mT
+            moved = product(before, element.mT)
             features = self.activation(moved)
             return self._rebuild(
                 start,

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import Group
+from metateleport.groups import Group, still
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, add_failure
@@ -240,7 +240,7 @@ def _carry_out(
     # What is refused is exchanged for the identity before anything is computed with it: a value that is not
     # finite would reach the gradients of the others through the selection below.
     element = _element_where(usable, group, proposed)
-    conditioned = group.conditioned(element.detach(), region.condition_for(element.dtype))
+    conditioned = group.conditioned(still(element), region.condition_for(element.dtype))
     accepted = usable & conditioned
     lawful = None
     if not exact and symmetry.holds_by_element:

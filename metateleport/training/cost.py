@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from metateleport.gauges import Gauge
 from metateleport.groups import Group
 from metateleport.learned.meta_optimizer import Step
+from metateleport.teleporters import Move
 
-__all__ = ["openness", "openness_of"]
+__all__ = ["Elements", "elements_of", "openness", "openness_along"]
 
 
-def openness(group: Group, element: Tensor) -> Tensor:
+def openness(group: Group, element: Tensor, inverse: Tensor | None = None) -> Tensor:
     r"""The distance of a group element from the identity, on a scale from 0 at the identity towards 1 far away.
 
     $$r^2 = \frac{|g - 1|^2 + |g^{-1} - 1|^2}{2k}, \qquad s = \log(1 + r), \qquad o = \frac{s}{1 + s}$$
@@ -24,6 +28,7 @@ def openness(group: Group, element: Tensor) -> Tensor:
     Args:
         group: the element's group, acting on k dimensions.
         element: the element, `(*batch, *group.shape)`, in the graph.
+        inverse: its inverse, where that is known.
 
     Returns:
         `(*batch,)`, in the graph; its gradient at the identity itself is zero.
@@ -34,26 +39,48 @@ def openness(group: Group, element: Tensor) -> Tensor:
         tensor(0.)
     """
     one = group.identity(dtype=element.dtype, device=element.device)
-    square = sum(group.norm(each - one).square() for each in (element, group.inverse(element))) / (2 * group.size)
-    assert isinstance(square, Tensor)
+    inverse = group.inverse(element) if inverse is None else inverse
+    square = (group.norm(element - one).square() + group.norm(inverse - one).square()) / (2 * group.size)
     # The root's derivative is infinite at zero: a refused element, which is the identity, would give a NaN.
     away = square > torch.finfo(square.dtype).eps ** 2
     size = torch.where(away, torch.where(away, square, 1.0).sqrt(), 0.0).log1p()
     return size / (1 + size)
 
 
-def openness_of(step: Step, stays: bool) -> Tensor | None:
-    """Mean openness of a step's group elements, over the teleports that stay and the gauges, `(tasks,)`.
+Elements = list[tuple[Group, Tensor, Tensor]]
+"""Group elements with their groups and inverses."""
+
+
+def elements_of(step: Step, stays: bool) -> Elements:
+    """A step's group elements: those of the teleports that stay and of the gauges; a refused one is the identity.
 
     Args:
         step: the meta-optimizer's step.
         stays: whether it learns a teleport that stays; if not, its moves are empty and do not count.
-
-    Returns:
-        The openness, in the graph; a refused element counts as the identity. None if no group element is learned.
     """
-    chosen = [(move.symmetry.group, move.element) for move in step.moves] if stays else []
-    chosen += [(gauge.symmetry.group, gauge.element) for gauge in step.gauges]
-    if not chosen:
+    chosen: list[Move | Gauge] = [*(step.moves if stays else ()), *step.gauges]
+    return [(each.symmetry.group, each.element, each.symmetry.group.inverse(each.element)) for each in chosen]
+
+
+def openness_along(steps: Sequence[Elements]) -> Tensor | None:
+    """Mean openness of each step's group elements, `(steps, tasks)`, in the graph; None if none is learned.
+
+    Elements that stand in the same place at every step are measured together.
+
+    Args:
+        steps: the group elements of each step.
+    """
+    if not steps or not steps[0]:
         return None
-    return torch.stack([openness(group, element) for group, element in chosen]).mean(0)
+    alike = all(len(each) == len(steps[0]) for each in steps)
+    if not alike:
+        return torch.stack([_mean_openness([each]) for each in steps]).squeeze(1)
+    return _mean_openness(steps)
+
+
+def _mean_openness(steps: Sequence[Elements]) -> Tensor:
+    found = []
+    for place in zip(*steps, strict=True):
+        (group, _, _), *_ = place
+        found.append(openness(group, *(torch.stack([each[part] for each in place]) for part in (1, 2))))
+    return torch.stack(found).mean(0)

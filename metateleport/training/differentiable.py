@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import higher
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from metateleport.families import TaskStack
 from metateleport.families.probed import ProbedLosses
@@ -87,24 +88,28 @@ class _Bounded(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         before, after = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        context.save_for_backward(*(new - old for old, new in zip(before, after, strict=True)))
+        context.save_for_backward(_side_by_side(after).sub_(_side_by_side(before)))
         return tuple(value.view_as(value) for value in after)
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        steps = context.saved_tensors
-        products = [(gradient * step).flatten(1) for gradient, step in zip(gradients, steps, strict=True)]
-        product = torch.cat(products, 1)
-        finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
-        finite = finite & product.abs().sum(1).isfinite()
+        (steps,) = context.saved_tensors
+        whole = _side_by_side(gradients)
+        product = whole * steps
+        # What is not finite makes its sum so; a sum that overflows of finite terms counts as one that is not.
+        finite = product.abs().sum(1).isfinite() & whole.isfinite().all(1)
         tiny = torch.finfo(product.dtype).tiny
         scale = (_Bounded.LARGEST / product.sum(1).abs().clamp_min(tiny)).clamp_max(1.0)
+        bounded = torch.where(finite.unsqueeze(1), whole, 0.0) * torch.where(finite, scale, 0.0).unsqueeze(1)
+        parts = bounded.split([value[0].numel() for value in gradients], 1)
+        placed = [part.reshape(value.shape).to(value.dtype) for part, value in zip(parts, gradients, strict=True)]
+        return (*(None for _ in gradients), *placed)
 
-        def bounded(gradient: Tensor) -> Tensor:
-            shape = (-1, *(1,) * (gradient.ndim - 1))
-            return torch.where(finite.reshape(shape), gradient, 0.0) * torch.where(finite, scale, 0.0).reshape(shape)
 
-        return (*(None for _ in steps), *(bounded(gradient) for gradient in gradients))
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries of each task in one row, `(tasks, entries)`."""
+    return torch.cat([value.flatten(1) for value in tensors], 1)
 
 
 higher.register_optim(StackOptimizer, DifferentiableLearnedOptimizer)

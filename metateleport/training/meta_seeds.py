@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from metateleport.checkpoint.checkpoint import CARD, read_card
 from metateleport.checkpoint.seeds import combine_meta_seeds
 from metateleport.families import load_family
+from metateleport.interruption import stoppable
+from metateleport.training.distributed import ALONE, Ranks
 from metateleport.training.progression import Progression
 from metateleport.training.recipe import Recipe, TrainingError
 from metateleport.training.recipe_file import load_recipe
-from metateleport.training.train import first_difference, resume_folder, train
+from metateleport.training.start import check_start, held
+from metateleport.training.state import begun, first_difference, read_state, resume_folder, seeds_folder
+from metateleport.training.train import interrupted, train
 
-__all__ = ["seeds_folder", "train_meta_seeds"]
-
-
-def seeds_folder(out: str | Path) -> Path:
-    """The folder beside the final checkpoint where finished meta-seeds wait for the others."""
-    out = Path(out)
-    return out.with_name(f"{out.name}.meta-seeds")
+__all__ = ["seeds_folder", "tracking_run_of", "train_meta_seeds"]
 
 
 def train_meta_seeds(
@@ -30,6 +31,8 @@ def train_meta_seeds(
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    tracking_run: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Meta-trains from several seeds, one after another, and writes one checkpoint.
 
@@ -43,6 +46,8 @@ def train_meta_seeds(
         resume: go on where it was interrupted; the recipe has to be the same, the number of seeds may differ.
         report: called after every meta-step as by `train`, with `seed N/` before the name of the network.
         command: the command that this run was started by, for the cards.
+        tracking_run: as for `train`; all seeds are tracked in one run.
+        ranks: the processes that share the tasks of every seed, as in `train`.
 
     Returns:
         The checkpoint's folder.
@@ -50,16 +55,34 @@ def train_meta_seeds(
     Raises:
         TrainingError: if settings cannot work, there is nothing to resume, or it was started with other settings.
         FamilyError: if the task family cannot be loaded.
-        Interrupted: after Ctrl-C, once the state is saved.
+        FileError: if there is no right or no space to write, or another training writes there.
+        Interrupted: as for `train`.
     """
     if seeds < 1:
         raise TrainingError(f"a training needs at least one meta-seed, not {seeds}")
     done = seeds_folder(out)
-    if done.exists() and not resume:
-        raise TrainingError(f"{done} holds an unfinished training: add --resume to go on with it, or remove it")
-    if resume and not done.exists():
-        raise TrainingError(f"there is nothing to resume: {done} does not exist. Start without --resume")
-    recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
+    said = f"interrupted; finished meta-seeds are in {done}, and the same command with --resume goes on"
+    with interrupted(lambda: said), stoppable(), held(out) if ranks.first else contextlib.nullcontext():
+        recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
+        ranks.from_first(lambda: check_start(recipe, out, resume, seeds, restarted=bool(ranks.restarts)))
+        tracking_run = tracking_run or tracking_run_of(out)
+        paths = _each(recipe, done, seeds, report, command, tracking_run, ranks)
+        ranks.from_first(lambda: _combine(paths, out, done))
+        if ranks.first:
+            shutil.rmtree(done, ignore_errors=True)
+        return Path(out)
+
+
+def _each(
+    recipe: Recipe,
+    done: Path,
+    seeds: int,
+    report: Callable[[str, Progression, float], None] | None,
+    command: str,
+    tracking_run: str | None,
+    ranks: Ranks,
+) -> list[Path]:
+    """Trains the seeds that are not finished; the folders of all of them."""
     outer, first = recipe.outer, recipe.outer.seed
     recipes = {
         seed: dataclasses.replace(recipe, outer=dataclasses.replace(outer, seed=seed))
@@ -68,14 +91,55 @@ def train_meta_seeds(
     paths = []
     for seed, one in recipes.items():
         path = done / str(seed)
-        if path.exists():
-            _has_settings(path, one)
-        else:
-            train(one, path, resume_folder(path).exists(), _named(f"seed {seed}", report), command)
+        finished, goes_on = ranks.from_first(functools.partial(_state_of, path, one))
+        if not finished:
+            train(one, path, goes_on, _named(f"seed {seed}", report), command, tracking_run, ranks)
         paths.append(path)
-    combined = combine_meta_seeds(paths, out)
-    shutil.rmtree(done, ignore_errors=True)
-    return combined
+    return paths
+
+
+def _combine(paths: list[Path], out: str | Path, done: Path) -> str:
+    try:
+        return str(combine_meta_seeds(paths, out))
+    except OSError as error:
+        raise TrainingError(
+            f"the checkpoint {out} cannot be written ({error.strerror or error}): all meta-seeds are in {done}, and "
+            "the same command with --resume combines them"
+        ) from error
+
+
+def _state_of(path: Path, recipe: Recipe) -> tuple[bool, bool]:
+    """Whether a seed is finished, by the same recipe, and whether it is begun."""
+    if path.exists():
+        _has_settings(path, recipe)
+    return path.exists(), begun(resume_folder(path))
+
+
+def tracking_run_of(out: str | Path) -> str | None:
+    """The id of the MLflow run of an unfinished training, which `--resume` goes on with.
+
+    Args:
+        out: folder of the checkpoint that it is going to write.
+
+    Returns:
+        The id; None if nothing is unfinished there, or it is not tracked.
+
+    Raises:
+        TrainingError: if its state is damaged.
+        CheckpointError: if a finished meta-seed cannot be read.
+    """
+    done = seeds_folder(out)
+    seeds = sorted(done.iterdir()) if done.is_dir() else []
+    for folder in (resume_folder(out), *seeds):
+        state = read_state(folder)
+        if state is not None and state.tracking_run is not None:
+            return state.tracking_run
+    for folder in seeds:
+        if (folder / CARD).exists():
+            found = read_card(folder).get("training", {}).get("tracking_run")
+            if found is not None:
+                return str(found)
+    return None
 
 
 def _named(

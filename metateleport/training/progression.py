@@ -30,6 +30,8 @@ class Progression:
         openness: mean openness of teleports and gauges in each meta-step, between 0 and 1; empty without teleports.
         best_openness: mean openness of the chosen networks on the validation tasks.
         searched: the score of each round of the search for constants.
+        scored_steps: inner steps that scores follow their tasks for, where the time is limited; zero before the first
+            score, and where the time is not limited, as then it is the horizon.
     """
 
     meta_step: int = 0
@@ -46,6 +48,7 @@ class Progression:
     openness: list[float] = dataclasses.field(default_factory=list)
     best_openness: float = 0.0
     searched: list[float] = dataclasses.field(default_factory=list)
+    scored_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

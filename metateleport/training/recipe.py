@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,20 +12,10 @@ from metateleport.families import TaskFamily
 from metateleport.learned.config import MetaOptimizerConfig, read_networks
 from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.rules import RuleSettings, StepSettings, known_rules
-from metateleport.settings import (
-    AT_LEAST_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Range,
-    Settings,
-    SettingsError,
-    Text,
-    flattened,
-    nearest,
-    setting,
-)
+from metateleport.settings import AT_LEAST_ONE, Settings, SettingsError, Text, flattened, nearest, setting
+from metateleport.training.outer import ESTIMATORS, OuterSettings, TruncatedSettings, read_outer
 
-__all__ = ["FamilySettings", "OuterSettings", "Recipe", "TrainingError", "ValidationSettings", "device_for"]
+__all__ = ["FamilySettings", "Recipe", "TrainingError", "ValidationSettings", "device_for"]
 
 PARTS = ("family", "rule", "teleport", "gauge", "outer", "validation")
 
@@ -59,75 +49,6 @@ class FamilySettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class OuterSettings(Settings):
-    """The outer loop: how the networks are trained.
-
-    Args:
-        meta_steps: number of meta-steps for each network; None if the time ends the training.
-        seconds: stop after so many seconds, if that is sooner; shared by the networks.
-        tasks: number of tasks in a stack.
-        unroll: inner steps of one truncated window; each window gives one meta-step.
-        horizon: inner steps on each task at the end of the curriculum, which begins with one window.
-        lr: step size of Adam on the networks; a cosine anneals it to a tenth.
-        clip: largest norm of the meta-gradient.
-        first_order: leave the derivative of the inner gradients out of the meta-gradient.
-        blind: share of the windows in which the networks see no loss, in [0, 1], so that they learn to work in training
-            loops that do not tell it.
-        teleport_cost: price on teleports that stay and on gauges, so that they close where they bring too little. The
-            meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
-            between 0 and 1: a teleport that is wide open at every step has to lower the mean log loss by as much.
-        search: rounds of an evolution strategy, before the meta-steps, on the networks' output biases; zero to start
-            from biases that serve most families.
-        starts: number of random initialisations; each is tried for a third of the meta-steps, and the best on
-            validation goes on.
-        start_from: a checkpoint to start from, from its networks of the same meta-seed if it has them; None for random
-            networks.
-        seed: seeds the networks and the tasks.
-        device: `auto`, `cpu` or `cuda`.
-        dtype: of the tasks; None for the family's own.
-    """
-
-    part: ClassVar[str] = "outer"
-
-    meta_steps: int | None = setting(300, AT_LEAST_ONE)
-    seconds: float | None = setting(None, POSITIVE)
-    tasks: int = setting(16, AT_LEAST_ONE)
-    unroll: int = setting(10, AT_LEAST_ONE)
-    horizon: int = setting(30, AT_LEAST_ONE)
-    lr: float = setting(5e-3, POSITIVE)
-    clip: float = setting(1.0, POSITIVE)
-    first_order: bool = setting(False)
-    blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
-    teleport_cost: float = setting(0.0, NOT_NEGATIVE)
-    search: int = setting(0, NOT_NEGATIVE)
-    starts: int = setting(1, AT_LEAST_ONE)
-    start_from: str | None = setting(None)
-    seed: int = setting(0, Range("a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63))
-    device: Literal["auto", "cpu", "cuda"] = setting("auto")
-    dtype: Literal["float32", "float64"] | None = setting(None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.horizon < self.unroll:
-            raise SettingsError(
-                f"outer.horizon = {self.horizon} is shorter than one window, outer.unroll = {self.unroll}: raise the "
-                "horizon or shorten the window"
-            )
-        if self.start_from is not None and self.starts > 1:
-            raise SettingsError(
-                f"outer.starts = {self.starts} asks for random networks, and outer.start_from for those of a "
-                "checkpoint: use one of the two"
-            )
-        if self.meta_steps is None and self.seconds is None:
-            raise SettingsError("outer.meta_steps and outer.seconds are both none, and one has to end the training")
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The dtype of the tasks; None for the family's own."""
-        return None if self.dtype is None else {"float32": torch.float32, "float64": torch.float64}[self.dtype]
-
-
-@dataclasses.dataclass(frozen=True)
 class ValidationSettings(Settings):
     """How the networks of the checkpoint are chosen.
 
@@ -138,8 +59,8 @@ class ValidationSettings(Settings):
 
     part: ClassVar[str] = "validation"
 
-    tasks: int = setting(32, AT_LEAST_ONE)
-    every: int = setting(20, AT_LEAST_ONE)
+    tasks: int = setting(32, AT_LEAST_ONE, 10**6)
+    every: int = setting(20, AT_LEAST_ONE, 10**9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +95,7 @@ cooling
     rule: RuleSettings = dataclasses.field(default_factory=StepSettings)
     teleport: TeleportSettings | None = dataclasses.field(default_factory=TeleportSettings)
     gauge: GaugeSettings | None = None
-    outer: OuterSettings = dataclasses.field(default_factory=OuterSettings)
+    outer: OuterSettings = dataclasses.field(default_factory=TruncatedSettings)
     validation: ValidationSettings = dataclasses.field(default_factory=ValidationSettings)
 
     def __post_init__(self) -> None:
@@ -183,6 +104,11 @@ cooling
             raise SettingsError(
                 f"outer.teleport_cost = {self.outer.teleport_cost:g} is a price on teleports, and none is learned: "
                 "leave it out, or add teleport or gauge"
+            )
+        if self.outer.told and not self.rule.reads_total:
+            raise SettingsError(
+                f"outer.told tells the length of a run, and rule.kind = {self.rule.kind!r} makes no use of it: leave "
+                "it out"
             )
         if self.outer.meta_steps is not None and self.validation.every > self.outer.meta_steps:
             raise SettingsError(
@@ -231,7 +157,7 @@ cooling
         return cls(
             FamilySettings.read(tables.get("family", {})),
             *read_networks(tables),
-            OuterSettings.read(tables.get("outer", {})),
+            read_outer(tables.get("outer", {})),
             ValidationSettings.read(tables.get("validation", {})),
         )
 
@@ -239,7 +165,8 @@ cooling
         """The recipe with some settings changed, as they are written on the command line.
 
         With another `rule.kind`, `gauge.kind` or `family.name` the part's other settings become the defaults of that
-        kind. `teleport=none` and `gauge=none` remove the part; `teleport=default` adds a teleport.
+        kind; with another `outer.estimator` those that it has too are kept. `teleport=none` and `gauge=none` remove
+        the part; `teleport=default` adds a teleport.
 
         Args:
             changes: values as text, by dotted key.
@@ -268,6 +195,10 @@ cooling
             chosen = changes.get(f"{part}.{name}")
             if chosen is not None and tables.get(part, {}).get(name) != chosen:
                 tables[part] = {name: Text(chosen)}
+        estimator = changes.get("outer.estimator")
+        if estimator in ESTIMATORS:
+            known = ESTIMATORS[estimator].names()
+            tables["outer"] = {name: value for name, value in tables["outer"].items() if name in known}
         for key, text in changes.items():
             part, dot, name = key.partition(".")
             if dot and part not in PARTS:
@@ -280,9 +211,10 @@ cooling
 def _unknown(key: str) -> str:
     if key == "mode":
         return "there is no setting mode: it follows from rule.kind and from which of teleport and gauge are present"
-    parts: list[type[Settings]] = [TeleportSettings, GaugeSettings, OuterSettings, ValidationSettings]
-    parts += known_rules().values()
-    known = ["family.name", "rule.kind", *(f"{part.part}.{name}" for part in parts for name in part.names())]
+    parts: list[type[Settings]] = [TeleportSettings, GaugeSettings, ValidationSettings]
+    parts += [*known_rules().values(), *ESTIMATORS.values()]
+    known = ["family.name", "rule.kind", "outer.estimator"]
+    known += [f"{part.part}.{name}" for part in parts for name in part.names()]
     near = nearest(key, known)
     return f"there is no setting {key}: the nearest is {near}, and those of the task family are family.NAME"
 

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import contextlib
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from metateleport.checkpoint import save_checkpoint
 from metateleport.families import TaskFamily, load_family
-from metateleport.files import replacing_folder, write_json
+from metateleport.interruption import Stopped, code_of, stoppable
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.settings import SettingsError
+from metateleport.training.distributed import ALONE, RankLostError, Ranks
 from metateleport.training.progression import Progression, Snapshot
 from metateleport.training.recipe import Recipe, TrainingError, device_for
+from metateleport.training.start import check_start, held
+from metateleport.training.state import (
+    TrainingState,
+    begun,
+    different,
+    nothing_to_resume,
+    read_state,
+    resume_folder,
+    write_state,
+)
 from metateleport.training.trainer import MetaTrainer
 from metateleport.training.warm_start import warm_start, warm_start_checkpoint
 
-__all__ = ["Interrupted", "resume_folder", "train"]
+__all__ = ["Interrupted", "interrupted", "train"]
 
 _LEARNED, _STEP_ONLY = "learned", "step-only"
 _LOOKED_AT = 32
 
 
 class Interrupted(Exception):
-    """The training was interrupted and its state is saved; the message says where."""
+    """The training was interrupted, and the message says where its state is.
 
+    Args:
+        message: for people.
+        number: the signal.
+    """
 
-def resume_folder(out: str | Path) -> Path:
-    """The folder beside the final checkpoint where the state of an unfinished training is saved."""
-    out = Path(out)
-    return out.with_name(f"{out.name}.unfinished")
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def train(
@@ -45,6 +57,8 @@ def train(
     resume: bool = False,
     report: Callable[[str, Progression, float], None] | None = None,
     command: str = "",
+    tracking_run: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Meta-trains and writes a checkpoint.
 
@@ -57,6 +71,8 @@ def train(
         resume: go on with an interrupted training; the recipe has to be the same.
         report: called after every meta-step with the network's name, its progression and the share that is done.
         command: the command that started this training, for the card.
+        ranks: the processes that share the tasks, each of which calls this function; the first alone writes. Where
+            `torchrun` has started them anew, they go on from the state that was saved last.
 
     Returns:
         The checkpoint's folder.
@@ -64,31 +80,175 @@ def train(
     Raises:
         TrainingError: if settings cannot work, there is nothing to resume, or it was started with other settings.
         FamilyError: if the task family cannot be loaded.
-        Interrupted: after Ctrl-C, once the state is saved.
+        FileError: if there is no right or no space to write, or another training writes there.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, once the state is saved; a second signal ends the process at once.
+        RankLostError: if another process is lost, once the state is saved.
     """
-    device_for(recipe.outer.device)
-    family = load_family(recipe.family.name, recipe.family.settings)
-    recipe = recipe.of_family(family)
-    trainers = _trainers(recipe, family)
     saved = resume_folder(out)
-    if resume:
-        _restore(saved, recipe, trainers)
-    elif saved.exists():
-        raise TrainingError(f"{saved} holds an unfinished training: add --resume to go on with it, or remove it")
+    with interrupted(lambda: _untouched(saved)), stoppable(), held(out) if ranks.first else contextlib.nullcontext():
+        device_for(recipe.outer.device)
+        family = load_family(recipe.family.name, recipe.family.settings)
+        recipe = recipe.of_family(family)
+        ranks.from_first(lambda: check_start(recipe, out, resume, restarted=bool(ranks.restarts)))
+        trainers = _trainers(recipe, family, ranks)
+        kept = _begin(saved, recipe, trainers, resume, ranks)
+        saver = _Saver(saved, recipe, trainers, tracking_run or kept)
+        return _trained(recipe, family, trainers, saver, Path(out), report, command, ranks)
+
+
+class _Saver:
+    """Saves the state of a training, and knows what the last whole state is."""
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer], tracking_run: str | None
+    ) -> None:
+        self.folder, self.recipe, self.trainers, self.tracking_run = folder, recipe, trainers, tracking_run
+        self.last = self.meta_steps if begun(folder) else None
+
+    @property
+    def meta_steps(self) -> int:
+        """Meta-steps of all networks up to the state that would be saved now."""
+        return sum(trainer.boundary.progression["meta_step"] for trainer in self.trainers.values())
+
+    def save(self) -> None:
+        """Saves the state.
+
+        Raises:
+            TrainingError: if it cannot be written; the message says where the last whole state is.
+        """
+        snapshots = {name: trainer.boundary for name, trainer in self.trainers.items()}
+        try:
+            write_state(self.folder, TrainingState(self.recipe, snapshots, self.tracking_run))
+        except OSError as error:
+            raise TrainingError(f"the state cannot be written ({error.strerror or error}): {self.where}") from error
+        self.last = self.meta_steps
+
+    @property
+    def where(self) -> str:
+        """A sentence on where the last whole state is, and how to go on from it."""
+        if self.last is None:
+            return f"nothing is saved in {self.folder}; make room there, or choose another place, and start anew"
+        return (
+            f"the last whole state, after {self.last} meta-steps, is in {self.folder}, and the same command with "
+            "--resume goes on from it"
+        )
+
+    def remove_if_untouched(self) -> None:
+        """Removes a state that nothing has been added to, so that a training that cannot work leaves nothing behind."""
+        done = [trainer.progression for trainer in self.trainers.values()]
+        if not any(each.meta_step or each.searched or each.starts for each in done):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _trained(
+    recipe: Recipe,
+    family: TaskFamily,
+    trainers: dict[str, MetaTrainer],
+    saver: _Saver,
+    out: Path,
+    report: Callable[[str, Progression, float], None] | None,
+    command: str,
+    ranks: Ranks,
+) -> Path:
     try:
+        if ranks.first:
+            # A state from the start on: whatever ends the process, --resume goes on with the same MLflow run.
+            saver.save()
         for name, trainer in trainers.items():
-            trainer.run(_reporting(name, trainer, report, saved, recipe, trainers))
-    except KeyboardInterrupt:
-        _save(saved, recipe, trainers)
-        raise Interrupted(f"interrupted; the state is in {saved}, and the same command with --resume goes on") from None
-    learned = trainers[_LEARNED].best_meta()
-    step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
-    path = save_checkpoint(out, learned, step_only, _card(Path(out).name, recipe, family, trainers, command))
-    shutil.rmtree(saved, ignore_errors=True)
-    return path
+            trainer.run(_reporting(name, trainer, report, saver) if ranks.first else None)
+        if ranks.first:
+            learned = trainers[_LEARNED].best_meta()
+            step_only = trainers[_STEP_ONLY].best_meta() if _STEP_ONLY in trainers else None
+            card = _card(out.name, recipe, family, trainers, command, saver.tracking_run, ranks)
+            _write(out, learned, step_only, card, saver)
+            shutil.rmtree(saver.folder, ignore_errors=True)
+        ranks.meet()
+    except KeyboardInterrupt as stopped:
+        if not ranks.first:
+            raise
+        # The launcher ends the others where one is lost.
+        raise Stopped(_saved(saver, ranks.ended() or "interrupted"), code_of(stopped) - 128) from None
+    except RankLostError as lost:
+        if not ranks.first:
+            raise
+        saver.save()
+        raise RankLostError(f"{lost}; {saver.where}") from lost
+    except Exception:
+        if ranks.first:
+            saver.remove_if_untouched()
+        raise
+    return out
 
 
-def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
+def _write(
+    out: Path, learned: MetaOptimizer, step_only: MetaOptimizer | None, card: dict[str, Any], saver: _Saver
+) -> None:
+    try:
+        save_checkpoint(out, learned, step_only, card)
+    except OSError as error:
+        with contextlib.suppress(TrainingError):
+            saver.save()
+        raise TrainingError(
+            f"the checkpoint {out} cannot be written ({error.strerror or error}): {saver.where}"
+        ) from error
+
+
+def _saved(saver: _Saver, why: str) -> str:
+    try:
+        saver.save()
+    except TrainingError as error:
+        return f"{why}; {error}"
+    return f"{why}; the state is in {saver.folder}, and the same command with --resume goes on"
+
+
+@contextlib.contextmanager
+def interrupted(otherwise: Callable[[], str]) -> Iterator[None]:
+    """Makes an `Interrupted` of what ends a block by a signal.
+
+    Args:
+        otherwise: what to say if that says nothing itself.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(str(stopped) or otherwise(), code_of(stopped) - 128) from None
+
+
+def _untouched(folder: Path) -> str:
+    if begun(folder):
+        return f"interrupted; the state in {folder} is as it was, and --resume goes on with it"
+    return "interrupted before anything was trained: nothing is saved"
+
+
+def _begin(saved: Path, recipe: Recipe, trainers: dict[str, MetaTrainer], resume: bool, ranks: Ranks) -> str | None:
+    """Restores what the first process has saved, in all processes, if the training is to go on.
+
+    Returns:
+        The MLflow run that it was tracked in.
+    """
+
+    def restored() -> list[Any]:
+        if resume or (ranks.restarts and begun(saved)):
+            return [True, _restore(saved, recipe, trainers).tracking_run]
+        return [False, None]
+
+    goes_on, tracking_run = ranks.from_first(restored)
+    if goes_on and not ranks.alone:
+        for trainer in trainers.values():
+            trainer.restore(_from_first(trainer.boundary, ranks))
+    return None if tracking_run is None else str(tracking_run)
+
+
+def _from_first(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
+    """The first process's snapshot; that of another only tells nothing."""
+    kept = (
+        _from_first(snapshot.kept or snapshot, ranks) if ranks.from_first(lambda: snapshot.kept is not None) else None
+    )
+    tensors = load(ranks.bytes_from_first(save(snapshot.tensors)))
+    return Snapshot(tensors, ranks.from_first(lambda: snapshot.progression), kept)
+
+
+def _trainers(recipe: Recipe, family: TaskFamily, ranks: Ranks) -> dict[str, MetaTrainer]:
     outer = recipe.outer
     # A first stack, so that tasks that cannot be evaluated are reported before any work.
     family.stack([0], "train", outer.seed, outer.torch_dtype)
@@ -111,7 +271,7 @@ def _trainers(recipe: Recipe, family: TaskFamily) -> dict[str, MetaTrainer]:
             meta = MetaOptimizer(each)
         if source is not None:
             warm_start(meta, source, step_only=name == _STEP_ONLY)
-        trainers[name] = MetaTrainer(recipe, family, meta, seconds)
+        trainers[name] = MetaTrainer(recipe, family, meta, seconds, ranks)
     return trainers
 
 
@@ -124,95 +284,43 @@ def _groups(family: TaskFamily, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _reporting(
-    name: str,
-    trainer: MetaTrainer,
-    report: Callable[[str, Progression, float], None] | None,
-    saved: Path,
-    recipe: Recipe,
-    trainers: dict[str, MetaTrainer],
+    name: str, trainer: MetaTrainer, report: Callable[[str, Progression, float], None] | None, saver: _Saver
 ) -> Callable[[Progression], None]:
     def reported(progression: Progression) -> None:
-        if progression.meta_step % recipe.validation.every == 0:
-            _save(saved, recipe, trainers)
+        if progression.meta_step % trainer.recipe.validation.every == 0:
+            saver.save()
         if report is not None:
             report(name, progression, trainer.share_of_all)
 
     return reported
 
 
-def first_difference(started: Recipe, wanted: Recipe) -> str | None:
-    """A sentence on the first setting that differs from the one at the start; the device may differ.
-
-    Example:
-        >>> from metateleport.training import FamilySettings, OuterSettings
-        >>> recipes = (Recipe(FamilySettings("digits"), outer=OuterSettings(seed=seed)) for seed in (1, 2))
-        >>> first_difference(*recipes)
-        'outer.seed = 1, not 2'
-    """
-    before, now = started.flat(), wanted.flat()
-    for key in (*now, *before):
-        if key != "outer.device" and before.get(key) != now.get(key):
-            return f"{key} = {before.get(key)!r}, not {now.get(key)!r}"
-    return None
-
-
-def _save(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> None:
-    with replacing_folder(folder) as temporary:
-        states = {}
-        for name, trainer in trainers.items():
-            for part, snapshot in {name: trainer.boundary, f"{name}-kept": trainer.boundary.kept}.items():
-                if snapshot is not None:
-                    save_file(snapshot.tensors, temporary / f"{part}.safetensors")
-                    # JSON has no infinity, which is the score before the first validation.
-                    best = min(snapshot.progression["best"], 1e300)
-                    states[part] = {**snapshot.progression, "best": best}
-        write_json(temporary / "state.json", {"recipe": recipe.table(), "progressions": states})
-
-
-def _restore(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> None:
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except FileNotFoundError:
-        raise TrainingError(f"there is nothing to resume: {folder} does not exist. Start without --resume") from None
-    except ValueError as error:
-        raise TrainingError(
-            f"{folder / 'state.json'} cannot be read ({error}): remove {folder} and start anew"
-        ) from error
-    if isinstance(state, dict) and "config" in state:
-        raise TrainingError(
-            f"the training in {folder} was begun by metateleport 0.2 or earlier, which kept its settings otherwise: "
-            "finish it with that version, or remove the folder and start anew"
-        )
-    try:
-        started = Recipe.read(state["recipe"])
-    except (TypeError, KeyError, AttributeError, SettingsError) as error:
-        raise TrainingError(
-            f"{folder / 'state.json'} is not the state of a training ({error}): remove {folder} and start anew"
-        ) from error
-    changed = first_difference(started, recipe)
+def _restore(folder: Path, recipe: Recipe, trainers: dict[str, MetaTrainer]) -> TrainingState:
+    state = read_state(folder)
+    if state is None:
+        raise nothing_to_resume(folder)
+    changed = different(folder, state.recipe, recipe)
     if changed is not None:
-        raise TrainingError(
-            f"the training in {folder} was started with {changed}: resume with the same settings, or remove the folder "
-            "and start anew"
-        )
+        raise changed
     for name, trainer in trainers.items():
         try:
-            kept, progressions = f"{name}-kept", state["progressions"]
-            best = _read(folder, kept, progressions[kept]) if kept in progressions else None
-            trainer.restore(dataclasses.replace(_read(folder, name, progressions[name]), kept=best))
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            trainer.restore(state.snapshots[name])
+        except (KeyError, TypeError, RuntimeError) as error:
             raise TrainingError(
                 f"the state of {name} in {folder} is damaged or of another version ({error}): remove {folder} and "
                 "start anew"
             ) from error
-
-
-def _read(folder: Path, name: str, progression: dict[str, Any]) -> Snapshot:
-    return Snapshot(load_file(folder / f"{name}.safetensors"), progression)
+    return state
 
 
 def _card(
-    name: str, recipe: Recipe, family: TaskFamily, trainers: dict[str, MetaTrainer], command: str
+    name: str,
+    recipe: Recipe,
+    family: TaskFamily,
+    trainers: dict[str, MetaTrainer],
+    command: str,
+    tracking_run: str | None,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     runs: dict[str, dict[str, Any]] = {}
     for network, trainer in trainers.items():
@@ -227,13 +335,33 @@ def _card(
             "skipped": done.skipped,
             "seconds": round(done.seconds, 1),
         }
+        if done.scored_steps:
+            runs[network]["validated_steps"] = done.scored_steps
         if done.openness:
             runs[network]["openness"] = done.best_openness
+    several = {} if ranks.alone else {"processes": ranks.size}
     return {
         "name": name,
         "mode": recipe.mode,
         "family": {"name": family.name, "settings": family.settings()},
-        "training": {"command": command, "recipe": recipe.table(), "runs": runs},
+        "training": {
+            "command": command,
+            "recipe": recipe.table(),
+            "runs": runs,
+            "tracking_run": tracking_run,
+            **several,
+        },
         "results": {},
-        "limits": [],
+        "limits": _limits(recipe, trainers),
     }
+
+
+def _limits(recipe: Recipe, trainers: dict[str, MetaTrainer]) -> list[str]:
+    """What the card says of a training whose time was too short for what its recipe asks for."""
+    short = [trainer.progression.scored_steps for trainer in trainers.values() if trainer.progression.scored_steps]
+    if not short or min(short) >= recipe.outer.horizon:
+        return []
+    return [
+        f"Its networks were chosen by validations of {min(short)} inner steps, and not of outer.horizon = "
+        f"{recipe.outer.horizon}: more would have taken too much of outer.seconds = {recipe.outer.seconds:g}."
+    ]

@@ -6,25 +6,31 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metateleport.families import TaskFamily, TaskStack
+from metateleport.families.task import Split
 from metateleport.families.trial import check_second_order
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.training.distributed import ALONE, Ranks
+from metateleport.training.estimators import Estimator, Truncated
+from metateleport.training.evolution import Evolution
+from metateleport.training.outer import EvolutionSettings, PersistentSettings, TruncatedSettings
 from metateleport.training.progression import Progression, Snapshot
-from metateleport.training.recipe import Recipe, device_for
-from metateleport.training.scoring import Score, dealt, mean_openness, priced, score
+from metateleport.training.recipe import Recipe, TrainingError, device_for
+from metateleport.training.scoring import Score, dealt, score
 from metateleport.training.search import search_round
-from metateleport.training.unroll import Unroll, runs_blind
+from metateleport.training.time_limit import steps_within
+from metateleport.training.unroll import runs_blind
 
 __all__ = ["MetaTrainer"]
 
-_VALIDATION_SEED = 0
+_VALIDATION = (1, 0)
+"""Seeds of the varied settings and of the tasks of a validation."""
 _LOST = 0.1
 """Loss of validation score, relative to the best, beyond which training goes back to the best networks."""
 
@@ -35,6 +41,12 @@ _VALIDATION_STACKS = 8
 """Number of stacks for the validation tasks, so that the score covers several of the varied settings."""
 
 
+_SCORE_TIME = 0.1
+"""Largest share of a limited time that one validation, or one round of the search, may take."""
+
+_SEARCH_SCORES = 32
+"""About how many scores a round of the search takes."""
+
 _SEARCH_STACKS = 4
 """Stacks that the tasks of a round of the search are dealt out to."""
 
@@ -42,12 +54,17 @@ _SEARCH_STACKS = 4
 class MetaTrainer:
     """Trains one meta-optimizer.
 
-    A meta-step is one truncated window of inner steps on a stack of tasks, differentiated through `higher`, and one
-    step of Adam on the networks. A stack is followed for several windows; how many grows from one to
-    `horizon / unroll` over the first half of the run. In a share of the windows, `blind`, the networks see no loss, as
-    in a training loop that gives them none. Every few meta-steps the networks are scored on validation
+    A meta-step is one window of inner steps on a stack of tasks, an estimate of the meta-gradient over it, and one step
+    of Adam on the networks. A stack is followed for several windows. In a share of the windows, `blind`, the networks
+    see no loss, as in a training loop that gives them none. Every few meta-steps the networks are scored on validation
     tasks, and the best are kept: meta-training wanders, and the last networks are not the best. Where it has wandered
     too far off it goes back to them, with a smaller step.
+
+    The estimator is the recipe's (`metateleport.training.outer`): by default truncated windows that are differentiated
+    through `higher`, whose number grows from one to `horizon / unroll` over the first half of the run.
+
+    Several processes share the tasks of each stack. A task is drawn by its number, not by the process that it falls to,
+    and all processes take the same meta-step, so their number changes results by rounding alone.
 
     With a `search` a phase without gradients comes first: the constants that the networks put out are searched on
     training tasks followed along the whole horizon (`metateleport.training.search.search_round`).
@@ -60,10 +77,31 @@ class MetaTrainer:
         family: the task family.
         meta: the meta-optimizer; it is trained in place.
         seconds: seconds to train, in place of the recipe's, which several networks share; the starts share these.
+        ranks: the processes that share the tasks.
+
+    Attributes:
+        clock: tells the seconds that the time is limited by.
+
+    Raises:
+        TrainingError: if there are more processes than tasks in a stack.
     """
 
-    def __init__(self, recipe: Recipe, family: TaskFamily, meta: MetaOptimizer, seconds: float | None = None) -> None:
-        self.recipe, self.family = recipe, family
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: TaskFamily,
+        meta: MetaOptimizer,
+        seconds: float | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.recipe, self.family, self.ranks = recipe, family, ranks
+        if recipe.outer.tasks < ranks.size:
+            raise TrainingError(
+                f"outer.tasks = {recipe.outer.tasks} is fewer than the {ranks.size} processes that share them: raise "
+                "it or start fewer"
+            )
+        self.clock: Callable[[], float] = time.perf_counter
+        self._unshared = self._validation_seconds = 0.0
         self.outer = outer = recipe.outer
         self.meta_steps = math.inf if outer.meta_steps is None else outer.meta_steps
         seconds = outer.seconds if seconds is None else seconds
@@ -79,9 +117,12 @@ class MetaTrainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the number of meta-steps or the time is used up."""
+        """Whether the number of meta-steps or the time is used up, but for that of the last validation."""
         done = self.progression
-        return done.meta_step >= self.meta_steps or (self.limit is not None and done.seconds >= self.limit)
+        if done.meta_step >= self.meta_steps or self.limit is None:
+            return done.meta_step >= self.meta_steps
+        validated = bool(done.validations) and done.validations[-1][0] == done.meta_step
+        return done.seconds + (0.0 if validated else self._validation_seconds) >= self.limit
 
     @property
     def share(self) -> float:
@@ -107,10 +148,12 @@ class MetaTrainer:
         Args:
             report: called after every meta-step.
         """
-        done = self.progression
+        done, self._unshared = self.progression, 0.0
         if self.outer.start_from is not None and not done.validations:
             # The networks that training starts from are kept if it finds no better ones.
+            started = self.clock()
             self._validate()
+            self._spend(self.clock() - started)
         while not self.finished:
             self.boundary = self.snapshot()
             if len(done.searched) < self.outer.search:
@@ -118,16 +161,13 @@ class MetaTrainer:
                 if report is not None:
                     report(done)
                 continue
-            stack = self._next_stack()
-            if not done.meta_step and not self.outer.first_order:
-                check_second_order(stack, stack.batch(0))
-            unroll = Unroll(stack, self.meta, self.outer.first_order, priced=self.outer.teleport_cost > 0)
-            for window in range(self._windows()):
-                started = time.perf_counter()
-                self._meta_step(unroll, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
+            estimator = self._estimator()
+            for window in range(self.outer.windows(self.share)):
+                started = self.clock()
+                self._meta_step(estimator, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
                 if done.meta_step % self.recipe.validation.every == 0:
                     self._validate()
-                done.seconds += time.perf_counter() - started
+                self._spend(self.clock() - started)
                 if report is not None:
                     report(done)
                 if self.finished or self._tried:
@@ -142,14 +182,14 @@ class MetaTrainer:
 
     def _search_round(self) -> None:
         """Searches once for better constants; after the last round they are validated."""
-        done, outer, started = self.progression, self.outer, time.perf_counter()
+        done, outer, started = self.progression, self.outer, self.clock()
         number, first, tasks = len(done.searched), done.stack, outer.tasks
         parts = max(1, min(_SEARCH_STACKS, tasks))
         seeds = (outer.seed, outer.seed)
         candidates = int(np.random.SeedSequence([outer.seed, done.start, number]).generate_state(1)[0])
         found = search_round(
             self.meta,
-            lambda: self._score(dealt(self.family, outer, tasks, parts, first, "train", seeds)).value,
+            lambda: self._score(tasks, parts, first, "train", seeds).value,
             number,
             candidates,
         )
@@ -157,7 +197,14 @@ class MetaTrainer:
         done.stack += parts
         if len(done.searched) == outer.search:
             self._validate()
-        done.seconds += time.perf_counter() - started
+        self._spend(self.clock() - started)
+
+    def _spend(self, seconds: float) -> None:
+        """Counts seconds; those of several processes once they have told each other, as time may end the training."""
+        if self.ranks.alone:
+            self.progression.seconds += seconds
+        else:
+            self._unshared += seconds
 
     @property
     def _tried(self) -> bool:
@@ -179,7 +226,8 @@ class MetaTrainer:
                 self.meta.load_state_dict(MetaOptimizer(self.meta.config).state_dict())
             self.optimizer = torch.optim.Adam(self.meta.parameters(), lr=self.outer.lr)
             self.best = copy.deepcopy(self.meta.state_dict())
-            self.progression = Progression()
+            # The starts are compared with each other.
+            self.progression = Progression(scored_steps=done.scored_steps)
         elif self.kept is not None:
             self.restore(self.kept)
         self.progression.start, self.progression.starts = len(scores), scores
@@ -222,40 +270,52 @@ class MetaTrainer:
         chosen.load_state_dict(self.best)
         return chosen.eval()
 
-    def _next_stack(self) -> Any:
-        number, outer = self.progression.stack, self.outer
-        indices = range(number * outer.tasks, (number + 1) * outer.tasks)
+    def _estimator(self) -> Estimator:
+        """The estimator on this process's part of the next stack."""
+        number, outer, share = self.progression.stack, self.outer, self.ranks.share(self.outer.tasks)
         family = self.family.augmented(number, outer.seed)
-        return family.stack(indices, "train", outer.seed, outer.torch_dtype, self.device)
+        total = outer.total(number, outer.window * outer.windows(self.share))
 
-    def _windows(self) -> int:
-        full = self.outer.horizon / self.outer.unroll
-        return max(1, round(1 + (full - 1) * min(1.0, 2 * self.share)))
+        def stacked(indices: Sequence[int]) -> TaskStack:
+            numbers = [number * outer.tasks + index for index in indices]
+            return family.stack(numbers, "train", outer.seed, outer.torch_dtype, self.device)
 
-    def _meta_step(self, unroll: Unroll, blind: bool) -> None:
+        if isinstance(outer, TruncatedSettings):
+            some = outer.tasks_at_once or len(share)
+            stacks = [stacked(share[first : first + some]) for first in range(0, len(share), some)]
+            if not self.progression.meta_step and not outer.first_order:
+                check_second_order(stacks[0], stacks[0].batch(0))
+            return Truncated(stacks, self.meta, outer, self.ranks, total)
+        assert isinstance(outer, EvolutionSettings | PersistentSettings)
+        # Each task stands there twice, once for each network of a pair.
+        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number, total)
+
+    def _meta_step(self, estimator: Estimator, blind: bool) -> None:
         done = self.progression
         for group in self.optimizer.param_groups:
             group["lr"] = self.outer.lr * 0.7**done.returns * (0.55 + 0.45 * math.cos(math.pi * self.share))
-        losses = unroll.window(self.outer.unroll, loss_known=not blind)
-        # A task whose loss is not finite is left out; the rest of its stack is used.
-        finite = losses.isfinite()
-        meta_loss = torch.where(finite, losses, torch.zeros_like(losses)).sum() / finite.sum().clamp_min(1)
-        opened = mean_openness(unroll)
-        self.optimizer.zero_grad()
-        priced(meta_loss, opened, self.outer.teleport_cost).backward()
+        unshared, self._unshared = self._unshared, 0.0
+        found = estimator.meta_gradient(blind, unshared)
+        done.seconds += found.seconds
         norm = torch.nn.utils.clip_grad_norm_(self.meta.parameters(), self.outer.clip)
         done.meta_step += 1
-        if bool(norm.isfinite()) and bool(finite.any()):
+        if bool(norm.isfinite()) and found.usable:
             self.optimizer.step()
         else:
             done.skipped += 1
-        done.meta_losses.append(float(meta_loss.detach()))
-        if opened is not None:
-            done.openness.append(float(opened.detach()))
+        done.meta_losses.append(found.loss)
+        if found.openness is not None:
+            done.openness.append(found.openness)
 
     def _validate(self) -> None:
         done = self.progression
+        self._scored_steps()
+        started = self.clock()
         score = self.validation_score()
+        if self.limit is not None:
+            # All processes have to leave the same time for the last validation.
+            took = self.clock() - started
+            self._validation_seconds = max(self._validation_seconds, self.ranks.from_first(lambda: took))
         done.validations.append([done.meta_step, score])
         if score < done.best:
             done.best, done.best_step, done.best_openness = score, done.meta_step, self.validation_openness
@@ -276,11 +336,33 @@ class MetaTrainer:
         are the same for every seed of the training, so that meta-seeds can be compared by it.
         """
         tasks = self.recipe.validation.tasks
-        parts = max(1, min(_VALIDATION_STACKS, tasks // 2))
-        seeds = (_VALIDATION_SEED + 1, _VALIDATION_SEED)
-        found = self._score(dealt(self.family, self.outer, tasks, parts, 0, "validation", seeds))
+        found = self._score(tasks, _parts(tasks), 0, "validation", _VALIDATION)
         self.validation_openness = found.openness
         return found.value
 
-    def _score(self, stacks: Iterable[TaskStack]) -> Score:
-        return score(self.meta, stacks, self.outer.horizon, self.outer.teleport_cost)
+    def _score(self, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]) -> Score:
+        stacks = dealt(self.family, self.outer, tasks, parts, first, split, seeds, self.ranks)
+        count = parts * max(1, tasks // parts)
+        return score(self.meta, stacks, self._scored_steps(), self.outer, count, self.ranks)
+
+    def _scored_steps(self) -> int:
+        """Inner steps that scores follow their tasks for: the horizon, or as many as a limited time has room for.
+
+        It is the same in the whole training, as scores along different numbers of steps cannot be compared.
+        """
+        done, outer = self.progression, self.outer
+        if self.limit is None:
+            return outer.horizon
+        if not done.scored_steps:
+            parts, scores = _parts(self.recipe.validation.tasks), _SEARCH_SCORES if outer.search else 1
+            first = next(dealt(self.family, outer, self.recipe.validation.tasks, parts, 0, "validation", _VALIDATION))
+            seconds = _SCORE_TIME * self.limit / (parts * scores)
+            done.scored_steps = self.ranks.from_first(
+                lambda: steps_within(self.meta, first, outer.window, outer.horizon, seconds, self.clock)
+            )
+        return done.scored_steps
+
+
+def _parts(tasks: int) -> int:
+    """Number of stacks of a validation."""
+    return max(1, min(_VALIDATION_STACKS, tasks // 2))

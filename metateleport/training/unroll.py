@@ -12,13 +12,17 @@ from torch import Tensor
 from metateleport.families import TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState
 from metateleport.point import Tensors
-from metateleport.training.cost import openness_of
+from metateleport.training.cost import Elements, elements_of, openness_along
 from metateleport.training.differentiable import unroll_context
 from metateleport.training.stack_optimizer import StackOptimizer
 
 __all__ = ["Unroll", "log_losses", "runs_blind"]
 
 _FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12}
+
+
+_TOGETHER = 10
+"""Steps whose group elements are measured together, so that no more of them are kept."""
 
 
 def log_losses(losses: Tensor, start: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -84,6 +88,7 @@ class Unroll:
         meta: the meta-optimizer that is trained.
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         priced: keep the openness of teleports in the graph.
+        total: number of inner steps of the whole run, where the networks are told.
 
     After a window `openness` has how far each step's teleports and gauges were open, `(length, tasks)`; None where the
     meta-optimizer chooses no group element.
@@ -93,6 +98,7 @@ class Unroll:
     meta: MetaOptimizer
     first_order: bool = False
     priced: bool = False
+    total: int | None = None
     steps: int = 0
     start: Tensor | None = None
     state: MetaState | None = None
@@ -114,10 +120,12 @@ class Unroll:
             loss_known: whether the steps know the loss; if not, they act as in a training loop that does not tell it.
         """
         optimizer = StackOptimizer(self.stack, self.meta, self.stack.deterministic)
-        optimizer.loop.state = self.state
+        optimizer.loop.state, optimizer.loop.total = self.state, self.total
         optimizer.first_order = self.first_order
         optimizer.loss_known = loss_known
-        stays, opened = self.meta.teleporter is not None, []
+        stays = self.meta.teleporter is not None
+        chosen: list[Elements] = []
+        opened: list[Tensor] = []
         with unroll_context(self.stack, optimizer, track) as (model, differentiable):
             seen = model(self.stack.batch(self.steps), probe=True)
             if self.start is None:
@@ -129,15 +137,18 @@ class Unroll:
                 taken = differentiable.loop.last_step
                 assert taken is not None
                 with torch.set_grad_enabled(track and self.priced):
-                    opened.append(openness_of(taken, stays))
+                    chosen.append(elements_of(taken, stays))
+                    if len(chosen) == _TOGETHER:
+                        opened, chosen = _measured(opened, chosen), []
                 seen = model(self.stack.batch(self.steps), probe=True)
                 along.append(seen.losses if track else seen.losses.detach())
             moved = dict(zip(self.stack.names, model.fast_params, strict=True))
             assert differentiable.loop.state is not None
             self.state = differentiable.loop.state.map(Tensor.detach)
         self.stack.load(moved)
-        found = [each for each in opened if each is not None]
-        self.openness = torch.stack(found) if found else None
+        with torch.set_grad_enabled(track and self.priced):
+            opened = _measured(opened, chosen)
+            self.openness = torch.cat(opened) if opened else None
         losses = torch.stack(along)
         return log_losses(losses, self.start, self._scale(losses.detach()))
 
@@ -154,3 +165,9 @@ class Unroll:
             size = torch.stack(squares).sum(0).sqrt()
             self._measured = point.squared_gradient_norm().sqrt() * torch.where(size > 0, size, 1.0)
         return self._measured
+
+
+def _measured(opened: list[Tensor], chosen: list[Elements]) -> list[Tensor]:
+    """What is known of the openness, with that of some more steps."""
+    found = openness_along(chosen)
+    return opened if found is None else [*opened, found]

@@ -7,6 +7,7 @@ import torch
 from metateleport.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.learned.rules.adaptive import AdaptiveRule
+from metateleport.learned.rules.gauged import GaugedRule
 from metateleport.settings import flattened
 from metateleport.training.recipe import TrainingError
 
@@ -44,7 +45,8 @@ def warm_start_checkpoint(name_or_path: str, seed: int) -> Checkpoint:
 def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = False) -> None:
     """Copies the weights of a checkpoint's networks.
 
-    The two have to be of one shape. They may differ in the groups, `teleport.max_stretch`, `gauge.metric_memory`, and
+    Of a checkpoint with the rule `adaptive` a rule `gauged` takes what steps the tensors that are no factors. Otherwise
+    the two have to be of one shape. They may differ in the groups, `teleport.max_stretch`, `gauge.metric_memory`, and
     in whether there are secants, whose additional output, the trust in them, is then left as it is. The rate of
     `cooling` may differ if both rules have one; for the `adaptive` update it may be any.
 
@@ -63,6 +65,9 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
         >>> bool((meta.rule.head.bias == checkpoint.learned.rule.head.bias).all())
         True
     """
+    if isinstance(meta.rule, GaugedRule) and isinstance(checkpoint.learned.rule, AdaptiveRule):
+        _other_tensors(meta.rule, checkpoint)
+        return
     source = checkpoint.step_only if step_only else checkpoint.learned
     if source is None:
         raise TrainingError(f"{checkpoint.path} has no networks without teleports to start from: start without it")
@@ -87,3 +92,15 @@ def warm_start(meta: MetaOptimizer, checkpoint: Checkpoint, step_only: bool = Fa
         with torch.no_grad():
             own[name][:rows] = value[:rows]
     meta.load_state_dict(own)
+
+
+def _other_tensors(rule: GaugedRule, checkpoint: Checkpoint) -> None:
+    """Copies the networks for tensors that are no factors."""
+    source = checkpoint.learned.rule
+    assert isinstance(source, AdaptiveRule)
+    if source.hidden != rule.plain.hidden:
+        raise TrainingError(
+            f"the networks of {checkpoint.path} have rule.hidden = {source.hidden}, and these rule.plain_hidden = "
+            f"{rule.plain.hidden}: train with the same, or start without it"
+        )
+    rule.plain.load_state_dict(source.state_dict())

@@ -45,18 +45,22 @@ def numbers_in(value: Any) -> list[float]:
 def test_report_has_every_case_with_its_rounds_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.meta_training import main
 
-    main([*SMALL, "--modes", "lr", "lr+tele", "--tasks", "1", "3", "--json", str(tmp_path / "out.json")])
+    files = ["--json", str(tmp_path / "out.json"), "--page", str(tmp_path / "page.md")]
+    main([*SMALL, "--modes", "lr", "lr+tele", "--tasks", "1", "3", *files])
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["unit"] == "microseconds per task-step"
     assert report["settings"]["tasks"] == [1, 3]
     assert report["settings"]["rounds"] == 2
     assert {"cpu", "cores", "threads", "torch", "device", "cpu_share"} <= report["conditions"].keys()
     cases = {case["name"]: case for case in report["cases"]}
     stacked = {
-        f"{each}/{count}" for each in ("equivariant/lr", "equivariant/lr+tele", "flat/lr+tele") for count in (1, 3)
+        f"{each}/{count}"
+        for each in ("equivariant/lr", "equivariant/lr+tele", "equivariant, refresh=5/lr+tele", "flat/lr+tele")
+        for count in (1, 3)
     }
-    assert cases.keys() == stacked | {"source/lr+tele", "source/lr+tele/hidden=300"}
+    source = {"source/lr+tele", "source/lr+tele/hidden=300"}
+    assert cases.keys() == stacked | source | {"roof/lr+tele/3", "floor/sgd/3"}
     for case in cases.values():
         for part in ("meta_gradient", "meta_step", "cpu"):
             times = case[part]
@@ -70,7 +74,7 @@ def test_report_has_every_case_with_its_rounds_and_ratios(tmp_path: Path, capsys
         )
     ratios = report["ratios"]
     assert ratios["stacked_over_single"].keys() == {name for name in stacked if name.endswith("/3")}
-    assert ratios["ours_over_source"].keys() == {name for name in stacked if "tele" in name}
+    assert ratios["ours_over_source"].keys() == {name for name in stacked if "tele" in name} | {"roof/lr+tele/3"}
     ours, source = (cases[name][ratios["basis"]]["rounds"] for name in ("flat/lr+tele/3", "source/lr+tele"))
     expected = sorted(a / b for a, b in zip(ours, source, strict=True))
     found = ratios["ours_over_source"]["flat/lr+tele/3"]
@@ -78,6 +82,25 @@ def test_report_has_every_case_with_its_rounds_and_ratios(tmp_path: Path, capsys
     assert all(math.isfinite(number) for number in numbers_in(report))
     printed = capsys.readouterr().out
     assert all(name in printed for name in cases)
+    # Counts depend on the work alone: one inner step of three tasks takes the operations of one, and three times as
+    # many matrices.
+    counts = {name: case["counts"] for name, case in cases.items()}
+    one, three = (counts[f"equivariant/lr+tele/{tasks}"] for tasks in (1, 3))
+    assert three["operations"] == pytest.approx(one["operations"], rel=0.1)
+    assert three["factorised_per_task_step"] == one["factorised_per_task_step"] >= 5
+    assert counts["equivariant/lr/3"]["factorised_per_task_step"] == 0
+    assert three["kept_bytes"] > one["kept_bytes"] > 0
+    page = (tmp_path / "page.md").read_text()
+    assert f"| {counts['roof/lr+tele/3']['operations']:.0f} |" in page
+    assert "nan" not in page
+
+
+def test_memory_is_told_of_the_whole_stack_in_parts() -> None:
+    from benchmarks._meta_memory import _peak
+
+    peak = _peak("tensor", 5, 3, 2, 2)
+    assert (peak["name"], peak["at_once"]) == ("tensor/update+tele/5", 2)
+    assert 50 < peak["before"] <= peak["megabytes"]
 
 
 def test_command_runs_from_the_projects_folder(tmp_path: Path) -> None:
@@ -124,7 +147,7 @@ def test_every_mode_gives_a_meta_gradient() -> None:
     from metateleport.learned import MODES
 
     cases = cases_of(MODES, [2], width=3, unroll=2, device=CPU)
-    assert len({case.name for case in cases}) == len(cases) == 12
+    assert len({case.name for case in cases}) == len(cases) == 21
     for case in cases:
         case.rewind()
         case.meta_gradient()

@@ -11,7 +11,7 @@ import torch
 from learned_cases import shape_of
 
 import metateleport.papers  # noqa: F401
-from metateleport.checkpoint import CheckpointError, combine_meta_seeds, load_checkpoint, save_checkpoint
+from metateleport.checkpoint import SCHEMA, CheckpointError, combine_meta_seeds, load_checkpoint, save_checkpoint
 from metateleport.checkpoint.schema_1 import card_of_schema_1
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.training import Recipe, load_recipe
@@ -85,6 +85,8 @@ def of_schema_1(path: Path, meta: MetaOptimizer, **card: Any) -> Path:
     """A checkpoint as an earlier version wrote it."""
     save_checkpoint(path, meta, None, {})
     written = json.loads((path / "card.json").read_text())
+    # Versions that wrote schema 1 knew of no digest.
+    del written["digest"], written["digests"]
     (path / "card.json").write_text(json.dumps({**written, "schema": 1, **card}))
     return path
 
@@ -153,7 +155,7 @@ def test_they_are_combined_into_one_of_today_s_schema(tmp_path: Path) -> None:
     path = combine_meta_seeds(paths, tmp_path / "both")
     assert [each.seed for each in load_checkpoint(path).meta_seeds] == [3, 4]
     cards = [json.loads((each.path / "card.json").read_text()) for each in load_checkpoint(path).meta_seeds]
-    assert [card["schema"] for card in cards] == [2, 2]
+    assert [card["schema"] for card in cards] == [SCHEMA, SCHEMA]
     assert load_recipe(path).outer.seed == 3
     assert load_recipe(load_checkpoint(path).meta_seeds[1].path).outer.seed == 4
     with pytest.raises(CheckpointError, match=r"not of one recipe: family\.(width|samples) is"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_cases import edited
 from learned_cases import shape_of
 from training_cases import family_of
 from training_cases import tiny as config
@@ -88,9 +89,7 @@ def test_what_cannot_be_combined(singles: list[Path], tmp_path: Path) -> None:
         combine_meta_seeds([], tmp_path / "c")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         combine_meta_seeds([singles[0], tmp_path / "gone"], tmp_path / "c")
-    card = json.loads((other / "card.json").read_text())
-    del card["training"]
-    (other / "card.json").write_text(json.dumps(card))
+    edited(other, lambda card: card.pop("training"))
     with pytest.raises(CheckpointError, match="how it was trained"):
         combine_meta_seeds([other], tmp_path / "c")
     assert [each.name for each in tmp_path.iterdir()] == ["other"]
@@ -99,9 +98,8 @@ def test_what_cannot_be_combined(singles: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("listed", [3, [3], [{"seed": 1}], [{"seed": "x", "validation": 0, "chosen": True}]])
 def test_a_list_of_seeds_that_cannot_be_read_is_named(listed: Any, together: Path, tmp_path: Path) -> None:
     path = combine_meta_seeds([together], tmp_path / "c")
-    card = json.loads((path / "card.json").read_text())
-    (path / "card.json").write_text(json.dumps({**card, "meta_seeds": listed}))
-    with pytest.raises(CheckpointError, match=r"meta-seeds in the card of .*cannot be read"):
+    edited(path, lambda card: card.update(meta_seeds=listed))
+    with pytest.raises(CheckpointError, match=r"the card of .* is damaged: meta_seeds"):
         load_checkpoint(path)
 
 

@@ -22,7 +22,7 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_it_writes_json_and_figure(away: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["--json", "a/b.json", "--png", "b.png", "--seed", "4", "--no-track"]
+    where = ["--json", "a/b.json", "--png", "b.png", "--page", "b.md", "--seed", "4", "--no-track"]
     assert cli.main(["experiment", "newton", *SMALL, *where]) == 0
     result = json.loads((away / "a" / "b.json").read_text())
     assert result["experiment"] == "newton"
@@ -32,7 +32,12 @@ def test_it_writes_json_and_figure(away: Path, capsys: pytest.CaptureFixture[str
     out, err = capsys.readouterr()
     assert "Proposition B.2" in out
     assert "wrote b.png" in err
-    assert sorted(path.name for path in away.iterdir()) == ["a", "b.png"]
+    page = (away / "b.md").read_text(encoding="utf-8")
+    assert "metateleport experiment newton --seed 4 " in page
+    assert "--set functions=3 " in page
+    claim = json.loads((away / "a/b.json").read_text())["claims"][0]
+    assert f"| {claim['claim']} | {claim['source']} | {claim['value']:.3g}" in page
+    assert sorted(path.name for path in away.iterdir()) == ["a", "b.md", "b.png"]
 
 
 def test_it_is_tracked(away: Path) -> None:

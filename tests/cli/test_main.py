@@ -56,7 +56,15 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
         ("evaluate none leaky_mlp --set width=3 --set width=4", "twice"),
         ("evaluate none leaky_mlp --device tpu", "auto, cpu or cuda"),
         ("evaluate none leaky_mlp --methods gd,learned", "no method 'learned' without a checkpoint"),
-        ("evaluate none leaky_mlp --methods newton", "gauss-newton, soap"),
+        ("evaluate none leaky_mlp --methods newton", "did you mean 'gauss-newton'?"),
+        ("evaluate none leaky_mlp --methods lora+", "symmetry of the kind 'LoRA pair'"),
+        ("evaluate none leaky_mlp --trials 3", "--trials: that is a rule of --rivals fair"),
+        ("evaluate none leaky_mlp --measure end", "--measure: that is a rule of --rivals fair"),
+        ("evaluate none leaky_mlp --rivals fair --measure target", "give --target METHOD@K, as adamw@100"),
+        ("evaluate none leaky_mlp --rivals fair --target adamw@9", "give --measure target"),
+        ("evaluate none leaky_mlp --rivals fair --measure target --target adamw@900", "past the budget of 100"),
+        ("evaluate none leaky_mlp --rivals fair --measure target --target adams@9", "'adams' is none"),
+        ("evaluate none leaky_mlp --methods gd --against adam", "--against adam: that is none of the methods: gd"),
         ("evaluate none leaky_mlp --methods ,", "names none"),
         ("evaluate none leaky_mlp --tasks 0", "at least 1"),
         ("evaluate none leaky_mlp --seed -1", "--seed"),
@@ -74,7 +82,6 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
         ("train --recipe nowhere", "no recipe 'nowhere': known by name are bottleneck_digits"),
         ("ui", "no runs"),
         ("teach", "invalid choice"),
-        ("", "COMMAND"),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_any_work(
@@ -137,6 +144,7 @@ def test_train_passes_on_what_was_asked_for(
         return out
 
     monkeypatch.setattr("metateleport.training.train", fake)
+    monkeypatch.setattr("metateleport.training.check_start", lambda *_, **__: None)
     command = (
         "train leaky_mlp --set family.width=6 --set teleport=none --set outer.meta_steps=20 --seconds 2.5 --seed 3 "
         "--out x --resume --no-track"
@@ -171,7 +179,10 @@ def test_ui_serves_the_store_that_runs_are_written_to(monkeypatch: pytest.Monkey
     assert seen[0][-1] == "5050"
 
 
-@pytest.mark.parametrize("command", ["", "train", "combine", "evaluate", "reproduce", "tasks", "ui"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "combine", "evaluate", "reproduce", "tasks", "ui", "compare", "promote", "serve", "show", "sync"],
+)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command.split(), "--help"])

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from metateleport.cli.commands import _parser
 from metateleport.cli.common import UsageError
-from metateleport.cli.main import _parser
 from metateleport.cli.train import _recipe
 from metateleport.families import load_family
 
 ROOT = Path(__file__).resolve().parents[2]
-# The few-shot page names the command of a card, which an earlier version was given.
+# The few-shot page names a card's command, which an earlier version was given; the page on a family of one's own has
+# a test that writes its file.
 PAGES = [
     ROOT / "README.md",
     ROOT / "Makefile",
-    *(page for page in ROOT.glob("docs/**/*.md") if page.name != "fewshot.md"),
+    *(page for page in ROOT.glob("docs/**/*.md") if page.name not in ("fewshot.md", "own-family.md")),
 ]
 
 

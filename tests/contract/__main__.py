@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# What the tests stand on, torchvision's operators among it, without which PEFT cannot be imported everywhere.
+# What the tests stand on.
 importlib.import_module("conftest")
 
 from contract.table import Table, chosen  # noqa: E402

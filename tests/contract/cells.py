@@ -15,11 +15,11 @@ from . import idioms  # noqa: F401
 from .loops import Bench, Course
 from .models import PROBLEMS
 from .registry import IDIOMS, TOLERANCE, Outcome, apart
-from .stand_in import ADAMW
+from .stand_in import ADAMW, GAUGED
 
 __all__ = ["CHECKPOINTS", "SERVES_ALL", "Cell", "Verdict", "judge"]
 
-SERVES_ALL = ("digits", ADAMW)
+SERVES_ALL = ("digits", ADAMW, GAUGED)
 """Checkpoints that may refuse nothing."""
 _NOT_MADE_FOR = "is not made for this"
 _AT_MOST = 1.5

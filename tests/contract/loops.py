@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import metateleport as mt
 
 from .models import Batch, Problem
-from .stand_in import ADAMW, StandIn
+from .stand_in import ADAMW, GAUGED, Gauged, StandIn
 
 __all__ = ["MIDDLE", "STEPS", "Bench", "Course", "Loop", "by_closure", "by_loss", "plain"]
 
@@ -81,6 +81,8 @@ class Bench:
         """The optimizer under test, for a model or for parameters."""
         if self.checkpoint == ADAMW:
             return StandIn(what, **settings)
+        if self.checkpoint == GAUGED:
+            return Gauged(what, **{name: value for name, value in settings.items() if name != "checkpoint"})
         return mt.LearnedOptimizer(what, settings.pop("checkpoint", self.checkpoint), **settings)
 
     def found(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""AdamW in the place of the learned optimizer: the contract is torch's own, so its own optimizer has to keep it."""
+"""Other optimizers in the place of the learned one: AdamW, as the contract is torch's own, and those made by hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ADAMW", "StandIn"]
+import metateleport as mt
+
+__all__ = ["ADAMW", "GAUGED", "Gauged", "StandIn"]
 
 ADAMW = "adamw"
 """The name that stands for it among the checkpoints."""
+GAUGED = "gauged"
+"""The name that stands for `metateleport.GaugedOptimizer`."""
 _STEP = 0.02
 
 
@@ -54,3 +58,19 @@ class StandIn(torch.optim.AdamW):
         for group, (lr, decay) in zip(self.param_groups, kept, strict=True):
             group["lr"], group["weight_decay"] = lr, decay
         return loss
+
+
+class Gauged(mt.GaugedOptimizer):
+    """`metateleport.GaugedOptimizer` with the signature of `metateleport.LearnedOptimizer`, at a fiftieth of `lr`."""
+
+    def __init__(self, model_or_params: nn.Module | Iterable[Any], lr: float = 1.0, **settings: Any) -> None:
+        super().__init__(model_or_params, lr=lr, **settings)
+
+    def step(self, closure: Callable[[], Tensor] | None = None, *, loss: Any = None) -> Any:
+        kept = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"], group["weight_decay"] = group["lr"] * _STEP, group["weight_decay"] / _STEP
+        value = super().step(closure, loss=loss)
+        for group, (lr, decay) in zip(self.param_groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = lr, decay
+        return value

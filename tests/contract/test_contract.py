@@ -11,7 +11,7 @@ import torch
 from .cells import CHECKPOINTS, Cell, judge
 from .models import PROBLEMS
 from .registry import IDIOMS
-from .stand_in import ADAMW
+from .stand_in import ADAMW, GAUGED
 from .table import MOST_REFUSALS, Table, brief, chosen, covering
 
 
@@ -80,10 +80,15 @@ def test_adamw_keeps_the_contract() -> None:
     _hold([Cell(idiom, "mlp", ADAMW) for idiom in IDIOMS])
 
 
-@pytest.mark.slow(seconds=2)
+def test_steps_in_gauges_keep_the_contract() -> None:
+    _hold([Cell(idiom, "lora, by hand", GAUGED) for idiom in IDIOMS])
+
+
+@pytest.mark.slow(seconds=4)
+@pytest.mark.parametrize("optimizer", [ADAMW, GAUGED])
 @pytest.mark.parametrize("idiom", IDIOMS)
-def test_adamw_keeps_the_contract_everywhere(idiom: str) -> None:
-    _hold([Cell(idiom, problem, ADAMW) for problem in PROBLEMS])
+def test_optimizers_made_by_hand_keep_the_contract_everywhere(idiom: str, optimizer: str) -> None:
+    _hold([Cell(idiom, problem, optimizer) for problem in PROBLEMS])
 
 
 def test_the_models_are_the_same_each_time() -> None:

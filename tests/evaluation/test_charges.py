@@ -19,7 +19,15 @@ from metateleport.evaluation import (
     Method,
     trajectory,
 )
-from metateleport.evaluation.methods import first_order, gauss_newton, gradient_ascent, lbfgs, learned, soap, whitening
+from metateleport.evaluation.methods import (
+    first_order,
+    gauss_newton,
+    gradient_ascent,
+    lbfgs,
+    learned,
+    scheduled,
+    whitening,
+)
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer
@@ -67,7 +75,7 @@ class Silent(trajectory.Recorder):
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> list[Silent]:
-    for module in (learned, first_order, gradient_ascent, lbfgs, gauss_newton, soap, whitening):
+    for module in (learned, first_order, gradient_ascent, lbfgs, gauss_newton, scheduled, whitening):
         monkeypatch.setattr(module, "Recorder", Silent)
     monkeypatch.setattr(Silent, "made", [])
     return Silent.made

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rank_cases import evaluated, in_ranks
 
 from metateleport import cli, load_family
 from metateleport.evaluation import Bench, Evaluation, EvaluationError, FirstOrder, Plan, plan, run_plan, tune
@@ -17,6 +21,7 @@ from metateleport.evaluation.kept import KeptRun, KeptRuns
 from metateleport.evaluation.methods.registry import RIVALS
 from metateleport.evaluation.run import run_once
 from metateleport.families import FamilyError
+from metateleport.training import Ranks
 
 PLAN = Plan("leaky_mlp", {"width": 4}, "leaky_mlp_stays", ("learned", "gd"), ("identity",), tasks=3, steps=5)
 
@@ -84,6 +89,31 @@ def figures(evaluation: Evaluation) -> dict[str, list[bytes]]:
     return found
 
 
+class TestUnderTorchrun:
+    def test_the_figures_are_those_of_one_process_bit_for_bit(self, tmp_path: Path) -> None:
+        whole = run_plan(Bench(PLAN))
+        (shared, threads), *others = in_ranks(3, evaluated, PLAN, str(tmp_path / "other"))
+        assert [each for each, _ in others] == [None, None]
+        assert threads == 1
+        assert figures(shared) == figures(whole)
+        assert list(shared.results) == list(whole.results)
+        assert (shared.jobs, shared.threads, shared.kept) == (3, 1, ())
+        (again, _), *_ = in_ranks(2, evaluated, PLAN, str(tmp_path / "other"))
+        assert len(again.kept) == len(Bench(PLAN).units)
+        assert figures(again) == figures(whole)
+
+    def test_its_processes_are_not_multiplied(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        @contextlib.contextmanager
+        def two(_: str) -> Iterator[Ranks]:
+            yield Ranks(0, 2)
+
+        monkeypatch.setattr("metateleport.training.joined", two)
+        assert cli.main(["evaluate", "none", "leaky_mlp", "--methods", "gd", "--jobs", "2", "--no-track"]) == 2
+        assert "--jobs 2 under torchrun, which has its own processes" in capsys.readouterr().err
+
+
 class TestGoingOn:
     def test_after_an_interruption_the_same_plan_gives_what_it_would_have_given(
         self, made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -146,18 +176,23 @@ class TestGoingOn:
         whole = tune(watched, family, 4, fresh=True)
         assert whole.tuning == resumed.tuning
 
-    def test_ctrl_c_on_the_command_line_says_how_to_go_on(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], made: list[str]
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_to_the_command_line_says_how_to_go_on(
+        self,
+        number: signal.Signals,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        made: list[str],
     ) -> None:
         noted, command = plan.run_once, "evaluate none leaky_mlp --set width=3 --tasks 2 --steps 3 --methods gd,adam"
 
         def stopped(method: Any, *rest: Any) -> Any:
             if made:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
             return noted(method, *rest)
 
         monkeypatch.setattr(plan, "run_once", stopped)
-        assert cli.main([*command.split(), "--no-track"]) == 130
+        assert cli.main([*command.split(), "--no-track"]) == 128 + number
         assert "1 of 2 runs are finished and kept: the same command goes on" in capsys.readouterr().err
         monkeypatch.setattr(plan, "run_once", noted)
         assert cli.main([*command.split(), "--no-track"]) == 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from evaluation_cases import lines
 from torch import Tensor
 
+from metateleport import TaskFamily
 from metateleport.evaluation import (
+    BASELINES,
     Recorder,
     output_drift,
 )
+from metateleport.evaluation.trajectory import every_so_often
 
 
 def at(*values: float) -> dict[str, Tensor]:
@@ -80,3 +84,13 @@ class TestRecorder:
         stack = lines()
         assert output_drift(stack, at(2.0, 2.0), at(2.0, 2.5), stack.full).tolist() == pytest.approx([0.0, 0.25])
         assert math.isinf(output_drift(stack, at(2.0, 2.0), at(2.0, math.inf), stack.full)[1])
+
+
+def test_measuring_now_and_then_gives_the_same_losses_where_it_measures(family: TaskFamily) -> None:
+    stack, method = family.stack(range(2), "held-out"), BASELINES["gd"].make(lr=1e-3)
+    whole = method.run(stack, 40).loss
+    with every_so_often(8):
+        thinned = method.run(stack, 40).loss
+    for place in (0, 8, 12, 16, 24, 30, 32, 40):
+        np.testing.assert_array_equal(thinned[:, place], whole[:, place])
+    np.testing.assert_array_equal(thinned[:, 13:16], np.repeat(whole[:, 12:13], 3, axis=1))

@@ -12,7 +12,7 @@ from symmetry_cases import CASES, Case, assert_close, case, side_by_side
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.families import ProbedLosses, TaskStack
+from metateleport.families import ProbedLosses, Task, TaskStack, stacked_name
 
 TASKS = 3
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -262,3 +262,19 @@ def test_data_are_neither_parameters_nor_buffers_and_follow_to_another_device() 
     stack.to("meta")
     assert {value.device.type for part in stack.full for value in part} == {"meta"}
     assert batch[0][0].device.type == "cpu"
+
+
+def test_what_tasks_share_is_not_copied() -> None:
+    base = nn.Linear(3, 2).requires_grad_(False)
+    tasks = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 3), base)
+        tasks.append(Task(model, nn.functional.mse_loss, (torch.ones(4, 3),), (torch.ones(4, 2),), seed=seed))
+    stack, apart = TaskStack(tasks), TaskStack([copy.deepcopy(task) for task in tasks])
+    name = stacked_name("1.weight")
+    assert getattr(stack, name).stride(0) == 0 < getattr(apart, name).stride(0)
+    assert getattr(stack, name).data_ptr() == base.weight.data_ptr()
+    torch.testing.assert_close(stack(stack.full), apart(apart.full))
+    twin = copy.deepcopy(stack)
+    torch.testing.assert_close(twin(twin.full), apart(apart.full))

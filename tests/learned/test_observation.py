@@ -271,3 +271,18 @@ def test_no_bounds_without_a_loss_or_a_pair() -> None:
     assert curvature_bounds(point, []) == {}
     quadratic = case("quadratic").problem()
     assert curvature_bounds(quadratic.point(), quadratic.symmetries) == {}
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 3, 4), (3, 3)], ids=str)
+def test_derivative_of_the_smooth_bound(shape: tuple[int, ...]) -> None:
+    factor = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(smooth_largest, (factor,))
+    # Homogeneous of degree two: the derivative along the factor itself is twice the bound, whatever the scale.
+    for scale in (1e-100, 1e100):
+        scaled = (scale * factor.detach()).requires_grad_()
+        bound = smooth_largest(scaled)
+        (slope,) = torch.autograd.grad(bound.sum(), scaled)
+        assert torch.allclose((slope * scaled).sum((-2, -1)), 2 * bound, rtol=1e-10, atol=0)
+    zero = torch.zeros(*shape, requires_grad=True)
+    (slope,) = torch.autograd.grad(smooth_largest(zero).sum(), zero)
+    assert torch.equal(slope, torch.zeros(*shape))

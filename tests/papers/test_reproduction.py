@@ -17,9 +17,10 @@ from metateleport import cli
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer
+from metateleport.learned.copies import Copies
 from metateleport.papers.flat import FlatRule
 from metateleport.papers.reproduction import NETWORKS, Figure6, draw, figure_6, sentences_of, tables_of
-from metateleport.papers.reproduction.seeds import SeedStack, stack_seeds, unstack_seeds
+from metateleport.papers.reproduction.seeds import stack_seeds, unstack_seeds
 from metateleport.papers.reproduction.unguarded import Unguarded
 from metateleport.point import Point
 from metateleport.training import TrainingError, Unroll
@@ -48,7 +49,7 @@ def result() -> dict[str, Any]:
 @pytest.mark.parametrize("module", [nn.Linear(3, 2), nn.LSTMCell(3, 2)])
 def test_a_stack_of_seeds_gives_what_each_gives(module: nn.Module) -> None:
     copies = [type(module)(3, 2).double() for _ in range(3)]  # type: ignore[call-arg, operator]
-    stack, x = SeedStack(copies), torch.randn(12, 3, dtype=torch.float64)
+    stack, x = Copies(copies), torch.randn(12, 3, dtype=torch.float64)
     state = (torch.randn(12, 2, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64))
     cell = isinstance(module, nn.LSTMCell)
     found = stack(x, state) if cell else (stack(x),)
@@ -178,5 +179,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "meta-seeds end above gradient descent" in capsys.readouterr().out
     assert json.loads(Path("a.json").read_text())["settings"]["runs"] == 4
     assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main(["reproduce", "figure-6", "--read", "a.json", "--page", "a.md"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] in Path("a.md").read_text()
     assert cli.main(["reproduce", "figure-6", "--png", "a.svg"]) == 2
     assert "ends in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--read none.json", "No such file"),
+        ("--read list.json", "not the results"),
+        ("--read list.json --runs 3", "no settings"),
+    ],
+)
+def test_reading_what_is_no_result(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("list.json").write_text("[]")
+    assert cli.main(["reproduce", "figure-6", *options.split()]) == 2
+    assert words in capsys.readouterr().err

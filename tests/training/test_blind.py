@@ -17,7 +17,7 @@ import metateleport as mt
 from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.settings import SettingsError
-from metateleport.training import MetaTrainer, OuterSettings, Recipe, Unroll, log_losses
+from metateleport.training import MetaTrainer, Recipe, TruncatedSettings, Unroll, log_losses
 from metateleport.training.stack_optimizer import StackOptimizer
 from metateleport.training.unroll import runs_blind
 
@@ -43,8 +43,8 @@ def test_which_windows_are_blind_is_a_matter_of_seed_stack_and_window() -> None:
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
 def test_the_share_is_checked(wrong: float) -> None:
     with pytest.raises(SettingsError, match=r"outer\.blind has to be a share of the windows"):
-        OuterSettings(blind=wrong)
-    assert OuterSettings().blind == 0.5
+        TruncatedSettings(blind=wrong)
+    assert TruncatedSettings().blind == 0.5
 
 
 def trained(settings: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:

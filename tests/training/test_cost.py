@@ -116,7 +116,8 @@ def test_no_price_takes_the_same_meta_steps_as_a_meta_loss_without_openness(
     learned = trainer(config(**KINDS[kind]))
     learned.run()
     assert len(learned.progression.openness) == 6
-    monkeypatch.setattr("metateleport.training.trainer.mean_openness", lambda _: None)
+    none = lambda _, like: (torch.zeros_like(like), torch.zeros_like(like))  # noqa: E731
+    monkeypatch.setattr("metateleport.training.estimators.openness_sum", none)
     before = trainer(config(**KINDS[kind]))
     before.run()
     assert before.progression.openness == []
@@ -200,9 +201,9 @@ def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monk
     logged: list[dict[str, float]] = []
 
     class Run:
-        id, experiment = "1", "train/leaky_mlp"
+        id, experiment, key = "1", "leaky_mlp", "a"
 
-        def __init__(self, _: str, __: str, parameters: dict[str, Any], *rest: Any) -> None:
+        def __init__(self, _: str, __: str, parameters: dict[str, Any], *rest: Any, **more: Any) -> None:
             assert parameters["outer.teleport_cost"] == 0.5
 
         def __enter__(self) -> Run:
@@ -213,7 +214,13 @@ def test_the_command_takes_it_and_tracks_openness_and_price(tmp_path: Path, monk
         def log(self, metrics: dict[str, float], step: int) -> None:
             logged.append(metrics)
 
-        def artifact(self, _: Path) -> None: ...
+        def artifact(self, _: Path, under: str | None = None) -> None: ...
+
+        def tag(self, _: dict[str, str]) -> None: ...
+
+        def note(self, _: str) -> None: ...
+
+        def model(self, _: Path, step: int) -> None: ...
 
     monkeypatch.setattr("metateleport.tracking.Run", Run)
     monkeypatch.chdir(tmp_path)

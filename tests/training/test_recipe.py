@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies
+from learned_cases import shape_of
 
 import metateleport.papers  # noqa: F401
-from metateleport.checkpoint import load_checkpoint, shipped_checkpoints
+from metateleport.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoints
 from metateleport.families import load_family
 from metateleport.learned import (
     AdaptiveSettings,
     BaseOptimizerSettings,
     CoordinateSettings,
     GaugeSettings,
+    MetaOptimizer,
     StepSettings,
     TeleportSettings,
     TensorSettings,
@@ -26,10 +28,12 @@ from metateleport.learned import (
 from metateleport.learned.rules import known_rules
 from metateleport.settings import SettingsError, from_toml, to_toml
 from metateleport.training import (
+    EvolutionSettings,
     FamilySettings,
-    OuterSettings,
+    PersistentSettings,
     Recipe,
     TrainingError,
+    TruncatedSettings,
     ValidationSettings,
     load_recipe,
 )
@@ -115,6 +119,17 @@ VOID: dict[str, tuple[dict[str, Any], str, str]] = {
         "outer.starts",
     ),
     "horizon below unroll": ({"rule": STEP, "outer": {"horizon": 5}}, "outer.horizon", "outer.unroll"),
+    "estimator=pes, first_order=true": (
+        {"rule": STEP, "outer": {"estimator": "pes", "first_order": True}},
+        "outer.first_order",
+        "outer.estimator",
+    ),
+    "estimator=es, unroll=5": (
+        {"rule": STEP, "outer": {"estimator": "es", "unroll": 5}},
+        "outer.unroll",
+        "outer.estimator",
+    ),
+    "estimator=tbptt, spread=1": ({"rule": STEP, "outer": {"spread": 1.0}}, "outer.spread", "outer.estimator"),
     "no end": ({"rule": STEP, "outer": {"meta_steps": None}}, "outer.meta_steps", "outer.seconds"),
 }
 
@@ -138,6 +153,7 @@ def test_two_settings_that_cannot_go_together_are_both_named(before: str) -> Non
         ({"teleport": "none", "outer.teleport_cost": "1"}, ["outer.teleport_cost", "teleport"]),
         ({"rule.kind": "adaptive", "rule.secants": "3"}, ["rule.secants", "rule.kind"]),
         ({"outer.meta_steps": "5"}, ["validation.every", "outer.meta_steps"]),
+        ({"outer.estimator": "es", "outer.unroll": "5"}, ["outer.unroll", "outer.estimator"]),
     ],
 )
 def test_changes_that_cannot_go_together_are_both_named(changes: dict[str, str], keys: list[str]) -> None:
@@ -164,6 +180,8 @@ def test_changes_that_cannot_go_together_are_both_named(changes: dict[str, str],
         ({"family": FAMILY, "rule": STEP, "outer": 3}, "outer is a table of settings, not 3"),
         ({"family": {"name": 3}, "rule": STEP}, "family.name takes a text, not 3"),
         ({"family": FAMILY, "rule": {**STEP, "hidden": 0}}, "rule.hidden has to be at least 1, not 0"),
+        ({"family": FAMILY, "rule": {**STEP, "hidden": 9000}}, "rule.hidden has to be at most 2048, not 9000"),
+        ({"family": FAMILY, "rule": STEP, "outer": {"tasks": 10**9}}, "outer.tasks has to be at most 1e+06, not"),
         ({"family": FAMILY, "rule": STEP, "outer": {"seed": 2**63}}, "outer.seed has to be a whole number from 0 to"),
         ({"family": FAMILY, "rule": STEP, "validation": {"tasks": 1.5}}, "validation.tasks takes a whole number"),
     ],
@@ -248,14 +266,16 @@ recipes = strategies.builds(
     | strategies.builds(TeleportSettings, hidden=hidden, max_stretch=strategies.none() | above),
     gauge=strategies.none() | strategies.builds(GaugeSettings, kinds, hidden),
     outer=strategies.builds(
-        OuterSettings,
+        TruncatedSettings,
         meta_steps=strategies.integers(50, 99),
         seconds=strategies.none() | rates,
         lr=rates,
         first_order=strategies.booleans(),
         start_from=strategies.none() | strategies.text().filter(lambda name: name.lower() != "none"),
         dtype=strategies.sampled_from([None, "float64"]),
-    ),
+    )
+    | strategies.builds(EvolutionSettings, meta_steps=strategies.integers(50, 99), spread=rates)
+    | strategies.builds(PersistentSettings, meta_steps=strategies.integers(50, 99), spread=rates),
     validation=strategies.builds(ValidationSettings, every=strategies.integers(1, 50)),
 )
 
@@ -281,7 +301,7 @@ def test_the_recipe_of_a_shipped_checkpoint_is_its_card_s(name: str) -> None:
         recipe = load_recipe(each)
         recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
         first = {**card["training"]["recipe"]["outer"], "seed": recipe.outer.seed}
-        assert recipe.table() == {**card["training"]["recipe"], "outer": first}
+        assert recipe == Recipe.read({**card["training"]["recipe"], "outer": first})
         assert recipe.outer.blind == 0
         assert recipe.networks(tuple(card["meta_optimizer"]["groups"])).table() == card["meta_optimizer"]
         assert recipe.family.table() == {"name": card["family"]["name"], **card["family"]["settings"]}
@@ -314,6 +334,6 @@ def test_a_recipe_is_found_by_name_folder_and_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(TrainingError, match=r"empty has no recipe\.toml, and no card"):
         load_recipe("empty")
     Path("card").mkdir()
-    Path("card/card.json").write_text(json.dumps({"schema": 2}))
+    save_checkpoint("card", MetaOptimizer(shape_of(mode="lr")), None, {"name": "card"})
     with pytest.raises(TrainingError, match="does not say how it was trained"):
         load_recipe("card")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_cases import names
+from safetensors.torch import load, save
+from training_cases import names, tiny
 from training_cases import small as config
 
 import metateleport as mt
@@ -17,7 +19,9 @@ from metateleport.training import (
     Interrupted,
     Progression,
     TrainingError,
+    tracking_run_of,
     train,
+    train_meta_seeds,
 )
 
 
@@ -106,11 +110,17 @@ def unfinished(tmp_path: Path) -> Path:
     return tmp_path / "a.unfinished"
 
 
+def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The state with other entries beside its tensors."""
+    content = path.read_bytes()
+    known = json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["state"])
+    change(known)
+    path.write_bytes(save(load(content), metadata={"state": json.dumps(known)}))
+
+
 def test_a_setting_that_an_earlier_version_did_not_know_had_its_defaults_effect(whole: Path, tmp_path: Path) -> None:
-    state = unfinished(tmp_path) / "state.json"
-    known = json.loads(state.read_text())
-    del known["recipe"]["outer"]["search"]
-    state.write_text(json.dumps(known))
+    state = unfinished(tmp_path) / "state.safetensors"
+    rewritten(state, lambda known: known["recipe"]["outer"].pop("search"))
     with pytest.raises(TrainingError, match=r"was started with outer\.search = 0, not 1"):
         train(config(search=1), tmp_path / "a", resume=True)
     assert weights(train(config(), tmp_path / "a", resume=True)) == weights(whole)
@@ -146,24 +156,65 @@ def test_resuming_with_other_settings(changes: dict[str, Any], words: str, tmp_p
     assert folder.is_dir()
 
 
-def test_resuming_from_a_damaged_state(tmp_path: Path) -> None:
-    folder = unfinished(tmp_path)
-    state = (folder / "state.json").read_text()
-    tensors = (folder / "learned.safetensors").read_bytes()
-    for content, words in (
-        (state[:-20], "cannot be read"),
-        ("[]", "not the state of a training"),
-        (json.dumps({"config": {"mode": "lr"}}), "begun by metateleport 0.2 or earlier"),
-        (json.dumps({**json.loads(state), "progressions": {}}), "damaged"),
-    ):
-        (folder / "state.json").write_text(content)
-        with pytest.raises(TrainingError, match=words):
-            train(config(), tmp_path / "a", resume=True)
-    (folder / "state.json").write_text(state)
-    for damaged in (tensors[:-8], b""):
-        (folder / "learned.safetensors").write_bytes(damaged)
-        with pytest.raises(TrainingError, match=r"state of learned.*damaged"):
-            train(config(), tmp_path / "a", resume=True)
-    (folder / "learned.safetensors").unlink()
-    with pytest.raises(TrainingError, match=r"state of learned.*damaged"):
+DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda known: known.pop("recipe"), "not the state of a training"),
+    (lambda known: known.update(progressions={}), "not the state of a training"),
+    (lambda known: known.update(progressions=[]), "not the state of a training"),
+    (lambda known: known["progressions"]["learned"].update(own=3), "not the state of a training.*own"),
+    (lambda known: known.update(tracking_run=3), "tracking_run is a text, not 3"),
+    (lambda known: known.update(tensors_sha256="0"), "its tensors are not those that were written"),
+    (lambda known: known["recipe"]["outer"].update(lr=-1), r"outer\.lr has to be a positive number"),
+    (lambda known: known.update(format=9), "a state of format 9, and this version reads 1"),
+    (lambda known: known.clear(), "a state of format None"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_resuming_from_a_damaged_state(number: int, tmp_path: Path) -> None:
+    change, words = DAMAGES[number]
+    rewritten(unfinished(tmp_path) / "state.safetensors", change)
+    with pytest.raises(TrainingError, match=words):
         train(config(), tmp_path / "a", resume=True)
+
+
+def test_resuming_from_a_state_that_is_not_whole(tmp_path: Path) -> None:
+    folder = unfinished(tmp_path)
+    state = folder / "state.safetensors"
+    content = state.read_bytes()
+    flipped = bytearray(content)
+    flipped[-3] ^= 1
+    for damaged in (content[:-8], content[:100], b"", bytes(flipped), save({})):
+        state.write_bytes(damaged)
+        with pytest.raises(TrainingError, match=r"state of a training|cannot be read"):
+            train(config(), tmp_path / "a", resume=True)
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(TrainingError, match="not a regular file"):
+        train(config(), tmp_path / "a", resume=True)
+    state.unlink()
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(TrainingError, match="begun by an earlier version"):
+        train(config(), tmp_path / "a", resume=True)
+
+
+@pytest.mark.parametrize("again", [None, "f00d"])
+def test_the_tracked_run_is_kept_with_the_state(again: str | None, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    with pytest.raises(Interrupted):
+        train(config(), out, report=interrupting(3), tracking_run="f00d")
+    assert tracking_run_of(out) == "f00d"
+    path = train(config(), out, resume=True, tracking_run=again)
+    assert weights(path) == weights(whole)
+    assert mt.load_checkpoint(path).card["training"]["tracking_run"] == "f00d"
+    assert tracking_run_of(out) is None
+
+
+@pytest.mark.parametrize("at", [1, 8])
+def test_the_tracked_run_is_kept_with_the_state_of_several_seeds(at: int, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    with pytest.raises(Interrupted):
+        train_meta_seeds(tiny(), out, 3, report=interrupting(at), tracking_run="f00d")
+    assert tracking_run_of(out) == "f00d"
+    loaded = mt.load_checkpoint(train_meta_seeds(tiny(), out, 3, resume=True))
+    cards = [mt.load_checkpoint(each.path).card for each in loaded.meta_seeds]
+    assert [card["training"]["tracking_run"] for card in cards] == ["f00d"] * 3

@@ -14,7 +14,8 @@ from training_cases import family_of, tiny
 from training_cases import small as config
 
 import metateleport as mt
-from metateleport.cli.train import _bar, _Reporter
+from metateleport.cli.progress import bars
+from metateleport.cli.train import _Reporter
 from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer
 from metateleport.settings import SettingsError
@@ -187,7 +188,7 @@ def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
 
     settings, tracked = tiny(search=2), Tracked()
     learning = trainer(settings, 3)
-    with _bar() as bar:
+    with bars() as bar:
         reporter = _Reporter(bar, tracked, settings)  # type: ignore[arg-type]
         learning.run(lambda done: reporter("learned", done, 0.5))
         assert "search" not in bar.tasks[0].fields["status"]

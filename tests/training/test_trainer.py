@@ -150,3 +150,20 @@ def test_the_horizon_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lengths[:-1] == sorted(lengths[:-1])
     # The full horizon from the middle of the run on.
     assert lengths.count(8) >= 3
+
+
+@pytest.mark.parametrize("mode", ["lr+tele", "update+tele"])
+def test_parts_of_a_stack_give_the_meta_gradient_of_the_whole(mode: str) -> None:
+    gradients, losses = [], []
+    for some in (None, 2):
+        settings = {"width": 4, "activation": "identity", "distribution": "normal"}
+        small = {"tasks": 5, "tasks_at_once": some, "meta_steps": 1, "validation_every": 1, "blind": 0.0}
+        learning = trainer(config(mode=mode, settings=settings, **small))
+        learning.meta.double()
+        learning.run()
+        gradients.append([value.grad for value in learning.meta.parameters()])
+        losses += learning.progression.meta_losses
+    # Tasks amplify rounding, which depends on how many stand side by side.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-7)
+    for whole, parts in zip(*gradients, strict=True):
+        assert torch.allclose(whole, parts, rtol=1e-5, atol=1e-8 * float(whole.abs().max()))

@@ -32,6 +32,8 @@ class LBFGS(Method):
     Source: Nocedal and Wright, Numerical Optimization, algorithms 3.5 and 7.5.
     """
 
+    stacked = False
+
     def __init__(self, lr: float = 1.0, history_size: int = 100) -> None:
         super().__init__("lbfgs", {"lr": lr, "history_size": history_size, "line_search_fn": "strong_wolfe"})
         self.lr, self.history_size = lr, history_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from torch import Tensor
 from metateleport.checkpoint import Checkpoint
 from metateleport.evaluation.trajectory import Method, Recorder, Trajectory
 from metateleport.families import TaskStack
-from metateleport.gauges import Gauge
+from metateleport.gauges import Gauge, GaugeKind
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.meta_optimizer import InnerLoop, Regauge
+from metateleport.learned.rules.gauged import GaugedRule
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import NoTeleport, Teleporter
@@ -60,7 +62,7 @@ class Learned(Method):
         super().__init__(name, {"mode": meta.config.mode, "teleport": teleport})
         self.meta, self.teleport, self.seed = meta, teleport, seed
         stays = meta.teleporter is not None and teleport not in ("off", "stays-off")
-        undone = meta.gauge is not None and teleport not in ("off", "gauge-off")
+        undone = (meta.gauge is not None or meta.rule.reads_factors) and teleport not in ("off", "gauge-off")
         self.teleports = stays or undone  # type: ignore[misc]
         self.moves_by = {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get(
             (stays, undone), "none"
@@ -79,7 +81,7 @@ class Learned(Method):
             teleporter = NoTeleport()
         if self.teleport in ("off", "gauge-off"):
             regauge = _none_of
-        if self.teleport == "random":
+        if self.teleport == "random" and (self.meta.teleporter is not None or self.meta.gauge is not None):
             sizes: list[_Sizes] = []
             self._run(stack, budget, None, None, sizes)
             source = torch.Generator().manual_seed(self.seed)
@@ -94,10 +96,12 @@ class Learned(Method):
         regauge: Regauge | None,
         sizes: list[_Sizes] | None,
     ) -> Trajectory:
-        meta = self.meta.to(stack.device)
+        meta = _with_gauges_of(self.meta, self.teleport).to(stack.device)
         recorder = Recorder(stack, budget)
         parameters = {name: value.detach() for name, value in stack.tensors().items()}
-        loop = InnerLoop(meta, stack.symmetries, stack.deterministic, teleporter, regauge)
+        # As a rival's schedule, so a rule that cools down by it knows how long the run is.
+        total = budget if meta.config.rule.reads_total else None
+        loop = InnerLoop(meta, stack.symmetries, stack.deterministic, teleporter, regauge, total=total)
         number = 0
         with torch.no_grad():
             while bool(recorder.affords().any()):
@@ -172,7 +176,8 @@ def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None,
         seed: seeds the random elements.
     """
     made = [Learned("learned", checkpoint.learned)]
-    stays, undone = (part is not None for part in (checkpoint.learned.teleporter, checkpoint.learned.gauge))
+    stays = checkpoint.learned.teleporter is not None
+    undone = checkpoint.learned.gauge is not None or checkpoint.learned.rule.reads_factors
     if stays or undone:
         made.append(Learned("learned/teleport-off", checkpoint.learned, "off"))
         if stays and undone:
@@ -182,6 +187,17 @@ def learned_methods(checkpoint: Checkpoint, wanted: Sequence[str] | None = None,
     if checkpoint.step_only is not None:
         made.append(Learned("learned/step-only", checkpoint.step_only))
     return [method for method in made if wanted is None or method.name in wanted]
+
+
+def _with_gauges_of(meta: MetaOptimizer, teleport: Kind) -> MetaOptimizer:
+    """The networks, with other gauges where a rule has gauges of its own: none, or random ones of the same spectrum."""
+    kinds: dict[str, GaugeKind] = {"off": "identity", "gauge-off": "identity", "random": "random"}
+    if not isinstance(meta.rule, GaugedRule) or teleport not in kinds:
+        return meta
+    changed = copy.deepcopy(meta)
+    assert isinstance(changed.rule, GaugedRule)
+    changed.rule.kind = kinds[teleport]
+    return changed
 
 
 def _none_of(gauges: list[Gauge]) -> list[Gauge]:

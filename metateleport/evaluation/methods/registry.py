@@ -6,7 +6,7 @@ import importlib
 
 from metateleport.evaluation.rival import Rival
 
-__all__ = ["BASELINES", "REFERENCES", "RIVALS"]
+__all__ = ["BASELINES", "FAIR", "REFERENCES", "RIVALS"]
 
 _FILES = (
     "first_order",
@@ -14,7 +14,11 @@ _FILES = (
     "gradient_ascent",
     "whitening",
     "gauss_newton",
+    "adamw",
+    "muon",
     "soap",
+    "lora",
+    "gauged",
 )
 """Files of this folder, each with a tuple `RIVALS`, in the order in which tables list the rivals."""
 
@@ -32,3 +36,6 @@ BASELINES: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if 
 
 REFERENCES: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if rival.on_request}
 """The rivals that run only if they are asked for by name: they take long, or need a further package."""
+
+FAIR: dict[str, Rival] = {name: rival for name, rival in RIVALS.items() if rival.fair}
+"""The rivals that run under fair rules if no names are given; those that need a symmetry, where tasks have it."""

@@ -21,7 +21,9 @@ from metateleport.families import TRAINING_LOSS
 
 __all__ = ["Entry", "entries_of", "moves_by_of", "read_report", "text", "told"]
 
-_KEY = re.compile(r"(?P<name>[^(]+)\((?P<settings>.*)\), \d+ gradient evaluations(, parts of the basis left out)?")
+_KEY = re.compile(
+    r"(?P<name>[^(]+)\((?P<settings>.*)\), \d+ gradient evaluations(, parts of the basis left out)?(, rivals.*)?"
+)
 
 
 @dataclasses.dataclass(frozen=True)

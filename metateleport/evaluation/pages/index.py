@@ -38,7 +38,7 @@ Every figure is written by `metateleport report` from the checkpoints' cards and
 - The **attribution** of a result is three runs beside it: the same networks with the teleport or the gauge off (g = 1),
   random elements of the same size, and a step that was learned without a teleport. The teleport *helps* if the learned
   method is ahead of all of these that were run, by intervals that leave out 1. It *does harm* if one of them is ahead.
-- Baselines are tuned on training tasks for their loss at the end of the budget. Seconds are of all tasks together."""
+- Rivals are tuned on training tasks, by the rules that each section names. Seconds are of all tasks together."""
 
 
 def index(named: Mapping[str, Checkpoint], entries: Mapping[str, Sequence[Entry]]) -> str:

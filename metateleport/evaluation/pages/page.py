@@ -32,8 +32,9 @@ def page(name: str, checkpoint: Checkpoint | None, entries: Sequence[Entry], pic
         entries: its evaluations.
         pictures: names of pictures by the index of the evaluation; -1 for the picture of all of them.
     """
-    lines = [WRITTEN, "", f"# {name}", "", f"[All checkpoints]({INDEX})", ""]
-    lines += ["No card was given: this page has evaluations only.", ""] if checkpoint is None else _card(checkpoint)
+    heading = "Rivals without a learned optimizer" if name == "none" else name
+    lines = [WRITTEN, "", f"# {heading}", "", f"[All checkpoints]({INDEX})", ""]
+    lines += ["This page has evaluations only, without a card.", ""] if checkpoint is None else _card(checkpoint)
     trained = trained_on(checkpoint)
     attributed = [entry for entry in entries if entry.attributed]
     if attributed:

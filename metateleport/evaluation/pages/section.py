@@ -24,7 +24,7 @@ def section(entry: Entry, title: str, picture: str | None = None) -> list[str]:
     lines = [f"## {title}", "", " ".join(found_in(entry)), ""]
     if picture is not None:
         lines += [f"![loss by gradient evaluations and by seconds]({picture})", ""]
-    lines += [*_medians(entry), *_ratios(entry), *_target(entry), *_conditions(entry)]
+    lines += [*_medians(entry), *_ratios(entry), *_beside(entry), *_target(entry), *_rules(entry), *_conditions(entry)]
     return lines
 
 
@@ -82,7 +82,8 @@ def _medians(entry: Entry) -> list[str]:
             accuracy = method.get("held_out_accuracy")
             row.append(f"{accuracy[str(entry.steps)]:.1%}" if accuracy else "")
         drift = method.get("drift_max")
-        row += [str(method["diverged"] or ""), number(method["seconds"]), number(drift) if drift else ""]
+        seconds = number(method["seconds"]) + ("" if method.get("stacked", True) else " (task by task)")
+        row += [str(method["diverged"] or ""), seconds, number(drift) if drift else ""]
         rows.append(row)
         if name == REFERENCE and entry.seeds:
             count = str(entry.result["meta_seeds"]["worst"][name]["diverged"] or "")
@@ -111,6 +112,42 @@ def _ratios(entry: Entry) -> list[str]:
             worst = [f"{ratio_cell(ratio['worst'])} (seed {ratio['worst']['seed']})" for ratio in ratios]
             rows.append(["- for the worst meta-seed", *worst, *([""] * timed)])
     return table([*header, *(["at equal seconds"] if timed else [])], rows)
+
+
+def _beside(entry: Entry) -> list[str]:
+    """The table of the other methods' losses over those of one that is not learned."""
+    found = entry.result.get("against")
+    if found is None:
+        return []
+    rows = []
+    for name, each in found["others"].items():
+        cells = [ratio_cell(ratio) for ratio in each["gradient_evaluations"]]
+        timed = ratio_cell(each["seconds"]) if each.get("stacked", True) else "task by task"
+        rows.append([called(name, entry.moves_by), *cells, timed])
+    header = [f"{entry.measure} over that of {found['method']} at", *map(str, entry.marks), "at equal seconds"]
+    return table(header, rows)
+
+
+def _rules(entry: Entry) -> list[str]:
+    """A sentence on how rivals were tuned, and the settings that were chosen."""
+    rules = entry.result.get("rules", {"rivals": "library"})
+    if rules["rivals"] != "fair":
+        return [
+            "Rivals are tuned on training tasks for the loss at the end (held-out where there is such a loss), without "
+            "schedules, each until the best of its grid lies inside. Fair rules are those of `--rivals fair`.",
+            "",
+        ]
+    aim = f" {rules['target']}" if rules["measure"] in ("target", "seconds") else ""
+    lines = [
+        f"Rivals under fair rules: {rules['trials']} trials each on {rules['tasks']} training tasks, for the "
+        f"{rules['criterion']}{aim}, schedules included. The settings chosen:",
+        "",
+    ]
+    for name, method in entry.methods.items():
+        if "chosen" in method:
+            chosen = {key: str(value) for key, value in method["chosen"].items()}
+            lines.append(f"- {called(name, entry.moves_by)}: {listed(chosen)}")
+    return [*lines, ""]
 
 
 def _target(entry: Entry) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
 from metateleport.linalg import alike, finite_gradient, fit, polar_factors
@@ -60,8 +61,8 @@ class AdaptiveSettings(RuleSettings):
 
     kind: ClassVar[str] = "adaptive"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    cooling: float = setting(0.0, NOT_NEGATIVE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
 
     def rule(self) -> AdaptiveRule:
         return AdaptiveRule(self.hidden, self.cooling)
@@ -117,6 +118,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "momentum", "squares", "weights", "recent", "seen")
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
+    rows_by_task: ClassVar[bool] = True
 
     def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
         super().__init__()
@@ -215,6 +217,11 @@ class AdaptiveRule(nn.Module, UpdateRule):
     ) -> dict[str, Any]:
         return {**state, **carried_moments(state, moves, point, False, spend)} if moves else state
 
+    def network(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The outputs of the LSTM and its head for every tensor and task, in rows, and the new state."""
+        hidden, memory = self.cell(inputs, state)
+        return self.head(hidden), (hidden, memory)
+
     def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""
         lengths = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
@@ -243,8 +250,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(inputs) for part in (0, 1))
-        hidden, memory = self.cell(inputs.flatten(0, 1), before)
-        outputs = finite_gradient(self.head(hidden)).to(powers.dtype).reshape(*powers.shape, -1)
+        outputs, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
+        outputs = finite_gradient(outputs).to(powers.dtype).reshape(*powers.shape, -1)
         hidden, memory = hidden.reshape(*powers.shape, -1), memory.reshape(*powers.shape, -1)
         return outputs, {name: (hidden[index], memory[index]) for index, name in enumerate(names)}
 

@@ -45,13 +45,19 @@ class UpdateRule(abc.ABC):
     depends on the loss; then a stand-in is used if the loss is not known. The state is a dict. `per_tensor` names its
     entries that are dicts by parameter name; `void_on_change` those that are dropped when other tensors are stepped
     than the time before; `void_on_growth` those that are made anew when a tensor is stepped for the first time.
+    `rows_by_task` says that all weights are in linear layers and LSTM cells whose inputs have a row for each task, as
+    `metateleport.learned.copies.Copies` takes them: then tasks can be followed side by side, each with networks of its
+    own.
     """
 
     tolerance: ClassVar[Tolerance] = Tolerance()
     divides_by_loss: ClassVar[bool] = False
+    reads_factors: ClassVar[bool] = False
+    """Whether it steps the factors of exact symmetries in gauges; it asks for their weights and for no pass."""
     per_tensor: ClassVar[tuple[str, ...]] = ()
     void_on_change: ClassVar[tuple[str, ...]] = ()
     void_on_growth: ClassVar[tuple[str, ...]] = ()
+    rows_by_task: ClassVar[bool] = False
 
     @abc.abstractmethod
     def initial_state(self, point: Point) -> Any:
@@ -101,6 +107,8 @@ class RuleSettings(Settings, abc.ABC):
 
     part: ClassVar[str] = "rule"
     kind: ClassVar[str] = ""
+    reads_total: ClassVar[bool] = False
+    """Whether the rule makes its steps shorter itself where the length of the run is told."""
 
     @property
     def learns(self) -> Learns:
@@ -118,7 +126,7 @@ class RuleSettings(Settings, abc.ABC):
             teleport: the teleporter's settings.
             groups: names of the groups to have networks for.
         """
-        return LearnedTeleporter(groups, teleport.hidden, max_stretch=teleport.max_stretch)
+        return LearnedTeleporter(groups, teleport.hidden, max_stretch=teleport.max_stretch, refresh=teleport.refresh)
 
     def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
         """Checks that the rule goes with the other parts of a meta-optimizer.
@@ -143,7 +151,7 @@ class BaseOptimizerSettings(RuleSettings):
     kind: ClassVar[str] = "base"
 
     optimizer: Base = setting("sgd")
-    lr: float = setting(1e-3, POSITIVE)
+    lr: float = setting(1e-3, POSITIVE, 1e6)
 
     @property
     def learns(self) -> Learns:
@@ -178,6 +186,7 @@ class BaseRule(UpdateRule):
     """
 
     per_tensor: ClassVar[tuple[str, ...]] = ("momentum", "squares")
+    rows_by_task: ClassVar[bool] = True
 
     optimizer: str = "sgd"
     lr: float = 1e-3

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
+from metateleport.learned.cell import recur_columns
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import Learns, carried_moments, subtracted
 from metateleport.learned.rules.step import StepRule, StepSettings
@@ -34,7 +36,7 @@ class CoordinateSettings(StepSettings):
 
     kind: ClassVar[str] = "coordinate"
 
-    coordinate_hidden: int = setting(20, AT_LEAST_ONE)
+    coordinate_hidden: int = setting(20, AT_LEAST_ONE, UNITS)
 
     @property
     def learns(self) -> Learns:
@@ -64,6 +66,8 @@ class CoordinateRule(StepRule):
 
     _FEATURES = 4
     per_tensor: ClassVar[tuple[str, ...]] = (*StepRule.per_tensor, "layers", "momentum", "squares")
+    # The rows of one task's coordinates are as many as its tensors have, not the same for all.
+    rows_by_task: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -112,22 +116,32 @@ class CoordinateRule(StepRule):
             squares[name] = 0.95 * kept * state["squares"][name] + 0.05 * fixed.square()
             sizes[name] = rms(steps[name])
             inputs.append(self.observe_coordinates(fixed, momentum[name], squares[name], progress.time).to(own))
-        flat = torch.cat(inputs)
-        before = [torch.cat(parts) for parts in zip(*(state["layers"][name] for name in point.gradients), strict=True)]
-        first = self.first(flat, (before[0], before[1]))
-        second = self.second(first[0], (before[2], before[3]))
-        outputs = finite_gradient(self.coordinate_head(second[0]))
-        changes, start = {}, 0
-        for name, gradient in point.gradients.items():
-            own_outputs = outputs[start : start + gradient.numel()].to(gradient.dtype)
-            start += gradient.numel()
-            shift, gain = (part.reshape(gradient.shape) for part in own_outputs.unbind(-1))
+        counts = [gradient.numel() for gradient in point.gradients.values()]
+        outputs, layers = self._recurred(torch.cat(inputs, 1), state["layers"], list(point.gradients), counts)
+        changes = {}
+        for (name, gradient), own_outputs in zip(point.gradients.items(), outputs.split(counts, 1), strict=True):
+            shift, gain = own_outputs.to(gradient.dtype).reshape(2, *gradient.shape).unbind(0)
             changes[name] = 2 * gain.sigmoid() * steps[name] + fit(sizes[name], gradient) * shift.tanh()
         moved = {**point.parameters, **subtracted(point.parameters, changes)}
-        counts = [gradient.numel() for gradient in point.gradients.values()]
-        after = zip(*(part.split(counts) for part in (*first, *second)), strict=True)
-        layers = dict(zip(point.gradients, after, strict=True))
         return moved, {**remembered, "layers": layers, "momentum": momentum, "squares": squares}
+
+    def _recurred(
+        self, inputs: Tensor, layers: dict[str, Any], names: Sequence[str], counts: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The outputs, `(2, coordinates)`, from the features in columns; and the new states by tensor."""
+        before = layers.whole if isinstance(layers, _Layers) else None
+        if before is None:
+            before = tuple(torch.cat([part.mT for part in parts], 1) for parts in zip(*map(layers.get, names)))  # noqa: B905
+        first = recur_columns(self.first, inputs, (before[0], before[1]))
+        second = recur_columns(self.second, first[0], (before[2], before[3]))
+        head = self.coordinate_head
+        outputs = finite_gradient(torch.addmm(head.bias.unsqueeze(1), head.weight, second[0]))
+        whole = (*first, *second)
+        after = zip(*([part.mT for part in each.split(counts, 1)] for each in whole), strict=True)
+        # In a graph the tensors' states are never taken apart, only to be put together again.
+        made = _Layers(zip(names, after, strict=True))
+        made.whole = whole if torch.is_grad_enabled() else None
+        return outputs, made if torch.is_grad_enabled() else dict(made)
 
     def carry(
         self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
@@ -137,11 +151,18 @@ class CoordinateRule(StepRule):
         return {**super().carry(state, moves, point, accepted, spend), **carried}
 
 
+class _Layers(dict[str, Any]):
+    """States by tensor, and of all tensors side by side as they came out of the cells."""
+
+    whole: tuple[Tensor, ...] | None = None
+
+
 def _coordinate_features(gradient: Tensor, momentum: Tensor, squares: Tensor, time: int) -> Tensor:
+    """Features of every coordinate, `(features, tasks * coordinates)`."""
     tiny = torch.finfo(gradient.dtype).tiny
     normal = gradient / fit(rms(gradient), gradient)
     adaptive = momentum / (squares.sqrt() + tiny)
     mean = squares.reshape(squares.shape[0], -1).mean(-1).clamp_min(tiny)
     relative = (squares / fit(mean, squares)).clamp_min(1e-12).log() / 10
-    stacked = torch.stack((normal, adaptive, relative, torch.full_like(normal, time / (time + 10))), -1)
-    return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(0, -2)
+    stacked = torch.stack((normal, adaptive, relative, torch.full_like(normal, time / (time + 10))))
+    return torch.nan_to_num(stacked, 0.0, 10.0, -10.0).clamp(-10, 10).flatten(1)

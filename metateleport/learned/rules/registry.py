@@ -8,6 +8,7 @@ from typing import Any
 from metateleport.learned.rules.adaptive import AdaptiveSettings
 from metateleport.learned.rules.base import BaseOptimizerSettings, RuleSettings
 from metateleport.learned.rules.coordinate import CoordinateSettings
+from metateleport.learned.rules.gauged import GaugedSettings
 from metateleport.learned.rules.step import StepSettings
 from metateleport.learned.rules.tensor import TensorSettings
 from metateleport.settings import SettingsError, nearest
@@ -86,5 +87,12 @@ cooling
     return _RULES[kind].read(own)
 
 
-for _each in (StepSettings, CoordinateSettings, TensorSettings, AdaptiveSettings, BaseOptimizerSettings):
+for _each in (
+    StepSettings,
+    CoordinateSettings,
+    TensorSettings,
+    AdaptiveSettings,
+    GaugedSettings,
+    BaseOptimizerSettings,
+):
     register(_each)

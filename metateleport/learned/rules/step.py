@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
+from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
 from metateleport.linalg import finite_gradient, fit
-from metateleport.point import Point, Tensors
+from metateleport.point import Point, Tensors, made_of
 from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
@@ -49,10 +50,10 @@ class StepSettings(RuleSettings):
 
     kind: ClassVar[str] = "lr"
 
-    hidden: int = setting(32, AT_LEAST_ONE)
-    secants: int = setting(0, NOT_NEGATIVE)
-    longest: float = setting(1.5, ABOVE_ONE)
-    cooling: float = setting(0.0, NOT_NEGATIVE)
+    hidden: int = setting(32, AT_LEAST_ONE, UNITS)
+    secants: int = setting(0, NOT_NEGATIVE, 1000)
+    longest: float = setting(1.5, ABOVE_ONE, 1e6)
+    cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
 
     @property
     def learns(self) -> Learns:
@@ -112,6 +113,7 @@ class StepRule(nn.Module, UpdateRule):
 
     divides_by_loss: ClassVar[bool] = True
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "velocity")
+    rows_by_task: ClassVar[bool] = True
     void_on_change: ClassVar[tuple[str, ...]] = ("secants", "from")
 
     def __init__(self, hidden: int = 32, secants: int = 0, longest: float = 1.5, cooling: float = 0.0) -> None:
@@ -160,6 +162,11 @@ class StepRule(nn.Module, UpdateRule):
             secants = [_carried_secant(Secant(*each), move, point) for each in secants]
         return {**state, "velocity": velocity, "secants": tuple(secants)}
 
+    def network(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The outputs of the LSTM and its head for every tensor and task, in rows, and the new state."""
+        hidden, memory = self.cell(inputs, state)
+        return self.head(hidden), (hidden, memory)
+
     def _changes(
         self,
         point: Point,
@@ -195,45 +202,50 @@ class StepRule(nn.Module, UpdateRule):
     ) -> tuple[Tensors, Tensors, Tensors, dict[str, Cell]]:
         """For each tensor the factor on its step in its gauge, `(tasks,)`, the velocity and the trust in secants."""
         assert point.loss is not None
-        bounds = curvature_bounds(point, symmetries, gauges)
-        polyak = _polyak(point, [name for name in point.gradients if name not in bounds], gauges)
+        largest: Tensors = {}
+        bounds = curvature_bounds(point, symmetries, gauges, largest)
+        unbounded = [name for name in point.gradients if name not in bounds]
         names = list(point.gradients)
         own = self.head.weight.dtype
         if self.detach:
-            fixed = {name: value.detach() for name, value in bounds.items()}
+            fixed, sizes = ({name: value.detach() for name, value in each.items()} for each in (bounds, largest))
             still = [gauge.detached() for gauge in gauges]
-            inputs = self.observe(point.detach(), fixed, progress, still, symmetries)
+            inputs = self.observe(point.detach(), fixed, progress, still, symmetries, sizes)
         else:
-            inputs = self.observe(point, bounds, progress, gauges, symmetries)
+            inputs = self.observe(point, bounds, progress, gauges, symmetries, largest)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         cells = state["cells"]
         before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(own) for part in (0, 1))
-        hidden, memory = self.cell(inputs.flatten(0, 1), before)
+        answers, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
         size = (len(names), *point.loss.shape)
-        outputs = finite_gradient(self.head(hidden)).to(point.loss.dtype).reshape(*size, -1)
-        memories = outputs[..., 1].sigmoid()
-        shares = _shares(outputs[..., 2], [name in bounds for name in names])
-        multipliers = self.longest * outputs[..., 0].sigmoid() * shares
-        # Polyak's step is the longest that a step may be; `longest`, in units of a bound, does not apply to it.
-        whole = torch.tensor([[name in bounds] for name in names], device=shares.device)
-        multipliers = torch.where(whole, multipliers, multipliers.clamp_max(1.0))
+        outputs = finite_gradient(answers).to(point.loss.dtype).reshape(*size, -1).unbind(-1)
+        shares = _shares(outputs[2], [name in bounds for name in names])
+        multipliers = self.longest * outputs[0].sigmoid() * shares
+        if unbounded:
+            # Polyak's step is the longest that a step may be; `longest`, in units of a bound, does not apply to it.
+            whole = torch.tensor([[name in bounds] for name in names], device=shares.device)
+            multipliers = torch.where(whole, multipliers, multipliers.clamp_max(1.0))
         if self.cooling:
             rest = (progress.rest - _PATIENCE).clamp_min(0)
-            multipliers = multipliers / (1 + self.cooling * (2 * outputs[..., 3].tanh()).exp() * rest)
-        hidden, memory = hidden.reshape(*size, -1), memory.reshape(*size, -1)
-        trusts = dict(zip(names, outputs[..., -1].sigmoid(), strict=True))
-        scales, velocity, after = {}, {}, {}
-        for index, name in enumerate(names):
-            gradient = point.gradients[name]
-            reach = _reciprocal(bounds[name]) if name in bounds else polyak
-            scales[name] = multipliers[index] * reach
-            kept = gradient
+            multipliers = multipliers / (1 + self.cooling * (2 * outputs[3].tanh()).exp() * rest)
+        reaches = {}
+        if bounds:
+            known = [name for name in names if name in bounds]
+            reciprocals = _reciprocal(torch.stack([bounds[name] for name in known])).unbind(0)
+            reaches = dict(zip(known, reciprocals, strict=True))
+        if unbounded:
+            reaches |= dict.fromkeys(unbounded, _polyak(point, unbounded, gauges))
+        scaled = multipliers * torch.stack([reaches[name] for name in names])
+        scales = dict(zip(names, scaled.unbind(0), strict=True))
+        trusts = dict(zip(names, outputs[-1].sigmoid().unbind(0), strict=True)) if self.secants else {}
+        velocity = {}
+        for name, memories in zip(names, outputs[1].sigmoid().unbind(0), strict=True):
+            gradient = kept = point.gradients[name]
             if state["moving"]:
                 kept = torch.where(fit(progress.accepted, gradient), finite_gradient(state["velocity"][name]), gradient)
-            share = fit(memories[index], gradient)
-            velocity[name] = share * kept + (1 - share) * gradient
-            after[name] = (hidden[index], memory[index])
-        return scales, velocity, trusts, after
+            velocity[name] = torch.lerp(gradient, kept, fit(memories, gradient))
+        hiddens, after = (part.reshape(*size, -1).unbind(0) for part in (hidden, memory))
+        return scales, velocity, trusts, dict(zip(names, zip(hiddens, after, strict=True), strict=True))
 
 
 def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
@@ -275,51 +287,70 @@ def _polyak(point: Point, names: Sequence[str], gauges: Sequence[Gauge]) -> Tens
 
 
 def _observe(
-    point: Point, bounds: Tensors, progress: Progress, gauges: Sequence[Gauge], symmetries: Sequence[Symmetry]
+    point: Point,
+    bounds: Tensors,
+    progress: Progress,
+    gauges: Sequence[Gauge],
+    symmetries: Sequence[Symmetry],
+    largest: Tensors | None = None,
 ) -> Tensor:
-    """Features of every tensor with a gradient for the step network, `(tensors, tasks, features)`."""
-    shared = progress.features()
-    raised = precondition(gauges, point.gradients, point)
+    """Features of every tensor with a gradient for the step network, `(tensors, tasks, features)`.
+
+    `largest` has the smooth bounds on the layers' inputs that are known already, by the layer's name.
+    """
+    assert point.loss is not None
+    loss, names, count = point.loss, list(point.gradients), len(point.gradients)
+    tiny = torch.finfo(loss.dtype).tiny
     lower = {symmetry.modules[0] for symmetry in symmetries if symmetry.modules}
-    shares = {name: _share(point, name, bounds[name], raised[name]) for name in point.gradients if name in bounds}
-    # Layers that each could remove the same error overshoot together; with this sum a tensor sees the others' part.
-    promised = sum(shares.values(), torch.full_like(shared[..., 0], 1e-17)).log() / 5
-    rows = []
-    for name in point.gradients:
-        place = _place_features(point, name, lower)
-        own = _tensor_features(point, name, shares.get(name))
-        rows.append(torch.cat((promised.unsqueeze(-1), own, place, shared), -1))
-    return torch.stack(rows)
+    none = torch.zeros_like(loss)
+    promised, steep = torch.full_like(loss, 1e-17), {}
+    known = [name for name in names if name in bounds]
+    if known:
+        raised = precondition(gauges, {name: point.gradients[name] for name in known}, point)
+        products = [(point.gradients[name] * raised[name]).flatten(loss.ndim).sum(-1) for name in known]
+        limits = (2 * torch.stack([bounds[name] for name in known]) * loss.abs()).clamp_min(tiny)
+        # The share of the loss that one step along a tensor alone could take; at most one for squared errors.
+        shares = torch.stack(products) / limits
+        # Layers that each could remove the same error overshoot together; with this sum a tensor sees the others' part.
+        promised = promised + shares.sum(0)
+        steep = dict(zip(known, (shares.clamp_min(tiny).log().clamp_min(-40) / 5).unbind(0), strict=True))
+    uneven = _unevenness(point, {} if largest is None else largest)
+    own = (
+        (promised.log() / 5).expand(count, *loss.shape),
+        torch.stack([uneven.get(name, none) for name in names]),
+        torch.stack([steep.get(name, none) for name in names]),
+    )
+    placed = [_place(point, name, lower, name in bounds) for name in names]
+    places = torch.tensor(placed, dtype=loss.dtype, device=loss.device)
+    places = places.reshape(count, *(1,) * loss.ndim, -1).expand(count, *loss.shape, -1)
+    return torch.cat((torch.stack(own, -1), places, progress.features().expand(count, *loss.shape, -1)), -1)
 
 
-def _share(point: Point, name: str, bound: Tensor, raised: Tensor) -> Tensor:
-    """The share of the loss that one step along this tensor alone could take; at most one for squared errors."""
-    assert point.loss is not None
-    product = (point.gradients[name] * raised).flatten(point.loss.ndim).sum(-1)
-    return product / (2 * bound * point.loss.abs()).clamp_min(torch.finfo(product.dtype).tiny)
-
-
-def _tensor_features(point: Point, name: str, share: Tensor | None) -> Tensor:
-    """How uneven a tensor's inputs are, how steep the loss is along it in its gauge, and whether its bound is known."""
-    assert point.loss is not None
-    layer, _, kind = name.rpartition(".")
-    tiny = torch.finfo(point.loss.dtype).tiny
-    uneven, steep = torch.zeros_like(point.loss), torch.zeros_like(point.loss)
-    if layer in point.activations and kind == "weight":
+def _unevenness(point: Point, largest: Tensors) -> Tensors:
+    """Half the log of the largest eigenvalue of each weight's inputs over the mean one, by the weight's name."""
+    names = [name for name in point.gradients if name.endswith(".weight") or name == "weight"]
+    layers = {name: name.rpartition(".")[0] for name in names}
+    layers = {name: layer for name, layer in layers.items() if layer in point.activations}
+    if not layers:
+        return {}
+    sizes, means = [], []
+    for layer in layers.values():
         inputs = point.activations[layer]
-        mean = inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
-        uneven = (smooth_largest(inputs) / mean.clamp_min(tiny)).clamp_min(tiny).log()
-    if share is not None:
-        steep = share.clamp_min(tiny).log().clamp_min(-40) / 5
-    known = torch.full_like(point.loss, float(share is not None))
-    return torch.stack((uneven / 2, steep, known), -1)
+        sizes.append(largest[layer] if layer in largest else smooth_largest(inputs))
+        means.append(made_of(inputs, "mean eigenvalue", lambda: _mean_eigenvalue(inputs)))  # noqa: B023
+    tiny = torch.finfo(sizes[0].dtype).tiny
+    logs = (torch.stack(sizes) / torch.stack(means).clamp_min(tiny)).clamp_min(tiny).log() / 2
+    return dict(zip(layers, logs.unbind(0), strict=True))
 
 
-def _place_features(point: Point, name: str, lower: set[str]) -> Tensor:
-    """Whether a tensor is a bias, whether another layer follows, and the number of samples over that of inputs."""
-    assert point.loss is not None
+def _mean_eigenvalue(inputs: Tensor) -> Tensor:
+    return inputs.square().sum((-2, -1)) / min(inputs.shape[-2:])
+
+
+def _place(point: Point, name: str, lower: set[str], known: bool) -> tuple[float, float, float, float]:
+    """Whether a tensor's bound is known, whether it is a bias, whether another layer follows, and the number of samples
+    over that of inputs."""
     layer, _, kind = name.rpartition(".")
     inputs = point.activations.get(layer)
     ratio = 0.0 if inputs is None else math.log(inputs.shape[-2] / inputs.shape[-1])
-    place = (_PLACE * (kind == "bias"), _PLACE * (layer in lower), ratio)
-    return point.loss.new_tensor(place).expand(*point.loss.shape, 3)
+    return float(known), _PLACE * (kind == "bias"), _PLACE * (layer in lower), ratio

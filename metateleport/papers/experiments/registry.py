@@ -9,6 +9,7 @@ from typing import Any
 from metateleport.families import FamilyError, read_settings
 from metateleport.papers.experiments.base import Experiment, ExperimentError
 from metateleport.papers.experiments.generalisation import Generalisation
+from metateleport.papers.experiments.horizon import Horizon
 from metateleport.papers.experiments.newton import Newton
 from metateleport.papers.experiments.one_teleport import OneTeleport
 from metateleport.papers.experiments.optimizers import Optimizers
@@ -18,7 +19,7 @@ from metateleport.papers.experiments.quadratic import Quadratic
 __all__ = ["EXPERIMENTS", "load_experiment", "summary_of"]
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    kind.name: kind for kind in (Quadratic, Optimizers, Generalisation, Newton, OneTeleport, Orbit)
+    kind.name: kind for kind in (Quadratic, Optimizers, Generalisation, Newton, OneTeleport, Orbit, Horizon)
 }
 
 

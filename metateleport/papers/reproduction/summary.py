@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from metateleport.evaluation import marks, words_of
+from metateleport.evaluation.pages.markdown import table as table_of
 from metateleport.evaluation.tuning import LARGEST
 
-__all__ = ["sentences_of", "tables_of"]
+__all__ = ["page_of", "sentences_of", "tables_of"]
 
 
 def tables_of(result: Mapping[str, Any]) -> list[Table]:
@@ -24,22 +25,46 @@ def tables_of(result: Mapping[str, Any]) -> list[Table]:
     """
     tables = []
     for name, report in result["networks"].items():
-        places = marks(report["steps"])
-        table = Table(title=f"{name}: training loss, median of {report['tasks']} held-out tasks", title_justify="left")
-        table.add_column("method", no_wrap=True)
-        table.add_column("meta-seed", justify="right")
-        for place in places:
-            table.add_column(str(place), justify="right", no_wrap=True)
-        table.add_column("diverged", justify="right")
-        gd = report["methods"]["gd"]
-        table.add_row("gd", "", *(_number(gd["median"][place]) for place in places), str(sum(gd["diverged"])))
-        for method in report["meta_seeds"]["worst"]:
-            for each in report["meta_seeds"]["seeds"]:
-                found = each["methods"][method]
-                medians = (_number(found["median_loss"][str(place)]) for place in places)
-                table.add_row(method, str(each["seed"]), *medians, str(found["diverged"]))
+        table = Table(title=_title(name, report), title_justify="left")
+        header, *rows = _cells(report)
+        for title in header:
+            table.add_column(title, justify="left" if title == header[0] else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
         tables.append(table)
     return tables
+
+
+def page_of(result: Mapping[str, Any], title: str) -> str:
+    """The tables and findings as a page in Markdown.
+
+    Args:
+        result: what `metateleport.papers.reproduction.figure_6` gave.
+        title: of the page.
+    """
+    lines = [f"# {title}", "", "`metateleport reproduce figure-6 --page FILE` writes this page.", ""]
+    for name, report in result["networks"].items():
+        header, *rows = _cells(report)
+        lines += [f"{_title(name, report)}:", "", *table_of(header, rows)]
+    return "\n".join([*lines, *(f"- {sentence}" for sentence in sentences_of(result)), ""])
+
+
+def _title(name: str, report: Mapping[str, Any]) -> str:
+    return f"{name}: training loss, median of {report['tasks']} held-out tasks"
+
+
+def _cells(report: Mapping[str, Any]) -> list[list[str]]:
+    places, gd = marks(report["steps"]), report["methods"]["gd"]
+    cells = [
+        ["method", "meta-seed", *map(str, places), "diverged"],
+        ["gd", "", *(_number(gd["median"][place]) for place in places), str(sum(gd["diverged"]))],
+    ]
+    for method in report["meta_seeds"]["worst"]:
+        for each in report["meta_seeds"]["seeds"]:
+            found = each["methods"][method]
+            medians = (_number(found["median_loss"][str(place)]) for place in places)
+            cells.append([method, str(each["seed"]), *medians, str(found["diverged"])])
+    return cells
 
 
 def sentences_of(result: Mapping[str, Any]) -> list[str]:

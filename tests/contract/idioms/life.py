@@ -17,7 +17,7 @@ import metateleport as mt
 from ..loops import MIDDLE, Bench, Course, Loop, by_closure, by_loss, plain
 from ..models import Batch
 from ..registry import Outcome, apart, idiom, same
-from ..stand_in import ADAMW
+from ..stand_in import ADAMW, GAUGED
 
 
 def _halfway(bench: Bench) -> Loop:
@@ -184,7 +184,7 @@ def two_optimizers(bench: Bench) -> Outcome:
 @idiom("two models, one loaded checkpoint")
 def shared_checkpoint(bench: Bench) -> Outcome:
     """In turns, one in float64 and one in float32, as each would by itself."""
-    loaded = {} if bench.checkpoint == ADAMW else {"checkpoint": mt.load_checkpoint(bench.checkpoint)}
+    loaded = {} if bench.checkpoint in (ADAMW, GAUGED) else {"checkpoint": mt.load_checkpoint(bench.checkpoint)}
     double, single = Loop(bench, **loaded), Loop(bench, dtype=torch.float32, **loaded)
     pairs = zip(bench.batches(), bench.batches(torch.float32), strict=True)
     for one, other in pairs:

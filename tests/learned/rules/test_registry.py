@@ -67,7 +67,7 @@ def test_a_checkpoint_of_the_source_s_networks_names_what_to_import(tmp_path: Pa
     assert json.loads((path / "card.json").read_text())["meta_optimizer"]["rule"]["kind"] == "flat"
     code = "import sys, metateleport as mt; mt.load_checkpoint(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert "known are lr, coordinate, tensor, adaptive, base." in done.stderr
+    assert "known are lr, coordinate, tensor, adaptive, gauged, base." in done.stderr
     assert "import metateleport.papers" in done.stderr
     subprocess.run([sys.executable, "-c", f"import metateleport.papers; {code}", str(path)], check=True)
 
@@ -85,5 +85,5 @@ def test_a_shape_is_read_from_its_table() -> None:
     for wrong in ({}, {"groups": "GL"}, {"groups": [3]}):
         with pytest.raises(SettingsError, match="groups is a list"):
             MetaOptimizerConfig.read({**shapes[0].table(), "groups": None, **wrong})
-    with pytest.raises(SettingsError, match="has no mode"):
+    with pytest.raises(SettingsError, match="has no 'mode'"):
         MetaOptimizerConfig.read({**shapes[0].table(), "mode": "lr"})

@@ -1,0 +1,145 @@
+"""Tables of `benchmarks.any_model`, from its JSON alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks._any_models import TASKS
+
+__all__ = ["page_of", "table_of"]
+
+
+def _of(report: Mapping[str, Any], task: str, method: str) -> list[dict[str, Any]]:
+    """The runs of a method on a task, by seed."""
+    found = []
+    for key, run in report["runs"].items():
+        own_task, own_method, seed, _ = key.split(" | ")
+        if (own_task, own_method) == (task, method):
+            found.append((int(seed.removeprefix("seed ")), run))
+    return [run for _, run in sorted(found, key=lambda each: each[0])]
+
+
+def _end(runs: list[dict[str, Any]]) -> float:
+    return statistics.median(run["losses"][-1] for run in runs)
+
+
+def _at_seconds(run: Mapping[str, Any], budget: float) -> float:
+    """The loss at the last evaluation within a budget of seconds."""
+    return [loss for loss, spent in zip(run["losses"], run["seconds"], strict=True) if spent <= budget][-1]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def table_of(report: Mapping[str, Any]) -> str:
+    """All methods on all tasks, medians over seeds: training loss, held-out loss and accuracy, seconds."""
+    rows = ["| task | method | training loss | over AdamW's, tuned | held-out loss | accuracy | CPU s | finite |"]
+    rows.append("|---|---|--:|--:|--:|--:|--:|---|")
+    names = dict.fromkeys(key.split(" | ")[1] for key in report["runs"] if "seed 1000" not in key)
+    for task in TASKS:
+        rival = _of(report, task, "adamw, tuned")
+        for name in names:
+            runs = _of(report, task, name)
+            if not runs:
+                continue
+            known = [run["accuracy"] for run in runs if run["accuracy"] is not None]
+            cells = [
+                task,
+                name,
+                _number(_end(runs)),
+                f"{_end(runs) / _end(rival):.2f}" if rival else "",
+                _number(statistics.median(run["unseen"] for run in runs)),
+                f"{statistics.median(known):.1%}" if known else "",
+                _number(statistics.median(run["seconds"][-1] for run in runs)),
+                "yes" if all(run["finite"] for run in runs) else "no",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """What the runs say of the learned optimizer, a sentence each."""
+    name, sentences = report["checkpoint"], []
+    known = [task for task in TASKS if _of(report, task, name)]
+
+    def count(what: str, rival: str, within: float, value: Any = _end) -> None:
+        both = [task for task in known if _of(report, task, rival)]
+        if both:
+            held = [task for task in both if value(_of(report, task, name)) <= within * value(_of(report, task, rival))]
+            rest = [task for task in both if task not in held]
+            sentences.append(f"{what}: {len(held)} of {len(both)}" + (f"; not on {', '.join(rest)}" if rest else ""))
+
+    def unseen(runs: list[dict[str, Any]]) -> float:
+        return statistics.median(run["unseen"] for run in runs)
+
+    count("training loss at the end ahead of AdamW at its defaults", "adamw, defaults", 1.0)
+    count("within 10 % of tuned AdamW", "adamw, tuned", 1.1)
+    count("ahead of tuned AdamW", "adamw, tuned", 1.0)
+    count("ahead of tuned Muon", "muon, tuned", 1.0)
+    count("held-out loss within 10 % of tuned AdamW's", "adamw, tuned", 1.1, unseen)
+    ahead = []
+    for task in known:
+        own, rival = _of(report, task, name), _of(report, task, "adamw, tuned")
+        pairs = [_at_seconds(one, other["seconds"][-1]) / other["losses"][-1] for one, other in zip(own, rival)]  # noqa: B905
+        if pairs:
+            ahead.append((task, statistics.median(pairs)))
+    if ahead:
+        listed = ", ".join(f"{task} {ratio:.2f}" for task, ratio in ahead)
+        sentences.append(
+            f"at the seconds of tuned AdamW's run, ahead on {sum(ratio < 1 for _, ratio in ahead)} of {len(ahead)}; "
+            f"loss over its loss: {listed}"
+        )
+    factors = sorted(
+        {key.split(" | ")[1] for key in report["runs"] if key.split(" | ")[1].startswith(f"{name}, lr=")} | {name}
+    )
+    best = []
+    for task in known:
+        ends = {each: _end(runs) for each in factors if (runs := _of(report, task, each))}
+        if len(ends) > 1:
+            chosen = min(ends, key=lambda each: ends[each])
+            best.append(
+                f"{task} {chosen.removeprefix(f'{name}, lr=') if chosen != name else '1'} "
+                f"(loss at 1 over the best {ends[name] / ends[chosen]:.2f})"
+            )
+    if best:
+        sentences.append(f"the best factor lr: {'; '.join(best)}")
+    shares = [
+        (task, _end(runs) / _end(_of(report, task, name)))
+        for task in known
+        if (runs := _of(report, task, f"{name}, constants"))
+    ]
+    if shares:
+        sentences.append(
+            "constants in the place of the networks, loss over the learned one's: "
+            + ", ".join(f"{task} {ratio:.2f}" for task, ratio in shares)
+        )
+    for task in known:
+        for run in _of(report, task, f"{name}, long"):
+            worst = max(run["losses"][len(run["losses"]) // 2 :])
+            if not run["finite"] or worst > run["losses"][0]:
+                sentences.append(f"{task}: the long run ends above its start")
+    return sentences
+
+
+def page_of(report: Mapping[str, Any]) -> str:
+    """The page of the docs."""
+    known, name = report["conditions"], report["checkpoint"]
+    never = ", ".join(task.name for task in TASKS.values() if not task.met)
+    lines = [
+        f"# `{name}` on any model",
+        "",
+        "`python -m benchmarks.any_model --json any_model.json --page docs/any-model.md` writes this page: "
+        f"`mt.LearnedOptimizer(model)` at its defaults on eight real tasks. Families of these were never trained on: "
+        f"{never}. Rivals have twelve trials each: learning rates and schedules, for the training loss at the end.",
+        "",
+        "Losses are means over all training data and over what was held out, medians over seeds. "
+        f"CPU time on one thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}.",
+        "",
+        *(f"- {sentence}." for sentence in findings(report)),
+        "",
+        table_of(report),
+    ]
+    return "\n".join(lines) + "\n"

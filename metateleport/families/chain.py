@@ -1,0 +1,93 @@
+"""Plain chains of linear layers and activations, run on a stack of tasks without `vmap`.
+
+Small perceptrons are what most tasks are made of, and on them `vmap` and the exchange of a model's parameters cost more
+than the products themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metateleport.point import Tensors
+
+__all__ = ["Chain", "chain_of", "through"]
+
+Chain = tuple[tuple[str, nn.Module], ...]
+"""Layers by name, in the order of the data flow."""
+
+_ELEMENTWISE: frozenset[type[nn.Module]] = frozenset(
+    (nn.ELU, nn.GELU, nn.Identity, nn.LeakyReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
+)
+"""Activations without parameters or random numbers; of a subclass nothing is known."""
+
+
+def chain_of(model: nn.Module) -> Chain | None:
+    """The layers of a model that is nothing but a chain; None of any other.
+
+    Args:
+        model: a chain is an `nn.Sequential` itself, of linear layers and elementwise activations, each once and without
+            hooks or parametrisations.
+
+    Example:
+        >>> chain = chain_of(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+        >>> [name for name, _ in chain]
+        ['0', '1']
+        >>> chain_of(nn.Sequential(nn.Linear(3, 2), nn.Dropout())) is None
+        True
+    """
+    if type(model) is not nn.Sequential or _hooked(model):
+        return None
+    chain = tuple(model.named_children())
+    # A layer that stands twice, or a weight that two share, goes by one name only.
+    once = len(chain) == len(model)
+    once = once and len(list(model.parameters())) == sum(len(list(layer.parameters())) for _, layer in chain)
+    return chain if once and all(_plain(layer) for _, layer in chain) else None
+
+
+def through(
+    chain: Chain, values: Mapping[str, Tensor], inputs: Tensor, added: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensors]:
+    """Runs a chain on all tasks of a stack.
+
+    Args:
+        chain: its layers.
+        values: parameters by name, `(tasks, ...)`.
+        inputs: `(tasks, samples, features)`.
+        added: what is added to the outputs of layers, by name; the inputs of these layers are recorded.
+
+    Returns:
+        The outputs, and the recorded inputs by the layers' names.
+
+    Example:
+        >>> weights = {"0.weight": torch.ones(5, 2, 3), "0.bias": torch.ones(5, 2)}
+        >>> outputs, seen = through((("0", nn.Linear(3, 2)),), weights, torch.ones(5, 4, 3), {})
+        >>> outputs.shape, float(outputs[0, 0, 0]), seen
+        (torch.Size([5, 4, 2]), 4.0, {})
+    """
+    found, seen = inputs, {}
+    for name, layer in chain:
+        if name in added:
+            seen[name] = found
+        if isinstance(layer, nn.Linear):
+            weight, bias = values[f"{name}.weight"], values.get(f"{name}.bias")
+            product = torch.bmm(found, weight.mT)
+            found = product if bias is None else product + bias.unsqueeze(1)
+        else:
+            found = layer(found)
+        if name in added:
+            found = found + added[name]
+    return found, seen
+
+
+def _plain(layer: nn.Module) -> bool:
+    if _hooked(layer):
+        return False
+    # What works in place would overwrite what is recorded.
+    return type(layer) is nn.Linear or (type(layer) in _ELEMENTWISE and not getattr(layer, "inplace", False))
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

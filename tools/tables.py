@@ -1,0 +1,113 @@
+"""Tables that README.md and docs/choose.md carry between marks, made from the cards of the shipped checkpoints.
+
+    python -m tools.tables
+
+A test holds the pages against the cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from metateleport.checkpoint import Checkpoint, load_checkpoint, shipped_checkpoints
+from metateleport.evaluation.pages.entry import Entry, entries_of
+from metateleport.evaluation.pages.markdown import table
+from metateleport.evaluation.pages.page import cells, headline, label, trained_on
+from metateleport.evaluation.words import number
+from metateleport.files import write_text
+
+__all__ = ["BEGIN", "END", "PAGES", "choice", "main", "written"]
+
+BEGIN, END = "<!-- checkpoints: begin -->", "<!-- checkpoints: end -->"
+PAGES = (Path("README.md"), Path("docs/choose.md"))
+
+_HEADER = ("your model", "checkpoint", "loss, beside the best rival", "seconds, over Adam's", "its teleport", "not for")
+
+
+def choice(checkpoints: Mapping[str, Checkpoint], results: str) -> list[str]:
+    """A row for each checkpoint: what it is for, what it brings there, at what price, and what it is not for.
+
+    Args:
+        checkpoints: by name.
+        results: folder of the pages of results, as in links.
+    """
+    # What serves the most models first.
+    order = sorted(checkpoints, key=lambda name: (_narrow(checkpoints[name].card.get("made_for", {})), name))
+    return table(list(_HEADER), [_row(name, checkpoints[name], results) for name in order])
+
+
+def _narrow(made_for: Mapping[str, object]) -> int:
+    return 2 * (not made_for.get("minibatches", True)) + bool(made_for.get("groups")) + 2 * bool(made_for.get("losses"))
+
+
+def _row(name: str, checkpoint: Checkpoint, results: str) -> list[str]:
+    made_for = checkpoint.card.get("made_for", {})
+    trained = trained_on(checkpoint)
+    entry = headline(entries_of(checkpoint), trained)
+    row = [_serves(made_for), f"[`{name}`]({results}{name}.md)"]
+    if entry is None:
+        return [*row, "not measured", "", "", _not_for(made_for)]
+    found = cells(entry)
+    row.append(f"{found[0]}, {found[-2]} on {entry.task} {label(entry, trained)}, at {entry.steps}")
+    return [*row, _price(entry), found[-1], _not_for(made_for)]
+
+
+def _serves(made_for: Mapping[str, object]) -> str:
+    groups = made_for.get("groups")
+    model = "with linear layers in a row: factorisations, bottlenecks" if groups else "any"
+    loss = ", squared error" if made_for.get("losses") else ""
+    return model + loss + ("" if made_for.get("minibatches", True) else ", every step on all data")
+
+
+def _not_for(made_for: Mapping[str, object]) -> str:
+    said = []
+    if not made_for.get("minibatches", True):
+        said.append("minibatches")
+    if made_for.get("losses"):
+        said.append("other losses")
+    if made_for.get("groups"):
+        said.append("models without such layers")
+    return ", ".join(said) or "small models by the second: AdamW's steps cost less"
+
+
+def _price(entry: Entry) -> str:
+    """Seconds of the learned method over tuned Adam's, for as many evaluations."""
+    if "adam" not in entry.methods:
+        return "not measured"
+    return number(float(entry.methods["learned"]["seconds"]) / float(entry.methods["adam"]["seconds"]))
+
+
+def written(text: str, lines: Sequence[str]) -> str:
+    """A page's text with other lines between its marks.
+
+    Raises:
+        ValueError: if it does not have each mark once.
+
+    Example:
+        >>> written(f"a\\n{BEGIN}\\nold\\n{END}\\n", ["new"]).split()[-5]
+        'new'
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"put the lines {BEGIN} and {END} into the page, once each")
+    before, after = text.split(BEGIN, maxsplit=1)[0], text.split(END)[1]
+    return "\n".join([before + BEGIN, "", *lines, "", END]).replace("\n\n\n", "\n\n") + after
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the tables."""
+    parser = argparse.ArgumentParser(prog="python -m tools.tables", description=(__doc__ or "").partition("\n")[0])
+    parser.parse_args(arguments)
+    checkpoints = {name: load_checkpoint(name) for name in shipped_checkpoints()}
+    for page in PAGES:
+        results = "results/" if page.parent.name == "docs" else "docs/results/"
+        text = page.read_text(encoding="utf-8")
+        if (new := written(text, choice(checkpoints, results))) != text:
+            write_text(page, new)
+            print(f"wrote {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
