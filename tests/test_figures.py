@@ -19,9 +19,9 @@ NO_FIGURE = re.compile(r"Python \d+\.\d+|version \d+\.\d+|arXiv \d+\.\d+")
 
 
 def prose_of(text: str) -> str:
-    """A page without code, links' targets, versions, and what a command writes into it."""
+    """A page without code, mathematics, links' targets, versions, and what a command writes into it."""
     text = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", text, flags=re.DOTALL)
-    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "", text, flags=re.DOTALL)
     return NO_FIGURE.sub("", re.sub(r"\]\([^)]*\)", "]", text))
 
 

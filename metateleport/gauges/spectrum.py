@@ -61,7 +61,13 @@ class ProductGauges:
         return self.start * (reach * self.filtered + (reach - 1) * middle).exp().unsqueeze(-2)
 
 
-def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: GaugeKind = "whitening") -> ProductGauges:
+def product_gauges(
+    outgoing: Tensor,
+    incoming: Tensor,
+    floor: Tensor,
+    kind: GaugeKind = "whitening",
+    dtype: torch.dtype | None = None,
+) -> ProductGauges:
     r"""The gauges of pairs, from the Gram matrices of their factors, without a graph.
 
     Args:
@@ -69,6 +75,7 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
         incoming: $X_u^\top X_u$, `(batch, k, k)`.
         floor: $\epsilon$, `(batch,)`.
         kind: `random` for gauges of the same spectrum in other directions, `identity` for none.
+        dtype: of the factors, where it is not that of their Gram matrices.
 
     Example:
         >>> a, b = torch.eye(2).unsqueeze(0), torch.diag(torch.tensor([16.0, 1.0])).unsqueeze(0)
@@ -80,7 +87,7 @@ def product_gauges(outgoing: Tensor, incoming: Tensor, floor: Tensor, kind: Gaug
         >>> bool(torch.allclose(gauges.reaching("out", torch.ones(1)), full))
         True
     """
-    dtype, width = outgoing.dtype, outgoing.shape[-1]
+    dtype, width = dtype or outgoing.dtype, outgoing.shape[-1]
     # Small matrices: in double precision an ill-conditioned split loses nothing that the gradients had not lost.
     outgoing, incoming = outgoing.double(), incoming.double()
     eye = torch.eye(width, dtype=torch.float64, device=outgoing.device)

@@ -41,7 +41,7 @@ def gram_of(
     pairs: Sequence[FactorPair], numbers: Sequence[int], side: FactorSide, tensors: Mapping[str, Tensor]
 ) -> Tensor:
     """Gram matrices of one side of pairs of one shape, `(pairs * tasks, k, k)`."""
-    rows = torch.cat([_known(rows_of(pairs[each], side, tensors)) for each in numbers])
+    rows = torch.cat([_known(rows_of(pairs[each], side, tensors)) for each in numbers]).double()
     return rows.mT @ rows
 
 
@@ -102,7 +102,7 @@ def factor_features(
         (unit / (LENGTH * MATCHED)).log() / 3,
         ones * (math.log(progress.time + 1) / 5),
         ones * progress.left,
-        ones * float(progress.total is not None),
+        ones * (0.0 if progress.total is None else math.log(progress.total + 1) / 5),
     )
     return torch.stack(features, -1), steady
 

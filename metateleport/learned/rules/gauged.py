@@ -37,8 +37,12 @@ from metateleport.symmetries import Symmetry
 
 __all__ = ["GaugedRule", "GaugedSettings"]
 
-_FLOOR = 0.1
-"""Floor on the singular values of a product, in steps, as in `metateleport.GaugedOptimizer`."""
+_FLOOR = 1.0
+"""Floor on the singular values of a product, in steps of the length that they start with.
+
+Where singular values are small a step of one factor is long in the other's gauge. Ten times lower, as by hand, what is
+second order in the step was seen to run away at longer steps and ranks that are not needed.
+"""
 
 _SLOW = 0.97
 """Memory of the second momentum."""
@@ -239,9 +243,10 @@ class GaugedRule(nn.Module, UpdateRule):
             grams = {side: torch.cat([gram_of(pairs, numbers, side, fixed) for numbers in stacks]) for side in SIDES}
             units = [MATCHED * math.sqrt(max(row_count(pairs[each], side, fixed) for side in SIDES)) for each in own]
             tasks = grams["in"].shape[0] // len(own)
-            length = grams["in"].new_tensor(units).repeat_interleave(tasks) * LENGTH
+            like = next(iter(point.gradients.values()))
+            length = like.new_tensor(units).repeat_interleave(tasks) * LENGTH
             with torch.no_grad():
-                gauges = product_gauges(grams["out"], grams["in"], _FLOOR * length, self.kind)
+                gauges = product_gauges(grams["out"], grams["in"], _FLOOR * length, self.kind, like.dtype)
             for side in SIDES:
                 trios = [trio_of(pairs, numbers, side, point.gradients, after["momentum"], slow) for numbers in stacks]
                 some = [each is not None for each in trios]
