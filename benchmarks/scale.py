@@ -1,11 +1,14 @@
 """What a meta-step exchanges and takes in one, two and four processes, and what follows for many machines.
 
-Processes are started by torchrun on this machine, with one thread each, and share 128 tasks of the source paper's
-regression. Bytes and exchanges do not depend on the machine. Seconds are CPU time, which other load hardly changes: on
-a machine with a free core for each process a meta-step takes as long as the CPU time of the process that has the most.
+Processes are started by torchrun on this machine, with one thread each, and share the tasks of a stack of the source
+paper's regression. Bytes and exchanges do not depend on the machine. Seconds are CPU time, which other load hardly
+changes: on a machine with a free core for each process a meta-step takes as long as the CPU time of the process that
+has the most.
 
 Example:
     python -m benchmarks.scale --json scale.json --page docs/scale.md
+    python -m benchmarks.scale --tasks 512 --processes 1 2 --json more.json
+    python -m benchmarks.scale --reports scale.json more.json --page docs/scale.md
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ESTIMATORS = ("tbptt", "pes")
-OUTER = {"tasks": 128, "unroll": 10, "horizon": 1000}
+OUTER = {"unroll": 10, "horizon": 1000}
 HORIZONS = (100, 2000)
 
 
@@ -55,13 +58,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--meta-steps", type=int, default=10, help="meta-steps that are measured (default 10)")
     parser.add_argument("--width", type=int, default=20, help="width of the task's layers (default 20)")
+    parser.add_argument("--tasks", type=int, default=128, help="tasks of all processes together (default 128)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "--reports", type=Path, nargs="+", metavar="FILE", help="measure nothing; the page is of these figures"
+    )
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of the docs")
     given = parser.parse_args(arguments)
-    report: dict[str, Any] = {"settings": {"outer": OUTER, "width": given.width, "meta_steps": given.meta_steps}}
+    reports = [_report(given)] if given.reports is None else [json.loads(each.read_text()) for each in given.reports]
+    for each in reports:
+        print("\n".join(_measured_table(each)))
+    if given.json is not None:
+        write_json(given.json, reports[0])
+    if given.page is not None:
+        head, _, tail = _PAGE.partition("{measured}")
+        write_text(given.page, head + "\n".join(_section(reports)) + tail)
+    return 0
+
+
+def _report(given: argparse.Namespace) -> dict[str, Any]:
+    outer = {**OUTER, "tasks": given.tasks}
+    report: dict[str, Any] = {"settings": {"outer": outer, "width": given.width, "meta_steps": given.meta_steps}}
     report["conditions"] = conditions(torch.device("cpu"))
     report["runs"] = {
-        estimator: {str(count): _run(estimator, OUTER, count, given) for count in given.processes}
+        estimator: {str(count): _run(estimator, outer, count, given) for count in given.processes}
         for estimator in ESTIMATORS
     }
     report["memory"] = {str(horizon): _peak(horizon, given) for horizon in HORIZONS}
@@ -72,13 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "1" in runs
     }
     report["paper"] = list(_on_paper(report))
-    print("\n".join(_measured_table(report)))
-    if given.json is not None:
-        write_json(given.json, report)
-    if given.page is not None:
-        head, _, tail = _PAGE.partition("{measured}")
-        write_text(given.page, head + "\n".join(_section(report)) + tail)
-    return 0
+    return report
 
 
 def _run(estimator: str, outer: dict[str, Any], processes: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +171,7 @@ def _on_paper(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _tasks_of_one(report: dict[str, Any]) -> int:
     """Number of tasks of each process where there were most of them."""
-    return OUTER["tasks"] // max(int(count) for count in report["runs"]["pes"])
+    return int(report["settings"]["outer"]["tasks"]) // max(int(count) for count in report["runs"]["pes"])
 
 
 def _measured_table(report: dict[str, Any]) -> list[str]:
@@ -174,17 +188,23 @@ def _measured_table(report: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _section(report: dict[str, Any]) -> Iterator[str]:
-    machine, settings = report["conditions"], report["settings"]
+def _section(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    report = reports[0]
+    machine = report["conditions"]
     yield (
-        f"{OUTER['tasks']} tasks of width {settings['width']}, windows of {OUTER['unroll']} steps, networks of "
-        f"{report['runs']['tbptt'][min(report['runs']['tbptt'])]['weights']} weights; medians of "
-        f"{settings['meta_steps']} meta-steps. Throughput is task-steps a second over those of one process with one "
-        "thread, where every process has a core of its own: the CPU time of one over that of the slowest of several. "
+        f"Windows of {OUTER['unroll']} steps on tasks of width {report['settings']['width']}, networks of "
+        f"{report['runs']['tbptt'][min(report['runs']['tbptt'])]['weights']} weights. Throughput is task-steps a "
+        "second over those of one process with one thread, where every process has a core of its own: the CPU time of "
+        "one over that of the slowest of several. A small stack gains little, as its kernels cost about the same for "
+        "half of the tasks. "
         f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
-    yield ""
-    yield from _measured_table(report)
+    for each in reports:
+        settings = each["settings"]
+        yield ""
+        yield f"{settings['outer']['tasks']} tasks, medians of {settings['meta_steps']} meta-steps:"
+        yield ""
+        yield from _measured_table(each)
     yield ""
     small, large = (report["memory"][str(horizon)] for horizon in HORIZONS)
     yield (
