@@ -80,8 +80,8 @@ def page_of(report: dict[str, Any]) -> str:
         "`source` is the loop of the source's code, which follows one task at a time; `roof` is that loop batched by "
         "hand over the largest stack; `floor` is stacked gradient descent without networks. `equivariant` and `tensor` "
         "are this library's networks, `flat` the paper's in this library's loop. How many times faster than the source "
-        "is told of one task, where both follow one, and of a stack. Operations, waits for the device and matrices that are "
-        "factorised do not depend on the machine; nor do the bytes that graphs keep for the backward pass.",
+        "is told of one task, where both follow one, and of a stack. Operations, waits for the device and matrices "
+        "that are factorised do not depend on the machine; nor do the bytes that graphs keep for the backward pass.",
         "",
         f"Medians and ranges of {settings['rounds']} rounds, all cases in turn, in {times}; width {settings['width']}, "
         f"unroll {settings['unroll']}; {machine['device']} on {machine['cpu']}, {machine['threads']} thread, torch "
