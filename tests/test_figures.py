@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-WRITTEN = re.compile(r"writes this page|Made by `python|by `python -m benchmarks\.[^`]*--markdown docs/")
+WRITTEN = re.compile(
+    r"writes this page|<!-- Written by python -m [\w.]+|Made by `python|"
+    r"by `python -m benchmarks\.[^`]*--markdown docs/"
+)
 """What a page says that a command wrote."""
 QUOTING = {"experiments.md", "figure_6.md"}
 """Pages that quote figures of such pages."""

@@ -33,7 +33,7 @@ FACTOR_FEATURES = 12
 MATCHED = 0.2
 """Root mean square of the entries of a polar step over its length, as in `metateleport.GaugedOptimizer`."""
 
-LENGTH = 0.04
+LENGTH = 0.06
 """Where the length of the steps starts."""
 
 

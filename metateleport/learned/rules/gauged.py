@@ -37,11 +37,11 @@ from metateleport.symmetries import Symmetry
 
 __all__ = ["GaugedRule", "GaugedSettings"]
 
-_FLOOR = 1.0
+_FLOOR = 2.0
 """Floor on the singular values of a product, in steps of the length that they start with.
 
-Where singular values are small a step of one factor is long in the other's gauge. Ten times lower, as by hand, what is
-second order in the step was seen to run away at longer steps and ranks that are not needed.
+Where a singular value is small, a step of one factor is long in the other's gauge, and the split drifts apart step by
+step. Ten times lower, runs of 300 steps were seen to lose all digits of single precision that way.
 """
 
 _SLOW = 0.97
@@ -55,11 +55,14 @@ _SQUARES_FLOOR = 1e-6
 _RECENT = 0.95
 
 _STARTS: dict[FactorSide, tuple[float, ...]] = {
-    "out": (0.0, math.log(9.0), -3.0, 3.0, -0.4, 2.0, 0.0, -1.0),
-    "in": (0.0, math.log(9.0), -3.0, 3.0, -0.4, 2.0, 0.0, -1.0),
+    side: (0.0, math.log(1.5), -6.0, 3.0, -1.0, 2.0, 1.0, -1.0) for side in SIDES
 }
 """Where the outputs start: the logarithm of the length, the logits of the memory, of how much shorter steps become with
-the share of the momentum in the gradients, of the reach and of the exponent of the cooling, and those of the shares."""
+the share of the momentum in the gradients, of the reach and of the exponent of the cooling, and those of the shares.
+
+They are the best of about forty on six training tasks of `lora_digits`, 300 steps each: a short memory with the long
+one beside it, longer steps, and a cooling slower than linear.
+"""
 
 _COOLING = 3.0
 """The largest exponent of the cooling."""
