@@ -24,8 +24,9 @@ from metateleport.symmetries import Symmetry, Unsuitable
 
 __all__ = ["FLOOR", "MATCHED", "GaugedOptimizer"]
 
-FLOOR = 0.1
-"""The floor on the singular values of a pair's product, in steps."""
+FLOOR = 2.0
+"""The floor on the singular values of a pair's product, in steps: one factor's step is long in the other's gauge where they
+are small, and a lower floor lets the split drift apart, by 1e5 in 300 steps at a tenth of the step."""
 
 MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
@@ -50,7 +51,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
     $$B \mapsto B - \eta\, \mathrm{polar}(M_B (A A^\top)^{-1/2})\, (A A^\top)^{-1/2}, \qquad
       A \mapsto A - \eta\, (B^\top B)^{-1/2}\, \mathrm{polar}((B^\top B)^{-1/2} M_A).$$
 
-    Singular values of $B A$ that are far below a floor of a tenth of the step are not divided by
+    Singular values of $B A$ that are far below a floor of two steps are not divided by
     (`metateleport.gauges.whitening_roots`): so adapters leave $B = 0$, and the floor moves along with a group element
     as all else does. The product is the same after any number of steps whatever the split, but for rounding. Momenta
     are kept as they are at home and are covectors: seen in a gauge, they have moved from the last one to this one

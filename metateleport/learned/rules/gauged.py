@@ -60,8 +60,8 @@ _STARTS: dict[FactorSide, tuple[float, ...]] = {
 """Where the outputs start: the logarithm of the length, the logits of the memory, of how much shorter steps become with
 the share of the momentum in the gradients, of the reach and of the exponent of the cooling, and those of the shares.
 
-They are the best of about forty on six training tasks of `lora_digits`, 300 steps each: a short memory with the long one
-beside it, longer steps, and a cooling slower than linear.
+They are the best of about forty on six training tasks of `lora_digits`, 300 steps each: a short memory with the long
+one beside it, longer steps, and a cooling slower than linear.
 """
 
 _COOLING = 3.0
