@@ -25,11 +25,9 @@ from metateleport.learned.rules.tensor import TensorSettings
 from metateleport.papers.flat import FlatSettings
 from metateleport.training import Unroll
 
-__all__ = ["DTYPES", "REFRESH", "Case", "SourceCase", "StackedCase", "cases_of"]
+__all__ = ["DTYPES", "Case", "SourceCase", "StackedCase", "cases_of"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-REFRESH = 5
-"""Steps for which the cases named so keep the logarithms of covariances."""
 
 _RULES: dict[str, RuleSettings] = {
     "lr": StepSettings(),
@@ -250,10 +248,6 @@ def cases_of(
             shape = {"equivariant": MetaOptimizerConfig(_RULES[step], teleport, groups=groups)}
             if step == "update":
                 shape["tensor"] = MetaOptimizerConfig(TensorSettings(), teleport, groups=groups)
-            if mode.endswith("+tele"):
-                kept, rule = TeleportSettings(refresh=REFRESH), _RULES["lr"] if step == "lr" else TensorSettings()
-                name = f"{'tensor' if step == 'update' else 'equivariant'}, refresh={REFRESH}"
-                shape[name] = MetaOptimizerConfig(rule, kept, groups=groups)
             if mode in _FLAT_MODES:
                 hidden = SOURCE_HIDDEN[mode]
                 flat = FlatSettings(shapes, hidden, per_coordinate=step == "update")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks._meta_cases import REFRESH
-
 __all__ = ["page_of", "table_of"]
 
 _CALM = 0.9
@@ -81,10 +79,9 @@ def page_of(report: dict[str, Any]) -> str:
         "",
         "`source` is the loop of the source's code, which follows one task at a time; `roof` is that loop batched by "
         "hand over the largest stack; `floor` is stacked gradient descent without networks. `equivariant` and `tensor` "
-        f"are this library's networks, `flat` the paper's in this library's loop, and with `refresh={REFRESH}` the "
-        "logarithms of covariances are kept for so many steps. How many times faster than the source is told of one "
-        "task, where both follow one, and of a stack. Operations, waits for the device and matrices that are "
-        "factorised do not depend on the machine; nor do the bytes that graphs keep for the backward pass.",
+        "are this library's networks, `flat` the paper's in this library's loop. How many times faster than the source "
+        "is told of one task, where both follow one, and of a stack. Operations, waits for the device and matrices "
+        "that are factorised do not depend on the machine; nor do the bytes that graphs keep for the backward pass.",
         "",
         f"Medians and ranges of {settings['rounds']} rounds, all cases in turn, in {times}; width {settings['width']}, "
         f"unroll {settings['unroll']}; {machine['device']} on {machine['cpu']}, {machine['threads']} thread, torch "

@@ -88,7 +88,7 @@ METHODS: dict[str, Callable[[Problem], torch.optim.Optimizer]] = {
 """Optimizers by name, each of a problem."""
 
 DEFAULT = tuple(name for name in METHODS if name not in ("soap", "leaky_mlp_mixture"))
-_EVERY = {"teleporting-adamw": 10}
+_EVERY = {"teleporting-adamw": 10, "leaky_mlp_mixture": 16}
 """Steps that are timed together, where some cost more than others."""
 
 

@@ -21,8 +21,8 @@ def register_source(scheme: str, fetch: Fetcher) -> None:
 
     Args:
         scheme: what addresses begin with, without the colon.
-        fetch: maps an address to the folder of the checkpoint, which it has downloaded; it raises a `ValueError` that
-            says what to do where it cannot.
+        fetch: maps an address to the folder of the checkpoint, which it has downloaded; where it cannot, it raises
+            an error that says what to do.
     """
     _FETCHERS[scheme] = fetch
 

@@ -109,8 +109,6 @@ class SentenceClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, features: int, classes: int) -> None:
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(features, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         seen = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -124,8 +122,8 @@ class LoRASentences(TaskFamily):
 
     For evaluation: all tasks share the one backbone (22 million parameters, sentence-transformers/all-MiniLM-L6-v2),
     and a step takes a third of a second on a CPU. A task has a subset of the modules of the standard library, an order
-    and a start of its own; subsets of held-out tasks are met in no other. The linear layer behind the encoder starts
-    at zero and is trained too. The docstrings are those of the running Python.
+    and a start of its own; subsets of held-out tasks are met in no other. The linear layer behind the encoder is
+    trained too. The docstrings are those of the running Python.
 
     Settings:
         rank: of the adapters.

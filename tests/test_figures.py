@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-WRITTEN = re.compile(r"writes this page|Made by `python|by `python -m benchmarks\.[^`]*--markdown docs/")
+WRITTEN = re.compile(
+    r"writes this page|<!-- Written by python -m [\w.]+|Made by `python|"
+    r"by `python -m benchmarks\.[^`]*--markdown docs/"
+)
 """What a page says that a command wrote."""
 QUOTING = {"experiments.md", "figure_6.md"}
 """Pages that quote figures of such pages."""
@@ -19,9 +22,9 @@ NO_FIGURE = re.compile(r"Python \d+\.\d+|version \d+\.\d+|arXiv \d+\.\d+")
 
 
 def prose_of(text: str) -> str:
-    """A page without code, links' targets, versions, and what a command writes into it."""
+    """A page without code, mathematics, links' targets, versions, and what a command writes into it."""
     text = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", text, flags=re.DOTALL)
-    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "", text, flags=re.DOTALL)
     return NO_FIGURE.sub("", re.sub(r"\]\([^)]*\)", "]", text))
 
 

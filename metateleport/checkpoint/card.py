@@ -39,6 +39,7 @@ FREE = ("limits", "notes")
 _MOST_BYTES = 16 << 20
 _DIGITS = 16
 _MANY = 1_000_000
+_LONGEST = 1000
 _HASH = text(64, "[0-9a-f]{64}")
 _NAME = text(300)
 _SETTINGS = table(plain, most=200)
@@ -235,6 +236,9 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
 
 def _of_earlier(path: Path, card: dict[str, Any]) -> dict[str, Any]:
     """A card of schema 1 or 2 in today's schema, without digests."""
+    for name in _DIGEST:
+        if name in card:
+            raise FieldError(f"schema is {card['schema']}, and cards of that schema have no {name}: it was changed")
     read = card
     if card["schema"] == 1:
         try:
@@ -351,8 +355,11 @@ def _refused(constant: str) -> Any:
 
 
 def _damaged(path: Path, error: FieldError) -> str:
+    said = str(error)
+    # What is wrong may be a text of any length, which a setting's own message has in full.
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
     return (
-        f"the card of {path} is damaged: {error}. Copy the folder again; if it was edited on purpose, "
+        f"the card of {path} is damaged: {said}. Copy the folder again; if it was edited on purpose, "
         "'metateleport seal --edited' writes its digest anew"
     )
 

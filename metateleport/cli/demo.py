@@ -77,6 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         from metateleport.tracking import check_tracking
 
         check_tracking()
+    import torch
+
+    # Its models are small, and where others use the machine too, threads that wait for each other cost minutes.
+    torch.set_num_threads(1)
     say(f"1. The shipped checkpoint {arguments.checkpoint!r} beside AdamW, a few seconds")
     _first(arguments)
     if arguments.first:

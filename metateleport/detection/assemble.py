@@ -225,13 +225,12 @@ def _module_legs(
 ) -> list[Leg]:
     """How the inputs or outputs of a module move."""
     legs = []
-    for name, label in labels.items():
+    for name in parts.labelled(labels, roots):
         if parts.ledger.calls[name] > 1:
             continue
+        label = labels[name]
         flat = label.numpy().reshape(-1)
         coordinates = parts.places(roots, flat)
-        if not (coordinates >= 0).any():
-            continue
         signs = parts.signs(flat)
         if len(group.shape) == 1:
             for dual in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,45 @@ from torch import Tensor, nn
 from metateleport.detection.given import mapped
 from metateleport.groups import GeneralLinear, Group
 
-__all__ = ["fresh_inputs", "random_element", "randomise", "seeded"]
+__all__ = [
+    "NearIdentity",
+    "fresh_inputs",
+    "is_wide",
+    "random_element",
+    "random_near_identity",
+    "randomise",
+    "seeded",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class NearIdentity:
+    r"""The matrix $1 + L R$ with $L$ of few columns, which is multiplied with others without being made.
+
+    Args:
+        left: $L$, `(k, r)`.
+        right: $R$, `(r, k)`.
+
+    Example:
+        >>> element = NearIdentity(torch.ones(3, 1), torch.ones(1, 3))
+        >>> bool(torch.equal(torch.eye(3) @ element, torch.eye(3) + 1))
+        True
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def mT(self) -> NearIdentity:
+        """The transpose."""
+        return NearIdentity(self.right.mT, self.left.mT)
+
+    def __matmul__(self, matrix: Tensor) -> Tensor:
+        return matrix + self.left @ (self.right @ matrix)
+
+    def __rmatmul__(self, matrix: Tensor) -> Tensor:
+        return matrix + (matrix @ self.left) @ self.right
+
 
 _WIDE = 128
 _RANK = 32
@@ -43,11 +82,9 @@ def random_element(
         >>> random_element(PositiveDiagonal(3), 0.5, torch.Generator().manual_seed(0), torch.float64).shape
         torch.Size([3])
     """
-    if type(group) is GeneralLinear and group.size > _WIDE:
-        drawn = torch.randn(group.size, _RANK, generator=source, dtype=torch.float64)
-        basis = torch.linalg.qr(drawn).Q
-        small = GeneralLinear(_RANK).random(size=size, generator=source, dtype=torch.float64)
-        element = basis @ (small - torch.eye(_RANK, dtype=torch.float64)) @ basis.mT
+    if is_wide(group):
+        update = random_near_identity(group, size, source, torch.float64)
+        element = update.left @ update.right
         element.diagonal().add_(1)
     elif len(group.shape) > 1:
         element = group.random(size=size, generator=source, dtype=torch.float64)
@@ -55,6 +92,22 @@ def random_element(
         drawn = torch.randn(group.shape, generator=source, dtype=torch.float64)
         element = group.exp(drawn * size / drawn.norm())
     return element.to(device=device, dtype=dtype)
+
+
+def is_wide(group: Group) -> bool:
+    """Whether elements of a group are drawn near the identity, as updates of low rank."""
+    return type(group) is GeneralLinear and group.size > _WIDE
+
+
+def random_near_identity(
+    group: Group, size: float, source: torch.Generator, dtype: torch.dtype, device: torch.device | None = None
+) -> NearIdentity:
+    """The element that `random_element` gives of a wide group, without the matrix; arguments as there."""
+    drawn = torch.randn(group.size, _RANK, generator=source, dtype=torch.float64)
+    basis = torch.linalg.qr(drawn).Q
+    small = GeneralLinear(_RANK).random(size=size, generator=source, dtype=torch.float64)
+    left = basis @ (small - torch.eye(_RANK, dtype=torch.float64))
+    return NearIdentity(left.to(device=device, dtype=dtype), basis.mT.to(device=device, dtype=dtype))
 
 
 def randomise(model: nn.Module, scale: float, seed: int) -> None:

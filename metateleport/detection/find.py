@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -154,17 +155,23 @@ def _by_first_name(graph: Graph, model: nn.Module) -> tuple[Graph, dict[str, lis
 def _reasons(walked: Walk, named: dict[str, nn.Parameter], shared: dict[str, list[str]]) -> list[Refused]:
     """Why parameters cannot move: one entry for each operation that fixes them."""
     ledger, classes = walked.ledger, walked.classes
-    owner: dict[int, list[str]] = {}
-    for slot in ledger.slots.values():
-        if slot.name in named:
-            for root in np.unique(classes.root[slot.variables.numpy()]).tolist():
-                owner.setdefault(root, []).append(slot.name)
-    found: dict[tuple[str, str], dict[str, None]] = {}
-    for place, parts in ledger.history.items():
-        for root in np.unique(classes.root[np.concatenate(parts)]).tolist():
-            if root:
-                found.setdefault(place, {}).update(dict.fromkeys(owner.get(root, ())))
-    refused = [Refused(reason, tuple(names), module) for (module, reason), names in found.items() if names]
+    # Arrays, not one class after another: a model of eleven million parameters has a hundred thousand of them.
+    owned = [
+        (np.unique(classes.root[slot.variables.numpy()]), slot.name)
+        for slot in ledger.slots.values()
+        if slot.name in named
+    ]
+    refused = []
+    for (module, reason), parts in ledger.history.items():
+        fixed = np.zeros(len(classes.root), dtype=bool)
+        for part in parts:
+            fixed[classes.root[part]] = True
+        fixed[0] = False
+        hits = [(roots[fixed[roots]], name) for roots, name in owned]
+        # In the order of the first class of each that is fixed here.
+        first = sorted(((int(roots[0]), name) for roots, name in hits if len(roots)), key=operator.itemgetter(0))
+        if first:
+            refused.append(Refused(reason, tuple(dict.fromkeys(name for _, name in first)), module))
     for name, names in shared.items():
         slots = ledger.by_parameter.get(name, []) if name in named else []
         if slots and all(bool(classes.dead[slot.variables.numpy()].all()) for slot in slots):

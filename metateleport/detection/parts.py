@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
 
 from metateleport.detection.ledger import Classes, Ledger, Slot
 
@@ -44,6 +45,7 @@ class Parts:
         alive = np.concatenate(every) if every else np.zeros(0, np.int64)
         self.roots = np.unique(classes.root[alive[~classes.dead[alive]]])
         self.by_root: dict[int, list[int]] = {}
+        self._by_label: dict[int, dict[int, list[int]]] = {}
         for number, slot in enumerate(self.slots):
             flat = slot.variables.numpy().reshape(-1)
             for root in np.unique(classes.root[flat[~classes.dead[flat]]]).tolist():
@@ -88,6 +90,18 @@ class Parts:
         """The slots that some classes stand in, in the order of the data flow."""
         numbers = {number for root in roots.tolist() for number in self.by_root.get(root, ())}
         return [self.slots[number] for number in sorted(numbers)]
+
+    def labelled(self, labels: Mapping[str, torch.Tensor], roots: np.ndarray) -> list[str]:
+        """The names of those labels in which some of the classes stand, in the labels' order."""
+        if id(labels) not in self._by_label:
+            index: dict[int, list[int]] = {}
+            for number, label in enumerate(labels.values()):
+                for root in self._roots(label.numpy().reshape(-1)):
+                    index.setdefault(root, []).append(number)
+            self._by_label[id(labels)] = index
+        known, names = self._by_label[id(labels)], list(labels)
+        numbers = {number for root in roots.tolist() for number in known.get(root, ())}
+        return [names[number] for number in sorted(numbers)]
 
     def signs(self, variables: np.ndarray) -> np.ndarray:
         """The sign of each variable, the first of its class in the data flow counting as positive."""

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metateleport.capture import modules_of, record
-from metateleport.detection.draws import fresh_inputs, random_element, randomise, seeded
+from metateleport.detection.draws import (
+    fresh_inputs,
+    is_wide,
+    random_element,
+    random_near_identity,
+    randomise,
+    seeded,
+)
 from metateleport.detection.given import copied, mapped, tensors_in
 from metateleport.detection.trace import observables
 from metateleport.point import Point
-from metateleport.symmetries import Symmetry, Unsuitable
+from metateleport.symmetries import BatchPair2024, Symmetry, Unsuitable
 from metateleport.symmetries.axes import AxisSymmetry
 
 __all__ = ["OWN", "WIDE", "Stage", "Trial"]
@@ -178,11 +185,14 @@ class Stage:
         names = {name for symmetry in symmetries for name in symmetry.parameters}
         return Point({name: self.named[name] for name in names}, activations=self._activations)
 
-    def _element(self, symmetry: Symmetry) -> Tensor:
+    def _element(self, symmetry: Symmetry) -> Any:
         """The symmetry's random element in this trial; the same at every call."""
         source = torch.Generator().manual_seed(zlib.crc32(symmetry.key.encode()) + self.trial.seed)
         device = self.tensors[symmetry.parameters[0]].device
-        return random_element(symmetry.group, self.trial.size, source, self.dtype, device)
+        # The 2024 form only multiplies with the element.
+        multiplied = isinstance(symmetry, BatchPair2024) and is_wide(symmetry.group)
+        draw = random_near_identity if multiplied else random_element
+        return draw(symmetry.group, self.trial.size, source, self.dtype, device)
 
     def _undo(self) -> None:
         """Moves back, up to rounding, which is far below the bounds."""

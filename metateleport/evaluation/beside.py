@@ -57,7 +57,7 @@ def beside(
     """Trains a model by a learned optimizer, and from the same starts on the same batches by AdamW.
 
     The runs of a seed take turns, ten steps each, so that whatever else the machine does slows all of them alike. A
-    run's seconds are those of its forward and backward passes and its steps.
+    run's seconds are those of its forward and backward passes and its steps, on one thread.
 
     Args:
         contest: model and data.
@@ -83,6 +83,18 @@ def beside(
     """
     if steps < EVERY or steps % EVERY:
         raise ValueError(f"the number of steps has to be a multiple of {EVERY}, not {steps}")
+    threads = torch.get_num_threads()
+    # For models that take milliseconds more threads cost more than they gain, above all where others use the machine.
+    torch.set_num_threads(1)
+    try:
+        return _beside(contest, checkpoint, steps, seeds, rates, doing)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _beside(
+    contest: Contest, checkpoint: str, steps: int, seeds: int, rates: Sequence[float], doing: Callable[[str], None]
+) -> Beside:
     rates = sorted({*rates, ADAMW})
     runs: dict[str | float, list[_Run]] = {"learned": [], **{rate: [] for rate in rates}}
     warned: list[str] = []

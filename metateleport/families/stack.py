@@ -317,19 +317,19 @@ class TaskStack(nn.Module):
         }
 
 
-def _together(values: Sequence[Tensor]) -> Tensor:
-    """The tasks' tensors stacked; one that they share, as a large frozen base, is not copied."""
-    if all(value is values[0] for value in values):
-        return values[0].detach().expand(len(values), *values[0].shape)
-    return torch.stack([value.detach() for value in values])
-
-
 def _rows_of(values: Tensor, index: Tensor) -> Tensor:
     """Rows of each task's tensor, `(tasks, batch, ...)`, by their index, `(tasks, batch)`."""
     if values.stride(0) == 0:
         # One set of data that all tasks share.
         return values[0][index]
     return values[torch.arange(len(values), device=index.device).unsqueeze(1), index]
+
+
+def _together(values: Sequence[Tensor]) -> Tensor:
+    """The tasks' tensors stacked; one that they share, as a large frozen base, is not copied."""
+    if all(value is values[0] for value in values):
+        return values[0].detach().expand(len(values), *values[0].shape)
+    return torch.stack([value.detach() for value in values])
 
 
 def stacked_name(name: str) -> str:

@@ -40,6 +40,9 @@ class Gauge:
         names: of the tensors.
         element: the group element, `(*batch, *symmetry.group.shape)`.
         size: Frobenius norm of its generator, `(*batch,)`.
+        square: what a step in the gauge multiplies the tensors' covectors with, $g^\top g$ or its inverse, where a
+            gauge of a linear pair is held for several steps.
+        above: the bound on the curvature above, seen in the gauge, `(*batch,)`, where it is held too.
     """
 
     symmetry: Symmetry
@@ -47,11 +50,17 @@ class Gauge:
     names: Names
     element: Tensor
     size: Tensor
+    square: Tensor | None = None
+    above: Tensor | None = None
 
     @functools.cached_property
     def inverse(self) -> Tensor:
         """The element's inverse, made once."""
         return self.symmetry.group.inverse(self.element)
+
+    def detached(self) -> Gauge:
+        """The gauge outside of the graph."""
+        return dataclasses.replace(self, element=self.element.detach()) if self.element.requires_grad else self
 
     def incoming(self, rows: Tensor) -> Tensor:
         """Features in rows, `(*batch, samples, width)`, seen in the gauge: $g h$."""
@@ -114,7 +123,12 @@ def precondition(gauges: Sequence[Gauge], covectors: Mapping[str, Tensor], point
     stepped = dict(covectors)
     for gauge in gauges:
         own = {name: stepped[name] for name in gauge.names if name in stepped}
-        stepped.update(gauge.symmetry.preconditioned(gauge.element, gauge.inverse, own, point))
+        if not own:
+            continue
+        if gauge.square is not None and isinstance(gauge.symmetry, LinearPair):
+            stepped.update(gauge.symmetry.multiplied(gauge.square, own))
+        else:
+            stepped.update(gauge.symmetry.preconditioned(gauge.element, gauge.inverse, own, point))
     return stepped
 
 

@@ -6,6 +6,7 @@ a gauge that makes the curvature more even allows a larger step; without that no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from metateleport.groups import product
 from metateleport.point import Point, Tensors, made_of
 from metateleport.symmetries import Pair, Symmetry
 
-__all__ = ["curvature_bounds", "output_curvatures", "smooth_largest"]
+__all__ = ["curvature_bounds", "largest_of", "output_curvatures", "smooth_largest"]
 
 
 def smooth_largest(factor: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ def smooth_largest(factor: Tensor) -> Tensor:
     return made_of(factor, "largest", made)
 
 
-def _largest_of(matrix: Tensor) -> Tensor:
+def largest_of(matrix: Tensor) -> Tensor:
+    """The bound of `smooth_largest` for a symmetric positive semidefinite matrix $A$, `(*batch, k, k)`."""
     largest: Tensor = _Largest.apply(matrix, False)
     return largest
 
@@ -160,11 +162,12 @@ def curvature_bounds(
     pairs = [symmetry for symmetry in symmetries if isinstance(symmetry, Pair)]
     following = {pair.first: pair.second for pair in pairs}
     layers = list(dict.fromkeys(name for pair in pairs for name in pair.modules))
-    curvatures = output_curvatures(point, pairs)
     seen = {gauge.symmetry.modules[1]: gauge for gauge in gauges if _of_pair(gauge) and gauge.side == "in"}
     shown = {gauge.symmetry.modules[0]: gauge for gauge in gauges if _of_pair(gauge) and gauge.side == "out"}
     tiny = torch.finfo(loss.dtype).tiny
     downstream: Tensors = {}
+    # Not looked at where every gauge holds its bound.
+    curvatures = functools.cache(lambda: output_curvatures(point, pairs))
 
     def last(layer: str) -> str:
         return last(following[layer]) if layer in following else layer
@@ -174,11 +177,12 @@ def curvature_bounds(
             if layer not in following:
                 power = point.cotangents[layer].square().sum((-2, -1))
                 downstream[layer] = power / (2 * loss.abs()).clamp_min(tiny)
-            elif layer in curvatures:
-                matrix = curvatures[layer]
-                if layer in shown:
-                    matrix = shown[layer].outgoing(matrix)
-                downstream[layer] = gamma(last(layer)) * _largest_of(matrix)
+            elif layer in shown:
+                above = shown[layer].above
+                largest = largest_of(shown[layer].outgoing(curvatures()[layer])) if above is None else above
+                downstream[layer] = gamma(last(layer)) * largest
+            elif layer in curvatures():
+                downstream[layer] = gamma(last(layer)) * largest_of(curvatures()[layer])
             else:
                 weight = point.parameters[f"{following[layer]}.weight"]
                 through = smooth_largest(weight.flatten(batch + 1)) * _kernel(weight, batch)

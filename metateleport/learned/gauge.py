@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from metateleport.gauges.step import Gauge, Names, Side
 from metateleport.learned.curvature import output_curvatures
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.linalg import Spectrum, diagonal_spectrum, finite_gradient, relative_shift, symmetric_spectrum
+from metateleport.learned.refresh import Refresh, Renewed, held_gauge
+from metateleport.linalg import (
+    Spectrum,
+    diagonal_spectrum,
+    finite_gradient,
+    quick_spectrum,
+    relative_shift,
+    symmetric_spectrum,
+)
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Pair, Symmetry
 
@@ -29,6 +38,8 @@ _START = (2.0, 0.85, 0.0)
 """Where the logits of `GaugeChoice` start: the gradients' covariance has the larger share and the gate is half open, as
 far from a minimum the metric's full inverse steps too far."""
 _GRADIENT_MEMORY = 0.95
+_GRADIENTS: dict[Side, str] = {"in": "outgoing_gradient_covariance", "out": "incoming_gradient_covariance"}
+_WEIGHTS: dict[Side, str] = {"in": "incoming_covariance", "out": "outgoing_covariance"}
 
 Cell = tuple[Tensor, Tensor]
 Place = tuple[Symmetry, Side, Names]
@@ -97,6 +108,9 @@ class LearnedGauge(nn.Module):
     with a long memory it has less of their noise, with a short one it keeps up with weights that move, as those of an
     ill-conditioned factorisation do.
 
+    With a `Refresh`, which optimizers in use set, gauges of wide layers are held for several steps and decomposed in
+    the precision of the weights.
+
     Basis and features are kept out of the graph; the networks are shared by all gauges of one kind of group, with a
     state for each. Nothing moves along the orbit: the gauge is undone after the step, so it costs no drift.
 
@@ -110,11 +124,15 @@ class LearnedGauge(nn.Module):
         ['GL']
     """
 
+    can_hold: ClassVar[bool] = True
+    """Whether `refresh` may be set."""
+
     def __init__(
         self, groups: Sequence[str] = ("GL", "diagonal"), hidden: int = 32, metric_memory: float = 0.95
     ) -> None:
         super().__init__()
         self.hidden, self.metric_memory = hidden, metric_memory
+        self.refresh: Refresh | None = None
         self.observe: Callable[..., tuple[GaugeBasis, Tensor]] = _observe
         self.networks = nn.ModuleDict({group: GaugeNetwork(hidden) for group in groups if group != "O"})
 
@@ -142,7 +160,11 @@ class LearnedGauge(nn.Module):
             for place in places
             for what in ("metric", "gradient")
         }
-        return {"cells": {_key(place): (zero, zero) for place in places}, "covariances": covariances, "seen": 0}
+        state = {"cells": {_key(place): (zero, zero) for place in places}, "covariances": covariances, "seen": 0}
+        if self.refresh is not None:
+            held = [place for place in places if self._holds(place)]
+            state["held"] = {_key(each): self.refresh.nothing(each[0], _FEATURES, point.loss) for each in held}
+        return state
 
     def choose(
         self,
@@ -168,11 +190,41 @@ class LearnedGauge(nn.Module):
         """
         places = self.places(point, symmetries)
         fixed = point.detach()
+        waiting = self._waiting(places, progress, state, moved)
         with torch.no_grad():
-            seen, covariances = self._covariances(fixed, places, state, deterministic, moved)
-        cells, gauges = self.elements(places, seen, fixed, progress.features().detach(), state["cells"])
-        after_state = {"cells": cells, "covariances": covariances, "seen": state["seen"] + 1}
-        return gauges, after_state
+            own_symmetries = list(dict.fromkeys(place[0] for place in places))
+            bends = cache(lambda: output_curvatures(fixed, own_symmetries))
+            seen, covariances = self._covariances(fixed, places, state, deterministic, moved, waiting, bends)
+        # The bound on a step goes by all layers above, also by those without a gauge.
+        above = bends if own_symmetries == list(symmetries) else cache(lambda: output_curvatures(fixed, symmetries))
+        features = progress.features().detach()
+        after_state = {"covariances": covariances, "seen": state["seen"] + 1}
+        if self.refresh is None:
+            after_state["cells"], gauges = self.elements(places, seen, fixed, features, state["cells"])
+            return gauges, after_state
+        with torch.no_grad():
+            looked = {
+                _key(each): self._look(each)(each, *seen[_key(each)], fixed) for each in places if _key(each) in seen
+            }
+        told = {
+            **{key: each["features"] for key, each in waiting.items()},
+            **{key: each[1] for key, each in looked.items()},
+        }
+        after_state["cells"], choices = self._choices(places, told, features, state["cells"])
+        made, renewed = dict[int, Gauge](), dict[str, Renewed]()
+        for index, choice in choices.items():
+            place, key = places[index], _key(places[index])
+            if key not in waiting and self._holds(place):
+                curvature = above()[place[0].modules[0]] if place[1] == "out" else None
+                renewed[key] = Renewed(*_generator(place, choice, looked[key][0]), curvature, looked[key][1])
+            elif key not in waiting:
+                made[index] = _gauge(place, choice, looked[key][0])
+        after_state["held"] = self.refresh.after(state["held"], waiting, renewed)
+        for index in choices.keys() - made.keys():
+            symmetry, side, names = places[index]
+            curvature = above()[symmetry.modules[0]] if side == "out" else None
+            made[index] = held_gauge(symmetry, side, names, after_state["held"][_key(places[index])], curvature)
+        return [made[index] for index in sorted(made)], after_state
 
     def elements(
         self,
@@ -195,31 +247,65 @@ class LearnedGauge(nn.Module):
             The new states, and the gauges in the order of the places.
         """
         with torch.no_grad():
-            observed = [self.observe(place, *seen[_key(place)], point) for place in places]
-        after_cells, gauges = dict(cells), {}
+            observed = {_key(place): self.observe(place, *seen[_key(place)], point) for place in places}
+        told = {key: features for key, (_, features) in observed.items()}
+        after_cells, choices = self._choices(places, told, progress, cells)
+        ordered = sorted(choices.items())
+        return after_cells, [_gauge(places[at], choice, observed[_key(places[at])][0]) for at, choice in ordered]
+
+    def _choices(
+        self, places: Sequence[Place], told: Mapping[str, Tensor], progress: Tensor, cells: Mapping[str, Cell]
+    ) -> tuple[dict[str, Cell], dict[int, GaugeChoice]]:
+        """The networks' choices by the number of the place, of the features that they are told, and the new states."""
+        after_cells, choices = dict(cells), dict[int, GaugeChoice]()
         for group, network in self.networks.items():
             own = [index for index, place in enumerate(places) if place[0].group.name == group]
             if not own:
                 continue
             dtype = next(network.parameters()).dtype
-            rows = [torch.cat((observed[index][1], progress), -1) for index in own]
+            keys = [_key(places[index]) for index in own]
+            rows = [torch.cat((told[key], progress), -1) for key in keys]
             inputs = torch.nan_to_num(torch.stack(rows), 0.0, 10.0, -10.0).clamp(-10, 10).to(dtype)
-            before = tuple(
-                torch.stack([cells[_key(places[index])][part] for index in own]).to(dtype) for part in (0, 1)
-            )
+            before = tuple(torch.stack([cells[key][part] for key in keys]).to(dtype) for part in (0, 1))
             chosen, after = network(inputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in before))
             chosen = chosen.reshape(*inputs.shape[:2], -1)
             hidden, memory = (part.reshape(*inputs.shape[:2], -1) for part in after)
-            for row, index in enumerate(own):
-                after_cells[_key(places[index])] = (hidden[row], memory[row])
-                gauges[index] = _gauge(places[index], GaugeChoice(*chosen[row].unbind(-1)), observed[index][0])
-        return after_cells, [gauges[index] for index in sorted(gauges)]
+            for row, (index, key) in enumerate(zip(own, keys, strict=True)):
+                after_cells[key] = (hidden[row], memory[row])
+                choices[index] = GaugeChoice(*chosen[row].unbind(-1))
+        return after_cells, choices
+
+    def _holds(self, place: Place) -> bool:
+        return self.refresh is not None and self.refresh.holds(place[0])
+
+    def _look(self, place: Place) -> Callable[..., tuple[GaugeBasis, Tensor]]:
+        return partial(_observe, spectrum=quick_spectrum) if self._holds(place) else self.observe
+
+    def _waiting(
+        self, places: Sequence[Place], progress: Progress, state: dict[str, Any], moved: Tensor | None
+    ) -> dict[str, dict[str, Any]]:
+        """What is held of those places whose gauge is not made anew in this step."""
+        if self.refresh is None or (moved is not None and bool(moved.any())):
+            return {}
+        if progress.known and not bool(progress.accepted.all()):
+            return {}
+        held = {key: state["held"][key] for key in map(_key, places) if key in state["held"]}
+        return {key: each for key, each in held.items() if each["left"]}
 
     def _covariances(
-        self, point: Point, places: Sequence[Place], state: dict[str, Any], deterministic: bool, moved: Tensor | None
+        self,
+        point: Point,
+        places: Sequence[Place],
+        state: dict[str, Any],
+        deterministic: bool,
+        moved: Tensor | None,
+        waiting: Container[str],
+        bends: Callable[[], Tensors],
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """The metric and the gradient covariance of each place, smoothed; and what is remembered of them."""
-        bends = output_curvatures(point, [place[0] for place in places])
+        """The metric and the gradient covariance of each place, smoothed; and what is remembered of them.
+
+        Of a place that waits for its next gauge only running means are kept up.
+        """
         young = state["seen"] / (state["seen"] + 1)
         matrices: dict[int, Tensors] = {}
         seen, remembered = {}, dict(state["covariances"])
@@ -232,34 +318,44 @@ class LearnedGauge(nn.Module):
 
         for place in places:
             symmetry, side, _ = place
+            key = _key(place)
             if id(symmetry) not in matrices:
-                matrices[id(symmetry)] = symmetry.matrices(point)
+                idle = deterministic and f"{symmetry.key}/in" in waiting
+                needed = (*_GRADIENTS.values(), *(() if idle else ("feature_covariance",)))
+                matrices[id(symmetry)] = symmetry.matrices(point, needed)
             found = matrices[id(symmetry)]
+            gradient = found[_GRADIENTS[side]]
+            covariance = smoothed(f"{key}/gradient", gradient, _GRADIENT_MEMORY)
+            if key in waiting and deterministic:
+                continue
             if side == "in":
-                metric = found.get("feature_covariance", found.get("incoming_covariance"))
-                gradient = found.get("outgoing_gradient_covariance")
+                metric = found.get("feature_covariance")
             else:
                 # Other symmetries look at a layer too whose units are not what they move.
-                metric = bends.get(symmetry.first) if isinstance(symmetry, Pair) else None
-                metric = found.get("outgoing_covariance") if metric is None else metric
-                gradient = found.get("incoming_gradient_covariance")
-            assert metric is not None
-            assert gradient is not None
-            key = _key(place)
+                metric = bends().get(symmetry.first) if isinstance(symmetry, Pair) else None
+            if metric is None:
+                metric = symmetry.matrices(point, (_WEIGHTS[side],))[_WEIGHTS[side]]
             if not deterministic:
                 metric = smoothed(f"{key}/metric", metric, self.metric_memory)
-            seen[key] = (metric, smoothed(f"{key}/gradient", gradient, _GRADIENT_MEMORY))
+            if key not in waiting:
+                seen[key] = (metric, covariance)
         return seen, remembered
 
 
-def _observe(place: Place, metric: Tensor, gradient: Tensor, point: Point) -> tuple[GaugeBasis, Tensor]:
+def _observe(
+    place: Place,
+    metric: Tensor,
+    gradient: Tensor,
+    point: Point,
+    spectrum: Callable[..., Spectrum] = symmetric_spectrum,
+) -> tuple[GaugeBasis, Tensor]:
     """The basis, and the features, `(tasks, features)`."""
     symmetry, side, _ = place
     smallest = relative_shift(metric.dtype)
     if len(symmetry.group.shape) == 1:
         own, other = (diagonal_spectrum(torch.diagonal(each, dim1=-2, dim2=-1)) for each in (metric, gradient))
     else:
-        own, other = symmetric_spectrum(metric, rank=smallest), symmetric_spectrum(gradient)
+        own, other = spectrum(metric, rank=smallest), spectrum(gradient)
     main, slow = own.logs(smallest), other.logs(_GRADIENT_SHIFT)
     width = main.shape[-1]
     rows = point.activations[symmetry.modules[-1]].shape[-2] if _sees_rows(symmetry, point) else width
@@ -288,6 +384,13 @@ def _sees_rows(symmetry: Symmetry, point: Point) -> bool:
 
 def _gauge(place: Place, choice: GaugeChoice, basis: GaugeBasis) -> Gauge:
     symmetry, side, names = place
+    generator, size = _generator(place, choice, basis)
+    return Gauge(symmetry, side, names, symmetry.group.exp(generator), size)
+
+
+def _generator(place: Place, choice: GaugeChoice, basis: GaugeBasis) -> tuple[Tensor, Tensor]:
+    """The gauge's generator, and its norm."""
+    symmetry, side, _ = place
     group, dtype = symmetry.group, basis.gradients.dtype
     shift = (choice.reach.double() * math.log(relative_shift(dtype))).exp()
     share, gate = choice.share.to(dtype), choice.gate.to(dtype)
@@ -305,7 +408,7 @@ def _gauge(place: Place, choice: GaugeChoice, basis: GaugeBasis) -> Gauge:
     bound = -math.log(torch.finfo(dtype).eps) / 2
     shortened = (bound / norm.detach().clamp_min(1e-30)).clamp_max(1.0)
     generator = generator * group.expand(shortened)
-    return Gauge(symmetry, side, names, group.exp(generator), (norm * shortened).detach())
+    return generator, (norm * shortened).detach()
 
 
 def _mean_part(matrix: Tensor) -> Tensor:

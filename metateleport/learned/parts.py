@@ -21,19 +21,16 @@ class TeleportSettings(Settings):
         hidden: units of the LSTM of each kind of group.
         max_stretch: the largest factor, above one, by which all teleports together may stretch or shrink anything;
             None for no bound.
-        refresh: number of steps for which the logarithms of covariances are kept that generators of GL(k) are made
-            of. They are most of what a small model's step costs; a generator is one of the group however old they are.
 
     Example:
         >>> TeleportSettings(max_stretch=2).table()
-        {'hidden': 32, 'max_stretch': 2.0, 'refresh': 1}
+        {'hidden': 32, 'max_stretch': 2.0}
     """
 
     part: ClassVar[str] = "teleport"
 
     hidden: int = setting(32, AT_LEAST_ONE, UNITS)
     max_stretch: float | None = setting(None, ABOVE_ONE, 1e30)
-    refresh: int = setting(1, AT_LEAST_ONE, 10**6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,20 +74,8 @@ class Spectra(NamedTuple):
         count = len(_COVARIANCES)
         return cls(like.new_zeros(*like.shape, count, *group.shape), like.new_zeros(*like.shape, count, 2))
 
-    @classmethod
-    def of(cls, observation: Observation, group: Group) -> Spectra:
-        """Those that an observation was made of."""
-        basis, count = observation.basis, len(_COVARIANCES)
-        spread = observation.features[..., : 2 * count].unflatten(-1, (count, 2))
-        return cls(basis.narrow(basis.ndim - 1 - len(group.shape), 0, count), spread)
-
 
 Cell = tuple[Tensor, Tensor]
-
-
-def _kept(symmetry: Symmetry) -> bool:
-    """Whether decompositions of the symmetry's covariances are worth keeping."""
-    return symmetry.group.name == "GL"
 
 
 class TeleportNetwork(nn.Module):
@@ -152,17 +140,14 @@ class LearnedTeleporter(Teleporter, nn.Module):
         detach: bool = True,
         trust_region: TrustRegion | None = None,
         max_stretch: float | None = None,
-        refresh: int = 1,
     ) -> None:
         nn.Module.__init__(self)
         Teleporter.__init__(self, trust_region)
         check_max_stretch(max_stretch)
-        if refresh < 1:
-            raise ValueError(f"refresh is a number of teleports, at least one; not {refresh!r}")
         unknown = [group for group in groups if group not in BASIS]
         if unknown:
             raise ValueError(f"there is no basis for the group {unknown[0]!r}; there is one for {', '.join(BASIS)}")
-        self.hidden, self.detach, self.max_stretch, self.refresh = hidden, detach, max_stretch, refresh
+        self.hidden, self.detach, self.max_stretch = hidden, detach, max_stretch
         self.networks = nn.ModuleDict({group: TeleportNetwork(group, hidden) for group in groups})
         self.observe: Callable[..., Observation] = observe
 
@@ -184,10 +169,6 @@ class LearnedTeleporter(Teleporter, nn.Module):
                 each.key: each.group.identity(*batch, dtype=like.dtype, device=like.device) for each in symmetries
             }
             state["departed"] = state["reached"] = places
-        if self.refresh > 1:
-            state["spectra"] = {
-                each.key: (0, *Spectra.none(each.group, like.new_zeros(batch))) for each in symmetries if _kept(each)
-            }
         return state
 
     def told(self, state: dict[str, Any], loss: Tensor, deterministic: bool) -> dict[str, Any]:
@@ -238,8 +219,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
             weight = point.parameters[symmetry.parameters[0]]
             batch = () if point.loss is None else point.loss.shape
             return weight.new_zeros(*batch, *group.shape), state
-        observation, state = self._observed(symmetry, point, state)
-        chosen, cell = self.proposed(symmetry, point, state["progress"].features(), state[symmetry.key], observation)
+        chosen, cell = self.proposed(symmetry, point, state["progress"].features(), state[symmetry.key])
         if self.max_stretch is not None:
             chosen = within_reach(group, chosen, state["reached"][symmetry.key], math.log(self.max_stretch))
         return chosen, {**state, symmetry.key: cell}
@@ -250,7 +230,6 @@ class LearnedTeleporter(Teleporter, nn.Module):
         point: Point,
         progress: Tensor,
         cell: tuple[Tensor, Tensor],
-        observation: Observation | None = None,
         network: Callable[..., tuple[Tensor, Tensor, Cell]] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The generator before it is shortened to `max_stretch`, and the new state of the symmetry's LSTM.
@@ -260,7 +239,6 @@ class LearnedTeleporter(Teleporter, nn.Module):
             point: where the model stands.
             progress: the features of the progress, `(*batch, PROGRESS_FEATURES)`.
             cell: the state of the symmetry's LSTM.
-            observation: what the network sees of the symmetry; None to make it here.
             network: in the place of the group's own.
         """
         group = symmetry.group
@@ -268,8 +246,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         batch = () if point.loss is None else point.loss.shape
         own = next(self.networks[group.name].parameters()).dtype
         network = network or self.networks[group.name]
-        if observation is None:
-            observation = self.observe(symmetry, point, self.detach)
+        observation = self.observe(symmetry, point, self.detach)
         inputs = torch.cat((observation.features, progress), -1)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(own)
         coefficients, gate, after = network(inputs, tuple(part.to(own) for part in cell))
@@ -278,20 +255,6 @@ class LearnedTeleporter(Teleporter, nn.Module):
         chosen = (weights.reshape(shape) * observation.basis.to(dtype)).sum(len(batch))
         return self._bounded(symmetry, chosen), after
 
-    def _observed(
-        self, symmetry: Symmetry, point: Point, state: dict[str, Any]
-    ) -> tuple[Observation | None, dict[str, Any]]:
-        """The observation, with the logarithms of covariances of some teleports ago where they are kept."""
-        if self.refresh == 1 or not _kept(symmetry):
-            return self.observe(symmetry, point, self.detach), state
-        age, *kept = state["spectra"][symmetry.key]
-        if age % self.refresh:
-            observation = self.observe(symmetry, point, self.detach, Spectra(*kept))
-        else:
-            observation = self.observe(symmetry, point, self.detach)
-            kept = list(Spectra.of(observation, symmetry.group))
-        return observation, {**state, "spectra": {**state["spectra"], symmetry.key: (age + 1, *kept)}}
-
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
         """Scaled back to the trust region, smoothly enough to learn through, rather than refused."""
         norm = symmetry.group.norm(generator)
@@ -299,7 +262,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         return generator * symmetry.group.expand(scale)
 
 
-def observe(symmetry: Symmetry, point: Point, detach: bool = True, spectra: Spectra | None = None) -> Observation:
+def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observation:
     """The basis and the features of a symmetry at a point.
 
     Args:
@@ -307,7 +270,6 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True, spectra: Spec
         point: where the model stands.
         detach: keep both out of the graph. The backward pass of `eigh` is infinite where eigenvalues coincide, as
             those of whitened features do; only for tests of the gradient itself is this switched off.
-        spectra: the logarithms of the covariances, if they are not to be made anew.
 
     Returns:
         The observation; what the symmetry or the point cannot tell is zero.
@@ -318,8 +280,6 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True, spectra: Spec
         return _observe_diagonals(symmetry.diagonals(point))
     if group.name == "O":
         return _observe_vectors(group, symmetry.matrices(point))
-    if spectra is not None:
-        return _observe_pair(group, spectra, symmetry.moments(point), symmetry.diagonals(point))
     matrices = symmetry.matrices(point)
     return _observe_pair(group, _spectra(group, matrices), matrices, _diagonals(matrices))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metateleport.capture import PassRecorder, unwrapped
 from metateleport.capture.evidence import Evidence, evidence_of
 from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer, MetaState, Step
+from metateleport.learned.refresh import Refresh
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import squarable
@@ -166,6 +167,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             # Where nothing is taken back for certain, a bound on each teleport does not bound where they lead.
             meta = copy.deepcopy(meta)
             meta.teleporter.max_stretch = _MAX_STRETCH  # type: ignore[union-attr]
+        if meta.gauge is not None and meta.gauge.can_hold:
+            meta = copy.deepcopy(meta)
+            meta.gauge.refresh = Refresh()  # type: ignore[union-attr]
         self.meta = meta
         self.total_steps = total_steps
         self.deterministic = deterministic

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class DescribedSymmetry(Symmetry):
     def key(self) -> str:
         return self._key
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         if len(self.group.shape) > 1:
             return dict(self._matrices)
         return {name: value.diag_embed() for name, value in self._matrices.items()}

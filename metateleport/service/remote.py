@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -123,11 +123,6 @@ class Service:
             if config.teleport is not None:
                 if not isinstance(meta.teleporter, LearnedTeleporter):
                     raise ServiceError(f"the teleporter of {self.name} serves only the model it was made for")
-                if config.teleport.refresh > 1:
-                    raise ServiceError(
-                        f"the teleporter of {self.name} keeps spectra between steps (teleport.refresh = "
-                        f"{config.teleport.refresh}), and the service keeps nothing: load the checkpoint here"
-                    )
                 meta.teleporter = RemoteTeleporter(
                     self.client, config.groups, config.teleport.hidden, max_stretch=config.teleport.max_stretch
                 )
@@ -158,16 +153,12 @@ class RemoteTeleporter(LearnedTeleporter):
         super().__init__(groups, hidden, max_stretch=max_stretch)
         self.client = client
 
-    def _observed(self, symmetry: Symmetry, point: Point, state: dict[str, Any]) -> tuple[None, dict[str, Any]]:
-        return None, state
-
     def proposed(
         self,
         symmetry: Symmetry,
         point: Point,
         progress: Tensor,
         cell: Cell,
-        observation: Any = None,
         network: Any = None,
     ) -> tuple[Tensor, Cell]:
         """The service's generator and state; see `LearnedTeleporter.proposed`."""
@@ -195,6 +186,9 @@ class RemoteGauge(LearnedGauge):
         client: asks the service.
         groups, hidden, metric_memory: as in `LearnedGauge`.
     """
+
+    can_hold: ClassVar[bool] = False
+    """The service keeps nothing from step to step, so each gauge is made anew."""
 
     def __init__(self, client: Client, groups: Sequence[str], hidden: int, metric_memory: float) -> None:
         super().__init__(groups, hidden, metric_memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -167,17 +167,19 @@ class AxisSymmetry(Symmetry):
                     places = leg.places.flatten().to(tensor.device)
                     tensor.index_copy_(leg.axis, places, _rotated(leg, matrix, tensor, 0).movedim(-1, leg.axis))
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         if self.is_diagonal:
             return {name: value.diag_embed() for name, value in self.diagonals(point).items()}
-        return self._forms(point, self._gram)
+        return self._forms(point, self._gram, names)
 
     def diagonals(self, point: Point) -> dict[str, Tensor]:
         return self._forms(point, self._sums) if self.is_diagonal else super().diagonals(point)
 
-    def _forms(self, point: Point, form: Callable[..., Tensor]) -> dict[str, Tensor]:
+    def _forms(
+        self, point: Point, form: Callable[..., Tensor], names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """What `form` makes of the two sides' weights, gradients and inputs, by name."""
-        found = {}
+        makers: dict[str, Callable[[], Tensor]] = {}
         axes: dict[str, set[tuple[int, ...]]] = {}
         for leg in self.legs:
             axes.setdefault(leg.name, set()).add(self._axes(leg))
@@ -187,17 +189,17 @@ class AxisSymmetry(Symmetry):
             legs = [leg for leg in usable if leg.dual == dual]
             if not legs:
                 continue
-            found[f"{name}_covariance"] = form(legs, point.parameters, point.parameters, point)
+            makers[f"{name}_covariance"] = functools.partial(form, legs, point.parameters, point.parameters, point)
             if all(leg.name in point.gradients for leg in legs):
                 gradients = point.gradients
-                found[f"{name}_gradient_covariance"] = form(legs, gradients, gradients, point)
+                makers[f"{name}_gradient_covariance"] = functools.partial(form, legs, gradients, gradients, point)
                 # Of the pair V and U these are G_V V^T and U^T G_U.
                 first, second = (point.parameters, gradients) if dual else (gradients, point.parameters)
-                found[f"{name}_moment"] = form(legs, first, second, point)
+                makers[f"{name}_moment"] = functools.partial(form, legs, first, second, point)
         inputs = [leg for leg in self.inputs if leg.name in point.activations]
         if inputs:
-            found["feature_covariance"] = form(inputs, point.activations, point.activations, point)
-        return found
+            makers["feature_covariance"] = functools.partial(form, inputs, point.activations, point.activations, point)
+        return {name: make() for name, make in makers.items() if names is None or name in names}
 
     def _axes(self, leg: Leg) -> tuple[int, ...]:
         if self.is_diagonal:

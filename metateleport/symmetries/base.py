@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -193,8 +193,12 @@ class Symmetry(abc.ABC):
         """
         return 0.0
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Small `(*batch, size, size)` matrices that transform with the group; a learned teleporter reads them.
+
+        Args:
+            point: where the model stands.
+            names: those that are going to be read, so that the others need not be made; all if not given.
 
         Returns:
             By name. Names ending in `covariance` are positive semidefinite.
@@ -296,21 +300,22 @@ class Pair(Symmetry):
         for name in sorted(overlaps({name: named[name] for name in self.parameters}, others)):
             raise Unsuitable(f"another tensor of the model shares the memory of {name!r}, which cannot move alone")
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         first, second = self._rows(point)
-        found = {
-            "incoming_covariance": product(first, first.mT),
-            "outgoing_covariance": product(second.mT, second),
+        makers: dict[str, Callable[[], Tensor]] = {
+            "incoming_covariance": lambda: product(first, first.mT),
+            "outgoing_covariance": lambda: product(second.mT, second),
         }
         if self.second in point.activations:
             features = self._features(point)
-            found["feature_covariance"] = product(features.mT, features)
+            makers["feature_covariance"] = lambda: product(features.mT, features)
         if self.first_weight in point.gradients and self.second_weight in point.gradients:
             first_gradient, second_gradient = self._rows(point, point.gradients)
-            found["incoming_gradient_covariance"] = product(first_gradient, first_gradient.mT)
-            found["outgoing_gradient_covariance"] = product(second_gradient.mT, second_gradient)
-            found |= self.moments(point)
-        return found
+            makers["incoming_gradient_covariance"] = lambda: product(first_gradient, first_gradient.mT)
+            makers["outgoing_gradient_covariance"] = lambda: product(second_gradient.mT, second_gradient)
+            makers["outgoing_moment"] = lambda: product(second.mT, second_gradient)
+            makers["incoming_moment"] = lambda: product(first_gradient, first.mT)
+        return {name: make() for name, make in makers.items() if names is None or name in names}
 
     def moments(self, point: Point) -> dict[str, Tensor]:
         if self.first_weight not in point.gradients or self.second_weight not in point.gradients:

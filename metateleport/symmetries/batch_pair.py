@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -258,9 +258,10 @@ class BatchPair2024(_BatchPair):
 
     kind = "batch pair, 2024 form"
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
-        before = self._before(point) if self.first in point.activations else None
-        found = super().matrices(point)
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        wanted = names is None or "preactivation_covariance" in names
+        before = self._before(point) if wanted and self.first in point.activations else None
+        found = super().matrices(point, names)
         return found if before is None else {**found, "preactivation_covariance": before.mT @ before}
 
     def _solved_for(self, point: Point, element: Tensor | None) -> Tensor:

@@ -69,6 +69,15 @@ class LinearPair(Pair):
     ) -> dict[str, Tensor]:
         return self._carry(element.mT, inverse.mT, self._carry(element, inverse, covectors))
 
+    def multiplied(self, square: Tensor, covectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""`preconditioned` for the tensors of one side, with the one matrix that it multiplies them with at hand.
+
+        Args:
+            square: symmetric; $g^\top g$ for $U$, its inverse for $V$ and $b$.
+            covectors: by parameter name, a tensor shaped like the parameter.
+        """
+        return self._carry(square, square, covectors)
+
     def slopes(self, point: Point) -> Tensor | None:
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class QuadraticRotation(Symmetry):
     def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
         return Carried(self._apply(self._on_covectors(element, point).square(), squares), exact=False)
 
-    def matrices(self, point: Point) -> dict[str, Tensor]:
+    def matrices(self, point: Point, names: Collection[str] | None = None) -> dict[str, Tensor]:
         root, inverse_root = self._roots(point)
         matrix = point.activations[self.module]
         y = _times(root, point.parameters[self.parameter])

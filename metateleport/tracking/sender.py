@@ -14,7 +14,7 @@ from metateleport.tracking.sync import synchronise
 
 __all__ = ["EVERY", "PATIENCE", "Sender"]
 
-EVERY = 5.0
+EVERY = 8.0
 """Seconds from one batch to the next."""
 
 PATIENCE = 5.0
@@ -78,7 +78,10 @@ class Sender:
     def _patience(self) -> float:
         if self._failing is not None and time.monotonic() - _unreachable.get(self.uri, -60.0) < 60.0:
             return 0.0
-        return PATIENCE if self._failing is not None or self._doing not in _SLOW else _LONG
+        if self._failing is not None:
+            return PATIENCE
+        # A batch that is under way may take its time on a busy machine.
+        return _LONG if self._doing in _SLOW else 2 * PATIENCE
 
     def _beat(self, doing: str) -> None:
         self._doing, self._since = doing, time.monotonic()

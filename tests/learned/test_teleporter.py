@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from symmetry_cases import LEARNED, Case, case
@@ -12,12 +10,8 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.capture import point_of
 from metateleport.groups import GeneralLinear, Orthogonal
-from metateleport.learned import LearnedTeleporter, TeleportSettings
-from metateleport.learned import teleporter as module
+from metateleport.learned import LearnedTeleporter
 from metateleport.learned.teleporter import BASIS
-from metateleport.linalg import symmetric_log
-from metateleport.optim.saved import plain, restored
-from metateleport.settings import SettingsError
 from metateleport.teleporters import TrustRegion, travel
 
 
@@ -159,55 +153,3 @@ def test_refusals() -> None:
     problem = case("linear pair").problem()
     with pytest.raises(ValueError, match="gradients"):
         travel(teleporter(), problem.point().replace(gradients={}), problem.symmetries)
-
-
-def stepped(kept: int, order: Tensor | None = None, steps: int = 5) -> tuple[list[Tensor], dict[str, Any]]:
-    """Generators of some teleports in a row of a teleporter that keeps its spectra, and its state."""
-    model, symmetry = pair(None)
-    if order is not None:
-        changed(model, torch.eye(5, dtype=torch.float64)[order])
-    chosen = LearnedTeleporter(hidden=6, refresh=kept).double()
-    chosen.load_state_dict(teleporter(size=1.0).state_dict())
-    source = torch.Generator().manual_seed(4)
-    inputs, targets = (torch.randn(7, 5, generator=source, dtype=torch.float64) for _ in range(2))
-    point, _ = point_of(model, [symmetry], (inputs,), None, lambda y: (y - targets).square().sum() / 2)
-    state, found = chosen.initial_state(point, [symmetry]), []
-    with torch.no_grad():
-        for _ in range(steps):
-            made, state = chosen.generator(symmetry, point, state)
-            point = symmetry.act(symmetry.group.exp(made), point)
-            found.append(made)
-    return found, state
-
-
-def test_logarithms_are_kept_for_as_many_teleports_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(module, "symmetric_log", lambda matrix: calls.append(matrix) or symmetric_log(matrix))
-    every, kept = stepped(1)[0], stepped(3)[0]
-    assert len(calls) == 5 + 2
-    assert torch.equal(every[0], kept[0])
-    # The moments, and so the generator, are those of each point.
-    assert not torch.equal(kept[1], kept[0])
-    assert not torch.allclose(every[1], kept[1])
-
-
-def test_a_permutation_permutes_all_generators_with_kept_logarithms() -> None:
-    before, after = stepped(3)[0], stepped(3, ORDER)[0]
-    for one, other in zip(before, after, strict=True):
-        assert torch.allclose(other, one[ORDER][:, ORDER], atol=1e-8)
-
-
-def test_kept_logarithms_are_part_of_a_saved_state() -> None:
-    _, state = stepped(3)
-    fresh = stepped(3, steps=0)[1]
-    again = restored(fresh, plain(state), "teleporter")
-    for key, (age, *spectra) in state["spectra"].items():
-        assert again["spectra"][key][0] == age == 5
-        assert all(torch.equal(one, other) for one, other in zip(again["spectra"][key][1:], spectra, strict=True))
-
-
-def test_refresh_is_at_least_one() -> None:
-    with pytest.raises(ValueError, match="at least one; not 0"):
-        LearnedTeleporter(refresh=0)
-    with pytest.raises(SettingsError, match=r"teleport\.refresh"):
-        TeleportSettings(refresh=0)

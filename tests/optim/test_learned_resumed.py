@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -15,6 +16,7 @@ import metateleport as mt
 from metateleport.families import TaskStack
 from metateleport.learned import MODES, GaugeTeleporter, LearnedTeleporter, MetaOptimizer
 from metateleport.learned.gauge import LearnedGauge
+from metateleport.learned.refresh import Refresh
 
 
 def meta_of(mode: str, network: str = "equivariant", problem: Problem | None = None) -> MetaOptimizer:
@@ -79,8 +81,11 @@ def test_it_goes_on_with_the_same_steps(mode: str, network: str, name: str) -> N
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("name", ["linear pair", "rescaling"])
-def test_its_gauges_go_on_too(name: str, deterministic: bool) -> None:
+@pytest.mark.parametrize(("name", "smallest"), [("linear pair", 64), ("linear pair", 2), ("rescaling", 64)])
+def test_its_gauges_go_on_too(name: str, smallest: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Held for long, so that the file is written while they are.
+    held = functools.partial(Refresh, smallest, little=float("inf"), much=float("inf"))
+    monkeypatch.setattr("metateleport.optim.learned.Refresh", held)
     problem, resumed = case(name).problem(), case(name).problem()
     torch.manual_seed(1)
     meta = MetaOptimizer(shape_of(stays=False, gauge="exact", hidden=6)).double()

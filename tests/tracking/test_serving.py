@@ -80,7 +80,7 @@ def test_a_service(tmp_path: Path) -> None:
         assert status == 200, body
         (answer,) = json.loads(body)["predictions"]
         assert json.loads(answer["answer"])["name"] == "digits"
-        loaded(url, process, 8, 2.0)
+        loaded(url, process, 32, 5.0)
 
 
 @pytest.mark.slow(seconds=120)

@@ -35,7 +35,7 @@ def test_a_locked_store_stops_nothing_and_gets_all_later() -> None:
             run.log({"loss": 1.0})
             assert time.monotonic() - began < 1
         # MLflow itself waits for twenty seconds, for each call.
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 18
         held.execute("ROLLBACK")
     assert "metateleport sync" in said[-1]
     (sent,) = synchronise().sent

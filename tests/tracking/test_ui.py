@@ -146,7 +146,7 @@ def test_what_a_browser_shows(tmp_path: Path) -> None:
                 for button in browser.find_elements("css selector", _ASSISTANT):
                     button.click()
                 # Charts are drawn when their points have come.
-                time.sleep(8.0)
+                time.sleep(4.0)
                 browser.save_screenshot(str(folder / f"ui-{name}.png"))
     finally:
         browser.quit()

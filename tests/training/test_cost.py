@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from training_cases import family_of
 from training_cases import small as config
 
@@ -173,10 +175,11 @@ def test_a_training_begun_before_there_was_a_price_goes_on_without_one(tmp_path:
 
     with pytest.raises(Interrupted):
         train(config(), tmp_path / "a", report=interrupt)
-    path = tmp_path / "a.unfinished" / "state.json"
-    state = json.loads(path.read_text())
+    path = tmp_path / "a.unfinished" / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, state = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
     del state["recipe"]["outer"]["teleport_cost"]
-    path.write_text(json.dumps(state))
+    save_file(tensors, path, {"state": json.dumps(state)})
     with pytest.raises(TrainingError, match=r"teleport_cost = 0\.0, not 1\.0"):
         train(config(teleport_cost=1.0), tmp_path / "a", resume=True)
     assert train(config(), tmp_path / "a", resume=True).is_dir()

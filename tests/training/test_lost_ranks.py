@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = [
     *("train", "leaky_mlp", "--no-track", "--out", "trained", "--set", "teleport=none", "family.width=4"),
-    *("outer.meta_steps=200", "outer.tasks=4", "outer.unroll=3", "outer.horizon=6"),
+    *("outer.meta_steps=600", "outer.tasks=4", "outer.unroll=3", "outer.horizon=6"),
     *("validation.every=10", "validation.tasks=4"),
 ]
 
@@ -33,7 +33,7 @@ def children(process: int) -> list[int]:
     return [int(each) for each in said.stdout.split()]
 
 
-@pytest.mark.slow(seconds=240)
+@pytest.mark.slow(seconds=300)
 def test_killed_at_random_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     draws, kills = random.Random(0), 10
     whole = torchrun(tmp_path / "whole", 0)
@@ -44,7 +44,7 @@ def test_killed_at_random_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
         ranks = children(killed.pid)
         if len(ranks) == 2 and state.exists():
             # Python takes seconds to start: often a state is written in between, sometimes none is.
-            time.sleep(draws.uniform(0.0, 20.0))
+            time.sleep(draws.uniform(0.0, 16.0))
             victim = draws.choice(children(killed.pid) or ranks)
             try:
                 os.kill(victim, signal.SIGKILL)
@@ -54,10 +54,10 @@ def test_killed_at_random_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
             while killed.poll() is None and victim in children(killed.pid):
                 time.sleep(0.1)
         time.sleep(0.1)
-    said = killed.communicate(timeout=300)[1]
+    said = killed.communicate(timeout=1200)[1]
     assert killed.returncode == 0, said
-    assert done >= 3, said
-    assert whole.wait(timeout=300) == 0
+    assert done == kills, said
+    assert whole.wait(timeout=1200) == 0
     assert "was lost" in said or "started anew" in said
     weights = [each / "trained" / "weights.safetensors" for each in (tmp_path / "whole", tmp_path / "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()

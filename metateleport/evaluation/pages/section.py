@@ -41,6 +41,8 @@ def _brought(entry: Entry) -> list[str]:
     against, marks = entry.against, entry.marks
     if entry.parts:
         return ["Parts of the basis are left out, one run each; nothing is trained anew."]
+    if not against and entry.rivals:
+        return ["No run of the attribution is beside it."]
     if not against:
         return ["The learned method ran alone: does it go on, and does it stay at the loss that it has reached?"]
     if entry.moves_by == "none":

@@ -126,7 +126,7 @@ class RuleSettings(Settings, abc.ABC):
             teleport: the teleporter's settings.
             groups: names of the groups to have networks for.
         """
-        return LearnedTeleporter(groups, teleport.hidden, max_stretch=teleport.max_stretch, refresh=teleport.refresh)
+        return LearnedTeleporter(groups, teleport.hidden, max_stretch=teleport.max_stretch)
 
     def check(self, teleport: TeleportSettings | None, gauge: GaugeSettings | None) -> None:
         """Checks that the rule goes with the other parts of a meta-optimizer.

@@ -209,7 +209,7 @@ class StepRule(nn.Module, UpdateRule):
         own = self.head.weight.dtype
         if self.detach:
             fixed, sizes = ({name: value.detach() for name, value in each.items()} for each in (bounds, largest))
-            still = [dataclasses.replace(gauge, element=gauge.element.detach()) for gauge in gauges]
+            still = [gauge.detached() for gauge in gauges]
             inputs = self.observe(point.detach(), fixed, progress, still, symmetries, sizes)
         else:
             inputs = self.observe(point, bounds, progress, gauges, symmetries, largest)
