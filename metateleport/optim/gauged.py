@@ -24,8 +24,14 @@ from metateleport.symmetries import Symmetry, Unsuitable
 
 __all__ = ["FLOOR", "MATCHED", "GaugedOptimizer"]
 
-FLOOR = 0.1
-"""The floor on the singular values of a pair's product, in steps."""
+FLOOR = 2.0
+"""The floor on the singular values of a pair's product, in steps.
+
+One factor's step is long in the other's gauge where they are small. At a tenth of the step, the split was seen to drift
+apart by 1e5 in 300 steps.
+"""
+
+_FLOOR_OF_DESCENT = 0.1
 
 MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
@@ -50,7 +56,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
     $$B \mapsto B - \eta\, \mathrm{polar}(M_B (A A^\top)^{-1/2})\, (A A^\top)^{-1/2}, \qquad
       A \mapsto A - \eta\, (B^\top B)^{-1/2}\, \mathrm{polar}((B^\top B)^{-1/2} M_A).$$
 
-    Singular values of $B A$ that are far below a floor of a tenth of the step are not divided by
+    Singular values of $B A$ that are far below a floor of two steps are not divided by
     (`metateleport.gauges.whitening_roots`): so adapters leave $B = 0$, and the floor moves along with a group element
     as all else does. The product is the same after any number of steps whatever the split, but for rounding. Momenta
     are kept as they are at home and are covectors: seen in a gauge, they have moved from the last one to this one
@@ -295,7 +301,8 @@ class GaugedOptimizer(torch.optim.Optimizer):
             counted = [_rows(pair, side, self._factors) for side in SIDES]
             lengths.append(1.0 if self.rule == "descent" else MATCHED * math.sqrt(max(counted)))
             own = [rates[name] for side in SIDES for name in pair.names(side) if name in covectors]
-            floors.append(FLOOR * max(own, default=0.0) * lengths[-1])
+            least = _FLOOR_OF_DESCENT if self.rule == "descent" else FLOOR
+            floors.append(least * max(own, default=0.0) * lengths[-1])
             for side in SIDES if squares is not None else ():
                 found = column_squares(pair, side, {name: gradients[name] for name in covectors})
                 if found is not None and squares is not None:
