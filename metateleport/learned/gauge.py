@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +123,6 @@ class LearnedGauge(nn.Module):
         >>> sorted(LearnedGauge(("GL",), hidden=4).networks)
         ['GL']
     """
-
-    can_hold: ClassVar[bool] = True
-    """Whether `refresh` may be set."""
 
     def __init__(
         self, groups: Sequence[str] = ("GL", "diagonal"), hidden: int = 32, metric_memory: float = 0.95

@@ -167,7 +167,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             # Where nothing is taken back for certain, a bound on each teleport does not bound where they lead.
             meta = copy.deepcopy(meta)
             meta.teleporter.max_stretch = _MAX_STRETCH  # type: ignore[union-attr]
-        if meta.gauge is not None and meta.gauge.can_hold:
+        if meta.gauge is not None:
             meta = copy.deepcopy(meta)
             meta.gauge.refresh = Refresh()  # type: ignore[union-attr]
         self.meta = meta

@@ -14,6 +14,7 @@ from metateleport.groups import Group, PositiveDiagonal
 from metateleport.learned import LearnedTeleporter
 from metateleport.learned.progress import PROGRESS_FEATURES
 from metateleport.learned.rules import AdaptiveSettings, StepSettings
+from metateleport.learned.rules.gauged import GaugedSettings
 from metateleport.learned.teleporter import BASIS
 from metateleport.service.described import DescribedSymmetry, effect_of, nowhere
 from metateleport.service.limits import Limits
@@ -25,7 +26,7 @@ from metateleport.version import VERSION
 
 __all__ = ["MATRICES", "PER_TENSOR", "Answerer", "step_refusal"]
 
-PER_TENSOR = (StepSettings, AdaptiveSettings)
+PER_TENSOR = (StepSettings, AdaptiveSettings, GaugedSettings)
 """Update rules whose networks read a few numbers of each tensor."""
 
 _ONCE = ("balance", "whitening", "random")
@@ -214,16 +215,26 @@ class Answerer:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _steps(self, reader: Reader) -> Message:
-        refusal = step_refusal(self.meta.config.rule)
+        rule: Any = self.meta.rule
+        sides = isinstance(self.meta.config.rule, GaugedSettings)
+        # The rule of factors has a network for each of their two sides, and another rule's for all other tensors.
+        known: dict[str, Any] = dict(rule.networks) if sides else {}
+        gauges = {
+            f"gauge {group}": network
+            for group, network in (self.meta.gauge.networks if self.meta.gauge else {}).items()
+        }
+        which = reader.choice("network", ("tensors", *known, *gauges), "tensors")
+        refusal = "" if which in gauges else step_refusal(self.meta.config.rule)
         if refusal:
             raise Refused("ask", refusal, 422)
-        rule: Any = self.meta.rule
-        inputs = reader.tensor("inputs", None, rule.cell.input_size)
+        part = {**known, **gauges}.get(which, rule.plain if sides else rule)
+        network = part.network if which == "tensors" else part
+        inputs = reader.tensor("inputs", None, part.cell.input_size)
         if len(inputs) > self.limits.rows:
             raise Refused("tensors.inputs", f"there are {len(inputs)} rows, and at most {self.limits.rows} are taken")
-        state = self._state(reader, "state", (len(inputs),), rule.hidden)
+        state = self._state(reader, "state", (len(inputs),), part.cell.hidden_size)
         reader.done()
-        outputs, (hidden, memory) = rule.network(inputs.to(self._own), state)
+        outputs, (hidden, memory) = network(inputs.to(self._own), state)
         return Message({}, {"outputs": outputs, "state.hidden": hidden, "state.memory": memory})
 
     # --- one-shot teleports, which nothing is learned for -------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from metateleport.gauges.step import Gauge
 from metateleport.learned import LearnedTeleporter, MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.gauge_teleporter import GaugeTeleporter
+from metateleport.learned.rules.gauged import GaugedSettings
 from metateleport.learned.teleporter import BASIS
 from metateleport.point import Point
 from metateleport.service.answering import MATRICES, PER_TENSOR, step_refusal
@@ -132,7 +133,10 @@ class Service:
                 )
         if type(config.rule) in PER_TENSOR:
             rule: Any = meta.rule
-            rule.network = partial(_asked_steps, self.client)
+            gauged = isinstance(config.rule, GaugedSettings)
+            (rule.plain if gauged else rule).network = partial(_asked_steps, self.client, "tensors")
+            for side, network in rule.networks.items() if gauged else ():
+                network.forward = partial(_asked_steps, self.client, side)
         # No weights are here; what stands in their place tells checkpoints apart, as a saved state has to.
         mark = int(str(self.about.get("card", {}).get("weights_sha256", "0"))[:12] or "0", 16) / 16**12
         with torch.no_grad():
@@ -187,12 +191,12 @@ class RemoteGauge(LearnedGauge):
         groups, hidden, metric_memory: as in `LearnedGauge`.
     """
 
-    can_hold: ClassVar[bool] = False
-    """The service keeps nothing from step to step, so each gauge is made anew."""
-
     def __init__(self, client: Client, groups: Sequence[str], hidden: int, metric_memory: float) -> None:
         super().__init__(groups, hidden, metric_memory)
         self.client = client
+        # Optimizers in use hold the gauges of wide layers for some steps, and ask for the networks' choices alone.
+        for group, network in self.networks.items():
+            network.forward = partial(_asked_steps, client, f"gauge {group}")
 
     def elements(
         self,
@@ -289,10 +293,10 @@ _PLACE = ("metric", "gradient", "hidden", "memory")
 _SETTINGS = {"balance": ("damping",), "whitening": ("side", "damping"), "random": ("size", "seed")}
 
 
-def _asked_steps(client: Client, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Cell]:
+def _asked_steps(client: Client, network: str, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Cell]:
     """What the network of a rule would have put out here."""
     tensors = {"inputs": inputs, "state.hidden": state[0], "state.memory": state[1]}
-    found = client.ask("steps", Message({}, tensors)).tensors
+    found = client.ask("steps", Message({"network": network}, tensors)).tensors
     outputs, hidden, memory = (found[name].to(inputs) for name in ("outputs", "state.hidden", "state.memory"))
     return outputs, (hidden, memory)
 

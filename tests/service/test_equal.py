@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoints
-from metateleport.learned import MetaOptimizer
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned.rules import read_rule
 from metateleport.service import ServiceError
 from metateleport.service.message import BINARY, JSON
 from metateleport.teleporters import WhiteningTeleporter, travel
@@ -107,6 +108,22 @@ def test_a_learned_step_over_the_service_is_the_learned_step(name: str) -> None:
     assert all(torch.equal(here, there) for here, there in zip(mine, theirs, strict=True))
     stacked, _ = trained(beside(name, stacked=True))
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(mine, stacked, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*is not made for this")
+def test_a_rule_of_factors_asks_for_its_three_networks(tmp_path: Any) -> None:
+    torch.manual_seed(3)
+    meta = MetaOptimizer(MetaOptimizerConfig(read_rule({"kind": "gauged"}), teleport=None, groups=("GL",)))
+    with torch.no_grad():
+        for value in meta.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    save_checkpoint(tmp_path / "own", meta, None, {"name": "own"})
+    connected = beside(tmp_path / "own")
+    mine, _ = trained(tmp_path / "own")
+    theirs, optimizer = trained(connected)
+    assert all(torch.equal(here, there) for here, there in zip(mine, theirs, strict=True))
+    asked = {request.fields["network"] for request in optimizer.meta.rule.plain.network.args[0].asked}
+    assert asked == {"tensors", "in", "out"}
 
 
 @pytest.mark.filterwarnings("ignore:.*is not made for this")
