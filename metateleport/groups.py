@@ -275,7 +275,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         >>> product(torch.eye(2).expand(3, 2, 2), torch.ones(3, 2, 1)).shape
         torch.Size([3, 2, 1])
     """
-    batched = left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
+    plain = isinstance(left, Tensor) and isinstance(right, Tensor)
+    batched = plain and left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
     return torch.bmm(left, right) if batched else left @ right
 
 

@@ -43,7 +43,8 @@ def made_of(tensor: Tensor, what: str, make: Callable[[], Made]) -> Made:
         make: makes it.
     """
     known: dict[str, Made] | None = getattr(tensor, _MADE, None)
-    if known is None:
+    # What is made inside of a function transform (`torch.func`) may be of its level, and void once that is left.
+    if known is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return make()
     if what not in known:
         known[what] = make()

@@ -33,6 +33,7 @@ from metateleport.evaluation import (
 )
 from metateleport.evaluation.methods.learned import Learned
 from metateleport.learned import MetaOptimizer
+from metateleport.training import FamilySettings, Recipe, TruncatedSettings
 
 KINDS: dict[str, dict[str, Any]] = {
     "stays": {},
@@ -136,7 +137,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(path: Path, seed: int) -> Path:
-    training = {"recipe": {"outer": {"seed": seed}}, "runs": {"learned": {"validation": float(seed)}}}
+    recipe = Recipe(FamilySettings("leaky_mlp"), outer=TruncatedSettings(seed=seed))
+    training = {"recipe": recipe.table(), "runs": {"learned": {"validation": float(seed)}}}
     return save_checkpoint(path, optimizer("both", seed).float(), None, {"name": path.name, "training": training})
 
 

@@ -134,9 +134,9 @@ def test_a_learned_step_is_credited_once_the_evaluation_at_it_is_paid_for(
         paid.append({name: value.clone() for name, value in parameters.items()})
         record(self, parameters, *rest)
 
-    def made(*given: Any) -> Any:
+    def made(*given: Any, **named: Any) -> Any:
         told.append(given[2])
-        return loop(*given)
+        return loop(*given, **named)
 
     monkeypatch.setattr(Silent, "record", noted)
     monkeypatch.setattr(learned, "InnerLoop", made)

@@ -72,6 +72,8 @@ def test_what_was_seen_stays_as_it_was_seen() -> None:
     """Passes leave nothing in the stack: later ones change neither it nor what earlier ones returned."""
     stacked, batch = case("rescaling").stack(TASKS)
     (inputs,), targets = batch
+    # What is made of the models and the data once is there from the first pass on.
+    stacked(batch, probe=True)
     before = set(vars(stacked))
     first = stacked(batch, probe=True)
     expected = first.point(in_graph=False).gradients

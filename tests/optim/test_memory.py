@@ -37,14 +37,14 @@ def learned_states(told: bool) -> tuple[MetaState, MetaState]:
     again = mt.LearnedOptimizer(other, optimizer.meta, [mt.Rescaling(other, "0", "2")])
     backward(other)
     begun: list[MetaState] = []
-    initial = optimizer.meta.initial_state
+    initial = again.meta.initial_state
 
     def noted(*given: Any) -> MetaState:
         begun.append(initial(*given))
         return begun[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(optimizer.meta, "initial_state", noted)
+        patched.setattr(again.meta, "initial_state", noted)
         again.step()
     assert optimizer.loop.state is not None
     return optimizer.loop.state, begun[-1]

@@ -19,6 +19,7 @@ from metateleport.cli.train import _Reporter
 from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer
 from metateleport.settings import SettingsError
+from metateleport.tracking.trainings import TrackedTraining
 from metateleport.training import Interrupted, MetaTrainer, Progression, Recipe, Unroll, train
 from metateleport.training.search import constants, search_round
 
@@ -187,11 +188,11 @@ def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
                 self.logged.setdefault(name, []).append((step, value))
 
     settings, tracked = tiny(search=2), Tracked()
+    tracking = TrackedTraining(tracked)  # type: ignore[arg-type]
     learning = trainer(settings, 3)
     with bars() as bar:
-        reporter = _Reporter(bar, tracked, settings)  # type: ignore[arg-type]
+        reporter = _Reporter(bar, tracking, settings)
         learning.run(lambda done: reporter("learned", done, 0.5))
-        assert "search" not in bar.tasks[0].fields["status"]
         # A training from a checkpoint has validated what it starts from by the time of its first report.
         reporter("warm", Progression(meta_step=1, meta_losses=[0.0], validations=[[0, -1.0], [1, -2.0]]), 0.5)
     assert tracked.logged["warm/validation"] == [(0, -1.0), (1, -2.0)]

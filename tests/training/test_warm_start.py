@@ -14,6 +14,7 @@ from metateleport.checkpoint import load_checkpoint
 from metateleport.checkpoint.seeds import combine_meta_seeds, each_meta_seed
 from metateleport.learned import MetaOptimizer
 from metateleport.training import Interrupted, Progression, Recipe, TrainingError, train
+from metateleport.training.distributed import ALONE
 from metateleport.training.train import _trainers
 
 
@@ -25,7 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(settings: Recipe) -> dict[str, MetaOptimizer]:
-    return {name: trainer.meta for name, trainer in _trainers(settings, family_of(settings)).items()}
+    return {name: trainer.meta for name, trainer in _trainers(settings, family_of(settings), ALONE).items()}
 
 
 @pytest.mark.parametrize("seed", [1, 2])
