@@ -137,7 +137,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(path: Path, seed: int) -> Path:
-    recipe = Recipe(FamilySettings("leaky_mlp"), outer=TruncatedSettings(seed=seed))
+    shape = optimizer("both", seed).config
+    family = FamilySettings("leaky_mlp")
+    recipe = Recipe(family, shape.rule, shape.teleport, shape.gauge, TruncatedSettings(seed=seed))
     training = {"recipe": recipe.table(), "runs": {"learned": {"validation": float(seed)}}}
     return save_checkpoint(path, optimizer("both", seed).float(), None, {"name": path.name, "training": training})
 
