@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from metateleport.version import VERSION
+
 __all__ = ["card_in_words"]
 
 
@@ -86,7 +88,9 @@ def _training(card: Mapping[str, Any]) -> str:
         )
         rows.append(f"- {len(seeds)} meta-seeds, with validation scores {scores}")
     if training.get("command"):
-        rows.append(f"- by `{training['command']}`")
+        own = card.get("versions", {}).get("metateleport") == VERSION
+        again = "" if own else ", a command of that version; today `metateleport train --recipe` with its recipe.toml"
+        rows.append(f"- by `{training['command']}`{again}")
     wrote = card.get("versions", {})
     if wrote:
         rows.append("- with " + ", ".join(f"{name} {version}" for name, version in wrote.items()))

@@ -92,6 +92,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
         betas: memories of the momentum, which is Nesterov's, and of second moments.
         weight_decay: decoupled, of each group: each step takes off `lr * weight_decay` of the weights.
         total_steps: length of the run, where it is known: steps get shorter along half a cosine, down to zero there.
+            Steps that were left out count, until a state is loaded: it knows those that were taken.
 
     Raises:
         ValueError: if a setting is out of range, a symmetry names what the model does not have, or parameters cannot
