@@ -73,7 +73,7 @@ SMALL = {
     "outer.tasks": 2,
     "outer.unroll": 2,
     "outer.horizon": 2,
-    "validation.every": 5,
+    "validation.every": 2,
     "validation.tasks": 2,
 }
 
