@@ -54,6 +54,7 @@ def stoppable() -> Iterator[None]:
     threads other than the main one, which get no signals, nothing changes.
 
     Example:
+        >>> import os
         >>> with contextlib.suppress(Stopped), stoppable():
         ...     os.kill(os.getpid(), signal.SIGTERM)
         ...     print("not reached")
