@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from learned_cases import shape_of
+from rich.progress import Progress, TextColumn
 from training_cases import family_of, tiny
 from training_cases import small as config
 
 import metateleport as mt
-from metateleport.cli.progress import bars
 from metateleport.cli.train import _Reporter
 from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer
@@ -190,9 +190,10 @@ def test_rounds_and_validations_are_tracked_at_their_own_steps() -> None:
     settings, tracked = tiny(search=2), Tracked()
     tracking = TrackedTraining(tracked)  # type: ignore[arg-type]
     learning = trainer(settings, 3)
-    with bars() as bar:
+    with Progress(TextColumn("{task.fields[status]}")) as bar:
         reporter = _Reporter(bar, tracking, settings)
         learning.run(lambda done: reporter("learned", done, 0.5))
+        assert "search" not in bar.tasks[0].fields["status"]
         # A training from a checkpoint has validated what it starts from by the time of its first report.
         reporter("warm", Progression(meta_step=1, meta_losses=[0.0], validations=[[0, -1.0], [1, -2.0]]), 0.5)
     assert tracked.logged["warm/validation"] == [(0, -1.0), (1, -2.0)]
