@@ -125,17 +125,18 @@ class GaugedRule(nn.Module, UpdateRule):
 
     For a side $X$ of a pair (`metateleport.gauges.FactorPair`) with the gauge $F$ that whitens the other side,
 
-    $$X \mapsto X - \ell\, \eta\, d\, \lambda^\kappa\, r^a \sum_i c_i D_i\, F_t^\top, \qquad
+    $$X \mapsto X - \ell\, \eta\, d\, \lambda^\kappa\, r^a\, P_u \sum_i c_i D_i\, F_t^\top, \qquad
       \eta = 0.2 \sqrt{4 \max(m, n) / k},$$
 
-    $$D_1 = \mathrm{polar}(M F_t), \quad D_2 = \mathrm{polar}(M' F_t), \quad
-      D_3 \propto M F_t (F_t^\top W F_t)^{-1/2},$$
+    $$D_1 = \mathrm{polar}(P_u M F_t), \quad D_2 = \mathrm{polar}(P_u M' F_t), \quad
+      D_3 \propto P_u M F_t (F_t^\top W F_t)^{-1/2},$$
 
     $M$ and $M'$ momenta of a learned memory and of a long one, $W$ the running mean of the Gram matrix of the
-    gradients (Adam's second moments of columns with one another), all of the length of a polar factor; $d \le 1$ the
-    task's damping, $\lambda$ the momentum's share of the gradients, $r$ what is left of the run, where its length is
-    told, else one. An LSTM for each side of each pair (weights shared by all pairs, one network for each side) puts out
-    the length $\ell$, the memory, $\kappa$, the reach $t$, the cooling $a$ and the shares $c$, which sum up to one.
+    gradients (Adam's second moments of columns with one another), all of the length of a polar factor; $P_u$ an outer
+    gauge (`metateleport.gauges.outer`) to the power of a reach $u \in [0, 1]$; $d \le 1$ the task's damping, $\lambda$
+    the momentum's share of the gradients, $r$ what is left of the run, where its length is told, else one. An LSTM for
+    each side of each pair (weights shared by all pairs, one network for each side) puts out the length $\ell$, the
+    memory, $\kappa$, the reaches $t$ and $u$, the cooling $a$ and the shares $c$, which sum up to one.
 
     With $\sigma$ the singular values of the product and $V$ their directions, the reach $t \in [0, 1]$ leads from the
     gauge in which the side itself is white to that in which the other one is (`metateleport.gauges.spectrum`).
