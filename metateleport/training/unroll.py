@@ -136,7 +136,7 @@ class Unroll:
             if self.start is None:
                 self.start = seen.losses.detach()
             if self.unseen and self.unseen_start is None:
-                self.unseen_start = model(self._held_out()).losses.detach()
+                self.unseen_start = model(self._held_out()).detach()
             along = []
             for _ in range(length):
                 differentiable.step(seen)
@@ -149,7 +149,7 @@ class Unroll:
                         opened, chosen = _measured(opened, chosen), []
                 seen = model(self.stack.batch(self.steps), probe=True)
                 along.append(seen.losses if track else seen.losses.detach())
-            unseen = model(self._held_out()).losses if self.unseen else None
+            unseen = model(self._held_out()) if self.unseen else None
             moved = dict(zip(self.stack.names, model.fast_params, strict=True))
             assert differentiable.loop.state is not None
             self.state = differentiable.loop.state.map(Tensor.detach)
