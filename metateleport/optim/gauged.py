@@ -35,7 +35,8 @@ MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
 
 _TABLE = 0.5
-"""A matrix whose root mean square is above this at its first step counts as a table of embeddings."""
+"""Where there is no model to ask, a matrix whose root mean square is above this at its first step counts as a table of
+embeddings."""
 
 _EPS = 1e-8
 
@@ -263,7 +264,14 @@ class GaugedOptimizer(torch.optim.Optimizer):
         """Whether a tensor steps as AdamW does where it has no gauge; decided at its first step."""
         if self.rule != "polar":
             return self.rule == "adam"
-        return value.ndim < 2 or value.is_complex() or bool(start.square().mean() > _TABLE**2)
+        if value.ndim < 2 or value.is_complex():
+            return True
+        if self.model is None:
+            return bool(start.square().mean() > _TABLE**2)
+        tables = (
+            module.weight for module in self.model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        )
+        return any(value is table for table in tables)
 
     def _in_gauges(
         self,
