@@ -14,6 +14,14 @@ from metateleport.gauges import Gauge, precondition
 from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
+from metateleport.learned.rules.guard import (
+    GUARD_SAMPLES,
+    PLAIN_RATE,
+    guard_state,
+    judged,
+    noted,
+    plain_steps,
+)
 from metateleport.linalg import alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
 from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
@@ -23,6 +31,7 @@ from metateleport.teleporters import Move
 __all__ = ["AdaptiveRule", "AdaptiveSettings"]
 
 _FEATURES = 7
+_TOLD_FEATURES = 2
 _NUMBERS = ("seen", "recent", "weights")
 """Entries of the state that are a number for each tensor and task."""
 
@@ -49,6 +58,12 @@ _CALM = 2.0
 _MIXTURE = (0.0, 1.5, -1.5)
 """Where the logits of Adam's direction, the polar factor's and the gauge's start."""
 
+_OUTPUTS = 3 + len(_MIXTURE)
+"""Number of outputs without the annealing, which comes last."""
+
+_ANNEALING = (3.0, -0.7)
+"""The largest exponent of the annealing to a told end, and where its logit starts, which is linear annealing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveSettings(RuleSettings):
@@ -57,15 +72,23 @@ class AdaptiveSettings(RuleSettings):
     Args:
         hidden: units of the LSTM of each tensor.
         cooling: how fast steps get shorter with time; zero for not at all.
+        told: whether steps are annealed to the end of a run whose length is told, with a learned exponent.
+        guarded: whether steps give way to AdamW's where they do worse (`metateleport.learned.rules.guard`).
     """
 
     kind: ClassVar[str] = "adaptive"
 
     hidden: int = setting(32, AT_LEAST_ONE, UNITS)
     cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
+    told: bool = setting(False)
+    guarded: bool = setting(False)
+
+    @property
+    def reads_total(self) -> bool:
+        return self.told
 
     def rule(self) -> AdaptiveRule:
-        return AdaptiveRule(self.hidden, self.cooling)
+        return AdaptiveRule(self.hidden, self.cooling, self.told, self.guarded)
 
 
 class AdaptiveRule(nn.Module, UpdateRule):
@@ -97,15 +120,20 @@ class AdaptiveRule(nn.Module, UpdateRule):
     little, on inputs larger than any trained on, come back up after the horizon that training has seen. The rate is a
     constant: what it is for lies beyond that horizon.
 
+    A rule that is `told` how long the run is anneals to its end: steps are also multiplied by $r^{a_t}$, $r$ the share
+    of the run that is left and $a_t$ one more output of the LSTM. Where no length is told, $r = 1$.
+
     Velocity and second moment move with a teleport. A task that takes its last step back takes it once more, damped.
 
     Args:
         hidden: units of the LSTM.
         cooling: $a$, zero for steps that are not shortened with time.
+        told: whether there is an output for the annealing.
+        guarded: whether steps give way to AdamW's (`metateleport.learned.rules.guard.judged`).
 
     Example:
-        >>> sum(p.numel() for p in AdaptiveRule(hidden=8).parameters())
-        758
+        >>> [sum(p.numel() for p in AdaptiveRule(hidden=8, told=told).parameters()) for told in (False, True)]
+        [758, 831]
 
     Source: Kingma and Ba, ICLR 2015 (arXiv 1412.6980) for Adam's direction; Jordan et al., "Muon: An optimizer for
     hidden layers in neural networks", 2024, for the polar factor's; Zinkevich, "Online convex programming and
@@ -120,17 +148,20 @@ class AdaptiveRule(nn.Module, UpdateRule):
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
     rows_by_task: ClassVar[bool] = True
 
-    def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
+    def __init__(self, hidden: int = 32, cooling: float = 0.0, told: bool = False, guarded: bool = False) -> None:
         super().__init__()
-        self.hidden, self.cooling = hidden, cooling
+        self.hidden, self.cooling, self.told, self.guarded = hidden, cooling, told, guarded
+        if guarded:
+            self.per_tensor = (*type(self).per_tensor, *GUARD_SAMPLES)  # type: ignore[misc]
         self.detach = True
-        self.observe: Callable[..., Tensor] = _observe
+        self.observe: Callable[..., Tensor] = _observe_told if told else _observe
         self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
-        self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 3 + len(_MIXTURE))
+        self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES + _TOLD_FEATURES * told, hidden)
+        start = [0.0, math.log(9.0), _CALM, *_MIXTURE]
+        self.head = nn.Linear(hidden, len(start) + told)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.copy_(torch.tensor([0.0, math.log(9.0), _CALM, *_MIXTURE]))
+            self.head.bias.copy_(torch.tensor([*start, _ANNEALING[1]] if told else start))
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
@@ -145,6 +176,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             "recent": dict.fromkeys(point.gradients, none),
             "seen": dict.fromkeys(point.gradients, none),
             "scale": _usual_scale(point),
+            **(guard_state(point.gradients, none) if self.guarded else {}),
         }
 
     def step(
@@ -162,6 +194,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         tiny = torch.finfo(dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
         # Of each tensor, as some are used now and then.
+        if self.guarded:
+            state = {**state, **judged(state, point.gradients, progress.accepted)}
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
         seen = seen + (1 if taken is None else taken)
         powers = _powers(gradients)
@@ -191,10 +225,18 @@ class AdaptiveRule(nn.Module, UpdateRule):
         lengths = lengths * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
         gauged = {name for gauge in gauges for name in gauge.names}
         has = [[True, value.ndim > 2, name in gauged] for name, value in zip(names, gradients, strict=True)]
-        shares = outputs[..., 3:].masked_fill(~_constant(has, lengths.device).unsqueeze(1), -math.inf).softmax(-1)
+        shares = (
+            outputs[..., 3:_OUTPUTS].masked_fill(~_constant(has, lengths.device).unsqueeze(1), -math.inf).softmax(-1)
+        )
         lengths = -lengths.unsqueeze(-1) * shares
+        factors = lengths[..., 0] / sizes
+        if self.guarded:
+            own = PLAIN_RATE * progress.left * young.sqrt() / known
+            plain = plain_steps(names, adaptive, own)
+            factors = state["trust"] * factors - (1 - state["trust"]) * own
+            lengths = lengths * state["trust"].unsqueeze(-1)
         moved = dict(point.parameters)
-        for name, direction, factor in zip(names, adaptive, lengths[..., 0] / sizes, strict=True):
+        for name, direction, factor in zip(names, adaptive, factors, strict=True):
             moved[name] = _sum(point.parameters[name], direction, factor, spend)
         self._add_polar(moved, dict(zip(names, momentum, strict=True)), lengths[..., 1], spend)
         if gauged:
@@ -210,7 +252,10 @@ class AdaptiveRule(nn.Module, UpdateRule):
             "momentum": dict(zip(names, momentum, strict=True)),
             "squares": dict(zip(names, squares, strict=True)),
         }
-        return moved, {**state, "cells": cells, **tensors, **numbers}
+        after = {**state, "cells": cells, **tensors, **numbers}
+        if self.guarded:
+            after |= noted(point.gradients, point.parameters, moved, plain)
+        return moved, after
 
     def carry(
         self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
@@ -225,6 +270,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""
         lengths = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+        if self.told and progress.total is not None:
+            lengths = lengths * progress.left ** (_ANNEALING[0] * outputs[..., _OUTPUTS].sigmoid())
         return lengths / math.sqrt(1 + self.cooling * progress.time) if self.cooling else lengths
 
     def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
@@ -376,6 +423,24 @@ def _observe(
         heavy / 3,
     )
     return torch.cat((torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)), -1)
+
+
+def _observe_told(
+    point: Point, momentum: Tensors, powers: Tensor, levels: Tensor, scale: Tensor, progress: Progress
+) -> Tensor:
+    """The same, with the share of the run that is left and the shape of the tensor."""
+    seen = _observe(point, momentum, powers, levels, scale, progress)
+    shapes = [value.shape[1:] for value in point.gradients.values()]
+    # Of a matrix with as many rows as columns it is zero, and of a vector, whose columns are one, the number of rows.
+    tall = [math.log(shape[0] / math.prod(shape[1:])) / 5 if shape else 0.0 for shape in shapes]
+    own = torch.stack(
+        (
+            torch.full_like(powers, progress.left),
+            _constant(tall, powers.device, powers.dtype)[:, None].expand_as(powers),
+        ),
+        -1,
+    )
+    return torch.cat((seen, own), -1)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
