@@ -22,8 +22,8 @@ from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import squarable
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.choice import choose
-from metateleport.optim.closure import told_loss
-from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
+from metateleport.optim.closure import evaluated
+from metateleport.optim.fitting import as_number, check_parameters, check_total_steps, fitting_symmetries, say_what_fits
 from metateleport.optim.memory import (
     fingerprint,
     flattened,
@@ -151,7 +151,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         deterministic: bool = False,
     ) -> None:
-        _check_numbers(lr, weight_decay, total_steps)
+        _check_numbers(lr, weight_decay)
+        check_total_steps(total_steps)
         if checkpoint is None:
             checkpoint = choose(model_or_params if isinstance(model_or_params, nn.Module) else None).checkpoint
         meta, called, made_for = _meta_optimizer(checkpoint)
@@ -235,12 +236,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        if closure is not None:
-            if self._recorder is not None:
-                self._recorder.renew()
-            with torch.enable_grad():
-                loss = closure()
-        told = None if loss is None else told_loss(loss)
+        if closure is not None and self._recorder is not None:
+            self._recorder.renew()
+        loss, told = evaluated(closure, loss)
         try:
             self._step(told)
         finally:
@@ -668,17 +666,10 @@ def places(parameters: Sequence[Tensor], number: int) -> list[str]:
     return names
 
 
-def _check_numbers(lr: Any, weight_decay: Any, total_steps: Any = None) -> None:
+def _check_numbers(lr: Any, weight_decay: Any) -> None:
     for name, value, what in (("lr", lr, "a factor on the learned step"), ("weight_decay", weight_decay, "a share")):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not 0 <= number < math.inf:
+        if not 0 <= as_number(value) < math.inf:
             raise ValueError(f"{name} is {what}, a number of at least zero; not {value!r}")
-    whole = total_steps is None or (isinstance(total_steps, int) and total_steps >= 1 and total_steps is not True)
-    if not whole:
-        raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
 
 
 def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, Any]]:
