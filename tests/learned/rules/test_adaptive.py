@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack
+from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack, unrolled
 from learned_cases import shape_of
 from symmetry_cases import side_by_side
 from torch import Tensor, nn
@@ -328,3 +328,16 @@ def test_tables_of_embeddings_do_not_lengthen_the_steps_of_other_layers() -> Non
     torch.testing.assert_close(scale({**weights, **table}) * 3, scale(weights) * 2)
     # A model of nothing else has its own size.
     assert bool((scale(table) > 0.9).all())
+
+
+def test_small_tensors_step_side_by_side_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = stack("rescaling")
+    found = []
+    for entries in (2**18, 0):
+        monkeypatch.setattr("metateleport.linalg._SMALL", entries)
+        meta = meta_optimizer()
+        loss = unrolled(meta, problem, 4, track=True)[0]
+        gradients = torch.autograd.grad(loss, list(meta.rule.parameters()))
+        found.append((loss, *gradients))
+    for joined, separate in zip(*found, strict=True):
+        assert torch.allclose(joined, separate, rtol=1e-9, atol=1e-12)
