@@ -189,7 +189,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        loss, told = evaluated(closure, loss)
+        loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         devices: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for value in group["params"]:

@@ -238,7 +238,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None and self._recorder is not None:
             self._recorder.renew()
-        loss, told = evaluated(closure, loss)
+        loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         try:
             self._step(told)
         finally:

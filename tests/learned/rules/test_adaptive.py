@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack
+from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack, unrolled
 from learned_cases import shape_of
 from symmetry_cases import side_by_side
 from torch import Tensor, nn
@@ -356,3 +356,16 @@ def test_only_a_rule_that_is_told_has_an_output_for_it() -> None:
     assert not settings.reads_total
     assert dataclasses.replace(settings, told=True).reads_total
     assert dataclasses.replace(settings, told=True).rule().head.out_features == settings.rule().head.out_features + 1
+
+
+def test_small_tensors_step_side_by_side_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = stack("rescaling")
+    found = []
+    for entries in (2**18, 0):
+        monkeypatch.setattr("metateleport.linalg._SMALL", entries)
+        meta = meta_optimizer()
+        loss = unrolled(meta, problem, 4, track=True)[0]
+        gradients = torch.autograd.grad(loss, list(meta.rule.parameters()))
+        found.append((loss, *gradients))
+    for joined, separate in zip(*found, strict=True):
+        assert torch.allclose(joined, separate, rtol=1e-9, atol=1e-12)
