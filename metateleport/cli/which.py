@@ -73,7 +73,7 @@ def advice(model: Any, example: Any) -> dict[str, Any]:
     chosen = choose(model)
     trained = [value for value in model.parameters() if value.requires_grad]
     found: dict[str, Any] = {
-        "parameters": sum(value.numel() for value in trained),
+        "parameters": 0,
         "checkpoint": chosen.checkpoint,
         "why": chosen.why,
         "symmetries": [],
@@ -93,6 +93,7 @@ def advice(model: Any, example: Any) -> dict[str, Any]:
             optimizer = LearnedOptimizer(model, chosen.checkpoint, example_input=example)
     except (ValueError, CheckpointError) as error:
         return refused(str(error))
+    found["parameters"] = sum(value.numel() for value in trained)
     found["symmetries"] = [repr(each) for each in optimizer.symmetries]
     found["warnings"] = [str(each.message) for each in caught]
     del optimizer
