@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import unwrapped
-from metateleport.gauges import DIRECTIONS, GAUGES, Direction, FactorPair, GaugeKind, directions_in_gauges
+from metateleport.gauges import DIRECTIONS, GAUGES, Direction, FactorPair, GaugeKind, Sketches, directions_in_gauges
+from metateleport.gauges.factors import FactorSide
 from metateleport.gauges.whitened import SIDES, column_squares
 from metateleport.linalg import alike, polar_factors, squarable
 from metateleport.optim.closure import evaluated
@@ -40,6 +41,9 @@ embeddings."""
 
 _EPS = 1e-8
 
+_USUAL_BETAS = (0.9, 0.99)
+_BETAS = {"shampoo": (0.8, 0.95)}
+
 
 class GaugedOptimizer(torch.optim.Optimizer):
     r"""Steps the factors of a product in gauges: how the product is split makes no difference.
@@ -61,9 +65,17 @@ class GaugedOptimizer(torch.optim.Optimizer):
     are kept as they are at home and are covectors: seen in a gauge, they have moved from the last one to this one
     exactly. Weight decay and `lr` scale tensors, which no split notices either, as long as both factors have the same.
 
-    **The other tensors** take the same rule in the identity's gauge. With `rule="polar"` matrices step along their
-    polar factors and vectors and tables of embeddings as AdamW does; that is Muon with AdamW. With `rule="adam"` all of
-    them step as AdamW does, with `rule="descent"` along their momenta.
+    **Shampoo's rule** has the polar factor in a gauge of the rows as well, $P = (1 + L / \rho)^{-1/4}$ for the running
+    mean $L$ of the gradients' second moments, seen in the gauge:
+
+    $$B \mapsto B - \eta\, P\, \mathrm{polar}(P\, M_B (A A^\top)^{-1/2})\, (A A^\top)^{-1/2}.$$
+
+    $L$ is kept as a sketch of $\max(2 k, 16)$ columns, so that the price is that of a few more products, however wide
+    the layer is; $\rho$ is a thousandth of its largest eigenvalue (`metateleport.gauges.outer`).
+
+    **The other tensors** take the same rule in the identity's gauge. With `rule="polar"` and `"shampoo"` matrices step
+    along their polar factors and vectors and tables of embeddings as AdamW does; that is Muon with AdamW. With
+    `rule="adam"` all of them step as AdamW does, with `rule="descent"` along their momenta.
 
     **Lengths.** A polar step, and one by Adam in a gauge, is as long as AdamW's would be in root mean square, if all
     singular values of the product moved: $\eta = 0.2\,\mathrm{lr} \sqrt{\max(m, n)}$ for a product of $m \times n$. So
@@ -76,19 +88,20 @@ class GaugedOptimizer(torch.optim.Optimizer):
 
     It is a `torch.optim` optimizer as `metateleport.LearnedOptimizer` is one: a step whose loss or gradient is not
     finite is left out and counted in `skipped`; half-precision weights have their rounding errors kept. A step never
-    waits for the device.
+    waits for the device, but for `rule="shampoo"`, which takes eigenvectors of small matrices.
 
     Args:
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter. Without a model there
             are no gauges but the identity's.
-        rule: `polar`, `adam` (second moments of columns with one another, as a gauge has no coordinates of its own) or
-            `descent`.
+        rule: `polar`, `shampoo`, `adam` (second moments of columns with one another, as a gauge has no coordinates of
+            its own) or `descent`.
         gauge: `whitening`; `identity` for none and `random` for one of the same spectrum in other directions, both to
             compare with.
         symmetries: of the model, in the order of the data flow; those that are known if not given.
         example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model.
         lr: of each group.
-        betas: memories of the momentum, which is Nesterov's, and of second moments.
+        betas: memories of the momentum, which is Nesterov's, and of second moments; `(0.9, 0.99)` if not given, and
+            `(0.8, 0.95)` for `rule="shampoo"`.
         weight_decay: decoupled, of each group: each step takes off `lr * weight_decay` of the weights.
         total_steps: length of the run, where it is known: steps get shorter along half a cosine, down to zero there.
             Steps that were left out count.
@@ -109,7 +122,8 @@ class GaugedOptimizer(torch.optim.Optimizer):
         >>> bool(loss < 0.1), optimizer.pairs[0].names("out")
         (True, ('0.weight', '0.bias'))
 
-    Source: "LoRA-Muon" (arXiv 2606.12921) for the polar factor on adapters; Tong, Ma and Chi, JMLR 2021 (arXiv
+    Source: "LoRA-Muon" (arXiv 2606.12921) for the polar factor on adapters; Gupta, Koren and Singer, ICML 2018 (arXiv
+    1802.09568) for Shampoo's metric; Tong, Ma and Chi, JMLR 2021 (arXiv
     2005.08898) for descent; Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982) for the lengths.
     """
 
@@ -121,7 +135,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
         symmetries: Sequence[Symmetry] | None = None,
         example_input: Any = None,
         lr: float = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
@@ -137,6 +151,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
             given = list(self.model.parameters())
         elif symmetries or example_input is not None:
             raise ValueError("symmetries are those of a model: give the model itself in the place of its parameters")
+        betas = _BETAS.get(rule, _USUAL_BETAS) if betas is None else betas
         self.steps = 0
         self._skipped: Tensor | None = None
         self._factors = Factors(self.model, ())
@@ -262,7 +277,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
 
     def _by_coordinates(self, value: Tensor, start: Tensor) -> bool:
         """Whether a tensor steps as AdamW does where it has no gauge; decided at its first step."""
-        if self.rule != "polar":
+        if self.rule in ("adam", "descent"):
             return self.rule == "adam"
         if value.ndim < 2 or value.is_complex():
             return True
@@ -309,13 +324,55 @@ class GaugedOptimizer(torch.optim.Optimizer):
                     squares[number, side] = self._remembered(
                         number, side, found, groups, counts, finite, parameters, covectors
                     )
+        sketches = self._sketches(covectors, gradients, groups, finite, parameters)
         steps = directions_in_gauges(
-            self.rule, factors.pairs, whole, covectors, floors, squares, self.gauge, factors.swapped
+            self.rule, factors.pairs, whole, covectors, floors, squares, self.gauge, factors.swapped, sketches
         )
+        if sketches is not None:
+            self._keep(sketches, covectors, parameters)
         factor: dict[str, float] = {}
         for pair, length in zip(factors.pairs, lengths, strict=True):
             factor.update({name: length for side in SIDES for name in pair.names(side)})
         return {name: value * (factor[name] * rates[name]) for name, value in steps.items()}
+
+    def _sketches(
+        self,
+        covectors: Tensors,
+        gradients: Tensors,
+        groups: Mapping[str, dict[str, Any]],
+        finite: Tensor,
+        parameters: Mapping[str, Tensor],
+    ) -> Sketches | None:
+        """What Shampoo's direction remembers."""
+        if self.rule != "shampoo":
+            return None
+        memory, kept = {}, {}
+        like = next(iter(covectors.values()))
+        for number, pair in enumerate(self.pairs):
+            for side in SIDES:
+                name = next((each for each in pair.names(side) if each in covectors), None)
+                if name is None:
+                    continue
+                own = torch.tensor(groups[name]["betas"][1], dtype=like.dtype, device=like.device)
+                memory[number, side] = torch.where(finite, own, 1.0).reshape(1)
+                if "sketch" in self.state[parameters[name]]:
+                    kept[number, side] = self.state[parameters[name]]["sketch"][self._place(number, name)].unsqueeze(0)
+        return Sketches({name: gradients[name] for name in covectors}, memory, kept)
+
+    def _keep(self, sketches: Sketches, covectors: Tensors, parameters: Mapping[str, Tensor]) -> None:
+        """Writes what Shampoo's direction remembers into the states of the tensors."""
+        for (number, side), sketch in sketches.kept.items():
+            name = next(each for each in self.pairs[number].names(side) if each in covectors)
+            state = self.state[parameters[name]]
+            if "sketch" not in state or state["sketch"].shape[1:] != sketch.shape[1:]:
+                count = sum(name in pair.names(side) for pair in self.pairs)
+                state["sketch"] = sketch.new_zeros(count, *sketch.shape[1:])
+            state["sketch"][self._place(number, name)] = sketch[0]
+
+    def _place(self, number: int, name: str) -> int:
+        """Which of the pairs of a tensor one is, as heads of one projection are several."""
+        side: FactorSide = "out" if name in self.pairs[number].names("out") else "in"
+        return [each for each, pair in enumerate(self.pairs) if name in pair.names(side)].index(number)
 
     def _remembered(
         self,
@@ -330,11 +387,11 @@ class GaugedOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """The running mean of the second moments of columns, without the bias of its start."""
         name = next(each for each in self.pairs[number].names(side) if each in covectors)
-        own = [each for each, pair in enumerate(self.pairs) if name in pair.names(side)]
         state, memory = self.state[parameters[name]], groups[name]["betas"][1]
         if "columns" not in state:
-            state["columns"] = found.new_zeros(len(own), *found.shape[1:])
-        kept = state["columns"][own.index(number)]
+            count = sum(name in pair.names(side) for pair in self.pairs)
+            state["columns"] = found.new_zeros(count, *found.shape[1:])
+        kept = state["columns"][self._place(number, name)]
         kept.copy_(torch.where(finite, torch.lerp(found[0], kept, memory), kept))
         return (kept / (1 - memory ** counts[name].clamp_min(1.0))).unsqueeze(0)
 

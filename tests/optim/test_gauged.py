@@ -237,7 +237,7 @@ def test_what_a_step_left_out_is_counted_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda model: GaugedOptimizer(model, "newton"), "rule is one of polar, adam, descent"),
+        (lambda model: GaugedOptimizer(model, "newton"), "rule is one of polar, shampoo, adam, descent"),
         (lambda model: GaugedOptimizer(model, gauge="none"), "gauge is one of whitening, random, identity"),
         (lambda model: GaugedOptimizer(model, lr=-1), "lr is the size of the steps"),
         (lambda model: GaugedOptimizer(model, betas=(0.9, 1.0)), "betas are the memories"),
