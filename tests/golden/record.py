@@ -47,7 +47,7 @@ _TEACHER = (
 ENTRIES: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {
     "bottleneck_digits": ("bottleneck_digits", ("bottleneck_digits", {})),
     "default": ("default", ("digits", {})),
-    "default-letters": ("default", ("letters", {"samples": 400})),
+    "default-residual": ("default", ("residual_digits", {})),
     "digits": ("digits", ("digits", {})),
     "leaky_mlp": ("leaky_mlp", ("leaky_mlp", {})),
     "leaky_mlp-normal": ("leaky_mlp", _SQUARE),
