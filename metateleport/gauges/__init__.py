@@ -1,7 +1,8 @@
 """Gauges: group elements that single tensors are stepped in and that are undone after the step."""
 
-from metateleport.gauges.directions import DIRECTIONS, Direction, in_gauge, polar_by_gram
+from metateleport.gauges.directions import DIRECTIONS, Direction, in_gauge
 from metateleport.gauges.factors import FactorPair, factor_pairs
+from metateleport.gauges.polar import polar_by_gram
 from metateleport.gauges.roots import Roots, inverse_root, whitening_roots
 from metateleport.gauges.step import (
     Gauge,
@@ -14,7 +15,7 @@ from metateleport.gauges.step import (
     tensor_groups,
     undo,
 )
-from metateleport.gauges.whitened import GAUGES, GaugeKind, directions_in_gauges
+from metateleport.gauges.whitened import GAUGES, GaugeKind, Sketches, directions_in_gauges
 
 __all__ = [
     "DIRECTIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "GaugedStep",
     "Names",
     "Roots",
+    "Sketches",
     "TensorGroup",
     "directions_in_gauges",
     "factor_pairs",

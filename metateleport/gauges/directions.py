@@ -1,80 +1,30 @@
-"""Directions of a step taken in a gauge: descent, Adam's and the polar factor's."""
+"""Directions of a step taken in a gauge: descent, Adam's, the polar factor's and Shampoo's."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
+from metateleport.gauges.outer import polar_in_outer
+from metateleport.gauges.polar import polar_by_gram
 from metateleport.gauges.roots import inverse_root
 
-__all__ = ["DIRECTIONS", "Direction", "in_gauge", "polar_by_gram", "polar_of_gram"]
+__all__ = ["DIRECTIONS", "Direction", "in_gauge"]
 
-Direction = Literal["polar", "adam", "descent"]
+Direction = Literal["polar", "shampoo", "adam", "descent"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
 
-
-def polar_of_gram(gram: Tensor) -> Tensor:
-    r"""$P$ with $X P$ nearly the polar factor of $X$, from $N = X^\top X$: $k \times k$ matrices alone.
-
-    The odd polynomial of `metateleport.linalg.polar_factors` is $P \mapsto P\,p$, $N \mapsto p\,N p$ with
-    $p = a + b N + c N^2$.
-
-    Args:
-        gram: $N$, `(batch, k, k)`.
-
-    Returns:
-        $P$, `(batch, k, k)`, which is nearly $N^{-1/2}$.
-
-    Example:
-        >>> polar_of_gram(torch.full((1, 1, 1), 4.0)).shape
-        torch.Size([1, 1, 1])
-    """
-    size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    size = size + torch.finfo(gram.dtype).tiny ** 0.5
-    gram = gram / size
-    a, b, c = _COEFFICIENTS
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    total: Tensor | None = None
-    for step in range(_STEPS):
-        factor = torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
-        total = factor if total is None else total @ factor
-        if step < _STEPS - 1:
-            gram = factor @ gram @ factor
-    assert total is not None
-    return total / size.sqrt()
-
-
-def polar_by_gram(rows: Tensor) -> Tensor:
-    """Nearly the polar factor of tall matrices, as `metateleport.linalg.polar_factors`, from their Gram matrices.
-
-    Args:
-        rows: `(batch, n, k)`.
-
-    Returns:
-        Of the same shape; zero where a matrix is zero.
-
-    Example:
-        >>> from metateleport.linalg import polar_factors
-        >>> x = torch.randn(1, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        >>> bool(torch.allclose(polar_by_gram(x), polar_factors([x])[0], atol=1e-12))
-        True
-
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the polynomial.
-    """
-    return rows @ polar_of_gram(rows.mT @ rows)
-
-
-def in_gauge(direction: Direction, covector: Tensor, gauge: Tensor, squares: Tensor | None = None) -> Tensor:
+def in_gauge(
+    direction: Direction, covector: Tensor, gauge: Tensor, squares: Tensor | None = None, sketch: Tensor | None = None
+) -> Tensor:
     r"""A direction taken in a gauge and brought home, $g^{-1} . \mathrm{step}(g . M)$.
 
-    With $Y = M F$ and $W = F^\top V F$
+    With $Y = M F$, $W = F^\top V F$ and the outer gauge $P = (1 + L / \rho)^{-1/4}$
 
-    $$\text{polar: } \mathrm{polar}(Y)\, F^\top, \qquad \text{Adam: } Y W^{-1/2} F^\top, \qquad
+    $$\text{polar: } \mathrm{polar}(Y)\, F^\top, \qquad
+      \text{Shampoo: } P\, \mathrm{polar}(P\, Y)\, F^\top, \qquad \text{Adam: } Y W^{-1/2} F^\top, \qquad
       \text{descent: } Y F^\top = M C^{-1}.$$
 
     For polar factors that is $M\,(C \# M^\top M)^{-1}$, with the geometric mean of the metric $C = (F F^\top)^{-1}$ and
@@ -87,6 +37,7 @@ def in_gauge(direction: Direction, covector: Tensor, gauge: Tensor, squares: Ten
         covector: $M$ at home, `(batch, n, k)`.
         gauge: $F$, `(batch, k, m)`.
         squares: $V$ at home, the running mean of $G^\top G$, `(batch, k, k)`; for Adam's direction.
+        sketch: $S$ with $S S^\top$ nearly $L$, the running mean of $G F F^\top G^\top$, `(batch, n, q)`; for Shampoo's.
 
     Returns:
         The direction at home, `(batch, n, k)`.
@@ -96,11 +47,15 @@ def in_gauge(direction: Direction, covector: Tensor, gauge: Tensor, squares: Ten
         >>> in_gauge("descent", torch.ones(1, 1, 2), gauge)
         tensor([[[0.2500, 1.0000]]])
 
-    Source: Yen et al., "LoRA done RITE", ICLR 2025 (arXiv 2410.20625), for second moments of that kind.
+    Source: Yen et al., "LoRA done RITE", ICLR 2025 (arXiv 2410.20625), for second moments of that kind; for Shampoo's
+    metric as `metateleport.gauges.outer`.
     """
     seen = covector @ gauge
     if direction == "polar":
         return polar_by_gram(seen) @ gauge.mT
+    if direction == "shampoo":
+        assert sketch is not None
+        return polar_in_outer(seen, sketch) @ gauge.mT
     if direction == "adam":
         assert squares is not None
         return seen @ (inverse_root(gauge.mT @ squares @ gauge) @ gauge.mT)

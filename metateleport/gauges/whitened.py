@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -10,9 +11,20 @@ from torch import Tensor
 
 from metateleport.gauges.directions import Direction, in_gauge
 from metateleport.gauges.factors import FactorPair, FactorSide, gathered, spread
+from metateleport.gauges.outer import sketch_width, sketched
 from metateleport.gauges.roots import Roots, whitening_roots
 
-__all__ = ["GAUGES", "SIDES", "GaugeKind", "column_squares", "directions_in_gauges", "roots_of", "rows_of", "stacks_of"]
+__all__ = [
+    "GAUGES",
+    "SIDES",
+    "GaugeKind",
+    "Sketches",
+    "column_squares",
+    "directions_in_gauges",
+    "roots_of",
+    "rows_of",
+    "stacks_of",
+]
 
 GaugeKind = Literal["whitening", "random", "identity"]
 GAUGES: tuple[GaugeKind, ...] = ("whitening", "random", "identity")
@@ -22,6 +34,37 @@ GAUGES: tuple[GaugeKind, ...] = ("whitening", "random", "identity")
 SIDES: tuple[FactorSide, FactorSide] = ("out", "in")
 
 _SEED = 20261130
+
+
+@dataclasses.dataclass
+class Sketches:
+    """What Shampoo's direction remembers of the rows; a step brings it up to date.
+
+    Args:
+        gradients: of the tensors to step, with the task dimension in front.
+        memory: of the running means by the pair's number and side, `(tasks,)`; one where a step is left out.
+        kept: the sketches by the pair's number and side, `(tasks, rows, q)`; those that are not there start at zero.
+    """
+
+    gradients: Mapping[str, Tensor]
+    memory: Mapping[tuple[int, FactorSide], Tensor]
+    kept: dict[tuple[int, FactorSide], Tensor]
+
+    def brought_up(
+        self, pairs: Sequence[FactorPair], numbers: Sequence[int], side: FactorSide, gauges: Tensor
+    ) -> Tensor:
+        """The sketches of one side of pairs of one shape after this step, pair after pair."""
+        rows = [_known(rows_of(pairs[number], side, self.gradients)) for number in numbers]
+        shape = (*rows[0].shape[:2], sketch_width(pairs[numbers[0]].size, rows[0].shape[1]))
+        none = rows[0].new_zeros(shape)
+        olds = [self.kept.get((number, side), none) for number in numbers]
+        # Where other tensors of the side have gradients than before, its rows are others.
+        olds = [old if old.shape == shape else none for old in olds]
+        memory = torch.cat([self.memory[number, side] for number in numbers])
+        found = sketched(torch.cat(olds), torch.cat(rows) @ gauges, memory)
+        tasks = len(rows[0])
+        self.kept.update({(number, side): own for number, own in zip(numbers, found.split(tasks), strict=True)})
+        return found
 
 
 def rows_of(pair: FactorPair, side: FactorSide, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -103,6 +146,7 @@ def directions_in_gauges(
     squares: Mapping[tuple[int, FactorSide], Tensor] | None = None,
     kind: GaugeKind = "whitening",
     swapped: Sequence[bool] | None = None,
+    sketches: Sketches | None = None,
 ) -> dict[str, Tensor]:
     r"""Directions of the tensors of all pairs, each taken in the gauge that whitens the other factor.
 
@@ -117,6 +161,7 @@ def directions_in_gauges(
         squares: for Adam's direction, the second moments by the pair's number and side.
         kind: of gauge.
         swapped: of every pair, whether the floor is on the factor that puts out; nowhere if not given.
+        sketches: for Shampoo's direction; brought up to date.
 
     Returns:
         For the tensors of pairs that have covectors; entries that no pair moves are zero.
@@ -145,7 +190,7 @@ def directions_in_gauges(
                 continue
             roots = roots_of(pairs, own, parameters, floors, kind, turned)
             for side, gauge in zip(SIDES, (roots.outgoing, roots.incoming), strict=True):
-                _step_side(direction, pairs, own, side, gauge, covectors, squares, found)
+                _step_side(direction, pairs, own, side, gauge, covectors, squares, sketches, found)
     return found
 
 
@@ -161,6 +206,7 @@ def _step_side(
     gauges: Tensor,
     covectors: Mapping[str, Tensor],
     squares: Mapping[tuple[int, FactorSide], Tensor] | None,
+    sketches: Sketches | None,
     found: dict[str, Tensor],
 ) -> None:
     """Adds the directions of one side of pairs of one shape."""
@@ -174,7 +220,9 @@ def _step_side(
         whole = len(several) == len(numbers)
         gauge = gauges if whole else torch.cat([gauges[place * tasks :][:tasks] for place, _, _ in several])
         seconds = None if squares is None else torch.cat([squares[number, side] for _, number, _ in several])
-        stepped = in_gauge(direction, torch.cat([rows for _, _, rows in several]), gauge, seconds)
+        stepped_numbers = [number for _, number, _ in several]
+        sketch = None if sketches is None else sketches.brought_up(pairs, stepped_numbers, side, gauge)
+        stepped = in_gauge(direction, torch.cat([rows for _, _, rows in several]), gauge, seconds, sketch)
         for (_, number, _), rows in zip(several, stepped.split(tasks), strict=True):
             start = 0
             for leg in pairs[number].legs(side):

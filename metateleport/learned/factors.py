@@ -10,31 +10,33 @@ import torch
 from torch import Tensor
 
 from metateleport.gauges.factors import FactorPair, FactorSide, spread
+from metateleport.gauges.outer import OuterGauge
 from metateleport.gauges.spectrum import ProductGauges
-from metateleport.gauges.whitened import rows_of
+from metateleport.gauges.whitened import SIDES, rows_of
 from metateleport.learned.progress import Progress
 from metateleport.linalg import fit
 from metateleport.point import Point, Tensors
 
 __all__ = [
     "FACTOR_FEATURES",
-    "LENGTH",
-    "MATCHED",
     "combined",
     "factor_features",
     "gram_of",
-    "row_count",
     "spread_steps",
     "trio_of",
+    "unit_of",
 ]
 
-FACTOR_FEATURES = 12
+FACTOR_FEATURES = 13
 
 MATCHED = 0.2
 """Root mean square of the entries of a polar step over its length, as in `metateleport.GaugedOptimizer`."""
 
 LENGTH = 0.06
 """Where the length of the steps starts."""
+
+_RANK = 4
+"""The rank at which it is that."""
 
 
 def gram_of(
@@ -73,6 +75,7 @@ def factor_features(
     side: FactorSide,
     blocks: Tensor,
     gauges: ProductGauges,
+    outer: OuterGauge,
     level: Tensor,
     unit: Tensor,
     loss: Tensor,
@@ -98,6 +101,7 @@ def factor_features(
         steep.clamp(1e-8, 1e8).log() / 5 if progress.known else 0 * ones,
         (largest / unit).clamp(1e-8, 1e8).log() / 5,
         (gauges.values / largest.unsqueeze(-1)).square().mean(-1),
+        (outer.values.sum(-1) / outer.values.amax(-1).clamp_min(tiny)).clamp_min(1.0).log() / 3,
         ones * (math.log(width) / 3),
         (unit / (LENGTH * MATCHED)).log() / 3,
         ones * (math.log(progress.time + 1) / 5),
@@ -112,7 +116,7 @@ def spread_steps(
     numbers: Sequence[int],
     side: FactorSide,
     trio: Tensor,
-    made: Tensor,
+    step: Tensor,
     shares: Tensor,
     point: Point,
     slow: Tensors,
@@ -120,8 +124,7 @@ def spread_steps(
     moved: Tensors,
 ) -> None:
     """Writes the steps and the new momenta of one side of pairs of one shape to their tensors."""
-    width, tasks = made.shape[-1], len(trio) // len(numbers)
-    step = trio @ made
+    width, tasks = step.shape[-1], len(trio) // len(numbers)
     gradient, before, behind = trio.split(width, -1)
     momentum = torch.lerp(before, gradient, fit(shares[:, 0], before))
     late = torch.lerp(behind, gradient, fit(shares[:, 1], behind))
@@ -143,7 +146,13 @@ def _known(rows: Tensor | None) -> Tensor:
     return rows
 
 
-def row_count(pair: FactorPair, side: FactorSide, parameters: Mapping[str, Tensor]) -> int:
+def unit_of(pair: FactorPair, parameters: Mapping[str, Tensor]) -> float:
+    """The length that steps of a pair start with: its product moves as far at every rank, in the Frobenius norm."""
+    rows = max(_row_count(pair, side, parameters) for side in SIDES)
+    return LENGTH * MATCHED * math.sqrt(rows * _RANK / pair.size)
+
+
+def _row_count(pair: FactorPair, side: FactorSide, parameters: Mapping[str, Tensor]) -> int:
     return sum(
         parameters[leg.name][0].numel() // parameters[leg.name].shape[leg.axis + 1] * leg.places.shape[0]
         for leg in pair.legs(side)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["known_at_first", "scalar", "scalar_or_none", "told_loss"]
+__all__ = ["evaluated", "known_at_first", "scalar", "scalar_or_none", "told_loss"]
 
 
 def scalar(loss: Any) -> Tensor:
@@ -41,6 +41,22 @@ def told_loss(loss: Any) -> Tensor | None:
     found = torch.as_tensor(loss, dtype=torch.float64 if isinstance(loss, float) else None)
     found = scalar(found.real if found.is_complex() else found)
     return found if found.is_floating_point() else found.double()
+
+
+def evaluated(closure: Callable[[], Any] | None, loss: Any) -> tuple[Any, Tensor | None]:
+    """What the closure returns, or the loss that was given; and either as `told_loss`.
+
+    Raises:
+        ValueError: if the given loss is no number, or either is a tensor of several entries.
+    """
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+        return loss, told_loss(loss)
+    told = told_loss(loss)
+    if loss is not None and told is None:
+        raise ValueError(f"step(loss=...) takes the loss, a number or a tensor of one entry; not {loss!r}")
+    return loss, told
 
 
 def scalar_or_none(result: Any) -> Tensor | None:

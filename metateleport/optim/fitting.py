@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,11 +15,12 @@ from metateleport.detection.adapters import told_symmetries
 from metateleport.detection.chain import symmetries_of
 from metateleport.gauges import gauge_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.optim.choice import DEFAULT
 from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
-__all__ = ["check_parameters", "fitting_symmetries", "say_what_fits"]
+__all__ = ["as_number", "check_parameters", "check_total_steps", "fitting_symmetries", "say_what_fits"]
 
-_FOR_ANY = "digits"
+_FOR_ANY = DEFAULT
 """The checkpoint that warnings recommend."""
 
 _MOST = 0.5
@@ -50,6 +52,21 @@ def check_parameters(groups: Sequence[dict[str, Any]]) -> None:
         )
     if any(value.is_meta for value in parameters):
         raise ValueError("the parameters are on the device 'meta' and hold no numbers: materialise the model first")
+
+
+def as_number(value: Any) -> float:
+    """A setting as a number; NaN if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def check_total_steps(total_steps: Any) -> None:
+    """Raises a `ValueError` if that is no length of a run."""
+    whole = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps >= 1
+    if total_steps is not None and not whole:
+        raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
 
 
 def _is_sharded(value: Tensor) -> bool:

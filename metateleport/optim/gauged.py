@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import unwrapped
-from metateleport.detection import exact_symmetries
-from metateleport.detection.adapters import adapter_pairs, told_symmetries
-from metateleport.gauges import DIRECTIONS, GAUGES, Direction, FactorPair, GaugeKind, directions_in_gauges, factor_pairs
-from metateleport.gauges.whitened import SIDES, column_squares, rows_of
+from metateleport.gauges import DIRECTIONS, GAUGES, Direction, FactorPair, GaugeKind, Sketches, directions_in_gauges
+from metateleport.gauges.factors import FactorSide
+from metateleport.gauges.whitened import SIDES, column_squares
 from metateleport.linalg import alike, polar_factors, squarable
-from metateleport.optim.closure import told_loss
-from metateleport.optim.fitting import check_parameters
+from metateleport.optim.closure import evaluated
+from metateleport.optim.factors import Factors, known_factors
+from metateleport.optim.fitting import as_number, check_parameters, check_total_steps
 from metateleport.optim.parameters import dense_gradient, master, raised, trainable, working_dtype, write
 from metateleport.point import Tensors
-from metateleport.symmetries import Symmetry, Unsuitable
+from metateleport.symmetries import Symmetry
 
 __all__ = ["FLOOR", "MATCHED", "GaugedOptimizer"]
 
@@ -37,9 +36,13 @@ MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
 
 _TABLE = 0.5
-"""A matrix whose root mean square is above this at its first step counts as a table of embeddings."""
+"""Where there is no model to ask, a matrix whose root mean square is above this at its first step counts as a table of
+embeddings."""
 
 _EPS = 1e-8
+
+_USUAL_BETAS = (0.9, 0.99)
+_BETAS = {"shampoo": (0.8, 0.95)}
 
 
 class GaugedOptimizer(torch.optim.Optimizer):
@@ -62,9 +65,17 @@ class GaugedOptimizer(torch.optim.Optimizer):
     are kept as they are at home and are covectors: seen in a gauge, they have moved from the last one to this one
     exactly. Weight decay and `lr` scale tensors, which no split notices either, as long as both factors have the same.
 
-    **The other tensors** take the same rule in the identity's gauge. With `rule="polar"` matrices step along their
-    polar factors and vectors and tables of embeddings as AdamW does; that is Muon with AdamW. With `rule="adam"` all of
-    them step as AdamW does, with `rule="descent"` along their momenta.
+    **Shampoo's rule** has the polar factor in a gauge of the rows as well, $P = (1 + L / \rho)^{-1/4}$ for the running
+    mean $L$ of the gradients' second moments, seen in the gauge:
+
+    $$B \mapsto B - \eta\, P\, \mathrm{polar}(P\, M_B (A A^\top)^{-1/2})\, (A A^\top)^{-1/2}.$$
+
+    $L$ is kept as a sketch of $\max(2 k, 16)$ columns, so that the price is that of a few more products, however wide
+    the layer is; $\rho$ is a thousandth of its largest eigenvalue (`metateleport.gauges.outer`).
+
+    **The other tensors** take the same rule in the identity's gauge. With `rule="polar"` and `"shampoo"` matrices step
+    along their polar factors and vectors and tables of embeddings as AdamW does; that is Muon with AdamW. With
+    `rule="adam"` all of them step as AdamW does, with `rule="descent"` along their momenta.
 
     **Lengths.** A polar step, and one by Adam in a gauge, is as long as AdamW's would be in root mean square, if all
     singular values of the product moved: $\eta = 0.2\,\mathrm{lr} \sqrt{\max(m, n)}$ for a product of $m \times n$. So
@@ -77,22 +88,23 @@ class GaugedOptimizer(torch.optim.Optimizer):
 
     It is a `torch.optim` optimizer as `metateleport.LearnedOptimizer` is one: a step whose loss or gradient is not
     finite is left out and counted in `skipped`; half-precision weights have their rounding errors kept. A step never
-    waits for the device.
+    waits for the device, but for `rule="shampoo"`, which takes eigenvectors of small matrices.
 
     Args:
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter. Without a model there
             are no gauges but the identity's.
-        rule: `polar`, `adam` (second moments of columns with one another, as a gauge has no coordinates of its own) or
-            `descent`.
+        rule: `polar`, `shampoo`, `adam` (second moments of columns with one another, as a gauge has no coordinates of
+            its own) or `descent`.
         gauge: `whitening`; `identity` for none and `random` for one of the same spectrum in other directions, both to
             compare with.
         symmetries: of the model, in the order of the data flow; those that are known if not given.
         example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model.
         lr: of each group.
-        betas: memories of the momentum, which is Nesterov's, and of second moments.
+        betas: memories of the momentum, which is Nesterov's, and of second moments; `(0.9, 0.99)` if not given, and
+            `(0.8, 0.95)` for `rule="shampoo"`.
         weight_decay: decoupled, of each group: each step takes off `lr * weight_decay` of the weights.
         total_steps: length of the run, where it is known: steps get shorter along half a cosine, down to zero there.
-            Steps that were left out count, until a state is loaded: it knows those that were taken.
+            Steps that were left out count.
 
     Raises:
         ValueError: if a setting is out of range, a symmetry names what the model does not have, or parameters cannot
@@ -110,7 +122,8 @@ class GaugedOptimizer(torch.optim.Optimizer):
         >>> bool(loss < 0.1), optimizer.pairs[0].names("out")
         (True, ('0.weight', '0.bias'))
 
-    Source: "LoRA-Muon" (arXiv 2606.12921) for the polar factor on adapters; Tong, Ma and Chi, JMLR 2021 (arXiv
+    Source: "LoRA-Muon" (arXiv 2606.12921) for the polar factor on adapters; Gupta, Koren and Singer, ICML 2018 (arXiv
+    1802.09568) for Shampoo's metric; Tong, Ma and Chi, JMLR 2021 (arXiv
     2005.08898) for descent; Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982) for the lengths.
     """
 
@@ -122,15 +135,14 @@ class GaugedOptimizer(torch.optim.Optimizer):
         symmetries: Sequence[Symmetry] | None = None,
         example_input: Any = None,
         lr: float = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
         for name, value, known in (("rule", rule, DIRECTIONS), ("gauge", gauge, GAUGES)):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; not {value!r}")
-        if total_steps is not None and (isinstance(total_steps, bool) or not total_steps >= 1):
-            raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
+        check_total_steps(total_steps)
         self.rule, self.gauge, self.total_steps = rule, gauge, total_steps
         self.model: nn.Module | None = None
         given: Any = model_or_params
@@ -139,41 +151,38 @@ class GaugedOptimizer(torch.optim.Optimizer):
             given = list(self.model.parameters())
         elif symmetries or example_input is not None:
             raise ValueError("symmetries are those of a model: give the model itself in the place of its parameters")
+        betas = _BETAS.get(rule, _USUAL_BETAS) if betas is None else betas
         self.steps = 0
         self._skipped: Tensor | None = None
-        super().__init__(given, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
-        self.pairs: tuple[FactorPair, ...] = ()
+        self._factors = Factors(self.model, ())
+        self._finds_added = False
+        super().__init__(given, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         if self.model is not None and gauge != "identity":
-            self.pairs = factor_pairs(_symmetries(self.model, symmetries, example_input))
-            if not self.pairs and symmetries is None:
-                warnings.warn(
-                    "GaugedOptimizer knows no factors of a product in this model and steps as without gauges: give "
-                    "example_input=, a batch that the model takes, or name them, as "
-                    "symmetries=[metateleport.symmetries.LoRAPair.of(model, 'a', 'b')]; symmetries=[] says that there "
-                    "are none",
-                    stacklevel=2,
-                )
-        self._factors: dict[str, Tensor] = {}
-        if self.model is not None and self.pairs:
-            named = dict(self.model.named_parameters(remove_duplicate=False))
-            names = {name for pair in self.pairs for side in SIDES for name in pair.names(side)}
-            self._factors = {name: named[name] for name in sorted(names)}
-        self._swapped = [self._is_swapped(pair) for pair in self.pairs]
-        self._whole = self._covered()
+            self._factors = known_factors(self.model, symmetries, example_input)
+            self._finds_added = symmetries is None
+
+    @property
+    def pairs(self) -> tuple[FactorPair, ...]:
+        """The pairs of factors that are stepped in gauges."""
+        return self._factors.pairs
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, with `lr`, `betas` and `weight_decay` of its own or the defaults.
+
+        Factors of adapters among them, known by their names, are stepped in gauges from then on, unless the symmetries
+        were given.
 
         Raises:
             ValueError: if one of its numbers cannot be, or its parameters are of a kind that no step is taken on.
         """
         if isinstance(param_group, dict):
-            options = {**self.defaults, **param_group}
-            _check_numbers(options)
+            _check_numbers({**self.defaults, **param_group})
         super().add_param_group(param_group)
         held = [value for group in self.param_groups for value in group["params"]]
         for device in {value.device for value in held}:
             check_parameters([{"params": [value for value in held if value.device == device]}])
+        if self._finds_added:
+            self._factors.add(self._factors.new_pairs({id(value) for value in self.param_groups[-1]["params"]}))
 
     @property
     def skipped(self) -> int:
@@ -195,10 +204,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        told = None if loss is None else told_loss(loss)
+        loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         devices: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for value in group["params"]:
@@ -235,7 +241,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Steps the parameters of one device."""
         dtype = _dtype(held)
-        known = {id(value): name for name, value in self._factors.items()}
+        known = {id(value): name for name, value in self._factors.tensors.items()}
         names = {id(value): known.get(id(value), f"/{number}") for number, (value, _) in enumerate(held)}
         parameters = {names[id(value)]: value for value, _ in held}
         groups = {names[id(value)]: group for value, group in held}
@@ -258,12 +264,12 @@ class GaugedOptimizer(torch.optim.Optimizer):
             momentum[name] = torch.lerp(gradient, raised(state["momentum"], dtype), memory) / corrected
             seen[name], corrections[name] = gradient, state["step"].to(dtype)
         steps = self._in_gauges(starts, seen, momentum, rates, groups, corrections, finite, parameters)
-        rest = {name: value for name, value in momentum.items() if name not in steps or not self._whole[name]}
+        rest = {name: value for name, value in momentum.items() if name not in steps or not self._factors.whole[name]}
         plain = self._as_they_are(rest, seen, rates, groups, corrections, finite, parameters)
         for name, value in parameters.items():
             step = steps.get(name, plain.get(name))
             if name in steps and name in plain:
-                step = self._joined(name, steps[name], plain[name])
+                step = self._factors.joined(name, steps[name], plain[name])
             assert step is not None
             decay = 1 - rates[name] * groups[name]["weight_decay"]
             moved = torch.where(finite, decay * starts[name] - step, starts[name])
@@ -271,9 +277,16 @@ class GaugedOptimizer(torch.optim.Optimizer):
 
     def _by_coordinates(self, value: Tensor, start: Tensor) -> bool:
         """Whether a tensor steps as AdamW does where it has no gauge; decided at its first step."""
-        if self.rule != "polar":
+        if self.rule in ("adam", "descent"):
             return self.rule == "adam"
-        return value.ndim < 2 or value.is_complex() or bool(start.square().mean() > _TABLE**2)
+        if value.ndim < 2 or value.is_complex():
+            return True
+        if self.model is None:
+            return bool(start.square().mean() > _TABLE**2)
+        tables = (
+            module.weight for module in self.model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        )
+        return any(value is table for table in tables)
 
     def _in_gauges(
         self,
@@ -287,19 +300,20 @@ class GaugedOptimizer(torch.optim.Optimizer):
         parameters: Mapping[str, Tensor],
     ) -> Tensors:
         """The steps of the tensors of pairs."""
-        if not self.pairs:
+        factors = self._factors
+        if not factors.pairs:
             return {}
         like = next(iter(starts.values()))
         whole = dict(starts)
-        for name, value in self._factors.items():
+        for name, value in factors.tensors.items():
             if name not in whole and value.device == like.device:
                 whole[name] = master(value, like.dtype, self.state.get(value, {}))
-        covectors = {name: value for name, value in momentum.items() if name in self._factors}
+        covectors = {name: value for name, value in momentum.items() if name in factors.tensors}
         lengths = []
         squares: dict[tuple[int, Any], Tensor] | None = {} if self.rule == "adam" else None
         floors: list[float] = []
-        for number, pair in enumerate(self.pairs):
-            counted = [_rows(pair, side, self._factors) for side in SIDES]
+        for number, pair in enumerate(factors.pairs):
+            counted = [factors.rows(pair, side) for side in SIDES]
             lengths.append(1.0 if self.rule == "descent" else MATCHED * math.sqrt(max(counted)))
             own = [rates[name] for side in SIDES for name in pair.names(side) if name in covectors]
             least = _FLOOR_OF_DESCENT if self.rule == "descent" else FLOOR
@@ -310,13 +324,55 @@ class GaugedOptimizer(torch.optim.Optimizer):
                     squares[number, side] = self._remembered(
                         number, side, found, groups, counts, finite, parameters, covectors
                     )
+        sketches = self._sketches(covectors, gradients, groups, finite, parameters)
         steps = directions_in_gauges(
-            self.rule, self.pairs, whole, covectors, floors, squares, self.gauge, self._swapped
+            self.rule, factors.pairs, whole, covectors, floors, squares, self.gauge, factors.swapped, sketches
         )
+        if sketches is not None:
+            self._keep(sketches, covectors, parameters)
         factor: dict[str, float] = {}
-        for pair, length in zip(self.pairs, lengths, strict=True):
+        for pair, length in zip(factors.pairs, lengths, strict=True):
             factor.update({name: length for side in SIDES for name in pair.names(side)})
         return {name: value * (factor[name] * rates[name]) for name, value in steps.items()}
+
+    def _sketches(
+        self,
+        covectors: Tensors,
+        gradients: Tensors,
+        groups: Mapping[str, dict[str, Any]],
+        finite: Tensor,
+        parameters: Mapping[str, Tensor],
+    ) -> Sketches | None:
+        """What Shampoo's direction remembers."""
+        if self.rule != "shampoo":
+            return None
+        memory, kept = {}, {}
+        like = next(iter(covectors.values()))
+        for number, pair in enumerate(self.pairs):
+            for side in SIDES:
+                name = next((each for each in pair.names(side) if each in covectors), None)
+                if name is None:
+                    continue
+                own = torch.tensor(groups[name]["betas"][1], dtype=like.dtype, device=like.device)
+                memory[number, side] = torch.where(finite, own, 1.0).reshape(1)
+                if "sketch" in self.state[parameters[name]]:
+                    kept[number, side] = self.state[parameters[name]]["sketch"][self._place(number, name)].unsqueeze(0)
+        return Sketches({name: gradients[name] for name in covectors}, memory, kept)
+
+    def _keep(self, sketches: Sketches, covectors: Tensors, parameters: Mapping[str, Tensor]) -> None:
+        """Writes what Shampoo's direction remembers into the states of the tensors."""
+        for (number, side), sketch in sketches.kept.items():
+            name = next(each for each in self.pairs[number].names(side) if each in covectors)
+            state = self.state[parameters[name]]
+            if "sketch" not in state or state["sketch"].shape[1:] != sketch.shape[1:]:
+                count = sum(name in pair.names(side) for pair in self.pairs)
+                state["sketch"] = sketch.new_zeros(count, *sketch.shape[1:])
+            state["sketch"][self._place(number, name)] = sketch[0]
+
+    def _place(self, number: int, name: str) -> int:
+        """Which of the pairs of a tensor one is, as heads of one projection are several."""
+        side: FactorSide = "out" if name in self.pairs[number].names("out") else "in"
+        return [each for each, pair in enumerate(self.pairs) if name in pair.names(side)].index(number)
 
     def _remembered(
         self,
@@ -331,11 +387,11 @@ class GaugedOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """The running mean of the second moments of columns, without the bias of its start."""
         name = next(each for each in self.pairs[number].names(side) if each in covectors)
-        own = [each for each, pair in enumerate(self.pairs) if name in pair.names(side)]
         state, memory = self.state[parameters[name]], groups[name]["betas"][1]
         if "columns" not in state:
-            state["columns"] = found.new_zeros(len(own), *found.shape[1:])
-        kept = state["columns"][own.index(number)]
+            count = sum(name in pair.names(side) for pair in self.pairs)
+            state["columns"] = found.new_zeros(count, *found.shape[1:])
+        kept = state["columns"][self._place(number, name)]
         kept.copy_(torch.where(finite, torch.lerp(found[0], kept, memory), kept))
         return (kept / (1 - memory ** counts[name].clamp_min(1.0))).unsqueeze(0)
 
@@ -365,58 +421,58 @@ class GaugedOptimizer(torch.optim.Optimizer):
             steps[name] = rates[name] * momentum[name] / (root + _EPS)
         return steps
 
-    def _joined(self, name: str, gauged: Tensor, plain: Tensor) -> Tensor:
-        """A step in a gauge where pairs move a tensor, and the plain one in its other entries."""
-        step = plain
-        for pair in self.pairs:
-            for leg in (*pair.outgoing, *pair.incoming):
-                if leg.name == name:
-                    places = leg.flat.to(step.device)
-                    step = step.index_copy(leg.axis + 1, places, gauged.index_select(leg.axis + 1, places))
-        return step
-
-    def _is_swapped(self, pair: FactorPair) -> bool:
-        """Whether the factor that takes features in is the one of full rank, and the floor goes on the other."""
-        out, into = (rows_of(pair, side, self._raised(pair, side)) for side in SIDES)
-        assert out is not None
-        assert into is not None
-        if not bool(out.any()) or not bool(into.any()):
-            return bool(into.any())
-        return out.shape[1] < pair.size <= into.shape[1]
-
-    def _raised(self, pair: FactorPair, side: Any) -> Tensors:
-        return {name: self._factors[name].detach().unsqueeze(0) for name in pair.names(side)}
-
-    def _covered(self) -> dict[str, bool]:
-        """Of each tensor of pairs, whether they move all of its entries."""
-        moved: dict[str, set[int]] = {}
-        sizes: dict[str, int] = {}
-        for pair in self.pairs:
-            for leg in (*pair.outgoing, *pair.incoming):
-                moved.setdefault(leg.name, set()).update(leg.places.flatten().tolist())
-                sizes[leg.name] = self._factors[leg.name].shape[leg.axis]
-        return {name: len(places) == sizes[name] for name, places in moved.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict. Each group has, beside its settings, what the optimizer as a whole remembers."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group |= {
+                "rule": self.rule, "steps": self.steps, "skipped": self.skipped, "swapped": self._factors.decided
+            }  # fmt: skip
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict; moments keep their precision.
 
         Raises:
-            ValueError: if the parameters are not as many, or it is another optimizer's.
+            ValueError: if the parameters are not as many or of other shapes, or it is another optimizer's or another
+                rule's; the optimizer is as it was before.
         """
         groups = state_dict["param_groups"]
-        held = [each for each in state_dict["state"].values() if each]
-        if any("betas" not in group for group in groups) or any("momentum" not in each for each in held):
-            raise ValueError("this state dict is not a GaugedOptimizer's: start a new optimizer from the saved weights")
-        super().load_state_dict(state_dict)
-        # The base class has cast everything to the parameter's dtype; moments of half precision are wider.
         parameters = [value for group in self.param_groups for value in group["params"]]
         indices = [index for group in groups for index in group["params"]]
+        held = [each for each in state_dict["state"].values() if each]
+        foreign = any("betas" not in group or "eps" in group for group in groups)
+        if foreign or any("momentum" not in each for each in held):
+            raise ValueError("this state dict is not a GaugedOptimizer's: start a new optimizer from the saved weights")
+        # Of the first versions: a rule is known by its moments, and steps were those that were taken.
+        rule = groups[0].get("rule", self.rule)
+        if rule != self.rule:
+            raise ValueError(f"this state dict is of rule={rule!r} and the optimizer of rule={self.rule!r}")
+        for parameter, index in zip(parameters, indices, strict=False):
+            momentum = state_dict["state"].get(index, {}).get("momentum")
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError(
+                    f"this state dict has moments of shape {tuple(momentum.shape)} for parameter {index}, which has "
+                    f"shape {tuple(parameter.shape)}: it was saved with another model, or with its parameters in "
+                    "another order"
+                )
+        super().load_state_dict(state_dict)
+        own = self.param_groups[0]
+        self.steps = int(own.get("steps", max([float(each["step"]) for each in held], default=0.0)))
+        self._skipped = torch.tensor(int(own.get("skipped", 0)))
+        swapped = own.get("swapped", ())
+        if len(swapped) == len(self.pairs):
+            self._factors.swapped = swapped
+        for group in self.param_groups:
+            for key in ("rule", "steps", "skipped", "swapped"):
+                group.pop(key, None)
+        # The base class has cast everything to the parameter's dtype; moments of half precision are wider.
         for parameter, index in zip(parameters, indices, strict=True):
-            own = state_dict["state"].get(index, {})
-            if own:
-                self.state[parameter] = {key: value.detach().clone().to(parameter.device) for key, value in own.items()}
-        counts = [float(each["step"]) for each in held]
-        self.steps = int(max(counts, default=0.0))
+            kept = state_dict["state"].get(index, {})
+            if kept:
+                self.state[parameter] = {
+                    key: value.detach().clone().to(parameter.device) for key, value in kept.items()
+                }
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled."""
@@ -427,36 +483,10 @@ def _dtype(held: Sequence[tuple[Tensor, dict[str, Any]]]) -> torch.dtype:
     return working_dtype({str(number): value for number, (value, _) in enumerate(held)})
 
 
-def _rows(pair: FactorPair, side: Any, parameters: Mapping[str, Tensor]) -> int:
-    """How many rows the matrix of one side has."""
-    return sum(
-        parameters[leg.name].numel() // parameters[leg.name].shape[leg.axis] * leg.places.shape[0]
-        for leg in pair.legs(side)
-    )
-
-
-def _symmetries(model: nn.Module, given: Sequence[Symmetry] | None, example_input: Any) -> Sequence[Symmetry]:
-    if given is None and example_input is None:
-        return told_symmetries(model, frozen=True)
-    if given is None:
-        adapters = adapter_pairs(model, frozen=True)
-        try:
-            return (*adapters, *exact_symmetries(model, example_input, buffers=False))
-        except Unsuitable:
-            return adapters
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for symmetry in given:
-        unknown = [name for name in symmetry.parameters if name not in named]
-        if unknown:
-            raise ValueError(f"{symmetry!r} names {unknown[0]!r}, which the model does not have")
-    return given
-
-
 def _check_numbers(options: Mapping[str, Any]) -> None:
     for name, what in (("lr", "the size of the steps"), ("weight_decay", "a share times lr")):
-        number = float(options[name])
-        if not 0 <= number < math.inf:
+        if not 0 <= as_number(options[name]) < math.inf:
             raise ValueError(f"{name} is {what}, a number of at least zero; not {options[name]!r}")
     betas = options["betas"]
-    if len(betas) != 2 or not all(0 <= each < 1 for each in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= as_number(each) < 1 for each in betas):
         raise ValueError(f"betas are the memories of momentum and second moments, two numbers in [0, 1); not {betas!r}")

@@ -21,8 +21,9 @@ from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import squarable
 from metateleport.optim.checks import is_averaged
-from metateleport.optim.closure import told_loss
-from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
+from metateleport.optim.choice import choose
+from metateleport.optim.closure import evaluated
+from metateleport.optim.fitting import as_number, check_parameters, check_total_steps, fitting_symmetries, say_what_fits
 from metateleport.optim.memory import (
     fingerprint,
     flattened,
@@ -101,7 +102,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter, as `torch.optim`'s
             own take them. Without a model there are no symmetries to move along.
         checkpoint: a checkpoint's name, path or address in MLflow (`models:/lora@champion`), a loaded checkpoint, a
-            `MetaOptimizer`, or what `metateleport.connect` gave.
+            `MetaOptimizer`, or what `metateleport.connect` gave. If not given, `lora` where the model has low-rank
+            adapters to train, else `default` (`metateleport.optim.choice.choose`).
         symmetries: of the model, in the order of the data flow; found in it if not given, none if empty.
         example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model, not only of an
             `nn.Sequential`.
@@ -124,7 +126,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 1))
-        >>> optimizer = LearnedOptimizer(model, "digits")
+        >>> optimizer = LearnedOptimizer(model)
         >>> x = torch.ones(5, 3)
         >>> losses = []
         >>> for _ in range(5):
@@ -140,7 +142,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
-        checkpoint: Any,
+        checkpoint: Any = None,
         symmetries: Sequence[Symmetry] | None = None,
         example_input: Any = None,
         lr: float = 1.0,
@@ -149,7 +151,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         deterministic: bool = False,
     ) -> None:
-        _check_numbers(lr, weight_decay, total_steps)
+        _check_numbers(lr, weight_decay)
+        check_total_steps(total_steps)
+        if checkpoint is None:
+            checkpoint = choose(model_or_params if isinstance(model_or_params, nn.Module) else None).checkpoint
         meta, called, made_for = _meta_optimizer(checkpoint)
         self.model: nn.Module | None = None
         given: Any = model_or_params
@@ -231,12 +236,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        if closure is not None:
-            if self._recorder is not None:
-                self._recorder.renew()
-            with torch.enable_grad():
-                loss = closure()
-        told = None if loss is None else told_loss(loss)
+        if closure is not None and self._recorder is not None:
+            self._recorder.renew()
+        loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         try:
             self._step(told)
         finally:
@@ -664,17 +666,10 @@ def places(parameters: Sequence[Tensor], number: int) -> list[str]:
     return names
 
 
-def _check_numbers(lr: Any, weight_decay: Any, total_steps: Any = None) -> None:
+def _check_numbers(lr: Any, weight_decay: Any) -> None:
     for name, value, what in (("lr", lr, "a factor on the learned step"), ("weight_decay", weight_decay, "a share")):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not 0 <= number < math.inf:
+        if not 0 <= as_number(value) < math.inf:
             raise ValueError(f"{name} is {what}, a number of at least zero; not {value!r}")
-    whole = total_steps is None or (isinstance(total_steps, int) and total_steps >= 1 and total_steps is not True)
-    if not whole:
-        raise ValueError(f"total_steps is the number of steps of the run, or None; not {total_steps!r}")
 
 
 def _meta_optimizer(checkpoint: Any) -> tuple[MetaOptimizer, str, Mapping[str, Any]]:

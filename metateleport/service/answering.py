@@ -19,7 +19,7 @@ from metateleport.learned.teleporter import BASIS
 from metateleport.service.described import DescribedSymmetry, effect_of, nowhere
 from metateleport.service.limits import Limits
 from metateleport.service.message import SCHEMA, Message, Refused
-from metateleport.service.reading import Reader, batch_of, group_of, kind_of, whole
+from metateleport.service.reading import Reader, batch_of, check_covariance, group_of, kind_of, whole
 from metateleport.teleporters import RandomTeleporter, WhiteningTeleporter
 from metateleport.teleporters.reach import within_reach
 from metateleport.version import VERSION
@@ -252,6 +252,8 @@ class Answerer:
             damping = reader.number("damping", 0.0, 1.0) if reader.has("damping") else None
             reader.done()
             _check_side(side, matrices)
+            if any(name.endswith("_covariance") and not bool(value.any()) for name, value in matrices.items()):
+                raise Refused("element", "a covariance is zero: there is nothing to whiten")
             teleporter = WhiteningTeleporter(side, damping)
         known = next(iter(matrices.values()), torch.zeros(1, dtype=torch.float64))
         batch = tuple(known.shape[: known.ndim - len(group.shape)]) if matrices else ()
@@ -306,6 +308,8 @@ def _matrices(reader: Reader, group: Group, batch: tuple[int, ...] | None, neede
         square = group.shape if len(group.shape) == 1 else (group.size, group.size)
         value = reader.tensor(whole_name, *(batch or ()), *square, free=batch is None)
         found[name] = reader.in_one_dtype(whole_name, value)
+        if name.endswith("_covariance"):
+            check_covariance(whole_name, value, len(group.shape))
     if needed and not found:
         raise Refused("tensors", "there are no matrices: their names begin with 'matrices.'")
     if group.name == "O" and needed and set(found) != set(names):

@@ -16,7 +16,10 @@ from metateleport.settings import shown
 from metateleport.symmetries.rotary import PlaneScaling
 from metateleport.symmetries.translation import Translation
 
-__all__ = ["GROUPS", "Reader", "kind_of"]
+__all__ = ["GROUPS", "Reader", "check_covariance", "kind_of"]
+
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""How far below zero the eigenvalues of a covariance may be by rounding, over its trace."""
 
 GROUPS: dict[str, type[Group]] = {
     "GL": GeneralLinear,
@@ -31,6 +34,37 @@ GROUPS: dict[str, type[Group]] = {
 def kind_of(group: Group) -> str | None:
     """The name that requests have for a group; None for one that they have none for."""
     return next((name for name, kind in GROUPS.items() if type(group) is kind), None)
+
+
+def check_covariance(name: str, value: Tensor, dimensions: int) -> None:
+    """Refuses what is no matrix of second moments: such a one is symmetric and no quadratic form of it is negative.
+
+    Args:
+        name: the tensor's.
+        value: one or a stack of matrices, or of their diagonals.
+        dimensions: 2 for matrices, 1 for diagonals.
+
+    Raises:
+        Refused: if it is none, beyond what rounding explains.
+
+    Example:
+        >>> check_covariance("c", torch.ones(2, 2), 2)
+        >>> check_covariance("c", torch.tensor([1.0, -1.0]), 1)
+        Traceback (most recent call last):
+        metateleport.service.message.Refused: tensors.c: it is a covariance, and has entries below zero
+    """
+    if dimensions == 1:
+        if bool((value < 0).any()):
+            raise Refused(f"tensors.{name}", "it is a covariance, and has entries below zero")
+        return
+    # In units of the largest entry the trace of a large one does not overflow.
+    scaled = value.double() / value.abs().amax((-2, -1), keepdim=True).double().clamp_min(1e-300)
+    slack = _ROUNDING[value.dtype] * scaled.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+    if bool(((scaled - scaled.mT).abs().amax((-2, -1)) > slack).any()):
+        raise Refused(f"tensors.{name}", "it is a covariance, and is not symmetric")
+    lifted = scaled + torch.diag_embed(slack.unsqueeze(-1).expand(scaled.shape[:-1]).clamp_min(1e-12))
+    if bool((torch.linalg.cholesky_ex(lifted).info > 0).any()):
+        raise Refused(f"tensors.{name}", "it is a covariance, and is not positive semidefinite")
 
 
 class Reader:

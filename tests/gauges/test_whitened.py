@@ -58,6 +58,7 @@ def test_directions_move_along_with_an_element(direction: str, zero: bool, swapp
         into = torch.zeros_like(into)
     covectors = drawn(1, 9, 3, seed=3), drawn(1, 7, 3, seed=4)
     squares = tuple((x := drawn(1, 20, 3, seed=seed)).mT @ x for seed in (5, 6))
+    sketches = drawn(1, 9, 4, seed=7), drawn(1, 7, 4, seed=8)
     g = element(3, 1e3, scale=17.0)
     inverse = torch.linalg.inv(g)
 
@@ -66,9 +67,11 @@ def test_directions_move_along_with_an_element(direction: str, zero: bool, swapp
         acts = (g.mT, inverse) if moved else (torch.eye(3).double(),) * 2
         roots = whitening_roots(out @ acts[0], into @ acts[1], 0.3, swapped)
         found = []
-        for covector, act, root, square in zip(covectors, acts, (roots.outgoing, roots.incoming), squares, strict=True):
+        both = (roots.outgoing, roots.incoming)
+        for covector, act, root, square, sketch in zip(covectors, acts, both, squares, sketches, strict=True):
             dual = torch.linalg.inv(act).mT
-            step = in_gauge(direction, covector @ dual, root, dual.mT @ square @ dual)  # type: ignore[arg-type]
+            moved_square = dual.mT @ square @ dual
+            step = in_gauge(direction, covector @ dual, root, moved_square, sketch)  # type: ignore[arg-type]
             found.append(step @ torch.linalg.inv(act))
         return found[0], found[1]
 

@@ -73,11 +73,12 @@ def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int = 100, **settings
 def test_the_split_of_an_adapter_makes_no_difference(rule: Any, zero: bool) -> None:
     x, y = drawn(32, 9), drawn(32, 2, seed=9)
     settings: dict[str, Any] = {"rule": rule, **({"lr": 0.05} if rule == "descent" else {}), "weight_decay": 0.1}
+    settings["steps"] = 100 if rule == "polar" and zero else 40
     plain = trained(Adapter(zero), x, y, **settings)
     want = plain.lora_B @ plain.lora_A
     want = want.detach()
     assert float(want.norm()) > 0.1
-    for seed, (condition, scale) in enumerate([(1.0, 1e-2), (1.0, 1e2), (1e4, 3.0)]):
+    for seed, (condition, scale) in enumerate([(1.0, 1e2), (1e3, 1e-1)]):
         model, g = Adapter(zero), element(3, seed, condition, scale)
         with torch.no_grad():
             model.lora_A.copy_(g @ model.lora_A)
@@ -206,9 +207,14 @@ def test_tensors_without_a_gauge_step_like_muon_with_adamw() -> None:
         assert float((one - other).detach().norm() / other.detach().norm()) < 5e-3
 
 
-def test_embeddings_step_by_coordinates() -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_embeddings_step_by_coordinates(told: bool) -> None:
+    """A model says what its tables are, however small or large; without one their size does."""
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
-    optimizer = GaugedOptimizer(model, symmetries=[])
+    with torch.no_grad():
+        model[0].weight.mul_(0.01 if told else 1.0)
+        model[1].weight.mul_(10.0 if told else 1.0)
+    optimizer = GaugedOptimizer(model, symmetries=[]) if told else GaugedOptimizer(model.parameters())
     model(torch.arange(9)).square().mean().backward()
     optimizer.step()
     assert "squares" in optimizer.state[model[0].weight]
@@ -231,7 +237,7 @@ def test_what_a_step_left_out_is_counted_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda model: GaugedOptimizer(model, "newton"), "rule is one of polar, adam, descent"),
+        (lambda model: GaugedOptimizer(model, "newton"), "rule is one of polar, shampoo, adam, descent"),
         (lambda model: GaugedOptimizer(model, gauge="none"), "gauge is one of whitening, random, identity"),
         (lambda model: GaugedOptimizer(model, lr=-1), "lr is the size of the steps"),
         (lambda model: GaugedOptimizer(model, betas=(0.9, 1.0)), "betas are the memories"),

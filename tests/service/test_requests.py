@@ -101,6 +101,8 @@ def test_what_is_right_is_answered(digits: Answerer, leaky: Answerer) -> None:
     assert torch.allclose(made, torch.eye(2, dtype=torch.float64), atol=1e-10)
 
 
+FEATURES = "tensors/matrices.feature_covariance"
+
 REFUSALS: list[tuple[Any, str, Any, str]] = [
     (teleport, "schema", 2, "schema"),
     (teleport, "schema", True, "schema"),
@@ -162,6 +164,10 @@ REFUSALS: list[tuple[Any, str, Any, str]] = [
     (once, "damping", -1.0, "damping"),
     (once, "damping", 1e400, ""),
     (once, "tensors", {}, "tensors"),
+    (once, FEATURES, tensor([[1.0, 2.0], [2.0, 1.0]]), FEATURES.replace("/", ".")),
+    (once, FEATURES, tensor([[2.0, 1.0], [-1.0, 2.0]]), FEATURES.replace("/", ".")),
+    (once, FEATURES, tensor([[0.0, 0.0], [0.0, 0.0]]), "element"),
+    (teleport, "tensors/matrices.incoming_covariance", tensor([1.0, -1e-3]), "tensors.matrices.incoming_covariance"),
 ]
 
 

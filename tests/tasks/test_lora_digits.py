@@ -86,11 +86,12 @@ def test_labels_are_permuted(classes: int) -> None:
 
 def test_the_step_in_a_gauge_is_the_same_however_the_product_is_split() -> None:
     """Muon without gauges is not: it sees the factors."""
-    losses: dict[str, list[Any]] = {"gauged": [], "muon": []}
+    losses: dict[str, list[Any]] = {"gauged": [], "gauged-shampoo": [], "muon": []}
     for own in ({}, {"scale": 0.05, "split": 20.0}):
         stack = load("lora_digits", {**SMALL, "rank": 3, **own}).stack([0, 1], dtype=torch.float64)
         for name, found in losses.items():
             found.append(RIVALS[name].make(lr=0.01).run(stack, 40).loss[:, -1])
     apart = {name: float(abs(one / other - 1).max()) for name, (one, other) in losses.items()}
     assert apart["gauged"] < 1e-8
+    assert apart["gauged-shampoo"] < 1e-8
     assert apart["muon"] > 0.01

@@ -145,6 +145,9 @@ def interrupting(at: int) -> Any:
     return report
 
 
+SLOW = pytest.mark.slow(seconds=6)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a training with a search that nobody interrupted."""
@@ -152,7 +155,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Two rounds and two meta-steps of each network, and a report of each.
-@pytest.mark.parametrize("at", [1, 2, 3, 5])
+@pytest.mark.parametrize("at", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW), 5])
 def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, whole: Path, tmp_path: Path) -> None:
     settings = tiny(search=2)
     with pytest.raises(Interrupted):

@@ -28,6 +28,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Callable[[], fl
     return steps, lambda: steps[0] * STEP
 
 
+SLOW = pytest.mark.slow(seconds=5)
+
+
 def timed(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[MetaTrainer, list[int]]:
     steps, clock = counted(monkeypatch)
     found = trainer(small(mode="lr", meta_steps=None, validation_tasks=2, **changes))
@@ -35,7 +38,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[MetaTrain
     return found, steps
 
 
-@pytest.mark.parametrize("changes", [{}, {"search": 2}, {"starts": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=SLOW), {"search": 2}, pytest.param({"starts": 2}, marks=SLOW)],
+    ids=["plain", "search", "starts"],
+)
 def test_a_huge_horizon_ends_in_time(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     found, steps = timed(monkeypatch, horizon=10**8, seconds=8.0, **changes)
     found.run()

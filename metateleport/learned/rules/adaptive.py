@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,14 @@ from metateleport.gauges import Gauge, precondition
 from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_moments
+from metateleport.learned.rules.guard import (
+    GUARD_SAMPLES,
+    PLAIN_RATE,
+    guard_state,
+    judged,
+    noted,
+    plain_steps,
+)
 from metateleport.linalg import Blocks, alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
 from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
@@ -23,6 +31,7 @@ from metateleport.teleporters import Move
 __all__ = ["AdaptiveRule", "AdaptiveSettings"]
 
 _FEATURES = 7
+_TOLD_FEATURES = 2
 _NUMBERS = ("seen", "recent", "weights")
 """Entries of the state that are a number for each tensor and task."""
 
@@ -49,6 +58,12 @@ _CALM = 2.0
 _MIXTURE = (0.0, 1.5, -1.5)
 """Where the logits of Adam's direction, the polar factor's and the gauge's start."""
 
+_OUTPUTS = 3 + len(_MIXTURE)
+"""Number of outputs without the annealing, which comes last."""
+
+_ANNEALING = (3.0, -0.7)
+"""The largest exponent of the annealing to a told end, and where its logit starts, which is linear annealing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveSettings(RuleSettings):
@@ -57,15 +72,23 @@ class AdaptiveSettings(RuleSettings):
     Args:
         hidden: units of the LSTM of each tensor.
         cooling: how fast steps get shorter with time; zero for not at all.
+        told: whether steps are annealed to the end of a run whose length is told, with a learned exponent.
+        guarded: whether steps give way to AdamW's where they do worse (`metateleport.learned.rules.guard`).
     """
 
     kind: ClassVar[str] = "adaptive"
 
     hidden: int = setting(32, AT_LEAST_ONE, UNITS)
     cooling: float = setting(0.0, NOT_NEGATIVE, 1e6)
+    told: bool = setting(False)
+    guarded: bool = setting(False)
+
+    @property
+    def reads_total(self) -> bool:
+        return self.told
 
     def rule(self) -> AdaptiveRule:
-        return AdaptiveRule(self.hidden, self.cooling)
+        return AdaptiveRule(self.hidden, self.cooling, self.told, self.guarded)
 
 
 class AdaptiveRule(nn.Module, UpdateRule):
@@ -97,15 +120,20 @@ class AdaptiveRule(nn.Module, UpdateRule):
     little, on inputs larger than any trained on, come back up after the horizon that training has seen. The rate is a
     constant: what it is for lies beyond that horizon.
 
+    A rule that is `told` how long the run is anneals to its end: steps are also multiplied by $r^{a_t}$, $r$ the share
+    of the run that is left and $a_t$ one more output of the LSTM. Where no length is told, $r = 1$.
+
     Velocity and second moment move with a teleport. A task that takes its last step back takes it once more, damped.
 
     Args:
         hidden: units of the LSTM.
         cooling: $a$, zero for steps that are not shortened with time.
+        told: whether there is an output for the annealing.
+        guarded: whether steps give way to AdamW's (`metateleport.learned.rules.guard.judged`).
 
     Example:
-        >>> sum(p.numel() for p in AdaptiveRule(hidden=8).parameters())
-        758
+        >>> [sum(p.numel() for p in AdaptiveRule(hidden=8, told=told).parameters()) for told in (False, True)]
+        [758, 831]
 
     Source: Kingma and Ba, ICLR 2015 (arXiv 1412.6980) for Adam's direction; Jordan et al., "Muon: An optimizer for
     hidden layers in neural networks", 2024, for the polar factor's; Zinkevich, "Online convex programming and
@@ -120,17 +148,20 @@ class AdaptiveRule(nn.Module, UpdateRule):
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
     rows_by_task: ClassVar[bool] = True
 
-    def __init__(self, hidden: int = 32, cooling: float = 0.0) -> None:
+    def __init__(self, hidden: int = 32, cooling: float = 0.0, told: bool = False, guarded: bool = False) -> None:
         super().__init__()
-        self.hidden, self.cooling = hidden, cooling
+        self.hidden, self.cooling, self.told, self.guarded = hidden, cooling, told, guarded
+        if guarded:
+            self.per_tensor = (*type(self).per_tensor, *GUARD_SAMPLES)  # type: ignore[misc]
         self.detach = True
-        self.observe: Callable[..., Tensor] = _observe
+        self.observe: Callable[..., Tensor] = _observe_told if told else _observe
         self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
-        self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES, hidden)
-        self.head = nn.Linear(hidden, 3 + len(_MIXTURE))
+        self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES + _TOLD_FEATURES * told, hidden)
+        start = [0.0, math.log(9.0), _CALM, *_MIXTURE]
+        self.head = nn.Linear(hidden, len(start) + told)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.copy_(torch.tensor([0.0, math.log(9.0), _CALM, *_MIXTURE]))
+            self.head.bias.copy_(torch.tensor([*start, _ANNEALING[1]] if told else start))
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         assert point.loss is not None
@@ -145,6 +176,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
             "recent": dict.fromkeys(point.gradients, none),
             "seen": dict.fromkeys(point.gradients, none),
             "scale": _usual_scale(point),
+            **(guard_state(point.gradients, none) if self.guarded else {}),
         }
 
     def step(
@@ -158,8 +190,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
         names, gradients = list(point.gradients), list(point.gradients.values())
-        dtype = gradients[0].dtype
-        tiny = torch.finfo(dtype).tiny
+        dtype, tiny = gradients[0].dtype, torch.finfo(gradients[0].dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
         blocks = Blocks.of(gradients, free=not spend)
         now, own = blocks.gather(gradients), blocks.gather([point.parameters[name] for name in names])
@@ -167,12 +198,15 @@ class AdaptiveRule(nn.Module, UpdateRule):
             blocks.gather([state[key][name].to(dtype) for name in names]) for key in ("momentum", "squares")
         )
         # Of each tensor, as some are used now and then.
+        if self.guarded:
+            state = {**state, **judged(state, point.gradients, progress.accepted)}
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
         seen = seen + (1 if taken is None else taken)
         powers = blocks.mean_squares(now)
         recent = torch.lerp(recent, powers, _share(_RECENT_MEMORY, taken))
-        share = _share(_SQUARES_MEMORY, taken)
-        squares = [_mean_of_squares(*each, share, spend) for each in zip(squares, now, strict=True)]
+        squares = [
+            _mean_of_squares(*each, _share(_SQUARES_MEMORY, taken), spend) for each in zip(squares, now, strict=True)
+        ]
         young = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
         levels = blocks.means(squares)
         outputs, cells = self._outputs(point, progress, state, blocks, (now, before, own), powers, levels / young)
@@ -183,31 +217,34 @@ class AdaptiveRule(nn.Module, UpdateRule):
         floors = blocks.spread(1e-8 * (levels + tiny * young) + tiny)
         adaptive = [_over_root(*each) for each in zip(momentum, squares, floors, strict=True)]
         known, sizes = weights.clamp_min(1e-6), _root(blocks.mean_squares(adaptive))
-        steady = _root(blocks.mean_squares(momentum)) / known
-        steady = steady / (recent / (1 - _RECENT_MEMORY ** seen.clamp_min(1.0)) + tiny).sqrt()
+        loud = (recent / (1 - _RECENT_MEMORY ** seen.clamp_min(1.0)) + tiny).sqrt()
+        steady = _root(blocks.mean_squares(momentum)) / known / loud
         calms = outputs[..., 2].sigmoid()
         lengths = self._lengths(outputs, progress, state) * _loudness(levels / young)
         lengths = lengths * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
         gauged = {name for gauge in gauges for name in gauge.names}
-        has = [[True, value.ndim > 2, name in gauged] for name, value in zip(names, gradients, strict=True)]
-        shares = outputs[..., 3:].masked_fill(~_constant(has, lengths.device).unsqueeze(1), -math.inf).softmax(-1)
-        lengths = -lengths.unsqueeze(-1) * shares
-        factors = blocks.spread(lengths[..., 0] / sizes)
-        stepped = [_sum(*each, spend) for each in zip(own, adaptive, factors, strict=True)]
+        lengths = -lengths.unsqueeze(-1) * _shares(outputs, point.gradients, gauged)
+        factors = lengths[..., 0] / sizes
+        own_lengths = PLAIN_RATE * progress.left * young.sqrt() / known
+        plain = plain_steps(names, blocks.parts(adaptive), own_lengths) if self.guarded else {}
+        if self.guarded:
+            factors = state["trust"] * factors - (1 - state["trust"]) * own_lengths
+            lengths = lengths * state["trust"].unsqueeze(-1)
+        stepped = [_sum(*each, spend) for each in zip(own, adaptive, blocks.spread(factors), strict=True)]
         moved = {**point.parameters, **dict(zip(names, blocks.parts(stepped), strict=True))}
         velocity = dict(zip(names, blocks.parts(momentum), strict=True))
         self._add_polar(moved, velocity, lengths[..., 1], spend)
-        if gauged:
-            raised = precondition(gauges, velocity, point)
-            for name, length in zip(names, lengths[..., 2], strict=True):
-                if name in gauged:
-                    moved[name] = _added(moved[name], raised[name], length / _rms(raised[name]), spend)
-        numbers = {
-            key: dict(zip(names, each, strict=True))
-            for key, each in zip(_NUMBERS, (seen, recent, weights), strict=True)
-        }
-        tensors = {"momentum": velocity, "squares": dict(zip(names, blocks.parts(squares), strict=True))}
-        return moved, {**state, "cells": cells, **tensors, **numbers}
+        raised = precondition(gauges, velocity, point) if gauged else {}
+        for name, length in zip(names, lengths[..., 2], strict=True):
+            if name in gauged:
+                moved[name] = _added(moved[name], raised[name], length / _rms(raised[name]), spend)
+        lists: dict[str, Iterable[Tensor]] = {"squares": blocks.parts(squares)}
+        lists |= zip(_NUMBERS, (seen, recent, weights), strict=True)
+        own_state = {key: dict(zip(names, each, strict=True)) for key, each in lists.items()}
+        after = {**state, "cells": cells, "momentum": velocity, **own_state}
+        if self.guarded:
+            after |= noted(point.gradients, point.parameters, moved, plain)
+        return moved, after
 
     def carry(
         self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
@@ -222,6 +259,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
     def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""
         lengths = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+        if self.told and progress.total is not None:
+            lengths = lengths * progress.left ** (_ANNEALING[0] * outputs[..., _OUTPUTS].sigmoid())
         return lengths / math.sqrt(1 + self.cooling * progress.time) if self.cooling else lengths
 
     def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
@@ -387,6 +426,37 @@ def _observe(
         heavy / 3,
     )
     return torch.cat((torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)), -1)
+
+
+def _observe_told(
+    point: Point,
+    blocks: Blocks,
+    seen: tuple[list[Tensor], ...],
+    powers: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    progress: Progress,
+) -> Tensor:
+    """The same, with the share of the run that is left and the shape of the tensor."""
+    known = _observe(point, blocks, seen, powers, levels, scale, progress)
+    shapes = [value.shape[1:] for value in point.gradients.values()]
+    # Of a matrix with as many rows as columns it is zero, and of a vector, whose columns are one, the number of rows.
+    tall = [math.log(shape[0] / math.prod(shape[1:])) / 5 if shape else 0.0 for shape in shapes]
+    own = torch.stack(
+        (
+            torch.full_like(powers, progress.left),
+            _constant(tall, powers.device, powers.dtype)[:, None].expand_as(powers),
+        ),
+        -1,
+    )
+    return torch.cat((known, own), -1)
+
+
+def _shares(outputs: Tensor, gradients: Tensors, gauged: Collection[str]) -> Tensor:
+    """The shares of the directions that each tensor has, `(tensors, tasks, directions)`."""
+    lacks = [[False, value.ndim <= 2, name not in gauged] for name, value in gradients.items()]
+    mask = _constant(lacks, outputs.device).unsqueeze(1)
+    return outputs[..., 3:_OUTPUTS].masked_fill(mask, -math.inf).softmax(-1)
 
 
 def _constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -107,8 +107,11 @@ class RuleSettings(Settings, abc.ABC):
 
     part: ClassVar[str] = "rule"
     kind: ClassVar[str] = ""
-    reads_total: ClassVar[bool] = False
-    """Whether the rule makes its steps shorter itself where the length of the run is told."""
+
+    @property
+    def reads_total(self) -> bool:
+        """Whether the rule makes its steps shorter itself where the length of the run is told."""
+        return False
 
     @property
     def learns(self) -> Learns:

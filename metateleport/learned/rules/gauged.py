@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge
-from metateleport.gauges.directions import polar_of_gram
 from metateleport.gauges.factors import FactorPair, FactorSide, factor_pairs
+from metateleport.gauges.outer import length_ratio
+from metateleport.gauges.polar import polar_of_gram
 from metateleport.gauges.spectrum import GaugeKind, ProductGauges, product_gauges
 from metateleport.gauges.whitened import SIDES, stacks_of
 from metateleport.learned.factors import (
     FACTOR_FEATURES,
-    LENGTH,
-    MATCHED,
     combined,
     factor_features,
     gram_of,
-    row_count,
     spread_steps,
     trio_of,
+    unit_of,
 )
+from metateleport.learned.outside import Outside, exchanged, seen_outside
 from metateleport.learned.parts import GaugeSettings, TeleportSettings
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress, Tolerance
 from metateleport.learned.rules.adaptive import AdaptiveRule
@@ -55,10 +55,11 @@ _SQUARES_FLOOR = 1e-6
 _RECENT = 0.95
 
 _STARTS: dict[FactorSide, tuple[float, ...]] = {
-    side: (0.0, math.log(1.5), -6.0, 3.0, -1.0, 2.0, 1.0, -1.0) for side in SIDES
+    side: (0.0, math.log(1.5), -6.0, 3.0, -1.0, 3.0, 2.0, 1.0, -1.0) for side in SIDES
 }
 """Where the outputs start: the logarithm of the length, the logits of the memory, of how much shorter steps become with
-the share of the momentum in the gradients, of the reach and of the exponent of the cooling, and those of the shares.
+the share of the momentum in the gradients, of the reach, of the exponent of the cooling and of the outer reach, and
+those of the shares.
 
 They are the best of about forty on six training tasks of `lora_digits`, 300 steps each: a short memory with the long
 one beside it, longer steps, and a cooling slower than linear.
@@ -79,11 +80,14 @@ class GaugedSettings(RuleSettings):
     """
 
     kind: ClassVar[str] = "gauged"
-    reads_total: ClassVar[bool] = True
 
     hidden: int = setting(16, AT_LEAST_ONE)
     plain_hidden: int = setting(32, AT_LEAST_ONE)
     cooling: float = setting(0.01, NOT_NEGATIVE)
+
+    @property
+    def reads_total(self) -> bool:
+        return True
 
     def rule(self) -> GaugedRule:
         return GaugedRule(self.hidden, self.plain_hidden, self.cooling)
@@ -124,17 +128,18 @@ class GaugedRule(nn.Module, UpdateRule):
 
     For a side $X$ of a pair (`metateleport.gauges.FactorPair`) with the gauge $F$ that whitens the other side,
 
-    $$X \mapsto X - \ell\, \eta\, d\, \lambda^\kappa\, r^a \sum_i c_i D_i\, F_t^\top, \qquad
-      \eta = 0.2 \sqrt{\max(m, n)},$$
+    $$X \mapsto X - \ell\, \eta\, d\, \lambda^\kappa\, r^a\, P_u \sum_i c_i D_i\, F_t^\top, \qquad
+      \eta = 0.2 \sqrt{4 \max(m, n) / k},$$
 
-    $$D_1 = \mathrm{polar}(M F_t), \quad D_2 = \mathrm{polar}(M' F_t), \quad
-      D_3 \propto M F_t (F_t^\top W F_t)^{-1/2},$$
+    $$D_1 = \mathrm{polar}(P_u M F_t), \quad D_2 = \mathrm{polar}(P_u M' F_t), \quad
+      D_3 \propto P_u M F_t (F_t^\top W F_t)^{-1/2},$$
 
     $M$ and $M'$ momenta of a learned memory and of a long one, $W$ the running mean of the Gram matrix of the
-    gradients (Adam's second moments of columns with one another), all of the length of a polar factor; $d \le 1$ the
-    task's damping, $\lambda$ the momentum's share of the gradients, $r$ what is left of the run, where its length is
-    told, else one. An LSTM for each side of each pair (weights shared by all pairs, one network for each side) puts out
-    the length $\ell$, the memory, $\kappa$, the reach $t$, the cooling $a$ and the shares $c$, which sum up to one.
+    gradients (Adam's second moments of columns with one another), all of the length of a polar factor; $P_u$ an outer
+    gauge (`metateleport.gauges.outer`) to the power of a reach $u \in [0, 1]$; $d \le 1$ the task's damping, $\lambda$
+    the momentum's share of the gradients, $r$ what is left of the run, where its length is told, else one. An LSTM for
+    each side of each pair (weights shared by all pairs, one network for each side) puts out the length $\ell$, the
+    memory, $\kappa$, the reaches $t$ and $u$, the cooling $a$ and the shares $c$, which sum up to one.
 
     With $\sigma$ the singular values of the product and $V$ their directions, the reach $t \in [0, 1]$ leads from the
     gauge in which the side itself is white to that in which the other one is (`metateleport.gauges.spectrum`).
@@ -159,7 +164,8 @@ class GaugedRule(nn.Module, UpdateRule):
 
     tolerance: ClassVar[Tolerance] = AdaptiveRule.tolerance
     per_tensor: ClassVar[tuple[str, ...]] = (
-        "cells", "momentum", "squares", "weights", "recent", "seen", "side_cells", "slow", "columns", "loud"
+        "cells", "momentum", "squares", "weights", "recent", "seen", "side_cells", "slow", "columns", "loud",
+        "sketch",
     )  # fmt: skip
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
     reads_factors: ClassVar[bool] = True
@@ -186,6 +192,7 @@ class GaugedRule(nn.Module, UpdateRule):
         return {
             **empty,
             "loud": dict.fromkeys(names, none),
+            "sketch": dict.fromkeys(names, none),
             "cells": dict.fromkeys(names, (plain, plain)),
             "side_cells": dict.fromkeys(names, (own, own)),
             "momentum": zeros,
@@ -244,10 +251,10 @@ class GaugedRule(nn.Module, UpdateRule):
         for stacks in by_size.values():
             own = [each for numbers in stacks for each in numbers]
             grams = {side: torch.cat([gram_of(pairs, numbers, side, fixed) for numbers in stacks]) for side in SIDES}
-            units = [MATCHED * math.sqrt(max(row_count(pairs[each], side, fixed) for side in SIDES)) for each in own]
+            units = [unit_of(pairs[each], fixed) for each in own]
             tasks = grams["in"].shape[0] // len(own)
             like = next(iter(point.gradients.values()))
-            length = like.new_tensor(units).repeat_interleave(tasks) * LENGTH
+            length = like.new_tensor(units).repeat_interleave(tasks)
             with torch.no_grad():
                 gauges = product_gauges(grams["out"], grams["in"], _FLOOR * length, self.kind, like.dtype)
             for side in SIDES:
@@ -266,17 +273,28 @@ class GaugedRule(nn.Module, UpdateRule):
                 here = gauges if whole else gauges.chosen(rows)
                 numbers = [own[row // tasks] for row in rows[::tasks]]
                 present = [each for each in trios if each is not None]
+                there = [numbers for numbers, trio in zip(stacks, trios, strict=True) if trio is not None]
+                taken = progress.accepted if progress.known else torch.ones(tasks, device=like.device)
+                seen = seen_outside(pairs, there, side, present, here, taken, after["sketch"])
                 products = torch.cat([each.mT @ each for each in present])
-                made, momentum_share = self._steps(
-                    side, pairs, numbers, point, here, products, length if whole else length[rows], progress, after
+                made, beyond, shares = self._steps(
+                    side,
+                    pairs,
+                    numbers,
+                    point,
+                    here,
+                    products,
+                    seen,
+                    length if whole else length[rows],
+                    progress,
+                    after,
                 )
                 start = 0
-                for trio, stack in zip(
-                    present, (each for each, there in zip(stacks, some, strict=True) if there), strict=True
-                ):
+                for trio, stack, sketch in zip(present, there, seen.sketches, strict=True):
                     part = slice(start, start + len(trio))
                     start += len(trio)
-                    spread_steps(pairs, stack, side, trio, made[part], momentum_share[part], point, slow, after, moved)
+                    step = trio @ made[part] + sketch @ beyond[part, : sketch.shape[-1]]
+                    spread_steps(pairs, stack, side, trio, step, shares[part], point, slow, after, moved)
 
     def _steps(
         self,
@@ -286,10 +304,11 @@ class GaugedRule(nn.Module, UpdateRule):
         point: Point,
         gauges: ProductGauges,
         products: Tensor,
+        seen: Outside,
         unit: Tensor,
         progress: Progress,
         after: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         r"""The steps of one side of pairs of one rank, and what gradients are in their momenta.
 
         Args:
@@ -299,13 +318,14 @@ class GaugedRule(nn.Module, UpdateRule):
             point: where the model stands.
             gauges: of these pairs.
             products: Gram matrices of gradient, momentum and slow momentum, side by side, `(pairs * tasks, 3 k, 3 k)`.
+            seen: what is seen of the rows.
             unit: the length that steps start with, `(pairs * tasks,)`.
             progress: how each task is getting on.
             after: the state; what belongs to these pairs is brought up to date.
 
         Returns:
-            What gradient and momenta are multiplied by, `(pairs * tasks, 3 k, k)`; and the shares that gradients have
-            in the new momenta, `(pairs * tasks, 2)`.
+            What gradient and momenta are multiplied by, `(pairs * tasks, 3 k, k)`; what sketches are multiplied by,
+            `(pairs * tasks, q, k)`; and the shares that gradients have in the new momenta, `(pairs * tasks, 2)`.
         """
         assert point.loss is not None
         width = products.shape[-1] // 3
@@ -314,7 +334,7 @@ class GaugedRule(nn.Module, UpdateRule):
         with torch.no_grad():
             columns, level = self._moments(pairs, numbers, side, blocks[:, 0, 0].detach(), gauges, taken, after)
             fixed, loss = blocks.detach(), point.loss.detach()
-            features, steady = factor_features(side, fixed, gauges, level, unit, loss, progress)
+            features, steady = factor_features(side, fixed, gauges, seen.gauge, level, unit, loss, progress)
         choice = self._outputs(side, pairs, numbers, features, progress, after)
         memory, often = choice[:, 1].sigmoid(), taken.repeat(len(numbers))
         fast, late = (1 - memory) * often, (1 - _SLOW) * often
@@ -323,16 +343,26 @@ class GaugedRule(nn.Module, UpdateRule):
         ahead = torch.stack((memory * fast + 1 - memory, memory * (1 - fast), none), -1)
         behind = torch.stack((_SLOW * late + 1 - _SLOW, none, _SLOW * (1 - late)), -1)
         gauge = gauges.reaching(side, choice[:, 3].sigmoid())
-        grams = torch.cat([gauge.mT @ combined(each, blocks) @ gauge for each in (ahead, behind)])
-        polar, slow = polar_of_gram(grams).split(len(memory))
+        outer = choice[:, 5].sigmoid().unsqueeze(-1)
+        square, fourth = seen.gauge.weights(outer / 2).unsqueeze(-1), seen.gauge.weights(outer).unsqueeze(-1)
+        once, twice = [], []
+        for factors in (ahead, behind):
+            at_home, inside = combined(factors, blocks), seen.combined(factors)
+            once.append(gauge.mT @ (at_home + inside.mT @ (square * inside)) @ gauge)
+            twice.append(gauge.mT @ (at_home + inside.mT @ (fourth * inside)) @ gauge)
+        polars = polar_of_gram(torch.cat(once))
+        polar, slow = (
+            fit(length_ratio(*grams)[:, None, None], grams[-1]) * grams[-1]
+            for grams in zip(once, twice, polars.split(len(memory)), strict=True)
+        )
         with torch.no_grad():
             spectrum = symmetric_spectrum(gauge.mT @ columns @ gauge)
             assert spectrum.vectors is not None
             roots = (spectrum.vectors * (spectrum.values + _SQUARES_FLOOR).rsqrt().unsqueeze(-2)) @ spectrum.vectors.mT
             roots = roots.to(products.dtype)
-        size = (roots @ grams[: len(memory)]).mul(roots.mT).sum((1, 2)).clamp_min(torch.finfo(roots.dtype).tiny).sqrt()
+        size = (roots @ twice[0]).mul(roots.mT).sum((1, 2)).clamp_min(torch.finfo(roots.dtype).tiny).sqrt()
         adaptive = roots * fit(math.sqrt(width) / size, roots)
-        shares = choice[:, 5:].softmax(-1)
+        shares = choice[:, 6:].softmax(-1)
         length = unit * (4 * (choice[:, 0] / 4).tanh()).exp() * progress.damping.repeat(len(numbers))
         length = length * steady.flatten() ** choice[:, 2].sigmoid()
         if progress.total is not None:
@@ -340,8 +370,10 @@ class GaugedRule(nn.Module, UpdateRule):
         first = fit(length * shares[:, 0], polar) * polar + fit(length * shares[:, 2], adaptive) * adaptive
         second = fit(length * shares[:, 1], slow) * slow
         first, second = gauge @ first @ gauge.mT, gauge @ second @ gauge.mT
-        made = [fit(ahead[:, place], first) * first + fit(behind[:, place], second) * second for place in range(3)]
-        return torch.cat(made, 1), torch.stack((fast, late), -1)
+        made = torch.cat(
+            [fit(ahead[:, place], first) * first + fit(behind[:, place], second) * second for place in range(3)], 1
+        )
+        return made, square * (seen.inside @ made), torch.stack((fast, late), -1)
 
     def _moments(
         self,
@@ -368,7 +400,7 @@ class GaugedRule(nn.Module, UpdateRule):
             now = torch.lerp(old[:, own].to(gram), gram[row], fit((1 - _SQUARES) * taken, gram[row]))
             seen = torch.stack((power[row], torch.ones_like(power[row])), -1)
             louder = torch.lerp(loud[:, own].to(gram), seen, fit((1 - _RECENT) * taken, seen))
-            after["columns"][name], after["loud"][name] = _exchanged(old, own, now), _exchanged(loud, own, louder)
+            after["columns"][name], after["loud"][name] = exchanged(old, own, now), exchanged(loud, own, louder)
             columns.append(now)
             levels.append(louder[:, 0] / louder[:, 1].clamp_min(1e-6))
         return torch.cat(columns), torch.cat(levels)
@@ -412,10 +444,3 @@ class GaugedRule(nn.Module, UpdateRule):
 
 def _is_there(pair: FactorPair, point: Point) -> bool:
     return all(name in point.parameters for side in SIDES for name in pair.names(side))
-
-
-def _exchanged(whole: Tensor, place: int, part: Tensor) -> Tensor:
-    """What is remembered of all heads of a tensor, with one head's exchanged."""
-    if whole.shape[1] == 1:
-        return part.unsqueeze(1)
-    return torch.cat((whole[:, :place].to(part), part.unsqueeze(1), whole[:, place + 1 :].to(part)), 1)

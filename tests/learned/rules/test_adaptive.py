@@ -20,7 +20,7 @@ from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.progress import Progress, Tolerance
-from metateleport.learned.rules.adaptive import AdaptiveRule
+from metateleport.learned.rules.adaptive import AdaptiveRule, AdaptiveSettings
 from metateleport.point import Point
 
 TOLERANCE = 1e-6
@@ -328,6 +328,34 @@ def test_tables_of_embeddings_do_not_lengthen_the_steps_of_other_layers() -> Non
     torch.testing.assert_close(scale({**weights, **table}) * 3, scale(weights) * 2)
     # A model of nothing else has its own size.
     assert bool((scale(table) > 0.9).all())
+
+
+def test_a_rule_that_is_told_anneals_to_the_end_of_the_run() -> None:
+    torch.manual_seed(0)
+    rule = AdaptiveRule(hidden=3, told=True).double()
+    with torch.no_grad():
+        rule.head.weight.zero_()
+    model, batch = stack("rescaling")
+    point = model.point_at(dict(model.tensors()), batch)
+    assert point.loss is not None
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=True)[0]
+
+    def step(time: int, total: int | None) -> dict[str, Tensor]:
+        at = dataclasses.replace(progress, time=time, total=total)
+        moved, _ = rule.step(point, model.symmetries, at, rule.initial_state(point))
+        return {name: moved[name].detach() - value for name, value in point.parameters.items()}
+
+    whole = step(51, None)
+    for time, total, left in ((1, 100, 1.0), (51, 100, 0.5), (100, 100, 0.01), (200, 100, 0.0)):
+        for name, value in step(time, total).items():
+            torch.testing.assert_close(value, whole[name] * left ** (3 / (1 + math.exp(0.7))), rtol=1e-6, atol=1e-12)
+
+
+def test_only_a_rule_that_is_told_has_an_output_for_it() -> None:
+    settings = AdaptiveSettings(hidden=3)
+    assert not settings.reads_total
+    assert dataclasses.replace(settings, told=True).reads_total
+    assert dataclasses.replace(settings, told=True).rule().head.out_features == settings.rule().head.out_features + 1
 
 
 def test_small_tensors_step_side_by_side_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

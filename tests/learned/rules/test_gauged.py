@@ -130,6 +130,8 @@ def test_the_meta_gradient_is_that_of_finite_differences() -> None:
 
 def test_steps_are_shorter_near_the_end_of_a_run_that_is_told() -> None:
     networks, stack = meta(), TaskStack([task()])
+    for network in networks.rule.networks.values():  # type: ignore[union-attr]
+        nn.init.zeros_(network.head.weight)
     weights = {}
     for total in (None, 31):
         loop = InnerLoop(networks, stack.symmetries, False, total=total)

@@ -1,0 +1,62 @@
+"""Polar factors from Gram matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["polar_by_gram", "polar_of_gram"]
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+
+
+def polar_of_gram(gram: Tensor) -> Tensor:
+    r"""$P$ with $X P$ nearly the polar factor of $X$, from $N = X^\top X$: $k \times k$ matrices alone.
+
+    The odd polynomial of `metateleport.linalg.polar_factors` is $P \mapsto P\,p$, $N \mapsto p\,N p$ with
+    $p = a + b N + c N^2$.
+
+    Args:
+        gram: $N$, `(batch, k, k)`.
+
+    Returns:
+        $P$, `(batch, k, k)`, which is nearly $N^{-1/2}$.
+
+    Example:
+        >>> polar_of_gram(torch.full((1, 1, 1), 4.0)).shape
+        torch.Size([1, 1, 1])
+    """
+    size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    size = size + torch.finfo(gram.dtype).tiny ** 0.5
+    gram = gram / size
+    a, b, c = _COEFFICIENTS
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    total: Tensor | None = None
+    for step in range(_STEPS):
+        factor = torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
+        total = factor if total is None else total @ factor
+        if step < _STEPS - 1:
+            gram = factor @ gram @ factor
+    assert total is not None
+    return total / size.sqrt()
+
+
+def polar_by_gram(rows: Tensor) -> Tensor:
+    """Nearly the polar factor of tall matrices, as `metateleport.linalg.polar_factors`, from their Gram matrices.
+
+    Args:
+        rows: `(batch, n, k)`.
+
+    Returns:
+        Of the same shape; zero where a matrix is zero.
+
+    Example:
+        >>> from metateleport.linalg import polar_factors
+        >>> x = torch.randn(1, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> bool(torch.allclose(polar_by_gram(x), polar_factors([x])[0], atol=1e-12))
+        True
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, for the polynomial.
+    """
+    return rows @ polar_of_gram(rows.mT @ rows)
