@@ -337,7 +337,8 @@ def _mean_of_squares(before: Tensor, gradient: Tensor, share: float | Tensor, sp
 def _over_root(tensor: Tensor, squares: Tensor, floor: Tensor) -> Tensor:
     r"""$v / \sqrt{q + f}$, $f$ of each task: units that were never on have no second moment, and no velocity either."""
     root = squares + fit(floor, squares)
-    return tensor / root.sqrt() if torch.is_grad_enabled() else torch.div(tensor, root.sqrt_(), out=root)
+    free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return torch.div(tensor, root.sqrt_(), out=root) if free else tensor / root.sqrt()
 
 
 def _sum(start: Tensor, direction: Tensor, factor: Tensor, spend: bool) -> Tensor:
