@@ -216,7 +216,8 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     rows, columns = _most(shapes, 0), _most(shapes, 1)
     found = torch.cat([_filled(value, *shape, rows, columns) for value, shape in zip(tensors, shapes, strict=True)])
     smallest = torch.finfo(first.dtype).tiny ** 0.5
-    found = found / (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
+    norm = (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
+    found = found / norm if found.requires_grad else found.div_(norm)
     large = rows >= _HALVES
     if large and first.dtype == torch.float32 and not found.requires_grad and _multiplies_halves(first.device):
         found = found.bfloat16()

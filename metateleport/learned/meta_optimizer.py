@@ -231,7 +231,12 @@ class MetaOptimizer(nn.Module):
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)
-        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges, spend)
+        given = moved
+        if spend and stand_in is None:
+            # A rule may let go of the gradients once it has made use of them, and nobody else holds carried ones.
+            given = moved.replace(gradients=dict(moved.gradients))
+            moved = moved if moved is start else moved.replace(gradients={})
+        parameters, rule_state = self.rule.step(given, symmetries, progress, rule_state, gauges, spend)
         parameters, finite = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:
             stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)
