@@ -3,8 +3,9 @@
 Nothing is tuned for the learned one; like the rivals' schedules it knows the number of steps (`total_steps`). Each
 rival has the same number of trials: six learning rates, each constant and with warm-up and a cosine to zero, chosen by
 the training loss at the end of a run of another seed. Losses are means over the whole training set and over what was
-held out, in evaluation mode. The attribution runs the learned optimizer with constants in the place of its networks:
-their last layers keep their biases only.
+held out, in evaluation mode. The attribution runs the learned optimizer with constants in the place of its networks
+(their last layers keep their biases only), with the constants that its training started from (a mixture made by hand),
+with Adam's direction alone and with polar factors alone, where there are any, and without its safeguard.
 
 Finished runs are kept in the JSON file, and a run that was interrupted goes on from there.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -30,9 +32,12 @@ from torch import nn
 
 import metateleport as mt
 from benchmarks._any_models import TASKS, AnyTask, Data
-from benchmarks._any_report import page_of, table_of
+from benchmarks._any_report import findings, page_of, table_of
 from benchmarks._timing import conditions
+from metateleport.checkpoint import update_card
 from metateleport.files import write_json, write_text
+from metateleport.learned import MetaOptimizer
+from metateleport.learned.rules.adaptive import AdaptiveRule
 from metateleport.training.search import constants
 
 __all__ = ["main"]
@@ -42,6 +47,9 @@ TUNING_SEED = 1000
 RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "muon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 SCHEDULES = ("constant", "cosine")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+DIRECTIONS = {"adam": 3, "polar": 4}
+"""Where the logits of the directions' shares are among the outputs."""
+_ALONE = 60.0
 MARKS = 20
 """How often a run is evaluated; the time of that is not counted."""
 
@@ -103,15 +111,35 @@ def _learned(checkpoint: Any, factor: float = 1.0) -> Make:
     return make
 
 
-def _constants(checkpoint: str) -> Any:
-    """The checkpoint's networks with nothing but the biases of their last layers."""
-    meta = copy.deepcopy(mt.load_checkpoint(checkpoint).learned)
+def _constant(meta: MetaOptimizer) -> MetaOptimizer:
+    """Networks with nothing but the biases of their last layers."""
+    meta = copy.deepcopy(meta)
     biases = {id(each) for each in constants(meta)}
     with torch.no_grad():
         for layer in meta.modules():
             if isinstance(layer, nn.Linear) and id(layer.bias) in biases:
                 layer.weight.zero_()
     return meta
+
+
+def _parts_of(checkpoint: str) -> dict[str, MetaOptimizer]:
+    """The checkpoint with one part of it exchanged, by what is said of it."""
+    learned = mt.load_checkpoint(checkpoint).learned
+    found = {"constants": _constant(learned), "by hand": _constant(MetaOptimizer(learned.config))}
+    rule = learned.rule
+    if isinstance(rule, AdaptiveRule):
+        for name, place in DIRECTIONS.items():
+            own = copy.deepcopy(learned)
+            assert isinstance(own.rule, AdaptiveRule)
+            with torch.no_grad():
+                own.rule.head.bias[place] += _ALONE
+            found[f"{name} alone"] = own
+        if rule.guarded:
+            settings = dataclasses.replace(learned.config.rule, guarded=False)  # type: ignore[call-arg]
+            own = MetaOptimizer(dataclasses.replace(learned.config, rule=settings))
+            own.load_state_dict(learned.state_dict())
+            found["without safeguard"] = own
+    return found
 
 
 def _evaluated(task: AnyTask, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
@@ -219,10 +247,9 @@ def _tuned(task: AnyTask, data: Data, kind: str, kept: _Kept) -> tuple[float, st
 
 def _compare(task: AnyTask, checkpoint: str, seeds: int, parts: Sequence[str], kept: _Kept) -> None:
     data = task.data()
-    methods: dict[str, tuple[Make, int]] = {
-        checkpoint: (_learned(checkpoint), task.steps),
-        "adamw, defaults": (_rival("adamw", 1e-3, "constant"), task.steps),
-    }
+    methods: dict[str, tuple[Make, int]] = {"adamw, defaults": (_rival("adamw", 1e-3, "constant"), task.steps)}
+    if "learned" in parts:
+        methods[checkpoint] = (_learned(checkpoint), task.steps)
     if "rivals" in parts:
         for kind in RATES:
             rate, schedule = _tuned(task, data, kind, kept)
@@ -234,7 +261,9 @@ def _compare(task: AnyTask, checkpoint: str, seeds: int, parts: Sequence[str], k
             if factor != 1.0
         }
     if "attribution" in parts:
-        methods[f"{checkpoint}, constants"] = (_learned(_constants(checkpoint)), task.steps)
+        methods |= {
+            f"{checkpoint}, {name}": (_learned(meta), task.steps) for name, meta in _parts_of(checkpoint).items()
+        }
     if "long" in parts:
         methods[f"{checkpoint}, long"] = (_learned(checkpoint), task.steps * task.times)
     for seed in range(seeds):
@@ -248,13 +277,14 @@ def _compare(task: AnyTask, checkpoint: str, seeds: int, parts: Sequence[str], k
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; prints each run, and a table in Markdown at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="digits", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--checkpoint", default="default", metavar="NAME", help="default %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
-    every = ["rivals", "factors", "attribution", "long"]
+    every = ["learned", "rivals", "factors", "attribution", "long"]
     parser.add_argument("--parts", nargs="*", choices=every, default=every, metavar="PART", help=", ".join(every))
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished runs, and the result, in this file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of the docs")
+    parser.add_argument("--card", action="store_true", help="write what was found into the notes of the card")
     given = parser.parse_args(arguments)
     if given.seeds < 1:
         parser.error("give at least one seed")
@@ -265,6 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table_of(kept.report()))
     if given.page is not None:
         write_text(given.page, page_of(kept.report()))
+    if given.card:
+        found = [f"Eight real tasks (docs/any-model.md), {each}." for each in findings(kept.report())]
+        update_card(mt.load_checkpoint(given.checkpoint).path, {"notes": found})
     return 0
 
 

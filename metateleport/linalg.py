@@ -7,11 +7,12 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metateleport.groups import product
+from metateleport.groups import certain, product
 
 __all__ = [
+    "Blocks",
     "Spectrum",
     "alike",
     "all_finite",
@@ -34,8 +35,13 @@ _POLAR_STEPS = 5
 _HALVES = 128
 """Matrices of fewer rows are multiplied in float32: converting them to bfloat16 costs more than it saves."""
 
+_HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
 _CHUNK = 2**24
 """Largest number of bytes of matrices whose polar factors are computed in one call."""
+
+_SMALL = 2**18
+"""Largest number of entries of all tensors of a stack that are worked on side by side; of more, calls cost little."""
 
 _RELATIVE_SHIFT = {torch.float64: 1e-13, torch.float32: 1e-9}
 
@@ -184,7 +190,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    r"""Nearly $U V^\top$ of matrices $U \Sigma V^\top$ of one shape, by five steps of an odd polynomial.
+    r"""Nearly $U V^\top$ of matrices $U \Sigma V^\top$, by five steps of an odd polynomial.
 
     $$X \mapsto a X + (b\, X X^\top + c\, (X X^\top)^2)\, X, \qquad X_0 = G / |G|_F.$$
 
@@ -193,8 +199,8 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     graph the products are in bfloat16, where the device is fast in it: its rounding is small beside that range.
 
     Args:
-        tensors: each `(*batch, rows, columns)` with one batch dimension; the further dimensions of a convolution's
-            kernel count as columns.
+        tensors: each `(*batch, rows, columns)` with one batch dimension, the same for all; the further dimensions of a
+            convolution's kernel count as columns. Smaller ones are filled up with zeros, which stay zeros.
 
     Returns:
         Of the same shapes; zero where a tensor is zero.
@@ -206,49 +212,173 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
-    first = tensors[0]
-    matrices = torch.cat([value.flatten(2) for value in tensors])
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    found = matrices if wide else matrices.mT
+    first, shapes = tensors[0], [_flat(value) for value in tensors]
+    rows, columns = _most(shapes, 0), _most(shapes, 1)
+    found = torch.cat([_filled(value, *shape, rows, columns) for value, shape in zip(tensors, shapes, strict=True)])
     smallest = torch.finfo(first.dtype).tiny ** 0.5
-    found = found / (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
-    large = found.shape[-2] >= _HALVES
+    norm = (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
+    found = found / norm if found.requires_grad else found.div_(norm)
+    large = rows >= _HALVES
     if large and first.dtype == torch.float32 and not found.requires_grad and _multiplies_halves(first.device):
         found = found.bfloat16()
     a, b, c = _COEFFICIENTS
     for _ in range(_POLAR_STEPS):
         gram = torch.bmm(found, found.mT)
         found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
-    found = (found if wide else found.mT).to(first.dtype)
-    return [each.reshape(first.shape) for each in found.split(first.shape[0])]
+    parts = found.to(first.dtype).split(first.shape[0])
+    cut = [part[:, :own, :across] for part, (own, across) in zip(parts, shapes, strict=True)]
+    turned = [each if _is_wide(value) else each.mT for each, value in zip(cut, tensors, strict=True)]
+    return [each.reshape(value.shape) for each, value in zip(turned, tensors, strict=True)]
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return tensor.shape[1] <= tensor.shape[2:].numel()
+
+
+def _flat(tensor: Tensor) -> tuple[int, int]:
+    """The sides of the matrix that a tensor is for `polar_factors`, the smaller one first."""
+    sides = sorted((tensor.shape[1], tensor.shape[2:].numel()))
+    return sides[0], sides[1]
+
+
+def _most(shapes: Sequence[tuple[int, int]], side: int) -> int:
+    return max([shape[side] for shape in shapes])
+
+
+def _filled(tensor: Tensor, rows: int, columns: int, most_rows: int, most_columns: int) -> Tensor:
+    """The matrix with its smaller side in rows, and zeros below and beside it."""
+    matrix = tensor.flatten(2) if _is_wide(tensor) else tensor.flatten(2).mT
+    if (rows, columns) == (most_rows, most_columns):
+        return matrix
+    return nn.functional.pad(matrix, (0, most_columns - columns, 0, most_rows - rows))
 
 
 def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names of tensors grouped by shape, in chunks of bounded memory, each for one call of `polar_factors`.
+    """Names of tensors grouped for `polar_factors`: by shape in chunks of bounded memory, and all small ones together.
 
     Example:
-        >>> list(alike({"a": torch.ones(1, 2, 3), "b": torch.ones(1, 3, 2), "c": torch.ones(1, 2, 3)}))
-        [['a', 'c'], ['b']]
+        >>> large = torch.ones(1, 200, 300)
+        >>> list(alike({"a": large, "b": torch.ones(1, 3, 2), "c": large, "d": torch.ones(1, 2, 4)}))
+        [['b', 'd'], ['a', 'c']]
     """
+    few = [name for name, value in tensors.items() if _flat(value)[0] < _HALVES]
+    sides = [_flat(tensors[name]) for name in few]
+    same = len({(tensors[name].shape[0], tensors[name].dtype, tensors[name].device) for name in few}) == 1
+    together = same and len(few) * tensors[few[0]].shape[0] * _most(sides, 0) * _most(sides, 1) <= _SMALL
+    if together:
+        yield few
     groups: dict[torch.Size, list[str]] = {}
     for name, value in tensors.items():
-        groups.setdefault(value.shape, []).append(name)
+        if not (together and name in few):
+            groups.setdefault(value.shape, []).append(name)
     for names in groups.values():
         some = max(1, _CHUNK // tensors[names[0]].nbytes)
         yield from (names[start : start + some] for start in range(0, len(names), some))
 
 
-@functools.cache
 def _multiplies_halves(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and _HALVES_ON_CPU
 
 
 def fit(scale: Tensor, tensor: Tensor) -> Tensor:
     """A `(tasks,)` factor shaped so that it multiplies a tensor of the stack."""
     return scale.reshape(*scale.shape, *(1,) * (tensor.ndim - scale.ndim))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The tensors of a stack laid out for elementwise work: each by itself, or all side by side in one block.
+
+    Where tensors are small, calling an operation costs more than its work; side by side one call serves all of them.
+
+    Args:
+        shapes: of the tensors, `(tasks, ...)` each.
+        joined: whether they stand side by side, `(tasks, entries)`, in one block; if not, each is a block as it is.
+
+    Example:
+        >>> blocks = Blocks((torch.Size([2, 3]), torch.Size([2, 1, 4])), joined=True)
+        >>> whole = blocks.gather([torch.ones(2, 3), 2 * torch.ones(2, 1, 4)])
+        >>> [tuple(each.shape) for each in whole], blocks.mean_squares(whole)[:, 0]
+        ([(2, 7)], tensor([1., 4.]))
+    """
+
+    shapes: tuple[torch.Size, ...]
+    joined: bool
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], free: bool) -> Blocks:
+        """The layout for some tensors: side by side if they are small, of one dtype and device, and `free`.
+
+        Args:
+            tensors: `(tasks, ...)` each.
+            free: whether their memory need not be kept; what is worked on in place stays where it is.
+        """
+        alike = len({(each.dtype, each.device) for each in tensors}) == 1 and len(tensors) > 1
+        small = sum(each.numel() for each in tensors) <= _SMALL
+        # A compiler makes one call of many by itself.
+        calls = not torch.compiler.is_compiling()
+        return cls(tuple(each.shape for each in tensors), free and alike and small and calls)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of entries of each tensor in one task."""
+        return tuple(shape[1:].numel() for shape in self.shapes)
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors in blocks."""
+        return [torch.cat([each.flatten(1) for each in tensors], 1)] if self.joined else list(tensors)
+
+    def parts(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors again, as views of the blocks."""
+        if not self.joined:
+            return list(blocks)
+        found = blocks[0].split(self.counts, 1)
+        return [each.unflatten(1, shape[1:]) for each, shape in zip(found, self.shapes, strict=True)]
+
+    def spread(self, factors: Tensor) -> list[Tensor]:
+        """A factor for each tensor and task, `(tensors, tasks)`, shaped so that it multiplies the blocks."""
+        if not self.joined:
+            pairs = zip(factors, self.shapes, strict=True)
+            return [each.reshape(*each.shape, *(1,) * (len(shape) - 1)) for each, shape in pairs]
+        return [factors.mT.index_select(1, _places(self.counts, factors.device))]
+
+    def mean_squares(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Mean squares, `(tensors, tasks)`; their derivative is finite at zero."""
+        if self.joined:
+            return self._means(blocks[0].square())
+        flat = [value.flatten(1) for value in blocks]
+        return torch.stack([torch.linalg.vector_norm(each, dim=1).square() / each.shape[1] for each in flat])
+
+    def means(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Means, `(tensors, tasks)`."""
+        return self._means(blocks[0]) if self.joined else torch.stack([each.flatten(1).mean(1) for each in blocks])
+
+    def mean_products(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """Means of the products of entries, `(tensors, tasks)`."""
+        if self.joined:
+            return self._means(left[0] * right[0])
+        pairs = zip(left, right, self.counts, strict=True)
+        found = [(a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)).flatten() / count for a, b, count in pairs]
+        return torch.stack(found)
+
+    def _means(self, block: Tensor) -> Tensor:
+        return (block @ _shares_of(self.counts, block.dtype, block.device)).mT
+
+
+@functools.lru_cache(maxsize=64)
+def _places(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which tensor each entry of a block is of."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _shares_of(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each entry of a block counts in the mean of each tensor, `(entries, tensors)`."""
+    own = nn.functional.one_hot(_places(counts, device), len(counts)).to(dtype)
+    return own / torch.tensor(counts, dtype=dtype, device=device)
 
 
 def rms(tensor: Tensor) -> Tensor:
@@ -303,10 +433,17 @@ def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
     """
     kept = [value.detach() for value in tensors]
     # A sum is finite where its terms are, unless it overflows, and is ten times as fast as testing each of them.
-    sums = torch.stack([value.reshape(*value.shape[:batch], -1).sum(-1) for value in kept]).isfinite().all(0)
-    if bool(sums.all()):
+    sums = torch.stack([value.sum(-1) for value in _rows(kept, batch)]).isfinite().all(0)
+    if certain(sums):
         return sums
     return torch.stack([value.isfinite().reshape(*value.shape[:batch], -1).all(-1) for value in kept]).all(0)
+
+
+def _rows(tensors: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """The entries of each tensor, or of small ones together, in rows, `(*batch, entries)`."""
+    rows = [value.reshape(*value.shape[:batch], -1) for value in tensors]
+    joined = Blocks.of(tensors, free=True).joined and len({value.shape[:-1] for value in rows}) == 1
+    return [torch.cat(rows, -1)] if joined else rows
 
 
 def squarable(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
@@ -323,10 +460,8 @@ def squarable(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
         >>> squarable([torch.ones(3, 2), torch.tensor([[1.0], [float("nan")], [1e20]])])
         tensor([ True, False, False])
     """
-    within = [
-        torch.linalg.vector_norm(value.detach().reshape(*value.shape[:batch], -1), dim=-1) < _largest(value.dtype)
-        for value in tensors
-    ]
+    kept = [value.detach() for value in tensors]
+    within = [torch.linalg.vector_norm(each, dim=-1) < _largest(each.dtype) for each in _rows(kept, batch)]
     return torch.stack(within).all(0)
 
 

@@ -78,6 +78,7 @@ def test_the_examples_are_in_the_project_s_style(extended: Path) -> None:
     run(extended, "-m", "ruff", "format", "--no-cache", "--check", ".")
 
 
+@pytest.mark.slow(seconds=15)
 def test_the_symmetry_and_the_teleporter_pass_the_tests_of_all(extended: Path) -> None:
     """The new symmetry with every teleporter, the new teleporter with every kind of symmetry."""
     folders = ["symmetries", "teleporters/test_teleporters.py", "gauges", "objectives", "families/test_stack.py"]

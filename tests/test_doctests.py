@@ -95,6 +95,6 @@ def test_the_page_tells_what_a_checkpoint_is_not_made_for(name: str) -> None:
             metateleport.LearnedOptimizer(model, name, **keywords)
         for each in heard:
             reasons = str(each.message).partition(f"{name!r} is not made for this: ")[2]
-            reasons = reasons.removesuffix(". 'digits' is made for any model, on minibatches")
+            reasons = reasons.removesuffix(". 'default' is made for any model, on minibatches")
             said |= set(re.split("; (?=it )", reasons))
     assert told == said

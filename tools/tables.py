@@ -17,6 +17,7 @@ from metateleport.evaluation.pages.markdown import table
 from metateleport.evaluation.pages.page import cells, headline, label, trained_on
 from metateleport.evaluation.words import number
 from metateleport.files import write_text
+from metateleport.optim.choice import DEFAULT
 
 __all__ = ["BEGIN", "END", "PAGES", "choice", "main", "written"]
 
@@ -33,8 +34,12 @@ def choice(checkpoints: Mapping[str, Checkpoint], results: str) -> list[str]:
         checkpoints: by name.
         results: folder of the pages of results, as in links.
     """
+
     # What serves the most models first.
-    order = sorted(checkpoints, key=lambda name: (_narrow(checkpoints[name].card.get("made_for", {})), name))
+    def rank(name: str) -> tuple[bool, int, str]:
+        return name != DEFAULT, _narrow(checkpoints[name].card.get("made_for", {})), name
+
+    order = sorted(checkpoints, key=rank)
     return table(list(_HEADER), [_row(name, checkpoints[name], results) for name in order])
 
 
@@ -49,7 +54,9 @@ def _row(name: str, checkpoint: Checkpoint, results: str) -> list[str]:
     adapters = checkpoint.learned.rule.reads_factors
     row = [_serves(made_for, adapters), f"[`{name}`]({results}{name}.md)"]
     if entry is None:
-        return [*row, "not measured", "", "", _not_for(made_for)]
+        page = f"{results.removesuffix('results/')}any-model.md"
+        there = f"[on eight real tasks]({page})" if name == DEFAULT else "not measured"
+        return [*row, there, "", "has none" if checkpoint.learned.teleporter is None else "", _not_for(made_for)]
     found = cells(entry)
     row.append(f"{found[0]}, {found[-2]} on {entry.task} {label(entry, trained)}, at {entry.steps}")
     return [*row, _price(entry), found[-1], _not_for(made_for)]

@@ -308,6 +308,11 @@ def _resolve(name_or_path: str | Path) -> Path:
         return path.resolve()
     if path.is_file():
         raise CheckpointError(f"a checkpoint is a folder, and {path} is a file: give the folder that holds it")
+    if str(name_or_path).startswith(("http://", "https://")):
+        raise CheckpointError(
+            f"{str(name_or_path)!r} is an address: LearnedOptimizer takes what a service there does as "
+            f"metateleport.connect({str(name_or_path)!r}), and so does TeleportingOptimizer"
+        )
     raise CheckpointError(
         f"there is no checkpoint {str(name_or_path)!r}: known by name are {', '.join(known) or 'none'}; "
         "any other is given by the path of its folder"

@@ -26,6 +26,7 @@ from metateleport.cli import (
     tasks,
     train,
     ui,
+    which,
 )
 from metateleport.cli.common import Parser, UsageError
 from metateleport.cli.completion import commands_of
@@ -146,6 +147,7 @@ def _parser() -> Parser:
         ui,
         sync,
         symmetries,
+        which,
         reproduce,
         experiment,
         tasks,

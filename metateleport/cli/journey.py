@@ -14,6 +14,7 @@ _STAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "is it for my model?",
         (
+            ("which nets.py:small", "the checkpoint for a model of yours, its price, or AdamW"),
             ("symmetries nets.py:small", "the symmetries of a model of yours, each certified"),
             ("checkpoints", "the checkpoints, and what each is for"),
         ),
@@ -48,7 +49,7 @@ _HEAD = """\
 metateleport learns to teleport: to move a network's weights along the symmetries of its loss before optimizer steps.
 
 use it, in the place of AdamW
-  optimizer = metateleport.LearnedOptimizer(model, "digits")
+  optimizer = metateleport.LearnedOptimizer(model)
 """
 
 _FOOT = "'metateleport COMMAND --help' explains a command with examples; 'metateleport --help' lists all of them."

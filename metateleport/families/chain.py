@@ -6,14 +6,15 @@ than the products themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from metateleport.point import Tensors
 
-__all__ = ["Chain", "chain_of", "through"]
+__all__ = ["Chain", "chain_of", "losses_of", "through"]
 
 Chain = tuple[tuple[str, nn.Module], ...]
 """Layers by name, in the order of the data flow."""
@@ -22,6 +23,9 @@ _ELEMENTWISE: frozenset[type[nn.Module]] = frozenset(
     (nn.ELU, nn.GELU, nn.Identity, nn.LeakyReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
 )
 """Activations without parameters or random numbers; of a subclass nothing is known."""
+
+_IGNORED = -100
+"""The class that torch's cross entropy leaves out of its mean, unless it is told another."""
 
 
 def chain_of(model: nn.Module) -> Chain | None:
@@ -80,6 +84,32 @@ def through(
         if name in added:
             found = found + added[name]
     return found, seen
+
+
+def losses_of(loss: Callable[..., Tensor], outputs: Tensor, targets: Sequence[Tensor]) -> Tensor | None:
+    """Torch's squared error or cross entropy of every task, `(tasks,)`, from one call; None of any other loss.
+
+    Under `vmap` a cross entropy falls apart into twenty operations, and its second derivative into many more.
+
+    Args:
+        loss: of one task.
+        outputs: `(tasks, samples, features)`.
+        targets: of every task.
+
+    Example:
+        >>> outputs, targets = torch.zeros(3, 5, 2), torch.zeros(3, 5, dtype=torch.long)
+        >>> losses_of(functional.cross_entropy, outputs, (targets,))
+        tensor([0.6931, 0.6931, 0.6931])
+    """
+    if len(targets) != 1 or outputs.ndim != 3:
+        return None
+    (wanted,) = targets
+    if loss is functional.mse_loss and wanted.shape == outputs.shape and wanted.dtype == outputs.dtype:
+        return (outputs - wanted).square().flatten(1).mean(1)
+    if loss is functional.cross_entropy and wanted.dtype == torch.long and wanted.shape == outputs.shape[:2]:
+        each = functional.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        return each.sum(1) / (wanted != _IGNORED).sum(1)
+    return None
 
 
 def _plain(layer: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metateleport.capture import Recording, channel_modules, modules_of, record
-from metateleport.families.chain import Chain, chain_of, through
+from metateleport.families.chain import Chain, chain_of, losses_of, through
 from metateleport.families.probed import ProbedLosses
 from metateleport.families.stackable import check_stackable, movable
 from metateleport.families.task import Batch, Task
@@ -273,7 +273,8 @@ class TaskStack(nn.Module):
         probes = self._zeros(parameters, inputs) if probe and self.watched else {}
         if self.batched and self._chain is not None and len(inputs) == 1 and inputs[0].ndim == 3:
             outputs, activations = through(self._chain, {**self.fixed(), **parameters}, inputs[0], probes)
-            losses = self.each(self.loss, outputs, *targets)
+            losses = losses_of(self.loss, outputs, targets)
+            losses = self.each(self.loss, outputs, *targets) if losses is None else losses
             return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
 
         def single(

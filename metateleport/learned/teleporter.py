@@ -274,14 +274,14 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observatio
     Returns:
         The observation; what the symmetry or the point cannot tell is zero.
     """
-    point = point.detach() if detach and torch.is_grad_enabled() else point
     group = symmetry.group
-    if group.name == "diagonal":
-        return _observe_diagonals(symmetry.diagonals(point))
-    if group.name == "O":
-        return _observe_vectors(group, symmetry.matrices(point))
-    matrices = symmetry.matrices(point)
-    return _observe_pair(group, _spectra(group, matrices), matrices, _diagonals(matrices))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+        if group.name == "diagonal":
+            return _observe_diagonals(symmetry.diagonals(point))
+        if group.name == "O":
+            return _observe_vectors(group, symmetry.matrices(point))
+        matrices = symmetry.matrices(point)
+        return _observe_pair(group, _spectra(group, matrices), matrices, _diagonals(matrices))
 
 
 def _observe_diagonals(found: dict[str, Tensor]) -> Observation:

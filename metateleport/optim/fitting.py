@@ -15,11 +15,12 @@ from metateleport.detection.adapters import told_symmetries
 from metateleport.detection.chain import symmetries_of
 from metateleport.gauges import gauge_symmetries
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.optim.choice import DEFAULT
 from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
 __all__ = ["as_number", "check_parameters", "check_total_steps", "fitting_symmetries", "say_what_fits"]
 
-_FOR_ANY = "digits"
+_FOR_ANY = DEFAULT
 """The checkpoint that warnings recommend."""
 
 _MOST = 0.5

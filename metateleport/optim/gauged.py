@@ -36,7 +36,8 @@ MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
 
 _TABLE = 0.5
-"""A matrix whose root mean square is above this at its first step counts as a table of embeddings."""
+"""Where there is no model to ask, a matrix whose root mean square is above this at its first step counts as a table of
+embeddings."""
 
 _EPS = 1e-8
 
@@ -203,7 +204,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        loss, told = evaluated(closure, loss)
+        loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         devices: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for value in group["params"]:
@@ -278,7 +279,14 @@ class GaugedOptimizer(torch.optim.Optimizer):
         """Whether a tensor steps as AdamW does where it has no gauge; decided at its first step."""
         if self.rule in ("adam", "descent"):
             return self.rule == "adam"
-        return value.ndim < 2 or value.is_complex() or bool(start.square().mean() > _TABLE**2)
+        if value.ndim < 2 or value.is_complex():
+            return True
+        if self.model is None:
+            return bool(start.square().mean() > _TABLE**2)
+        tables = (
+            module.weight for module in self.model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        )
+        return any(value is table for table in tables)
 
     def _in_gauges(
         self,

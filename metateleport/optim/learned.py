@@ -21,6 +21,7 @@ from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
 from metateleport.linalg import squarable
 from metateleport.optim.checks import is_averaged
+from metateleport.optim.choice import choose
 from metateleport.optim.closure import evaluated
 from metateleport.optim.fitting import as_number, check_parameters, check_total_steps, fitting_symmetries, say_what_fits
 from metateleport.optim.memory import (
@@ -101,7 +102,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         model_or_params: the model; or parameters, groups of them or pairs of name and parameter, as `torch.optim`'s
             own take them. Without a model there are no symmetries to move along.
         checkpoint: a checkpoint's name, path or address in MLflow (`models:/lora@champion`), a loaded checkpoint, a
-            `MetaOptimizer`, or what `metateleport.connect` gave.
+            `MetaOptimizer`, or what `metateleport.connect` gave. If not given, `lora` where the model has low-rank
+            adapters to train, else `default` (`metateleport.optim.choice.choose`).
         symmetries: of the model, in the order of the data flow; found in it if not given, none if empty.
         example_input: a tensor, a tuple or a dict of keyword inputs: finds the symmetries of any model, not only of an
             `nn.Sequential`.
@@ -124,7 +126,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 1))
-        >>> optimizer = LearnedOptimizer(model, "digits")
+        >>> optimizer = LearnedOptimizer(model)
         >>> x = torch.ones(5, 3)
         >>> losses = []
         >>> for _ in range(5):
@@ -140,7 +142,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
-        checkpoint: Any,
+        checkpoint: Any = None,
         symmetries: Sequence[Symmetry] | None = None,
         example_input: Any = None,
         lr: float = 1.0,
@@ -151,6 +153,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> None:
         _check_numbers(lr, weight_decay)
         check_total_steps(total_steps)
+        if checkpoint is None:
+            checkpoint = choose(model_or_params if isinstance(model_or_params, nn.Module) else None).checkpoint
         meta, called, made_for = _meta_optimizer(checkpoint)
         self.model: nn.Module | None = None
         given: Any = model_or_params
@@ -234,7 +238,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None and self._recorder is not None:
             self._recorder.renew()
-        loss, told = evaluated(closure, loss)
+        loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         try:
             self._step(told)
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -22,11 +23,8 @@ class AnsweringModel(PythonModel):
 
         self.answerer = Answerer(load_checkpoint(context.artifacts["checkpoint"]))
 
-    # MLflow reads hints of types as a signature, and the model has one of its own.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
         """An answer, or what is wrong with the request, for each row."""
-        import pandas as pd
-
         # Of a table of lists MLflow makes one row.
         rows = [each for cell in model_input["request"] for each in ([cell] if isinstance(cell, str) else cell)]
         return pd.DataFrame({"answer": [self._answered(text) for text in rows]})

@@ -67,7 +67,9 @@ class Truncated:
         total: int | None = None,
     ) -> None:
         self.meta, self.outer, self.ranks = meta, outer, ranks
-        self.unrolls = [Unroll(stack, meta, outer.first_order, outer.teleport_cost > 0, total) for stack in stacks]
+        self.unrolls = [
+            Unroll(stack, meta, outer.first_order, outer.teleport_cost > 0, total, outer.unseen) for stack in stacks
+        ]
 
     def meta_gradient(self, blind: bool, seconds: float) -> Findings:
         """The derivative of the window's mean log loss, plus the price on teleports; see `Estimator`."""

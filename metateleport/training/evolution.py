@@ -58,7 +58,7 @@ class Evolution:
         total: int | None = None,
     ) -> None:
         self.meta, self.outer, self.ranks, self.number = meta, outer, ranks, number
-        self.particles = Particles(stack, meta, total)
+        self.particles = Particles(stack, meta, total, outer.unseen)
         self.drawn = torch.zeros_like(self._weights()).repeat(outer.tasks, 1)
         """The sum of all perturbations of each pair, in units of the spread, `(pairs, weights)`."""
         self.window = 0

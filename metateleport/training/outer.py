@@ -51,6 +51,8 @@ class OuterSettings(Settings, abc.ABC):
         late: share of a window's losses, at its end, that the meta-loss is the mean of, and of a horizon's that the
             score is. With all of them networks learn to be quick in the window under way; with the last ones to be
             far at its end.
+        unseen: share of the loss on held-out data at the end of a window, in the meta-loss and in the score, in [0, 1].
+            Networks that are trained for the training loss alone learn to be quick where it overfits.
         told: whether the networks are told how long a run is, in three stacks of four, if their rule makes use of it.
         teleport_cost: price on teleports that stay and on gauges, so that they close where they bring too little. The
             meta-loss is the mean log loss plus this times the mean `metateleport.training.cost.openness`, which is
@@ -77,6 +79,7 @@ class OuterSettings(Settings, abc.ABC):
     clip: float = setting(1.0, POSITIVE)
     blind: float = setting(0.5, Range("a share of the windows, in [0, 1]", lambda value: 0 <= value <= 1))
     late: float = setting(1.0, Range("a share of the losses, above 0 and at most 1", lambda value: 0 < value <= 1))
+    unseen: float = setting(0.0, Range("a share of the meta-loss, in [0, 1]", lambda value: 0 <= value <= 1))
     told: bool = setting(False)
     teleport_cost: float = setting(0.0, NOT_NEGATIVE, 1e6)
     search: int = setting(0, NOT_NEGATIVE, 10**6)

@@ -38,6 +38,7 @@ class Particles:
         stack: the tasks at their start; their parameters move along.
         meta: tells the shape of the networks; it is not changed.
         total: number of inner steps of the run, where the networks are told.
+        unseen: share of the loss on held-out data in what is seen.
 
     Example:
         >>> from metateleport import load_family
@@ -50,14 +51,14 @@ class Particles:
         True
     """
 
-    def __init__(self, stack: TaskStack, meta: MetaOptimizer, total: int | None = None) -> None:
+    def __init__(self, stack: TaskStack, meta: MetaOptimizer, total: int | None = None, unseen: float = 0.0) -> None:
         if side_by_side(meta):
-            self._unrolls = [Unroll(stack, _stacked(meta, len(stack)), total=total)]
+            self._unrolls = [Unroll(stack, _stacked(meta, len(stack)), total=total, unseen=unseen)]
         else:
             alone = [TaskStack([task], stack.device) for task in stack.tasks]
             for each in alone:
                 each.batched = stack.batched
-            self._unrolls = [Unroll(each, copy.deepcopy(meta), total=total) for each in alone]
+            self._unrolls = [Unroll(each, copy.deepcopy(meta), total=total, unseen=unseen) for each in alone]
 
     def window(self, length: int, weights: Tensor, loss_known: bool = True, last: int | None = None) -> Seen:
         """Takes some inner steps from where the last window ended.

@@ -54,7 +54,8 @@ class ValidationSettings(Settings):
 
     Args:
         tasks: number of validation tasks.
-        every: meta-steps between validations; the last one is always at the end.
+        every: meta-steps between validations; the last one is always at the end. In a limited time some are left
+            out, so that they take no large share of it.
     """
 
     part: ClassVar[str] = "validation"

@@ -75,7 +75,7 @@ def score(
         meta: the meta-optimizer.
         stacks: the stacks at the start of their tasks; their parameters are changed.
         horizon: number of inner steps.
-        outer: the outer loop's settings: `late`, `told` and `teleport_cost`.
+        outer: the outer loop's settings: `late`, `unseen`, `told` and `teleport_cost`.
         tasks: number of tasks of all processes, if there are several.
         ranks: the processes; the stacks are those of this one, as `dealt` gives them.
 
@@ -93,7 +93,7 @@ def score(
     """
     rows = [torch.empty(0, 3, dtype=torch.float64, device=ranks.device)]
     for stack in stacks:
-        unroll = Unroll(stack, meta, total=outer.total(0, horizon))
+        unroll = Unroll(stack, meta, total=outer.total(0, horizon), unseen=outer.unseen)
         means = bounded(unroll.window(horizon, track=False).detach())[-outer.last(horizon) :].mean(0)
         opened, counted = openness_sum(unroll.openness, like=means, dim=0)
         rows.append(torch.stack((means, opened, counted), 1).to(rows[0]))

@@ -44,6 +44,9 @@ _VALIDATION_STACKS = 8
 _SCORE_TIME = 0.1
 """Largest share of a limited time that one validation, or one round of the search, may take."""
 
+_VALIDATION_TIME = 0.15
+"""Largest share of a limited time that validations between meta-steps may take together, but for the first."""
+
 _SEARCH_SCORES = 32
 """About how many scores a round of the search takes."""
 
@@ -149,7 +152,8 @@ class MetaTrainer:
             report: called after every meta-step.
         """
         done, self._unshared = self.progression, 0.0
-        if self.outer.start_from is not None and not done.validations:
+        starts_well = self.outer.start_from is not None or self.recipe.rule.starts_well
+        if starts_well and not done.validations:
             # The networks that training starts from are kept if it finds no better ones.
             started = self.clock()
             self._validate()
@@ -165,7 +169,7 @@ class MetaTrainer:
             for window in range(self.outer.windows(self.share)):
                 started = self.clock()
                 self._meta_step(estimator, runs_blind(self.outer.blind, self.outer.seed, done.stack, window))
-                if done.meta_step % self.recipe.validation.every == 0:
+                if self._validation_due:
                     self._validate()
                 self._spend(self.clock() - started)
                 if report is not None:
@@ -306,6 +310,17 @@ class MetaTrainer:
         done.meta_losses.append(found.loss)
         if found.openness is not None:
             done.openness.append(found.openness)
+
+    @property
+    def _validation_due(self) -> bool:
+        """Whether the networks are validated after this meta-step."""
+        done = self.progression
+        if done.meta_step % self.recipe.validation.every:
+            return False
+        if self.limit is None or not done.validations:
+            return True
+        # Seconds that all processes have told each other, and the first one's for a validation: all decide alike.
+        return (len(done.validations) + 1) * self._validation_seconds <= _VALIDATION_TIME * done.seconds
 
     def _validate(self) -> None:
         done = self.progression

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metateleport.families import TaskStack
+from metateleport.families import Batch, FamilyError, TaskStack
 from metateleport.learned.meta_optimizer import MetaOptimizer, MetaState
 from metateleport.point import Tensors
 from metateleport.training.cost import Elements, elements_of, openness_along
@@ -89,6 +89,7 @@ class Unroll:
         first_order: leave the derivative of the inner gradients out of the meta-gradient.
         priced: keep the openness of teleports in the graph.
         total: number of inner steps of the whole run, where the networks are told.
+        unseen: share that the log loss on held-out data at the end of each window has in the losses that it gives.
 
     After a window `openness` has how far each step's teleports and gauges were open, `(length, tasks)`; None where the
     meta-optimizer chooses no group element.
@@ -99,8 +100,10 @@ class Unroll:
     first_order: bool = False
     priced: bool = False
     total: int | None = None
+    unseen: float = 0.0
     steps: int = 0
     start: Tensor | None = None
+    unseen_start: Tensor | None = None
     state: MetaState | None = None
     openness: Tensor | None = None
     _begun: Tensors = dataclasses.field(default_factory=dict, repr=False)
@@ -111,6 +114,8 @@ class Unroll:
 
     def window(self, length: int, track: bool = True, loss_known: bool = True) -> Tensor:
         """Takes some inner steps and returns the log losses after each, `(length, tasks)`, in the graph.
+
+        With `unseen` each of them is a weighted mean with the log loss on held-out data after the last step.
 
         The next window starts where this one ended, cut from its graph.
 
@@ -130,6 +135,8 @@ class Unroll:
             seen = model(self.stack.batch(self.steps), probe=True)
             if self.start is None:
                 self.start = seen.losses.detach()
+            if self.unseen and self.unseen_start is None:
+                self.unseen_start = model(self._held_out()).detach()
             along = []
             for _ in range(length):
                 differentiable.step(seen)
@@ -142,6 +149,7 @@ class Unroll:
                         opened, chosen = _measured(opened, chosen), []
                 seen = model(self.stack.batch(self.steps), probe=True)
                 along.append(seen.losses if track else seen.losses.detach())
+            unseen = model(self._held_out()) if self.unseen else None
             moved = dict(zip(self.stack.names, model.fast_params, strict=True))
             assert differentiable.loop.state is not None
             self.state = differentiable.loop.state.map(Tensor.detach)
@@ -150,7 +158,20 @@ class Unroll:
             opened = _measured(opened, chosen)
             self.openness = torch.cat(opened) if opened else None
         losses = torch.stack(along)
-        return log_losses(losses, self.start, self._scale(losses.detach()))
+        logs = log_losses(losses, self.start, self._scale(losses.detach()))
+        if unseen is None:
+            return logs
+        assert self.unseen_start is not None
+        return torch.lerp(logs, log_losses(unseen.unsqueeze(0), self.unseen_start).expand_as(logs), self.unseen)
+
+    def _held_out(self) -> Batch:
+        found = self.stack.held_out
+        if found is None:
+            raise FamilyError(
+                f"outer.unseen = {self.unseen:g} is a share for held-out data, and tasks of this family have none: "
+                "leave it out"
+            )
+        return found
 
     def _scale(self, losses: Tensor) -> Tensor | None:
         r"""$\|\nabla L\| \|w\|$ at the start of each task, where a loss is not positive; None where all are.

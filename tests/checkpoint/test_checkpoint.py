@@ -283,3 +283,8 @@ def test_a_checkpoint_serves_every_width_and_depth(mode: str, sizes: tuple[int, 
     assert last < first
     report = mt.teleport(model, mt.load(path), x, loss=lambda outputs: (outputs - y).square().mean())
     assert report.size > 0
+
+
+def test_the_address_of_a_service_is_told_from_a_name() -> None:
+    with pytest.raises(CheckpointError, match=r"metateleport\.connect\('http://127\.0\.0\.1:8000'\)"):
+        load_checkpoint("http://127.0.0.1:8000")

@@ -19,7 +19,7 @@ from .stand_in import ADAMW, GAUGED
 
 __all__ = ["CHECKPOINTS", "SERVES_ALL", "Cell", "Verdict", "judge"]
 
-SERVES_ALL = ("digits", ADAMW, GAUGED)
+SERVES_ALL = ("default", "digits", ADAMW, GAUGED)
 """Checkpoints that may refuse nothing."""
 _NOT_MADE_FOR = "is not made for this"
 _AT_MOST = 1.5

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import loops
-from .cells import CHECKPOINTS, Cell, _serves, judge
+from .cells import CHECKPOINTS, SERVES_ALL, Cell, _serves, judge
 from .loops import _reference
 from .stand_in import ADAMW, StandIn
 from .table import Table
@@ -216,7 +216,7 @@ def test_an_error_from_elsewhere_is_no_refusal(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_table_counts_refusals_of_the_perceptron(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops.mt, "LearnedOptimizer", _refusing(ValueError(SENTENCE)))
-    others = [name for name in CHECKPOINTS if name != "digits"]
+    others = [name for name in CHECKPOINTS if name not in SERVES_ALL]
     for count, wrong in ((2, False), (3, True)):
         table = Table([Cell("step()", "mlp", name) for name in others[:count]])
         rows = list(table.rows())

@@ -46,6 +46,8 @@ _TEACHER = (
 )
 ENTRIES: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {
     "bottleneck_digits": ("bottleneck_digits", ("bottleneck_digits", {})),
+    "default": ("default", ("digits", {})),
+    "default-residual": ("default", ("residual_digits", {})),
     "digits": ("digits", ("digits", {})),
     "leaky_mlp": ("leaky_mlp", ("leaky_mlp", {})),
     "leaky_mlp-normal": ("leaky_mlp", _SQUARE),

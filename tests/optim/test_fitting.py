@@ -46,7 +46,7 @@ def test_a_checkpoint_that_is_not_for_this_says_why_in_one_warning(checkpoint: s
     (text,) = said(lambda: mt.LearnedOptimizer(plain(), checkpoint))
     assert text.startswith(f"'{checkpoint}' is not made for this: ")
     assert words in text
-    assert text.endswith("'digits' is made for any model, on minibatches")
+    assert text.endswith("'default' is made for any model, on minibatches")
 
 
 def test_groups_that_no_network_serves_are_named() -> None:

@@ -44,6 +44,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+LONG = ("quadratic", "orbit")
+SLOW = pytest.mark.slow(seconds=8)
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, ExperimentResult]:
     """Each experiment once, at its small settings."""
@@ -74,7 +78,7 @@ def no_null(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in LONG else ()) for name in SMALL])
 def test_a_result_is_plain_json_and_has_a_figure(name: str, result_of: Any, tmp_path: Path) -> None:
     result = result_of(name)
     result.write(tmp_path / "a.json")
@@ -100,6 +104,7 @@ def test_equal_seeds_give_equal_results_and_others_do_not(name: str, result_of: 
     assert other.as_json()["results"] != first["results"]
 
 
+@SLOW
 def test_gradient_ascent_reaches_the_closed_form(result_of: Any) -> None:
     result = result_of("quadratic")
     found = claim(result, "closed form")
@@ -132,6 +137,7 @@ def test_the_bracket_tells_the_sides_apart(result_of: Any) -> None:
     assert all(each.holds is True for each in result.claims), [each for each in result.claims if not each.holds]
 
 
+@SLOW
 def test_dimensions_of_the_orbit(result_of: Any) -> None:
     entries = {entry["model"]: entry for entry in result_of("orbit").results["models"]}
     quadratic = entries["quadratic"]
@@ -199,6 +205,7 @@ def test_bad_names_and_settings_say_what_to_do(name: str, settings: dict[str, An
         load_experiment(name, settings)
 
 
+@SLOW
 def test_no_room_for_any_model_is_told() -> None:
     with pytest.raises(ExperimentError, match="largest=1"):
         load_experiment("orbit", {"largest": 1}).run()

@@ -48,3 +48,18 @@ def test_members_that_cannot_be(members: str, words: str) -> None:
         load("mixture", {"members": members})
     with pytest.raises(FamilyError, match="no task family"):
         load("mixture", {"members": "digits,nothing"}).augmented(0, 0)
+
+
+def test_validation_is_on_families_that_are_left_out() -> None:
+    mixture = load("mixture", {"members": "digits", "left_out": "teacher,quadratic"})
+    drawn = [mixture.augmented(index, 1) for index in range(4)]
+    assert {each.of("train").name for each in drawn} == {"digits"}
+    assert Counter(each.of("validation").name for each in drawn) == {"teacher": 2, "quadratic": 2}
+    assert drawn[0].stack([0], "validation").deterministic == drawn[0].of("validation").stack([0]).deterministic
+    own, alone = drawn[1].stack([5], "train", 3), drawn[1].of("train").stack([5], "train", 3)
+    assert all(torch.equal(one, two) for one, two in zip(own.parameters(), alone.parameters(), strict=True))
+
+
+def test_a_member_cannot_be_left_out() -> None:
+    with pytest.raises(FamilyError, match="digits is a member"):
+        load("mixture", {"members": "digits,teacher", "left_out": "digits"})

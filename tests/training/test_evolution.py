@@ -163,6 +163,7 @@ def test_no_tensor_is_kept_from_window_to_window() -> None:
     assert sizes[3:] == sizes[3:4] * 5
 
 
+@pytest.mark.slow(seconds=8)
 def test_it_learns_without_gradients() -> None:
     recipe = small(mode="lr", estimator="es", meta_steps=40, tasks=8, horizon=4, lr=4e-2, validation_every=20, hidden=2)
     learning = trainer(recipe)

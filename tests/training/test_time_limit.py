@@ -28,6 +28,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Callable[[], fl
     return steps, lambda: steps[0] * STEP
 
 
+SLOW = pytest.mark.slow(seconds=5)
+
+
 def timed(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[MetaTrainer, list[int]]:
     steps, clock = counted(monkeypatch)
     found = trainer(small(mode="lr", meta_steps=None, validation_tasks=2, **changes))
@@ -35,7 +38,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[MetaTrain
     return found, steps
 
 
-@pytest.mark.parametrize("changes", [{}, {"search": 2}, {"starts": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=SLOW), {"search": 2}, pytest.param({"starts": 2}, marks=SLOW)],
+    ids=["plain", "search", "starts"],
+)
 def test_a_huge_horizon_ends_in_time(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     found, steps = timed(monkeypatch, horizon=10**8, seconds=8.0, **changes)
     found.run()
@@ -57,11 +64,24 @@ def test_a_horizon_that_there_is_time_for_is_followed_whole(monkeypatch: pytest.
     assert found.validation_score() == score
 
 
+def test_validations_take_a_small_share_of_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = timed(monkeypatch, seconds=8.0, validation_every=1)
+    found.run()
+    done, each = found.progression, found._validation_seconds
+    *between, last = done.validations
+    assert last[0] == done.meta_step
+    assert between[0][0] == 1
+    assert 2 <= len(between) < done.meta_step / 2
+    assert len(between) * each <= 0.15 * done.seconds
+
+
 def test_without_a_limit_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     counted(monkeypatch)
     found = trainer(small(mode="lr"))
     found.run()
     assert found.progression.scored_steps == 0
+    every = found.recipe.validation.every
+    assert len(found.progression.validations) >= found.progression.meta_step // every
 
 
 def test_the_card_says_by_what_its_networks_were_chosen(tmp_path: Path) -> None:

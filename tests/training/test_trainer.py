@@ -33,7 +33,8 @@ def test_a_few_meta_steps_lower_the_validation_score(mode: str) -> None:
 
 
 def test_the_best_of_several_starts_goes_on() -> None:
-    settings = config(starts=3, meta_steps=9, validation_every=1, settings={"width": 4, "activation": "identity"})
+    shape = {"width": 4, "activation": "identity"}
+    settings = config(starts=3, meta_steps=9, validation_every=1, validation_tasks=2, horizon=4, settings=shape)
     learning = trainer(settings)
     begun: dict[int, list[bytes]] = {}
 

@@ -80,11 +80,14 @@ class GaugedSettings(RuleSettings):
     """
 
     kind: ClassVar[str] = "gauged"
-    reads_total: ClassVar[bool] = True
 
     hidden: int = setting(16, AT_LEAST_ONE)
     plain_hidden: int = setting(32, AT_LEAST_ONE)
     cooling: float = setting(0.01, NOT_NEGATIVE)
+
+    @property
+    def reads_total(self) -> bool:
+        return True
 
     def rule(self) -> GaugedRule:
         return GaugedRule(self.hidden, self.plain_hidden, self.cooling)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack
+from gradient_cases import Batch, analytic, attached, compare, error, plain, recorded, stack, unrolled
 from learned_cases import shape_of
 from symmetry_cases import side_by_side
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
 from metateleport.learned import MetaOptimizer
 from metateleport.learned.progress import Progress, Tolerance
-from metateleport.learned.rules.adaptive import AdaptiveRule
+from metateleport.learned.rules.adaptive import AdaptiveRule, AdaptiveSettings
 from metateleport.point import Point
 
 TOLERANCE = 1e-6
@@ -328,3 +328,70 @@ def test_tables_of_embeddings_do_not_lengthen_the_steps_of_other_layers() -> Non
     torch.testing.assert_close(scale({**weights, **table}) * 3, scale(weights) * 2)
     # A model of nothing else has its own size.
     assert bool((scale(table) > 0.9).all())
+
+
+def test_a_rule_that_is_told_anneals_to_the_end_of_the_run() -> None:
+    torch.manual_seed(0)
+    rule = AdaptiveRule(hidden=3, told=True).double()
+    with torch.no_grad():
+        rule.head.weight.zero_()
+    model, batch = stack("rescaling")
+    point = model.point_at(dict(model.tensors()), batch)
+    assert point.loss is not None
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=True)[0]
+
+    def step(time: int, total: int | None) -> dict[str, Tensor]:
+        at = dataclasses.replace(progress, time=time, total=total)
+        moved, _ = rule.step(point, model.symmetries, at, rule.initial_state(point))
+        return {name: moved[name].detach() - value for name, value in point.parameters.items()}
+
+    whole = step(51, None)
+    for time, total, left in ((1, 100, 1.0), (51, 100, 0.5), (100, 100, 0.01), (200, 100, 0.0)):
+        for name, value in step(time, total).items():
+            torch.testing.assert_close(value, whole[name] * left ** (3 / (1 + math.exp(0.7))), rtol=1e-6, atol=1e-12)
+
+
+def test_only_a_rule_that_is_told_has_an_output_for_it() -> None:
+    settings = AdaptiveSettings(hidden=3)
+    assert not settings.reads_total
+    assert dataclasses.replace(settings, told=True).reads_total
+    assert dataclasses.replace(settings, told=True).rule().head.out_features == settings.rule().head.out_features + 1
+
+
+def test_small_tensors_step_side_by_side_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = stack("rescaling")
+    found = []
+    for entries in (2**18, 0):
+        monkeypatch.setattr("metateleport.linalg._SMALL", entries)
+        meta = meta_optimizer()
+        loss = unrolled(meta, problem, 4, track=True)[0]
+        gradients = torch.autograd.grad(loss, list(meta.rule.parameters()))
+        found.append((loss, *gradients))
+    for joined, separate in zip(*found, strict=True):
+        assert torch.allclose(joined, separate, rtol=1e-9, atol=1e-12)
+
+
+def test_what_may_be_spent_is_let_go_of_and_the_given_point_stays() -> None:
+    model, batch = stack("rescaling")
+    point = model.point_at(model.tensors(), batch)
+    assert point.loss is not None
+    names = set(point.gradients)
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=True)[0]
+    found = []
+    for spend in (True, False):
+        own = point.replace(gradients=dict(point.gradients))
+        rule = rule_of(mixture=(0.3, 0.5, 0.0))
+        with torch.no_grad():
+            moved, _ = rule.step(own, model.symmetries, progress, rule.initial_state(point), spend=spend)
+        assert set(own.gradients) == (set() if spend else names)
+        found.append(moved)
+    for name in names:
+        assert torch.allclose(found[0][name], found[1][name], rtol=1e-9)
+    for mode in ("update", "update+tele"):
+        meta = meta_optimizer(mode)
+        with torch.no_grad():
+            taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries), spend=True)
+        assert bool(taken.moves) == (mode == "update+tele")
+        assert set(point.gradients) == names
+        assert taken.state.accepted is not None
+        assert set(taken.state.accepted.gradients) == names

@@ -1,0 +1,88 @@
+"""Tensors laid out side by side give what each gives by itself, as do matrices of several sizes in one polar factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from metateleport import linalg
+from metateleport.linalg import Blocks, alike, all_finite, polar_factors, squarable
+
+SHAPES = ((3, 4, 5), (3, 7), (3, 2, 2, 3), (3, 1))
+
+
+def drawn(seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=source, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def scaled(blocks: Blocks, one: list[Tensor], other: list[Tensor]) -> Tensor:
+    factors = blocks.spread(blocks.means(one))
+    parts = blocks.parts([value * factor for value, factor in zip(other, factors, strict=True)])
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+OPERATIONS: dict[str, Callable[[Blocks, list[Tensor], list[Tensor]], Tensor]] = {
+    "mean squares": lambda blocks, one, _: blocks.mean_squares(one),
+    "means": lambda blocks, one, _: blocks.means(one),
+    "mean products": lambda blocks, one, other: blocks.mean_products(one, other),
+    "spread": scaled,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_side_by_side_is_each_by_itself(name: str) -> None:
+    found = []
+    for free in (True, False):
+        one, other = drawn(0), drawn(1)
+        blocks = Blocks.of(one, free)
+        assert blocks.joined == free
+        value = OPERATIONS[name](blocks, blocks.gather(one), blocks.gather(other))
+        gradients = torch.autograd.grad((value * torch.linspace(1, 2, value.numel()).view_as(value)).sum(), one)
+        found.append((value, *gradients))
+    for joined, separate in zip(*found, strict=True):
+        assert torch.allclose(joined, separate, rtol=1e-12, atol=1e-14)
+
+
+def test_large_ones_and_those_of_two_dtypes_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Blocks.of([*drawn(0), torch.zeros(3, 2)], free=True).joined
+    monkeypatch.setattr(linalg, "_SMALL", 3 * 40 - 1)
+    assert not Blocks.of(drawn(0), free=True).joined
+    monkeypatch.setattr(linalg, "_SMALL", 3 * 40)
+    assert Blocks.of(drawn(0), free=True).joined
+
+
+def test_polar_factors_of_several_sizes_are_those_of_each_alone() -> None:
+    matrices = drawn(2, ((3, 4, 9), (3, 9, 4), (3, 6, 2, 3), (3, 1, 5), (3, 5, 5)))
+    together = polar_factors(matrices)
+    for matrix, found in zip(matrices, together, strict=True):
+        (alone,) = polar_factors([matrix])
+        assert found.shape == matrix.shape
+        assert torch.allclose(found, alone, atol=1e-12)
+        ours, theirs = (
+            torch.autograd.grad(each.square().sum(), matrix, retain_graph=True)[0] for each in (found, alone)
+        )
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_only_small_matrices_of_one_kind_share_a_call() -> None:
+    wide = torch.zeros(1, 128, 200)
+    groups = list(alike({"a": wide, "b": torch.zeros(1, 3, 2), "c": torch.zeros(1, 2, 90), "d": wide}))
+    assert groups == [["b", "c"], ["a", "d"]]
+    mixed = {"a": torch.zeros(1, 3, 2), "b": torch.zeros(1, 2, 2).double(), "c": torch.zeros(1, 2, 2).double()}
+    assert list(alike(mixed)) == [["a"], ["b", "c"]]
+    spread = {"a": torch.zeros(1, 100, 100), "b": torch.zeros(1, 2, 10**6)}
+    assert list(alike(spread)) == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_what_is_not_finite_is_found_in_its_task_alone(bad: float) -> None:
+    tensors = [value.detach() for value in drawn(3)]
+    tensors[1][2, 3] = bad
+    assert squarable(tensors).tolist() == [True, True, False]
+    assert all_finite(tensors).tolist() == [True, True, bad == 1e200]
+    tensors[2][2, 0, 0] = -bad
+    assert all_finite(tensors).tolist() == [True, True, bad == 1e200]
