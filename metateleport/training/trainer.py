@@ -152,7 +152,8 @@ class MetaTrainer:
             report: called after every meta-step.
         """
         done, self._unshared = self.progression, 0.0
-        if self.outer.start_from is not None and not done.validations:
+        starts_well = self.outer.start_from is not None or self.recipe.rule.starts_well
+        if starts_well and not done.validations:
             # The networks that training starts from are kept if it finds no better ones.
             started = self.clock()
             self._validate()

@@ -115,3 +115,21 @@ def test_held_out_data_have_their_share_of_the_meta_loss() -> None:
 def test_tasks_without_held_out_data_have_no_share_of_it() -> None:
     with pytest.raises(mt.families.FamilyError, match=r"outer.unseen = 0.5 is a share for held-out data"):
         Unroll(stacks(), meta(), unseen=0.5).window(1, track=False)
+
+
+def test_a_good_start_is_kept_where_training_finds_nothing_better() -> None:
+    tables = {
+        "family": {"name": "digits", "batch": 20, "hidden": 4, "samples": 40},
+        "rule": {"kind": "adaptive", "hidden": 3, "told": True},
+        "outer": {"meta_steps": 2, "tasks": 2, "unroll": 4, "horizon": 4, "told": True, "lr": 1e3},
+        "validation": {"tasks": 2, "every": 1},
+    }
+    recipe_ = Recipe.read(tables)
+    networks = MetaOptimizer(recipe_.networks(("diagonal",)))
+    trainer = MetaTrainer(recipe_, mt.load_family("digits", recipe_.family.settings), networks)
+    start = {name: value.clone() for name, value in networks.state_dict().items()}
+    trainer.run()
+    (first, *later) = trainer.progression.validations
+    assert first[0] == 0
+    assert min(score for _, score in later) > first[1]
+    assert all(torch.equal(value, start[name]) for name, value in trainer.best.items())

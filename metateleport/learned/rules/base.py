@@ -115,6 +115,11 @@ class RuleSettings(Settings, abc.ABC):
         return False
 
     @property
+    def starts_well(self) -> bool:
+        """Whether untrained networks are a good optimizer, and are kept where training finds no better ones."""
+        return False
+
+    @property
     def learns(self) -> Learns:
         """What the rule learns: an `update` of every coordinate, a step for each tensor (`lr`), or nothing."""
         return "update"
