@@ -190,8 +190,8 @@ def page_of(report: Mapping[str, Any]) -> str:
         "",
         "`python -m benchmarks.any_model --json any_model.json --page docs/any-model.md` writes this page: "
         f"`mt.LearnedOptimizer(model)` at its defaults, told its length, on real tasks. Families of these were "
-        f"never trained on: {never}. Rivals have twelve trials each, learning rates and schedules, for the training loss "
-        "at the end.",
+        f"never trained on: {never}. Rivals have twelve trials each, learning rates and schedules, for the training "
+        "loss at the end.",
         "",
         "Losses are means over all training data and over what was held out, medians over seeds. "
         f"CPU time on one thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}.",
