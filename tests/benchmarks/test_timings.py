@@ -104,6 +104,7 @@ def test_memory_is_told_of_the_whole_stack_in_parts() -> None:
     assert 50 < peak["before"] <= peak["megabytes"]
 
 
+@pytest.mark.slow(seconds=5)
 def test_command_runs_from_the_projects_folder(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.json"
     command = [
