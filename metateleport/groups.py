@@ -14,7 +14,17 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["GeneralLinear", "Group", "Orthogonal", "PositiveDiagonal", "exponentials", "product", "still"]
+__all__ = [
+    "GeneralLinear",
+    "Group",
+    "Orthogonal",
+    "PositiveDiagonal",
+    "certain",
+    "exponentials",
+    "possible",
+    "product",
+    "still",
+]
 
 _KNOWN_INVERSE = "_known_inverse"
 """Attribute of an element that came with its inverse: the tensor keeps it, so that it lives as long as the element."""
@@ -256,7 +266,7 @@ class GeneralLinear(_MatrixGroup):
         inverse: Tensor | None = getattr(element, _KNOWN_INVERSE, None)
         inverse = torch.linalg.inv_ex(element)[0] if inverse is None else inverse
         well = self.norm(element) * self.norm(inverse) <= min(bound, torch.finfo(element.dtype).eps ** -0.5)
-        return well if bool(well.all()) else super().conditioned(element, bound)
+        return well if certain(well) else super().conditioned(element, bound)
 
     def retract(self, element: Tensor, step: Tensor) -> Tensor:
         longest = float(self.norm(step).amax()) if type(self) is GeneralLinear else math.inf
@@ -266,6 +276,29 @@ class GeneralLinear(_MatrixGroup):
         if longest < 1:
             return _short_exponential(step) @ element
         return super().retract(element, step)
+
+
+def certain(mask: Tensor) -> bool:
+    """Whether a condition holds everywhere, where that can be seen.
+
+    A graph that `torch.compile` makes has no values to look at: there nothing is certain, and what is right in either
+    case is computed. So a compiled step has no break, at the price of what an eager one can leave out.
+
+    Example:
+        >>> certain(torch.tensor([True, True])), certain(torch.tensor([True, False]))
+        (True, False)
+    """
+    return not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def possible(mask: Tensor) -> bool:
+    """Whether a condition may hold anywhere; see `certain`.
+
+    Example:
+        >>> possible(torch.tensor([True, False])), possible(torch.tensor([False]))
+        (True, False)
+    """
+    return torch.compiler.is_compiling() or bool(mask.any())
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -305,7 +338,7 @@ def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     2005, for the squaring.
     """
     series = _SERIES.get(matrix.dtype)
-    if series is None or not matrix.numel() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or series is None or not matrix.numel() or _is_transformed():
         return torch.linalg.matrix_exp(matrix), torch.linalg.matrix_exp(-matrix)
     size = float(matrix.detach().abs().sum(-1).amax())
     if not size < math.inf:
@@ -319,6 +352,11 @@ def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(halvings):
         element, inverse = element @ element, inverse @ inverse
     return element, inverse
+
+
+def _is_transformed() -> bool:
+    """Whether this runs inside a function transform of `torch.func`, where numbers cannot be looked at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _two_series(square: Tensor, degree: int, block: int) -> tuple[Tensor, Tensor]:

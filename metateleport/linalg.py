@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import product
+from metateleport.groups import certain, product
 
 __all__ = [
     "Blocks",
@@ -35,6 +34,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _POLAR_STEPS = 5
 _HALVES = 128
 """Matrices of fewer rows are multiplied in float32: converting them to bfloat16 costs more than it saves."""
+
+_HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 _CHUNK = 2**24
 """Largest number of bytes of matrices whose polar factors are computed in one call."""
@@ -212,10 +213,11 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
     first, shapes = tensors[0], [_flat(value) for value in tensors]
-    rows, columns = (max(shape[side] for shape in shapes) for side in (0, 1))
+    rows, columns = _most(shapes, 0), _most(shapes, 1)
     found = torch.cat([_filled(value, *shape, rows, columns) for value, shape in zip(tensors, shapes, strict=True)])
     smallest = torch.finfo(first.dtype).tiny ** 0.5
-    found = found / (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
+    norm = (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
+    found = found / norm if found.requires_grad else found.div_(norm)
     large = rows >= _HALVES
     if large and first.dtype == torch.float32 and not found.requires_grad and _multiplies_halves(first.device):
         found = found.bfloat16()
@@ -239,6 +241,10 @@ def _flat(tensor: Tensor) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def _most(shapes: Sequence[tuple[int, int]], side: int) -> int:
+    return max([shape[side] for shape in shapes])
+
+
 def _filled(tensor: Tensor, rows: int, columns: int, most_rows: int, most_columns: int) -> Tensor:
     """The matrix with its smaller side in rows, and zeros below and beside it."""
     matrix = tensor.flatten(2) if _is_wide(tensor) else tensor.flatten(2).mT
@@ -256,10 +262,9 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
         [['b', 'd'], ['a', 'c']]
     """
     few = [name for name, value in tensors.items() if _flat(value)[0] < _HALVES]
-    sides = zip(*(_flat(tensors[name]) for name in few), strict=True)
-    filled = sum(tensors[name].shape[0] for name in few) * math.prod(map(max, sides))
+    sides = [_flat(tensors[name]) for name in few]
     same = len({(tensors[name].shape[0], tensors[name].dtype, tensors[name].device) for name in few}) == 1
-    together = same and filled <= _SMALL
+    together = same and len(few) * tensors[few[0]].shape[0] * _most(sides, 0) * _most(sides, 1) <= _SMALL
     if together:
         yield few
     groups: dict[torch.Size, list[str]] = {}
@@ -271,12 +276,11 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
         yield from (names[start : start + some] for start in range(0, len(names), some))
 
 
-@functools.cache
 def _multiplies_halves(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and _HALVES_ON_CPU
 
 
 def fit(scale: Tensor, tensor: Tensor) -> Tensor:
@@ -314,9 +318,11 @@ class Blocks:
         """
         alike = len({(each.dtype, each.device) for each in tensors}) == 1 and len(tensors) > 1
         small = sum(each.numel() for each in tensors) <= _SMALL
-        return cls(tuple(each.shape for each in tensors), free and alike and small)
+        # A compiler makes one call of many by itself.
+        calls = not torch.compiler.is_compiling()
+        return cls(tuple(each.shape for each in tensors), free and alike and small and calls)
 
-    @functools.cached_property
+    @property
     def counts(self) -> tuple[int, ...]:
         """Number of entries of each tensor in one task."""
         return tuple(shape[1:].numel() for shape in self.shapes)
@@ -428,7 +434,7 @@ def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
     kept = [value.detach() for value in tensors]
     # A sum is finite where its terms are, unless it overflows, and is ten times as fast as testing each of them.
     sums = torch.stack([value.sum(-1) for value in _rows(kept, batch)]).isfinite().all(0)
-    if bool(sums.all()):
+    if certain(sums):
         return sums
     return torch.stack([value.isfinite().reshape(*value.shape[:batch], -1).all(-1) for value in kept]).all(0)
 

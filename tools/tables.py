@@ -51,7 +51,8 @@ def _row(name: str, checkpoint: Checkpoint, results: str) -> list[str]:
     made_for = checkpoint.card.get("made_for", {})
     trained = trained_on(checkpoint)
     entry = headline(entries_of(checkpoint), trained)
-    row = [_serves(made_for), f"[`{name}`]({results}{name}.md)"]
+    adapters = checkpoint.learned.rule is not None and checkpoint.learned.rule.reads_factors
+    row = [_serves(made_for, adapters), f"[`{name}`]({results}{name}.md)"]
     if entry is None:
         page = f"{results.removesuffix('results/')}any-model.md"
         there = f"[on eight real tasks]({page})" if name == DEFAULT else "not measured"
@@ -61,9 +62,9 @@ def _row(name: str, checkpoint: Checkpoint, results: str) -> list[str]:
     return [*row, _price(entry), found[-1], _not_for(made_for)]
 
 
-def _serves(made_for: Mapping[str, object]) -> str:
-    groups = made_for.get("groups")
-    model = "with linear layers in a row: factorisations, bottlenecks" if groups else "any"
+def _serves(made_for: Mapping[str, object], adapters: bool) -> str:
+    layers = "adapters (LoRA)" if adapters else "linear layers in a row: factorisations, bottlenecks"
+    model = f"with {layers}" if made_for.get("groups") else "any"
     loss = ", squared error" if made_for.get("losses") else ""
     return model + loss + ("" if made_for.get("minibatches", True) else ", every step on all data")
 
@@ -80,10 +81,11 @@ def _not_for(made_for: Mapping[str, object]) -> str:
 
 
 def _price(entry: Entry) -> str:
-    """Seconds of the learned method over tuned Adam's, for as many evaluations."""
-    if "adam" not in entry.methods:
+    """Seconds of the learned method over tuned Adam's, or AdamW's, for as many evaluations."""
+    usual = next((name for name in ("adam", "adamw") if name in entry.methods), None)
+    if usual is None:
         return "not measured"
-    return number(float(entry.methods["learned"]["seconds"]) / float(entry.methods["adam"]["seconds"]))
+    return number(float(entry.methods["learned"]["seconds"]) / float(entry.methods[usual]["seconds"]))
 
 
 def written(text: str, lines: Sequence[str]) -> str:

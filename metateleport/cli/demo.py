@@ -39,7 +39,7 @@ teleporter, and one that evaluates it, with its attribution, on tasks that it ha
 
 _RECIPE = (
     *("rule.kind=adaptive", "rule.cooling=0.01", "teleport.max_stretch=2", "outer.lr=2e-3"),
-    *("outer.tasks=8", "outer.horizon=60"),
+    *("outer.tasks=8", "outer.horizon=60", "validation.tasks=8"),
 )
 _METHODS = "learned,learned/teleport-off,learned/random-teleport,learned/step-only,adam"
 

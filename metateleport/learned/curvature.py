@@ -6,7 +6,6 @@ a gauge that makes the curvature more even allows a larger step; without that no
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,8 +165,13 @@ def curvature_bounds(
     shown = {gauge.symmetry.modules[0]: gauge for gauge in gauges if _of_pair(gauge) and gauge.side == "out"}
     tiny = torch.finfo(loss.dtype).tiny
     downstream: Tensors = {}
-    # Not looked at where every gauge holds its bound.
-    curvatures = functools.cache(lambda: output_curvatures(point, pairs))
+    known: list[Tensors] = []
+
+    def curvatures() -> Tensors:
+        # Not looked at where every gauge holds its bound.
+        if not known:
+            known.append(output_curvatures(point, pairs))
+        return known[0]
 
     def last(layer: str) -> str:
         return last(following[layer]) if layer in following else layer

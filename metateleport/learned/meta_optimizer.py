@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, gauge_symmetries
+from metateleport.groups import certain
 from metateleport.learned.config import MetaOptimizerConfig
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
@@ -214,22 +215,28 @@ class MetaOptimizer(nn.Module):
             stand_in = StandIn.begin(point) if stand_in is None else stand_in.seen(point.gradients)
             point = point.replace(loss=stand_in.value(point.gradients))
         base = point
-        if state.accepted is not None and not bool(accepted.all()):
+        if state.accepted is not None and not certain(accepted):
             # The only task's own point may be of a batch of another size.
             one = accepted.numel() == 1
             base = state.accepted if one else point.choose(accepted, state.accepted)
         teleporter_state = chosen.judged(state.teleporter, progress, accepted)
         usable = _finite(base)
-        start = base if bool(usable.all()) else _emptied(base, ~usable)
+        start = base if certain(usable) else _emptied(base, ~usable)
         along = symmetries if along is None else along
-        moved, moves = start, list[Move]()
+        moved = start
+        moves: list[Move] = []
         if along and not isinstance(chosen, NoTeleport):
             moved, moves, teleporter_state = travel(chosen, start, along, teleporter_state, allowed=accepted & usable)
         rule_state = self.rule.carry(state.rule, moves, start, accepted, spend)
         gauges, gauge_state = self._gauges(moved, along, progress, state, moves)
         if regauge is not None:
             gauges = regauge(gauges)
-        parameters, rule_state = self.rule.step(moved, symmetries, progress, rule_state, gauges, spend)
+        given = moved
+        if spend and stand_in is None:
+            # A rule may let go of the gradients once it has made use of them, and nobody else holds carried ones.
+            given = moved.replace(gradients=dict(moved.gradients))
+            moved = moved if moved is start else moved.replace(gradients={})
+        parameters, rule_state = self.rule.step(given, symmetries, progress, rule_state, gauges, spend)
         parameters, finite = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:
             stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)
@@ -365,7 +372,7 @@ def _emptied(point: Point, mask: Tensor) -> Point:
 def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> tuple[Tensors, Tensor]:
     """The new parameters of each task that is usable and whose parameters are finite, the others stay; and where."""
     finite = usable & all_finite(parameters.values(), usable.ndim)
-    if bool(finite.all()):
+    if certain(finite):
         return parameters, finite
     chosen = {}
     for name, value in parameters.items():

@@ -18,6 +18,9 @@ __all__ = ["Held", "Refresh", "Renewed", "held_gauge"]
 
 Held = dict[str, Any]
 
+_NARROWEST = 4
+"""Steps that the narrowest gauge that is held may be held for."""
+
 
 class Renewed(NamedTuple):
     """A gauge that has just been chosen, to be held from now on.
@@ -41,7 +44,10 @@ class Refresh:
 
     A gauge $g$ that replaces a held one $h$ has changed by $|g^{-1} h - 1|_F / \sqrt n$, the root mean square over the
     $n$ directions of the relative difference of the two. If that is below `little`, the new one is held twice as long
-    as the old one was, up to `longest` steps; if not, for half as many, and for one step only if it is above `much`.
+    as the old one was; if not, for half as many, and for one step only if it is above `much`. The wider a gauge, the
+    more a new one costs beside the rest of a step, and the longer it may be held: four steps for the narrowest that is
+    held at all, in proportion for wider ones, and `longest` steps at most. What is held is out of date, and losses fall
+    a little more slowly for it.
     After a step that was taken back, and after a teleport, all gauges are made anew.
 
     Held are the element, the matrix that it multiplies covectors with, the features that the network reads, and the
@@ -49,21 +55,23 @@ class Refresh:
     running means of covariances go on at every step.
 
     Args:
-        smallest: width of the narrowest gauge that is held; a narrower one costs less than what holding it needs.
+        smallest: width of the narrowest gauge that is held; of narrower ones a new one costs too little.
         longest: largest number of steps that a gauge is held for.
         little: change below which the number of steps doubles; above it the number is halved.
         much: change above which it goes back to one.
 
     Example:
         >>> refresh = Refresh(longest=16, little=0.05, much=0.5)
-        >>> refresh.length(8, 0.01), refresh.length(8, 0.1), refresh.length(8, 2.0)
-        (16, 4, 1)
+        >>> [refresh.length(8, change, width=512) for change in (0.01, 0.1, 2.0)]
+        [16, 4, 1]
+        >>> refresh.length(8, 0.01, width=128)
+        4
 
     Source: the fixed number of steps between two decompositions is that of Vyas et al., "SOAP: Improving and
     stabilizing Shampoo using Adam" (arXiv 2409.11321), section 4.
     """
 
-    smallest: int = 64
+    smallest: int = 128
     longest: int = 32
     little: float = 0.07
     much: float = 0.5
@@ -72,11 +80,12 @@ class Refresh:
         """Whether gauges of a symmetry are held: of wide linear pairs."""
         return isinstance(symmetry, LinearPair) and symmetry.width >= self.smallest
 
-    def length(self, before: int, change: float) -> int:
+    def length(self, before: int, change: float, width: int) -> int:
         """For how many steps the new gauge serves, after one that has served for `before` and changed by `change`."""
         if before == 0 or not change <= self.much:
             return 1
-        return min(self.longest, 2 * before) if change < self.little else max(1, before // 2)
+        longest = min(self.longest, _NARROWEST * width // self.smallest)
+        return min(longest, 2 * before) if change < self.little else max(1, before // 2)
 
     def nothing(self, symmetry: Symmetry, features: int, like: Tensor) -> Held:
         """What is held before the first gauge; there from the start, so that a saved state fits a fresh one."""
@@ -108,7 +117,7 @@ class Refresh:
         # All at once: on an accelerator each look at a number is a wait.
         known = dict(zip(changes, torch.stack(list(changes.values())).tolist() if changes else (), strict=True))
         for key, each in made.items():
-            length = self.length(held[key]["length"], known.get(key, 0.0))
+            length = self.length(held[key]["length"], known.get(key, 0.0), each["element"].shape[-1])
             found[key] = {"left": length - 1, "length": length, **each}
         return found
 

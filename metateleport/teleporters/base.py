@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import Group, still
+from metateleport.groups import Group, certain, possible, still
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, add_failure
@@ -247,37 +247,37 @@ def _carry_out(
         lawful = symmetry.holds(start, element.detach())
         accepted = accepted & lawful
     moved = accepted & (size > 0)
-    reason, failures = "", dict[str, str]()
-    whole = bool(accepted.all())
+    reason: str = ""
+    failures: dict[str, str] = {}
+    whole = certain(accepted)
     if not whole:
         finite = size.isfinite()
         if isinstance(proposed, Chosen):
             finite = finite & group.norm(proposed.element).isfinite()
-        yes = torch.ones_like(accepted)
-        unlawful = ~(yes if holds is None else holds) | ~(yes if lawful is None else lawful)
-        refusals = [
-            ("moving was not allowed", ~(yes if allowed is None else allowed)),
-            (f"the condition of the {symmetry.kind} does not hold on this batch", unlawful),
-        ]
+        refusals = [] if allowed is None else [("moving was not allowed", ~allowed)]
+        for met in (holds, lawful):
+            if met is not None:
+                refusals.append((f"the condition of the {symmetry.kind} does not hold on this batch", ~met))
         unstable = [
             ("the proposed generator is not finite", ~finite),
             (f"the generator is larger than {region.max_size:g}", finite & ~within),
             (f"the element's condition number is above {region.condition_for(element.dtype):.1e}", ~conditioned),
         ]
-        reason = reasons(refusals + unstable)
-        failures = add_failure(failures, UNSTABLE, reasons(unstable))
+        told = reasons(refusals + unstable)
+        reason = "; ".join(told)
+        failures = add_failure(failures, UNSTABLE, "; ".join(text for text, _ in unstable if text in told))
     zero = torch.zeros_like(size)
     known = proposed.evaluations if isinstance(proposed, Chosen) else None
     choosing = zero + teleporter.evaluations(symmetry, start) if known is None else known
     arriving = symmetry.rebuild_cost(start) + teleporter.gain_evaluations(symmetry, start)
     cost = moved.to(size.dtype) * arriving + choosing
-    if not bool(moved.any()):
+    if not possible(moved):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
         return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures)
     if not whole:
         element = _element_where(accepted, group, proposed)
     arrived = symmetry.act(element, start)
-    if not bool(moved.all()):
+    if not certain(moved):
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
     gain = teleporter.gain(start, arrived)
     if gain is not None:
@@ -285,9 +285,17 @@ def _carry_out(
     return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, gain, failures)
 
 
-def reasons(refusals: Sequence[tuple[str, Tensor]]) -> str:
-    """The reasons that apply in any task, as text; `where` is boolean `(*batch,)`."""
-    return "; ".join(text for text, where in refusals if bool(where.any()))
+def reasons(refusals: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """The reasons that apply in any task, each once; a compiled step has none to tell.
+
+    Args:
+        refusals: a reason and where it applies, boolean `(*batch,)`.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    # All at once: on an accelerator each look at a number is a wait.
+    apply = torch.stack([where.any() for _, where in refusals]).tolist()
+    return list(dict.fromkeys(text for (text, _), applies in zip(refusals, apply, strict=True) if applies))
 
 
 def gainless(gain: Tensor, where: Tensor) -> str:

@@ -128,7 +128,7 @@ class FreeTeleporter(Teleporter):
             (f"the displacement is larger than {region.max_size:g}", finite & ~within),
             (f"the loss would change by more than {region.max_drift:g}", finite & ~kept),
         ]
-        failures = add_failure({}, UNSTABLE, reasons(refusals))
+        failures = add_failure({}, UNSTABLE, "; ".join(reasons(refusals)))
         element = torch.where(moved.unsqueeze(-1), step, 0.0)
         stays = allowed & finite & (size == 0)
         arrived, gain = point, torch.zeros_like(size) if bool(stays.any()) else None
@@ -148,7 +148,7 @@ class FreeTeleporter(Teleporter):
             size=torch.where(moved, size, 0.0),
             refused=~moved & ((size > 0) | ~finite | ~allowed),
             evaluations=found.evaluations,
-            reason=reasons([("moving was not allowed", ~allowed), *refusals]),
+            reason="; ".join(reasons([("moving was not allowed", ~allowed), *refusals])),
             gain=gain,
             failures=failures,
         )

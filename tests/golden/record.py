@@ -55,6 +55,7 @@ ENTRIES: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {
     "leaky_mlp_mixture-teacher": ("leaky_mlp_mixture", _TEACHER),
     "leaky_mlp_stays": ("leaky_mlp_stays", ("leaky_mlp", {})),
     "leaky_mlp_stays-normal": ("leaky_mlp_stays", _SQUARE),
+    "lora": ("lora", ("lora_digits", {"samples": 100, "batch": 20})),
     "matrix_factorisation": ("matrix_factorisation", ("matrix_factorisation", {})),
 }
 """By the name of the file: the checkpoint, and the family with what is set beside the defaults."""

@@ -179,9 +179,25 @@ def test_the_change_is_that_of_the_elements() -> None:
     pair = gauge_symmetries(mt.symmetries_of(model), linearised=True)[0]
     unit, size, features = torch.eye(6).double()[None], torch.zeros(1).double(), torch.zeros(1, 3).double()
     for shift, length in ((0.01, 16), (0.3, 4), (0.9, 1)):
-        refresh = Refresh(2, little=0.05, much=0.5)
+        refresh = Refresh(1, little=0.05, much=0.5)
         held = {"a": refresh.nothing(pair, 3, size)}
         # The same four times over, so that it is held for eight steps, and then one that is off by a known factor.
         for generator in (*[0 * unit] * 4, shift * unit):
             held = refresh.after(held, {}, {"a": Renewed(generator, size, None, features)})
         assert held["a"]["length"] == length
+
+
+@pytest.mark.parametrize(("width", "longest"), [(128, 4), (256, 8), (512, 16), (1024, 32), (4096, 32)])
+def test_wider_gauges_are_held_for_longer(width: int, longest: int) -> None:
+    refresh, lengths = Refresh(), [0]
+    for _ in range(9):
+        lengths.append(refresh.length(lengths[-1], 0.0, width))
+    assert lengths[1:3] == [1, 2]
+    assert lengths[-1] == longest
+
+
+def test_gauges_that_cost_little_are_not_held() -> None:
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 2))
+    narrow, wide = gauge_symmetries(mt.symmetries_of(model), linearised=True)
+    assert not Refresh().holds(narrow)
+    assert Refresh().holds(wide)

@@ -21,10 +21,15 @@ from metateleport.service import ServiceError
 from metateleport.service.message import BINARY, JSON
 from metateleport.teleporters import WhiteningTeleporter, travel
 
+
+def has_teleporter(name: str) -> bool:
+    learned = load_checkpoint(name).learned
+    return learned.teleporter is not None or learned.gauge is not None
+
+
 SHIPPED = sorted(shipped_checkpoints())
-_STEPS_ALONE = {"default"}
-MOVING = [name for name in SHIPPED if name not in _STEPS_ALONE]
-"""Those that choose group elements."""
+MOVING = [name for name in SHIPPED if has_teleporter(name)]
+"""Those that choose group elements: a learned step alone moves nothing."""
 
 
 def trajectory(problem: Any, teleporter: Any, steps: int = 3) -> list[dict[str, Tensor]]:

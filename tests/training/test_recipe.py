@@ -304,8 +304,7 @@ def test_the_recipe_of_a_shipped_checkpoint_is_its_card_s(name: str) -> None:
         recipe = recipe.of_family(load_family(recipe.family.name, recipe.family.settings))
         first = {**card["training"]["recipe"]["outer"], "seed": recipe.outer.seed}
         assert recipe == Recipe.read({**card["training"]["recipe"], "outer": first})
-        # Earlier ones were trained before losses were hidden.
-        assert recipe.outer.blind == (0.8 if name == "default" else 0)
+        assert recipe.outer.blind == card["training"]["recipe"]["outer"].get("blind", 0)
         assert recipe.networks(tuple(card["meta_optimizer"]["groups"])).table() == card["meta_optimizer"]
         assert recipe.family.table() == {"name": card["family"]["name"], **card["family"]["settings"]}
     assert load_recipe(name).outer.seed == min(seed.seed for seed in checkpoint.meta_seeds) == 0

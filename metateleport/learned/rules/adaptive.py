@@ -226,16 +226,19 @@ class AdaptiveRule(nn.Module, UpdateRule):
         assert isinstance(new, Tensor)
         weights = torch.lerp(weights, torch.ones_like(powers), new)
         momentum = [_mean(*each, spend) for each in zip(before, now, blocks.spread(new), strict=True)]
+        mixed = _shares(outputs, point.gradients, {name for gauge in gauges for name in gauge.names})
+        if spend and not (self.guarded or gauges):
+            # Large models have no memory to lose: nothing below reads a gradient.
+            del gradients, now
+            point.gradients.clear()
         floors = blocks.spread(1e-8 * (levels + tiny * young) + tiny)
         adaptive = [_over_root(*each) for each in zip(momentum, squares, floors, strict=True)]
         known, sizes = weights.clamp_min(1e-6), _root(blocks.mean_squares(adaptive))
         loud = (recent / (1 - _RECENT_MEMORY ** seen.clamp_min(1.0)) + tiny).sqrt()
-        steady = _root(blocks.mean_squares(momentum)) / known / loud
-        calms = outputs[..., 2].sigmoid()
+        steady, calms = _root(blocks.mean_squares(momentum)) / known / loud, outputs[..., 2].sigmoid()
         lengths = self._lengths(outputs, progress, state) * _loudness(levels / young)
         lengths = lengths * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
-        gauged = {name for gauge in gauges for name in gauge.names}
-        lengths = -lengths.unsqueeze(-1) * _shares(outputs, point.gradients, gauged)
+        lengths = -lengths.unsqueeze(-1) * mixed
         factors = lengths[..., 0] / sizes
         own_lengths = PLAIN_RATE * progress.left * young.sqrt() / known
         plain = plain_steps(names, blocks.parts(adaptive), own_lengths) if self.guarded else {}
@@ -246,10 +249,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         moved = {**point.parameters, **dict(zip(names, blocks.parts(stepped), strict=True))}
         velocity = dict(zip(names, blocks.parts(momentum), strict=True))
         self._add_polar(moved, velocity, lengths[..., 1], spend)
-        raised = precondition(gauges, velocity, point) if gauged else {}
-        for name, length in zip(names, lengths[..., 2], strict=True):
-            if name in gauged:
-                moved[name] = _added(moved[name], raised[name], length / _rms(raised[name]), spend)
+        _add_gauged(moved, velocity, lengths[..., 2], (gauges, point), spend)
         lists: dict[str, Iterable[Tensor]] = {"squares": blocks.parts(squares)}
         lists |= zip(_NUMBERS, (seen, recent, weights), strict=True)
         own_state = {key: dict(zip(names, each, strict=True)) for key, each in lists.items()}
@@ -280,11 +280,16 @@ class AdaptiveRule(nn.Module, UpdateRule):
         places = {name: place for place, (name, value) in enumerate(momentum.items()) if value.ndim > 2}
         matrices = {name: momentum[name].detach() if self.detach else momentum[name] for name in places}
         for names in alike(matrices):
-            polar = self.polar([matrices[name] for name in names])
-            whole = Blocks.of(polar, free=True)
-            sizes = _root(whole.mean_squares(whole.gather(polar)))
-            for name, direction, size in zip(names, polar, sizes, strict=True):
-                moved[name] = _added(moved[name], direction, lengths[places[name]] / size, spend)
+            own = torch.stack([lengths[places[name]] for name in names])
+            # In a call of its own, so that the factors of some are gone before those of the next are made.
+            self._add_polar_of({name: matrices[name] for name in names}, moved, own, spend)
+
+    def _add_polar_of(self, matrices: Tensors, moved: Tensors, lengths: Tensor, spend: bool) -> None:
+        polar = self.polar(list(matrices.values()))
+        whole = Blocks.of(polar, free=True)
+        sizes = _root(whole.mean_squares(whole.gather(polar)))
+        for name, direction, factor in zip(matrices, polar, lengths / sizes, strict=True):
+            moved[name] = _added(moved[name], direction, factor, spend)
 
     def _outputs(
         self,
@@ -316,6 +321,18 @@ class AdaptiveRule(nn.Module, UpdateRule):
         return outputs, dict(zip(names, zip(hiddens, memories, strict=True), strict=True))
 
 
+def _add_gauged(
+    moved: Tensors, momentum: Tensors, lengths: Tensor, where: tuple[Sequence[Gauge], Point], spend: bool
+) -> None:
+    """Adds the gauges' share of the step to the tensors that have one."""
+    gauges, point = where
+    gauged = {name for gauge in gauges for name in gauge.names}
+    raised = precondition(gauges, momentum, point) if gauged else {}
+    for name, length in zip(momentum, lengths, strict=True):
+        if name in gauged:
+            moved[name] = _added(moved[name], raised[name], length / _rms(raised[name]), spend)
+
+
 def _share(memory: float | Tensor, taken: Tensor | None) -> float | Tensor:
     """What a running mean takes of the new value; nothing in tasks that are back at a point that it has seen."""
     return 1 - memory if taken is None else (1 - memory) * taken
@@ -337,7 +354,8 @@ def _mean_of_squares(before: Tensor, gradient: Tensor, share: float | Tensor, sp
 def _over_root(tensor: Tensor, squares: Tensor, floor: Tensor) -> Tensor:
     r"""$v / \sqrt{q + f}$, $f$ of each task: units that were never on have no second moment, and no velocity either."""
     root = squares + fit(floor, squares)
-    return tensor / root.sqrt() if torch.is_grad_enabled() else torch.div(tensor, root.sqrt_(), out=root)
+    free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return torch.div(tensor, root.sqrt_(), out=root) if free else tensor / root.sqrt()
 
 
 def _sum(start: Tensor, direction: Tensor, factor: Tensor, spend: bool) -> Tensor:

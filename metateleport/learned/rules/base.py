@@ -81,7 +81,8 @@ class UpdateRule(abc.ABC):
             progress: how each task is getting on.
             state: what `initial_state` or the last call gave.
             gauges: the gauges to step the tensors in; hand-designed rules ignore them.
-            spend: whether the memory of `state` may be reused, as nobody reads it again; only without a graph.
+            spend: whether the memory of `state` may be reused and the point's gradients dropped from it, as nobody
+                reads them again; only without a graph.
         """
 
     def carry(self, state: Any, moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False) -> Any:
@@ -250,8 +251,14 @@ def carried_moments(
     for move in moves:
         element = move.element.detach() if detach else move.element
         for key, carry in (("momentum", move.symmetry.carry_covectors), ("squares", move.symmetry.carry_squares)):
-            for name, value in carry(element, moments[key], point).tensors.items():
-                moments[key][name] = moments[key][name].copy_(value) if spend else value
+            carried = dict(carry(element, moments[key], point).tensors)
+            if not spend:
+                moments[key].update(carried)
+            while spend and carried:
+                # One after the other, so that none is left when the next ones are made.
+                name, value = carried.popitem()
+                moments[key][name].copy_(value)
+                del value
     return moments
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
+from metateleport.groups import possible
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
@@ -259,7 +260,7 @@ def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
 def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
     """A secant pair carried along a teleport; void if the teleport has no linear action to carry it by."""
     moved = move.size > 0
-    if not bool(moved.any()):
+    if not possible(moved):
         return secant
     if move.symmetry.exactness != "exact":
         return secant._replace(weight=torch.where(moved, 0.0, secant.weight))

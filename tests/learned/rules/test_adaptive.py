@@ -369,3 +369,29 @@ def test_small_tensors_step_side_by_side_as_each_by_itself(monkeypatch: pytest.M
         found.append((loss, *gradients))
     for joined, separate in zip(*found, strict=True):
         assert torch.allclose(joined, separate, rtol=1e-9, atol=1e-12)
+
+
+def test_what_may_be_spent_is_let_go_of_and_the_given_point_stays() -> None:
+    model, batch = stack("rescaling")
+    point = model.point_at(model.tensors(), batch)
+    assert point.loss is not None
+    names = set(point.gradients)
+    progress = Progress.begin(point.loss).judge(point.loss, deterministic=True)[0]
+    found = []
+    for spend in (True, False):
+        own = point.replace(gradients=dict(point.gradients))
+        rule = rule_of(mixture=(0.3, 0.5, 0.0))
+        with torch.no_grad():
+            moved, _ = rule.step(own, model.symmetries, progress, rule.initial_state(point), spend=spend)
+        assert set(own.gradients) == (set() if spend else names)
+        found.append(moved)
+    for name in names:
+        assert torch.allclose(found[0][name], found[1][name], rtol=1e-9)
+    for mode in ("update", "update+tele"):
+        meta = meta_optimizer(mode)
+        with torch.no_grad():
+            taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries), spend=True)
+        assert bool(taken.moves) == (mode == "update+tele")
+        assert set(point.gradients) == names
+        assert taken.state.accepted is not None
+        assert set(taken.state.accepted.gradients) == names
