@@ -132,7 +132,9 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     )
     best = []
     for task in known:
-        ends = {each: _end(runs) for each in factors if (runs := _of(report, task, each))}
+        runs_of = {each: runs for each in factors if (runs := _of(report, task, each))}
+        alike = min(map(len, runs_of.values()))
+        ends = {each: _end(runs[:alike]) for each, runs in runs_of.items()}
         if len(ends) > 1:
             chosen = min(ends, key=lambda each: ends[each])
             best.append(
@@ -161,6 +163,24 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def _left_out(report: Mapping[str, Any]) -> list[str]:
+    """What there are no runs of, and how many seeds the others have."""
+    name = report["checkpoint"]
+    missing = [task for task in TASKS if not _of(report, task, name)]
+    said = [f"not run, as its trials take hours on one core: {', '.join(missing)}"] if missing else []
+    methods = dict.fromkeys(key.split(" | ")[1] for key in report["runs"] if "seed 1000" not in key)
+    counts: dict[int, list[str]] = {}
+    for method in methods:
+        counts.setdefault(max(len(_of(report, task, method)) for task in TASKS), []).append(method)
+    for count, which in sorted(counts.items(), reverse=True):
+        said.append(f"{count} seed{'s' if count > 1 else ''}: {', '.join(f'`{method}`' for method in which)}")
+    for method in methods:
+        there = [task for task in TASKS if _of(report, task, method)]
+        if len(there) < len(TASKS) - len(missing):
+            said.append(f"`{method}` was run on {', '.join(there)}")
+    return said
+
+
 def page_of(report: Mapping[str, Any]) -> str:
     """The page of the docs."""
     known, name = report["conditions"], report["checkpoint"]
@@ -169,13 +189,14 @@ def page_of(report: Mapping[str, Any]) -> str:
         f"# `{name}` on any model",
         "",
         "`python -m benchmarks.any_model --json any_model.json --page docs/any-model.md` writes this page: "
-        f"`mt.LearnedOptimizer(model)` at its defaults on eight real tasks. Families of these were never trained on: "
-        f"{never}. Rivals have twelve trials each: learning rates and schedules, for the training loss at the end.",
+        f"`mt.LearnedOptimizer(model)` at its defaults, told its length, on real tasks. Families of these were "
+        f"never trained on: {never}. Rivals have twelve trials each, learning rates and schedules, for the training "
+        "loss at the end.",
         "",
         "Losses are means over all training data and over what was held out, medians over seeds. "
         f"CPU time on one thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}.",
         "",
-        *(f"- {sentence}." for sentence in findings(report)),
+        *(f"- {sentence}." for sentence in (*_left_out(report), *findings(report))),
         "",
         table_of(report),
     ]

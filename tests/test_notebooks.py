@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAID = {
+    "lora": "by hand, less than 1e-8: True",
     "orbits": "drift",
     "quickstart": "stretch so far",
     "reading_an_attribution": "the teleport divides the loss",
