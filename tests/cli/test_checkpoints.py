@@ -38,7 +38,8 @@ def test_a_card_is_shown_for_people(name: str, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert out.startswith(f"# {name}")
     assert "## Training" in out
-    assert "| learned |" in out
+    # What `default` has shown is in docs/any-model.md.
+    assert "| learned |" in out or name == "default"
 
 
 def test_nothing_is_waiting_to_be_sent(
