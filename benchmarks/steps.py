@@ -88,6 +88,12 @@ METHODS: dict[str, Callable[[Problem], torch.optim.Optimizer]] = {
 """Optimizers by name, each of a problem."""
 
 DEFAULT = tuple(name for name in METHODS if name not in ("soap", "leaky_mlp_mixture"))
+_MUON = {"mlp-0.1M": 2.0, "mlp-1M": 1.3, "mlp-10M": 1.3, "gpt": 1.3}
+"""How many times Muon's the learned step may take, by model."""
+
+_TELEPORTING = {"mlp-1M": 1.15, "mlp-10M": 1.15}
+"""How many times AdamW's a step may take with a teleport every ten, on average, by model."""
+
 _EVERY = {"teleporting-adamw": 10, "leaky_mlp_mixture": 16}
 """Steps that are timed together, where some cost more than others."""
 
@@ -232,10 +238,20 @@ def _page(report: dict[str, Any]) -> str:
                 cases[name]["seconds"]["median"] for name in ("digits", "muon", "digits-without-symmetries")
             )
             lines.append(
-                f"- {model}: the learned step takes {own / muon:.2f} times Muon's, and with symmetries "
-                f"{own / bare:.2f} times what it takes without."
+                f"- {model}: the learned step takes {own / muon:.2f} times Muon's ({_said(own / muon, _MUON[model])}), "
+                f"and with symmetries {own / bare:.2f} times what it takes without ({_said(own / bare, 1.3)})."
+            )
+        if "teleporting-adamw" in cases and model in _TELEPORTING:
+            ratio = cases["teleporting-adamw"]["over_adamw"]["median"]
+            lines.append(
+                f"- {model}: AdamW with a teleport every ten steps takes {ratio:.2f} times AdamW's "
+                f"({_said(ratio, _TELEPORTING[model])})."
             )
     return "\n".join(lines) + "\n"
+
+
+def _said(found: float, target: float) -> str:
+    return f"target {target:g}, {'met' if found <= target else 'not met'}"
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ def run(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow(seconds=4)
 def test_the_hook_defines_what_the_extension_would_have(site: Path) -> None:
     broken = run(site, "import torchvision")
     assert "torchvision::nms does not exist" in broken.stderr

@@ -51,7 +51,7 @@ def _row(name: str, checkpoint: Checkpoint, results: str) -> list[str]:
     made_for = checkpoint.card.get("made_for", {})
     trained = trained_on(checkpoint)
     entry = headline(entries_of(checkpoint), trained)
-    adapters = checkpoint.learned.rule is not None and checkpoint.learned.rule.reads_factors
+    adapters = checkpoint.learned.rule.reads_factors
     row = [_serves(made_for, adapters), f"[`{name}`]({results}{name}.md)"]
     if entry is None:
         page = f"{results.removesuffix('results/')}any-model.md"

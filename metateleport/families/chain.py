@@ -87,7 +87,7 @@ def through(
 
 
 def losses_of(loss: Callable[..., Tensor], outputs: Tensor, targets: Sequence[Tensor]) -> Tensor | None:
-    """Torch's squared error or cross entropy of every task, `(tasks,)`, from one call; None of any other loss.
+    """Torch's cross entropy of every task, `(tasks,)`, from one call; None of any other loss.
 
     Under `vmap` a cross entropy falls apart into twenty operations, and its second derivative into many more.
 
@@ -104,8 +104,6 @@ def losses_of(loss: Callable[..., Tensor], outputs: Tensor, targets: Sequence[Te
     if len(targets) != 1 or outputs.ndim != 3:
         return None
     (wanted,) = targets
-    if loss is functional.mse_loss and wanted.shape == outputs.shape and wanted.dtype == outputs.dtype:
-        return (outputs - wanted).square().flatten(1).mean(1)
     if loss is functional.cross_entropy and wanted.dtype == torch.long and wanted.shape == outputs.shape[:2]:
         each = functional.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
         return each.sum(1) / (wanted != _IGNORED).sum(1)

@@ -104,7 +104,8 @@ class MetaOptimizer(nn.Module):
     3. step each tensor in its gauge, within the curvature bound, and undo the gauge; a task whose step is not finite
        stays where it is.
 
-    It is pure: networks are its parameters, all else is in the state. `LearnedOptimizer` wraps it for models,
+    It is pure: networks are its parameters, all else is in the state. Without a graph `torch.compile` takes a step
+    whole, with the rules `adaptive`, `tensor` and `lr` and with teleports. `LearnedOptimizer` wraps it for models, and
     `DifferentiableLearnedOptimizer` for `higher`.
 
     What the networks read is kept out of the graph. Only tests of the gradient itself set `detach` to False, here, in

@@ -105,6 +105,7 @@ def test_the_command_writes_the_figures_and_the_page(
     assert page.count("MAML, ascent on the gradient norm") >= 3
 
 
+@pytest.mark.slow(seconds=3)
 def test_every_hand_designed_method_can_be_made() -> None:
     from benchmarks._fewshot_methods import METHODS, Meta, build
     from metateleport import load_family

@@ -24,7 +24,9 @@ def test_counts_and_seconds_of_every_method(
     names = ["adamw", "muon", "digits", "digits-without-symmetries", "teleporting-adamw"]
     asked = ["--models", "mlp-0.1M", "--rounds", "2", "--methods", *names, "--page", str(tmp_path / "a.md")]
     assert steps.main([*asked, "--json", str(tmp_path / "a.json")]) == 0
-    assert "- mlp-0.1M: the learned step takes" in (tmp_path / "a.md").read_text()
+    page = (tmp_path / "a.md").read_text()
+    assert "- mlp-0.1M: the learned step takes" in page
+    assert page.count("(target 2, ") == page.count("(target 1.3, ") == 1
     measured = json.loads((tmp_path / "a.json").read_text())["models"]["mlp-0.1M"]
     assert measured["parameters"] == 64 * 12 + 12 + 12 * 12 + 12 + 12 * 10 + 10
     assert list(measured["cases"]) == names

@@ -90,6 +90,9 @@ def test_report_has_every_case_with_its_rounds_and_ratios(tmp_path: Path, capsys
     assert three["kept_bytes"] > one["kept_bytes"] > 0
     page = (tmp_path / "page.md").read_text()
     assert f"| {counts['roof/lr+tele/3']['operations']:.0f} |" in page
+    faster = 1 / ratios["ours_over_source"]["equivariant/lr+tele/3"]["median"]
+    said = "met" if faster >= 4 else "not met"
+    assert f"{faster:.1f} times the source's speed; the target, 4, is {said}." in page
     assert "nan" not in page
 
 
@@ -101,6 +104,7 @@ def test_memory_is_told_of_the_whole_stack_in_parts() -> None:
     assert 50 < peak["before"] <= peak["megabytes"]
 
 
+@pytest.mark.slow(seconds=5)
 def test_command_runs_from_the_projects_folder(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.json"
     command = [

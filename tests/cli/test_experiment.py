@@ -40,6 +40,7 @@ def test_it_writes_json_and_figure(away: Path, capsys: pytest.CaptureFixture[str
     assert sorted(path.name for path in away.iterdir()) == ["a", "b.md", "b.png"]
 
 
+@pytest.mark.slow(seconds=3)
 def test_it_is_tracked(away: Path) -> None:
     from mlflow import MlflowClient
 

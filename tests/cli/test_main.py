@@ -200,6 +200,7 @@ def test_it_starts_without_mlflow_and_matplotlib() -> None:
     assert done.stderr.strip() == "[]"
 
 
+@pytest.mark.slow(seconds=4)
 def test_flat_networks_tell_a_shape_they_were_not_made_for(tmp_path: Path) -> None:
     """In a process of its own, where nobody has imported the papers' networks before."""
     shape = (("0.weight", (6, 6)), ("2.weight", (6, 6)))

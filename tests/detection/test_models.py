@@ -67,6 +67,7 @@ def test_unet() -> None:
     assert skip.parameters == ("above.2.weight", "above.2.bias", "below.0.weight", "out.0.weight")
 
 
+@pytest.mark.slow(seconds=3)
 def test_resnet18() -> None:
     model = built("resnet18")[0]
     every = norms(model)
@@ -78,6 +79,7 @@ def test_resnet18() -> None:
     }
 
 
+@pytest.mark.slow(seconds=3)
 def test_vgg11_bn() -> None:
     model = built("vgg11_bn")[0]
     widths = sum(norm.num_features for norm in norms(model))

@@ -101,7 +101,8 @@ def test_without_the_gauge_the_split_does_make_a_difference() -> None:
     assert float((products[0] - products[1]).norm()) > 0.01
 
 
-def test_the_split_of_heads_and_of_a_linear_pair_makes_no_difference() -> None:
+@pytest.mark.parametrize("rule", ["polar", "shampoo"])
+def test_the_split_of_heads_and_of_a_linear_pair_makes_no_difference(rule: Any) -> None:
     x, y = drawn(32, 5, 6), drawn(32, 5, 6, seed=9)
 
     def found(model: nn.Module) -> list[mt.Symmetry]:
@@ -115,7 +116,7 @@ def test_the_split_of_heads_and_of_a_linear_pair_makes_no_difference() -> None:
         for name, value in other.named_parameters():
             value.copy_(point.parameters[name])
     for model in (one, other):
-        trained(model, x, y, symmetries=found(model))
+        trained(model, x, y, rule=rule, symmetries=found(model))
     assert float((one(x) - other(x)).norm() / one(x).norm()) < 1e-8
     torch.manual_seed(0)
     pair = nn.Sequential(nn.Linear(9, 3), nn.Linear(3, 2)).double()
@@ -128,7 +129,7 @@ def test_the_split_of_heads_and_of_a_linear_pair_makes_no_difference() -> None:
         twin[1].bias.copy_(pair[1].bias)
     x, y = drawn(32, 9), drawn(32, 2, seed=9)
     for model in (pair, twin):
-        trained(model, x, y)
+        trained(model, x, y, rule=rule)
     assert float((pair(x) - twin(x)).norm() / pair(x).norm()) < 1e-8
 
 
@@ -221,9 +222,10 @@ def test_embeddings_step_by_coordinates(told: bool) -> None:
     assert "squares" not in optimizer.state[model[1].weight]
 
 
-def test_what_a_step_left_out_is_counted_and_leaves_no_trace() -> None:
+@pytest.mark.parametrize("rule", DIRECTIONS)
+def test_what_a_step_left_out_is_counted_and_leaves_no_trace(rule: Any) -> None:
     model = Adapter()
-    optimizer = GaugedOptimizer(model)
+    optimizer = GaugedOptimizer(model, rule)
     model(drawn(4, 9)).square().mean().backward()
     optimizer.step()
     before = [value.detach().clone() for value in (*model.parameters(), *optimizer.state[model.lora_B].values())]

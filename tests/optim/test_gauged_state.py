@@ -38,16 +38,17 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, spoile
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("rule", ["polar", "shampoo"])
 @pytest.mark.parametrize("starts_at", ["lora_A", "lora_B"])
-def test_a_saved_run_goes_on_as_if_it_had_not_stopped(starts_at: str) -> None:
+def test_a_saved_run_goes_on_as_if_it_had_not_stopped(starts_at: str, rule: Any) -> None:
     torch.manual_seed(0)
     whole = Adapted(starts_at)
-    optimizer = mt.GaugedOptimizer(whole, lr=0.05, total_steps=12)
+    optimizer = mt.GaugedOptimizer(whole, rule, lr=0.05, total_steps=12)
     run(whole, optimizer, range(6), spoiled=3)
     saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
     run(whole, optimizer, range(6, 12))
     again = Adapted()
-    resumed = mt.GaugedOptimizer(again, lr=0.05, total_steps=12)
+    resumed = mt.GaugedOptimizer(again, rule, lr=0.05, total_steps=12)
     again.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     assert resumed.skipped == 1

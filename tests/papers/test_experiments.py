@@ -95,6 +95,7 @@ def test_a_result_is_plain_json_and_has_a_figure(name: str, result_of: Any, tmp_
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize("name", ["newton", "generalisation"])
 def test_equal_seeds_give_equal_results_and_others_do_not(name: str, result_of: Any) -> None:
     again, other = (load_experiment(name, SMALL[name]).run(seed=seed) for seed in (1, 2))

@@ -42,6 +42,7 @@ def courses_of(result: ExperimentResult) -> list[Mapping[str, Any]]:
     return [data[family]["sgd"]["courses"][regime] for family in FAMILIES for regime in REGIMES]
 
 
+@pytest.mark.slow(seconds=8)
 def test_all_start_alike_and_a_late_teleport_changes_nothing_before_it(result: ExperimentResult) -> None:
     for courses in courses_of(result):
         plain = courses[PLAIN]

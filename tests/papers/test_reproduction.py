@@ -113,6 +113,7 @@ def test_learning_rates_lie_where_the_sources_do() -> None:
         assert float(moved["w"].detach().abs().max()) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow(seconds=2)
 def test_everything_is_reported(result: dict[str, Any], tmp_path: Path) -> None:
     back = json.loads(json.dumps(result, allow_nan=False))
     assert back == result

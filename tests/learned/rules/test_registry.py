@@ -62,6 +62,7 @@ def test_a_kind_belongs_to_one_rule() -> None:
     assert "" not in known_rules()
 
 
+@pytest.mark.slow(seconds=4)
 def test_a_checkpoint_of_the_source_s_networks_names_what_to_import(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "flat", MetaOptimizer(shape_of(hidden=4, shapes=SHAPES)), None, {})
     assert json.loads((path / "card.json").read_text())["meta_optimizer"]["rule"]["kind"] == "flat"
