@@ -43,6 +43,7 @@ def in_gauge(
         The direction at home, `(batch, n, k)`.
 
     Example:
+        >>> import torch
         >>> gauge = torch.diag(torch.tensor([0.5, 1.0])).unsqueeze(0)
         >>> in_gauge("descent", torch.ones(1, 1, 2), gauge)
         tensor([[[0.2500, 1.0000]]])

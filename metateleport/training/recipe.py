@@ -89,7 +89,7 @@ class Recipe:
         >>> recipe.changed({"rule.kind": "adaptive", "rule.longest": "3"})
         Traceback (most recent call last):
         metateleport.settings.SettingsError: rule.longest does not go with rule.kind = 'adaptive', which has: hidden, \
-cooling
+cooling, told, guarded
     """
 
     family: FamilySettings

@@ -75,7 +75,8 @@ class TestRepository:
         lines = text[text.index(BEGIN) : text.index(END)].splitlines()
         assert len(lines) <= 25
         rows = [line for line in lines if line.startswith("| [")]
-        assert len(rows) == len(list((ROOT / "checkpoints").glob("*/card.json")))
+        cards = [json.loads(path.read_text()) for path in (ROOT / "checkpoints").glob("*/card.json")]
+        assert len(rows) == sum(bool(card["results"]) for card in cards)
         for row in rows:
             cells = [cell.strip() for cell in row.strip("|").split("|")]
             read = re.match(r"\[(\w+)\]\((results/\w+\.md)\).*, at (\d+)$", cells[0])

@@ -156,7 +156,9 @@ class Entry:
 
 def moves_by_of(checkpoint: Checkpoint) -> str:
     """How a checkpoint uses group elements: `stays`, `undone`, `both` or `none`."""
-    stays, undone = checkpoint.learned.teleporter is not None, checkpoint.learned.gauge is not None
+    learned = checkpoint.learned
+    # A rule of factors steps in gauges of its own.
+    stays, undone = learned.teleporter is not None, learned.gauge is not None or learned.rule.reads_factors
     return {(True, True): "both", (True, False): "stays", (False, True): "undone"}.get((stays, undone), "none")
 
 

@@ -66,7 +66,7 @@ def read_rule(table: Mapping[str, Any]) -> RuleSettings:
         >>> read_rule({"kind": "adaptive", "secants": 3})
         Traceback (most recent call last):
         metateleport.settings.SettingsError: rule.secants does not go with rule.kind = 'adaptive', which has: hidden, \
-cooling
+cooling, told, guarded
     """
     own = dict(table)
     kind = str(own.pop("kind", ""))
