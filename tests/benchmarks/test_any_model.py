@@ -37,7 +37,7 @@ def test_runs_are_kept_and_not_run_again(
     text = page.read_text()
     assert "ahead of tuned AdamW: " in text
     assert "the best factor lr: tabular" in text
-    assert "Adam's direction alone: loss over the learned one's" in text
+    assert "Adam's direction alone: loss over the learned one's, training" in text
     assert f"{runs['tabular | default | seed 0 | 4 steps']['losses'][-1]:.3g}" in text
     capsys.readouterr()
     monkeypatch.setattr(any_model, "_run", lambda *_: pytest.fail("a kept run was run again"))
