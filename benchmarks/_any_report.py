@@ -33,6 +33,14 @@ def _at_seconds(run: Mapping[str, Any], budget: float) -> float:
     return [loss for loss, spent in zip(run["losses"], run["seconds"], strict=True) if spent <= budget][-1]
 
 
+def _last(run: Mapping[str, Any]) -> float:
+    return float(run["losses"][-1])
+
+
+def _unseen(run: Mapping[str, Any]) -> float:
+    return float(run["unseen"])
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
@@ -144,22 +152,32 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     if best:
         sentences.append(f"the best factor lr: {'; '.join(best)}")
     for part, words in PARTS.items():
-        ratios = [
-            [one["losses"][-1] / other["losses"][-1] for one, other in zip(runs, _of(report, task, name), strict=False)]
-            for task in known
-            if (runs := _of(report, task, f"{name}, {part}"))
-        ]
-        if ratios:
-            low, middle, high = _interval(ratios)
+        there = [task for task in known if _of(report, task, f"{name}, {part}")]
+        if there:
+            said = []
+            for what, value in (("training", _last), ("held-out", _unseen)):
+                pairs = [(_of(report, task, f"{name}, {part}"), _of(report, task, name)) for task in there]
+                ratios = [
+                    [value(one) / value(other) for one, other in zip(own, learned, strict=False)]
+                    for own, learned in pairs
+                ]
+                low, middle, high = _interval(ratios)
+                said.append(f"{what} {middle:.2f} [{low:.2f}, {high:.2f}]")
             sentences.append(
-                f"{words}: loss over the learned one's {middle:.2f} [{low:.2f}, {high:.2f}], a geometric mean over "
-                f"{len(ratios)} tasks"
+                f"{words}: loss over the learned one's, {' and '.join(said)}, geometric means over {len(there)} tasks"
             )
-    for task in known:
-        for run in _of(report, task, f"{name}, long"):
-            worst = max(run["losses"][len(run["losses"]) // 2 :])
-            if not run["finite"] or worst > run["losses"][0]:
-                sentences.append(f"{task}: the long run ends above its start")
+    long = [(task, run) for task in known for run in _of(report, task, f"{name}, long")]
+    if long:
+        risen = [
+            task
+            for task, run in long
+            if not run["finite"] or max(run["losses"][len(run["losses"]) // 2 :]) > run["losses"][0]
+        ]
+        times = ", ".join(f"{task} {run['losses'][-1]:.2g}" for task, run in long)
+        sentences.append(
+            f"runs of ten times the length whose second half stays below their start: {len(long) - len(risen)} of "
+            f"{len(long)}" + (f"; not on {', '.join(risen)}" if risen else "") + f"; loss at the end: {times}"
+        )
     return sentences
 
 

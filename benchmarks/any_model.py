@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.page is not None:
         write_text(given.page, page_of(kept.report()))
     if given.card:
-        found = [f"Eight real tasks (docs/any-model.md), {each}." for each in findings(kept.report())]
+        found = [f"Real tasks (docs/any-model.md), {each}." for each in findings(kept.report())]
         update_card(mt.load_checkpoint(given.checkpoint).path, {"notes": found})
     return 0
 

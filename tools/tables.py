@@ -55,7 +55,7 @@ def _row(name: str, checkpoint: Checkpoint, results: str) -> list[str]:
     row = [_serves(made_for, adapters), f"[`{name}`]({results}{name}.md)"]
     if entry is None:
         page = f"{results.removesuffix('results/')}any-model.md"
-        there = f"[on eight real tasks]({page})" if name == DEFAULT else "not measured"
+        there = f"[on real tasks]({page})" if name == DEFAULT else "not measured"
         return [*row, there, "", "has none" if checkpoint.learned.teleporter is None else "", _not_for(made_for)]
     found = cells(entry)
     row.append(f"{found[0]}, {found[-2]} on {entry.task} {label(entry, trained)}, at {entry.steps}")

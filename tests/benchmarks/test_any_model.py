@@ -31,12 +31,14 @@ def test_runs_are_kept_and_not_run_again(
     # As many trials for each rival.
     assert len(trials["adamw"]) == len(trials["muon"]) == 12
     methods = {key.split(" | ")[1] for key in runs} - {key.split(" | ")[1] for each in trials.values() for key in each}
-    assert {"digits", "adamw, defaults", "adamw, tuned", "muon, tuned", "digits, constants", "digits, long"} <= methods
-    assert len(runs["tabular | digits, long | seed 0 | 8 steps"]["losses"]) == 9
+    own = {f"default, {part}" for part in ("constants", "by hand", "adam alone", "polar alone", "without safeguard")}
+    assert {"default", "default, long", "adamw, defaults", "adamw, tuned", "muon, tuned", *own} <= methods
+    assert len(runs["tabular | default, long | seed 0 | 8 steps"]["losses"]) == 9
     text = page.read_text()
     assert "ahead of tuned AdamW: " in text
     assert "the best factor lr: tabular" in text
-    assert f"{runs['tabular | digits | seed 0 | 4 steps']['losses'][-1]:.3g}" in text
+    assert "Adam's direction alone: loss over the learned one's, training" in text
+    assert f"{runs['tabular | default | seed 0 | 4 steps']['losses'][-1]:.3g}" in text
     capsys.readouterr()
     monkeypatch.setattr(any_model, "_run", lambda *_: pytest.fail("a kept run was run again"))
     assert any_model.main(asked) == 0
@@ -49,11 +51,27 @@ def test_constants_are_the_networks_biases() -> None:
     import torch
 
     import metateleport as mt
-    from benchmarks.any_model import _constants
+    from benchmarks.any_model import _parts_of
 
     before = mt.load_checkpoint("digits").learned.state_dict()
-    after = _constants("digits").state_dict()
+    after = _parts_of("digits")["constants"].state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.endswith("head.weight") for name in changed)
     assert not any(bool(after[name].any()) for name in changed)
+
+
+def test_the_parts_of_the_attribution_are_what_they_say() -> None:
+    import torch
+
+    import metateleport as mt
+    from benchmarks.any_model import _parts_of
+
+    learned, parts = mt.load_checkpoint("default").learned, _parts_of("default")
+    weights = torch.ones(16) / 16
+    for name, place in (("adam alone", 3), ("polar alone", 4)):
+        shares = parts[name].rule.head(weights)[3:6].softmax(-1)
+        assert float(shares[place - 3]) > 0.999
+    assert not parts["without safeguard"].config.rule.guarded
+    assert learned.config.rule.guarded
+    assert not bool(parts["by hand"].rule.head.weight.any())
