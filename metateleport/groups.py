@@ -14,15 +14,14 @@ import math
 import torch
 from torch import Tensor
 
+from metateleport.linalg import certain, product
+
 __all__ = [
     "GeneralLinear",
     "Group",
     "Orthogonal",
     "PositiveDiagonal",
-    "certain",
     "exponentials",
-    "possible",
-    "product",
     "still",
 ]
 
@@ -276,41 +275,6 @@ class GeneralLinear(_MatrixGroup):
         if longest < 1:
             return _short_exponential(step) @ element
         return super().retract(element, step)
-
-
-def certain(mask: Tensor) -> bool:
-    """Whether a condition holds everywhere, where that can be seen.
-
-    A graph that `torch.compile` makes has no values to look at: there nothing is certain, and what is right in either
-    case is computed. So a compiled step has no break, at the price of what an eager one can leave out.
-
-    Example:
-        >>> certain(torch.tensor([True, True])), certain(torch.tensor([True, False]))
-        (True, False)
-    """
-    return not torch.compiler.is_compiling() and bool(mask.all())
-
-
-def possible(mask: Tensor) -> bool:
-    """Whether a condition may hold anywhere; see `certain`.
-
-    Example:
-        >>> possible(torch.tensor([True, False])), possible(torch.tensor([False]))
-        (True, False)
-    """
-    return torch.compiler.is_compiling() or bool(mask.any())
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right`; of two stacks of matrices in one operation, where `@` reshapes and takes six.
-
-    Example:
-        >>> product(torch.eye(2).expand(3, 2, 2), torch.ones(3, 2, 1)).shape
-        torch.Size([3, 2, 1])
-    """
-    plain = isinstance(left, Tensor) and isinstance(right, Tensor)
-    batched = plain and left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
-    return torch.bmm(left, right) if batched else left @ right
 
 
 def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import certain, product
-
 __all__ = [
     "Blocks",
     "Spectrum",
     "alike",
     "all_finite",
+    "certain",
     "diagonal_spectrum",
     "eigen",
     "finite_gradient",
     "first_not_finite",
     "fit",
     "polar_factors",
+    "possible",
+    "product",
     "quick_spectrum",
     "relative_shift",
     "rms",
@@ -517,3 +518,38 @@ def eigen(generator: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors, converged = _eigh(generator)
     usable = converged & values.isfinite().all(-1)
     return torch.where(usable.unsqueeze(-1), values, 0.0), vectors
+
+
+def certain(mask: Tensor) -> bool:
+    """Whether a condition holds everywhere, where that can be seen.
+
+    A graph that `torch.compile` makes has no values to look at: there nothing is certain, and what is right in either
+    case is computed. So a compiled step has no break, at the price of what an eager one can leave out.
+
+    Example:
+        >>> certain(torch.tensor([True, True])), certain(torch.tensor([True, False]))
+        (True, False)
+    """
+    return not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def possible(mask: Tensor) -> bool:
+    """Whether a condition may hold anywhere; see `certain`.
+
+    Example:
+        >>> possible(torch.tensor([True, False])), possible(torch.tensor([False]))
+        (True, False)
+    """
+    return torch.compiler.is_compiling() or bool(mask.any())
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`; of two stacks of matrices in one operation, where `@` reshapes and takes six.
+
+    Example:
+        >>> product(torch.eye(2).expand(3, 2, 2), torch.ones(3, 2, 1)).shape
+        torch.Size([3, 2, 1])
+    """
+    plain = isinstance(left, Tensor) and isinstance(right, Tensor)
+    batched = plain and left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
+    return torch.bmm(left, right) if batched else left @ right

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metateleport.gauges import Gauge
-from metateleport.groups import product
+from metateleport.linalg import product
 from metateleport.point import Point, Tensors, made_of
 from metateleport.symmetries import Pair, Symmetry
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, gauge_symmetries
-from metateleport.groups import certain
 from metateleport.learned.config import MetaOptimizerConfig
 from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import UpdateRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.linalg import all_finite, squarable
+from metateleport.linalg import all_finite, certain, squarable
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, travel
@@ -235,7 +234,7 @@ class MetaOptimizer(nn.Module):
         given = moved
         if spend and stand_in is None:
             # A rule may let go of the gradients once it has made use of them, and nobody else holds carried ones.
-            given = moved.replace(gradients=dict(moved.gradients))
+            given = dataclasses.replace(moved, gradients=dict(moved.gradients))
             moved = moved if moved is start else moved.replace(gradients={})
         parameters, rule_state = self.rule.step(given, symmetries, progress, rule_state, gauges, spend)
         parameters, finite = _where_finite(parameters, base, usable)

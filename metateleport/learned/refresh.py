@@ -46,9 +46,8 @@ class Refresh:
     $n$ directions of the relative difference of the two. If that is below `little`, the new one is held twice as long
     as the old one was; if not, for half as many, and for one step only if it is above `much`. The wider a gauge, the
     more a new one costs beside the rest of a step, and the longer it may be held: four steps for the narrowest that is
-    held at all, in proportion for wider ones, and `longest` steps at most. What is held is out of date, and losses fall
-    a little more slowly for it.
-    After a step that was taken back, and after a teleport, all gauges are made anew.
+    held at all, with the square of the width for wider ones, and `longest` steps at most. After a step that was taken
+    back, and after a teleport, all gauges are made anew.
 
     Held are the element, the matrix that it multiplies covectors with, the features that the network reads, and the
     bound on the curvature above in the gauge, which follows the Frobenius norm of that curvature from step to step. The
@@ -84,7 +83,7 @@ class Refresh:
         """For how many steps the new gauge serves, after one that has served for `before` and changed by `change`."""
         if before == 0 or not change <= self.much:
             return 1
-        longest = min(self.longest, _NARROWEST * width // self.smallest)
+        longest = min(self.longest, _NARROWEST * width**2 // self.smallest**2)
         return min(longest, 2 * before) if change < self.little else max(1, before // 2)
 
     def nothing(self, symmetry: Symmetry, features: int, like: Tensor) -> Held:

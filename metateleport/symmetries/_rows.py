@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metateleport.groups import product
+from metateleport.linalg import product
 from metateleport.point import made_of
 
 __all__ = ["fitted_to", "has_full_rank", "least_norm_over"]

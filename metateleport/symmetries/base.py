@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import Group, product
+from metateleport.groups import Group
+from metateleport.linalg import product
 from metateleport.point import Point
 from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope

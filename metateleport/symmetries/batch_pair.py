@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metateleport.groups import GeneralLinear, product
+from metateleport.groups import GeneralLinear
+from metateleport.linalg import product
 from metateleport.point import Point
 from metateleport.symmetries._rows import fitted_to, has_full_rank, least_norm_over
 from metateleport.symmetries.activations import inverse_of, slope

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metateleport.groups import Group, certain, possible, still
+from metateleport.groups import Group, still
+from metateleport.linalg import certain, possible
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, add_failure

@@ -187,7 +187,7 @@ def test_the_change_is_that_of_the_elements() -> None:
         assert held["a"]["length"] == length
 
 
-@pytest.mark.parametrize(("width", "longest"), [(128, 4), (256, 8), (512, 16), (1024, 32), (4096, 32)])
+@pytest.mark.parametrize(("width", "longest"), [(128, 4), (192, 9), (256, 16), (480, 32), (4096, 32)])
 def test_wider_gauges_are_held_for_longer(width: int, longest: int) -> None:
     refresh, lengths = Refresh(), [0]
     for _ in range(9):

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
-from metateleport.groups import possible
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
 from metateleport.learned.rules.base import Learns, RuleSettings, UpdateRule, subtracted
 from metateleport.learned.secants import Secant, secant_between, with_secants
-from metateleport.linalg import finite_gradient, fit
+from metateleport.linalg import finite_gradient, fit, possible
 from metateleport.point import Point, Tensors, made_of
 from metateleport.settings import ABOVE_ONE, AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
