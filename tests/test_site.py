@@ -182,7 +182,7 @@ def test_what_the_figures_show_is_so() -> None:
 def test_the_site_is_built_and_what_is_broken_fails_it(broken: str, tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
-    names = ["docs", "tools", "metateleport", "notebooks", "checkpoints", "tasks", "mkdocs.yml"]
+    names = ["docs", "tools", "metateleport", "notebooks", "checkpoints", "tasks", "tests", "mkdocs.yml"]
     for name in [*names, *(path.name for path in ROOT.glob("*.md"))]:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
