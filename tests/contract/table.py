@@ -24,15 +24,15 @@ def covering(checkpoints: Sequence[str] = CHECKPOINTS, device: str = "cpu") -> l
 
 
 def brief(device: str = "cpu") -> list[Cell]:
-    """What takes half a minute: every idiom with `digits` and with one of the others in turn, on models in turn.
+    """What takes half a minute: every idiom with `default` and with one of the others in turn, on models in turn.
 
-    Every model meets every checkpoint in some idiom, but for one pair.
+    Every model meets `default` in some idiom, and most of the others.
     """
-    problems, others = list(PROBLEMS), [name for name in CHECKPOINTS if name != "digits"]
+    problems, others = list(PROBLEMS), [name for name in CHECKPOINTS if name != "default"]
     return [
         Cell(idiom, problems[(row + 5 * CHECKPOINTS.index(name)) % len(problems)], name, device)
         for row, idiom in enumerate(IDIOMS)
-        for name in ("digits", others[row % len(others)])
+        for name in ("default", others[row % len(others)])
     ]
 
 
