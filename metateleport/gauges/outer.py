@@ -29,6 +29,10 @@ def sketch_width(size: int, rows: int) -> int:
     return min(rows, max(2 * size, _LEAST))
 
 
+_SHORTEST = (1 + 1 / _FLOOR) ** -0.5
+"""The smallest eigenvalue of $P^2$."""
+
+
 @torch.no_grad()
 def sketched(sketch: Tensor, seen: Tensor, memory: Tensor) -> Tensor:
     r"""Adds gradients to a sketch: $S S^\top$ is the running mean of $Y Y^\top$, but for its smallest directions.
@@ -134,6 +138,8 @@ def length_ratio(once: Tensor, twice: Tensor, made: Tensor) -> Tensor:
     r"""$|P Y A| / |P^2 Y A|$ for $A$, from the Gram matrices of $P Y$ and of $P^2 Y$, `(batch,)`; zero for zero."""
     tiny = torch.finfo(made.dtype).tiny
     above, below = ((gram @ made).mul(made).sum((1, 2)).clamp_min(0.0) for gram in (once, twice))
+    # So much shorter P makes a vector at most: below that is rounding, where momenta are not of full rank.
+    below = torch.maximum(below, above * _SHORTEST)
     known = (below > tiny) & (above > tiny)
     # The root of zero has no finite slope.
     return torch.where(known, torch.where(known, above, 1.0) / torch.where(known, below, 1.0), 1.0).sqrt() * known

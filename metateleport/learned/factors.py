@@ -22,6 +22,7 @@ __all__ = [
     "combined",
     "factor_features",
     "gram_of",
+    "row_count",
     "spread_steps",
     "trio_of",
     "unit_of",
@@ -148,11 +149,11 @@ def _known(rows: Tensor | None) -> Tensor:
 
 def unit_of(pair: FactorPair, parameters: Mapping[str, Tensor]) -> float:
     """The length that steps of a pair start with: its product moves as far at every rank, in the Frobenius norm."""
-    rows = max(_row_count(pair, side, parameters) for side in SIDES)
+    rows = max(row_count(pair, side, parameters) for side in SIDES)
     return LENGTH * MATCHED * math.sqrt(rows * _RANK / pair.size)
 
 
-def _row_count(pair: FactorPair, side: FactorSide, parameters: Mapping[str, Tensor]) -> int:
+def row_count(pair: FactorPair, side: FactorSide, parameters: Mapping[str, Tensor]) -> int:
     return sum(
         parameters[leg.name][0].numel() // parameters[leg.name].shape[leg.axis + 1] * leg.places.shape[0]
         for leg in pair.legs(side)

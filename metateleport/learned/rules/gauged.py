@@ -21,6 +21,7 @@ from metateleport.learned.factors import (
     combined,
     factor_features,
     gram_of,
+    row_count,
     spread_steps,
     trio_of,
     unit_of,
@@ -350,7 +351,7 @@ class GaugedRule(nn.Module, UpdateRule):
             at_home, inside = combined(factors, blocks), seen.combined(factors)
             once.append(gauge.mT @ (at_home + inside.mT @ (square * inside)) @ gauge)
             twice.append(gauge.mT @ (at_home + inside.mT @ (fourth * inside)) @ gauge)
-        polars = polar_of_gram(torch.cat(once))
+        polars = polar_of_gram(_regular(torch.cat(once), _rounding(products, gauge).repeat(2)))
         polar, slow = (
             fit(length_ratio(*grams)[:, None, None], grams[-1]) * grams[-1]
             for grams in zip(once, twice, polars.split(len(memory)), strict=True)
@@ -360,7 +361,10 @@ class GaugedRule(nn.Module, UpdateRule):
             assert spectrum.vectors is not None
             roots = (spectrum.vectors * (spectrum.values + _SQUARES_FLOOR).rsqrt().unsqueeze(-2)) @ spectrum.vectors.mT
             roots = roots.to(products.dtype)
-        size = (roots @ twice[0]).mul(roots.mT).sum((1, 2)).clamp_min(torch.finfo(roots.dtype).tiny).sqrt()
+            # Where momenta are not of full rank, rounding in the directions that they lack may be all that there is.
+            rounding = _rounding(products, gauge)
+            least = rounding * roots.square().sum((1, 2)) + torch.finfo(roots.dtype).tiny
+        size = (roots @ twice[0]).mul(roots.mT).sum((1, 2)).maximum(least).sqrt()
         adaptive = roots * fit(math.sqrt(width) / size, roots)
         shares = choice[:, 6:].softmax(-1)
         length = unit * (4 * (choice[:, 0] / 4).tanh()).exp() * progress.damping.repeat(len(numbers))
@@ -443,4 +447,20 @@ class GaugedRule(nn.Module, UpdateRule):
 
 
 def _is_there(pair: FactorPair, point: Point) -> bool:
-    return all(name in point.parameters for side in SIDES for name in pair.names(side))
+    """Whether a pair can be stepped: its tensors are there, and the factor that puts out may be of full rank."""
+    there = all(name in point.parameters for side in SIDES for name in pair.names(side))
+    return there and row_count(pair, "out", point.parameters) >= pair.size
+
+
+def _rounding(products: Tensor, gauge: Tensor) -> Tensor:
+    """What rounding may leave of Gram matrices in a gauge where there is nothing, `(pairs * tasks,)`."""
+    traces = torch.diagonal(products.detach(), dim1=-2, dim2=-1).sum(-1)
+    least = 8 * gauge.shape[-1] * torch.finfo(products.dtype).eps
+    return least * traces * gauge.detach().square().sum((1, 2))
+
+
+def _regular(grams: Tensor, rounding: Tensor) -> Tensor:
+    """Gram matrices, with multiples of one in the place of those that rounding has left nothing of."""
+    traces = torch.diagonal(grams, dim1=-2, dim2=-1).sum(-1)
+    eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device) * rounding[:, None, None]
+    return torch.where((traces < rounding)[:, None, None], eye, grams)

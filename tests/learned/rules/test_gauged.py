@@ -248,3 +248,32 @@ def test_without_the_gauge_the_split_does_make_a_difference(kind: Any) -> None:
     assert apart > 0.1 if kind == "identity" else apart < 1e-6
     other = run(TaskStack([task(condition=100.0)]), networks)
     assert float((other["ups.0"] @ other["downs.0"] - want).norm() / want.norm()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("entering", "size", "leaving"), [(64, 8, 3), (8, 12, 24), (16, 32, 3), (16, 4, 8), (16, 4, 2)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_of_low_rank_and_ranks_above_the_layers_do_no_harm(
+    entering: int, size: int, leaving: int, dtype: torch.dtype
+) -> None:
+    """What momenta lack is made of rounding alone; nothing may be made of it."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(64, entering, generator=source).to(dtype)
+    model = nn.Sequential(nn.Linear(entering, size), nn.Linear(size, leaving)).to(dtype)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape, generator=source) / 4)
+        model[1].weight.zero_()
+    optimizer = mt.LearnedOptimizer(model, "lora", total_steps=40)
+    losses = []
+    for _ in range(40):
+        # One direction of the output alone has a gradient.
+        loss = (model(x)[:, :1] - x[:, :1]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert optimizer.skipped == 0
+    assert max(losses) < 2 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
