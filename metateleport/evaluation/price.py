@@ -68,6 +68,7 @@ def price_of(model: nn.Module, example_input: Any, checkpoint: str, rounds: int 
     """
     device = next(model.parameters()).device
     steps: dict[str, Callable[[], None]] = {}
+    optimizers: dict[str, Any] = {}
     for name in Price._fields:
         try:
             own = copy.deepcopy(model)
@@ -79,6 +80,7 @@ def price_of(model: nn.Module, example_input: Any, checkpoint: str, rounds: int 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer = torch.optim.AdamW(trained) if name == "adamw" else LearnedOptimizer(own, checkpoint)
+        optimizers[name] = optimizer
         steps[name] = _step(own, optimizer, example_input)
     times: dict[str, list[float]] = {name: [] for name in steps}
     with warnings.catch_warnings():
@@ -89,6 +91,8 @@ def price_of(model: nn.Module, example_input: Any, checkpoint: str, rounds: int 
                 step()
                 if round_ >= 0:
                     times[name].append(_now(device) - began)
+    if optimizers["learned"].skipped:
+        raise Unpriced("steps are left out, as loss or gradients on this input are not finite")
     return Price(*(max(statistics.median(times[name]), 1e-9) for name in Price._fields))
 
 

@@ -252,8 +252,7 @@ class Answerer:
             damping = reader.number("damping", 0.0, 1.0) if reader.has("damping") else None
             reader.done()
             _check_side(side, matrices)
-            if any(name.endswith("_covariance") and not bool(value.any()) for name, value in matrices.items()):
-                raise Refused("element", "a covariance is zero: there is nothing to whiten")
+            _check_not_zero(side, matrices, len(group.shape))
             teleporter = WhiteningTeleporter(side, damping)
         known = next(iter(matrices.values()), torch.zeros(1, dtype=torch.float64))
         batch = tuple(known.shape[: known.ndim - len(group.shape)]) if matrices else ()
@@ -341,6 +340,19 @@ def _check_side(side: str, matrices: Mapping[str, Tensor]) -> None:
     for name in ("outgoing_covariance", "incoming_covariance"):
         if name not in matrices:
             raise Refused(f"tensors.matrices.{name}", "it is missing")
+
+
+def _check_not_zero(side: str, matrices: Mapping[str, Tensor], dimensions: int) -> None:
+    """Refuses what there is nothing to whiten of, in any task of a stack."""
+    read = {"outgoing_covariance", "incoming_covariance"}
+    if side == "features":
+        known = ("preactivation_covariance", "feature_covariance", "incoming_covariance")
+        read = {next(name for name in known if name in matrices)}
+    elif side == "outgoing":
+        read = {"outgoing_covariance"}
+    for name in read & matrices.keys():
+        if not bool(matrices[name].flatten(-dimensions).any(-1).all()):
+            raise Refused("element", f"matrices.{name} is zero: there is nothing to whiten")
 
 
 def _moved(group: Group, generator: Tensor, matrices: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Message:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from metateleport import cli
 from metateleport.cli import which
@@ -83,3 +85,10 @@ def test_what_no_checkpoint_serves_is_adamw_s(
 def test_a_factory_that_is_not_there_is_named(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["which", f"{nets}:none"]) == 2
     assert "has no function 'none'" in capsys.readouterr().err
+
+
+def test_steps_that_are_left_out_have_no_price() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    found = which.advice(model, torch.full((2, 8), 1e30))
+    assert found["price"] is None
+    assert "steps are left out" in found["because"]

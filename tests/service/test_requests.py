@@ -103,6 +103,13 @@ def test_what_is_right_is_answered(digits: Answerer, leaky: Answerer) -> None:
 
 FEATURES = "tensors/matrices.feature_covariance"
 
+
+def test_a_zero_covariance_that_is_not_read_is_no_matter(digits: Answerer) -> None:
+    request = once()
+    request["tensors"]["matrices.outgoing_covariance"] = tensor([[0.0, 0.0], [0.0, 0.0]])
+    assert torch.equal(answered(digits, request).tensors["element"], answered(digits, once()).tensors["element"])
+
+
 REFUSALS: list[tuple[Any, str, Any, str]] = [
     (teleport, "schema", 2, "schema"),
     (teleport, "schema", True, "schema"),
@@ -167,6 +174,7 @@ REFUSALS: list[tuple[Any, str, Any, str]] = [
     (once, FEATURES, tensor([[1.0, 2.0], [2.0, 1.0]]), FEATURES.replace("/", ".")),
     (once, FEATURES, tensor([[2.0, 1.0], [-1.0, 2.0]]), FEATURES.replace("/", ".")),
     (once, FEATURES, tensor([[0.0, 0.0], [0.0, 0.0]]), "element"),
+    (once, FEATURES, tensor([SQUARE, [[0.0, 0.0], [0.0, 0.0]]]), "element"),
     (teleport, "tensors/matrices.incoming_covariance", tensor([1.0, -1e-3]), "tensors.matrices.incoming_covariance"),
 ]
 

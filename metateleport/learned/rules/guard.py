@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,9 +122,13 @@ def noted(gradients: Tensors, before: Tensors, after: Tensors, plain: Tensors) -
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """Some entries of each task's tensor, evenly spread, `(tasks, entries)`."""
+    """Some entries of each task's tensor, evenly spread over rows and columns, `(tasks, entries)`."""
     flat = tensor.flatten(1)
-    return flat[:, :: max(1, flat.shape[1] // _SAMPLE)]
+    stride = max(1, flat.shape[1] // _SAMPLE)
+    # With a factor in common with the row's length it would meet the same columns in every row.
+    while math.gcd(stride, math.prod(tensor.shape[2:])) > 1:
+        stride += 1
+    return flat[:, ::stride]
 
 
 def _slope(gradients: Tensors, steps: Mapping[str, Tensor]) -> Tensor:

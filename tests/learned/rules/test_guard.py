@@ -13,7 +13,7 @@ from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.meta_optimizer import InnerLoop
 from metateleport.learned.rules.adaptive import AdaptiveRule, AdaptiveSettings
-from metateleport.learned.rules.guard import PLAIN_RATE, guard_state, judged, noted, plain_steps
+from metateleport.learned.rules.guard import _SAMPLE, PLAIN_RATE, _sampled, guard_state, judged, noted, plain_steps
 
 
 def networks(size: float = 0.0, guarded: bool = True, told: bool = False) -> MetaOptimizer:
@@ -120,3 +120,12 @@ def test_slopes_of_large_tensors_are_those_of_all_entries() -> None:
     torch.testing.assert_close(found["begun"], whole, rtol=0.2, atol=0.0)
     assert found["taken"]["w"].shape[1] <= 2048
     torch.testing.assert_close(found["plain"]["w"], -gradient.flatten(1)[:, :: 300 * 400 // 1024])
+
+
+@pytest.mark.parametrize("shape", [(1024, 64), (512, 784), (64, 32, 3, 3), (5000,), (3, 4), (0, 4)], ids=str)
+def test_a_sample_is_of_all_columns(shape: tuple[int, ...]) -> None:
+    """A feature that is always zero is not all that the safeguard sees."""
+    columns = torch.arange(math.prod(shape[1:])).expand(shape[0], -1).reshape(1, *shape)
+    sample = _sampled(columns)
+    assert sample.numel() <= 2 * _SAMPLE
+    assert sample.unique().numel() >= min(math.prod(shape[1:]), sample.numel()) // 2
