@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def load_weights(path: Path, card: Mapping[str, Any]) -> tuple[MetaOptimizer, Me
         if key not in configs:
             continue
         # The initial weights are overwritten: drawing them should not change the caller's random numbers.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _in_float32():
             meta = MetaOptimizer(configs[key])
         meta.load_state_dict(
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -113,10 +113,22 @@ def _read(path: Path, card: Mapping[str, Any], most: int) -> dict[str, Tensor]:
 def _asked(config: MetaOptimizerConfig) -> dict[str, Tensor]:
     """The tensors that a meta-optimizer of this shape has, without memory where the rule allows it."""
     # Rules that read numbers while they are made cannot be made without memory.
-    with contextlib.suppress(NotImplementedError), torch.device("meta"):
-        return dict(MetaOptimizer(config).state_dict())
-    with torch.random.fork_rng(devices=[]):
-        return dict(MetaOptimizer(config).state_dict())
+    with _in_float32():
+        with contextlib.suppress(NotImplementedError), torch.device("meta"):
+            return dict(MetaOptimizer(config).state_dict())
+        with torch.random.fork_rng(devices=[]):
+            return dict(MetaOptimizer(config).state_dict())
+
+
+@contextlib.contextmanager
+def _in_float32() -> Iterator[None]:
+    """Networks are in float32, whatever torch makes by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _misfit(asked: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

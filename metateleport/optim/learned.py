@@ -58,6 +58,9 @@ _BLAMED = 2
 _TAKEN_BACK = 10
 """After so many steps taken back in a row a warning doubts that every step sees the same data."""
 
+_SMALL_FACTOR = 0.02
+"""A factor on the steps below this is taken for a learning rate of another optimizer."""
+
 _MAX_STRETCH = 10.0
 """Bound on the stretch of all teleports together if the checkpoint has none of its own."""
 
@@ -153,6 +156,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> None:
         _check_numbers(lr, weight_decay)
         check_total_steps(total_steps)
+        if 0 < as_number(lr) < _SMALL_FACTOR:
+            warnings.warn(
+                f"LearnedOptimizer: lr={lr} is a factor on the learned step and not a step size as AdamW's: steps of "
+                "their own length have lr=1",
+                stacklevel=2,
+            )
         if checkpoint is None:
             checkpoint = choose(model_or_params if isinstance(model_or_params, nn.Module) else None).checkpoint
         meta, called, made_for = _meta_optimizer(checkpoint)

@@ -288,3 +288,17 @@ def test_a_checkpoint_serves_every_width_and_depth(mode: str, sizes: tuple[int, 
 def test_the_address_of_a_service_is_told_from_a_name() -> None:
     with pytest.raises(CheckpointError, match=r"metateleport\.connect\('http://127\.0\.0\.1:8000'\)"):
         load_checkpoint("http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("name", ["default", "lora", "digits"])
+def test_torch_s_default_dtype_does_not_matter(name: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = load_checkpoint(name)
+        model = nn.Linear(3, 2)
+        optimizer = mt.LearnedOptimizer(model, name, symmetries=[])
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in loaded.learned.parameters()} == {torch.float32}

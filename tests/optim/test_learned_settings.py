@@ -248,3 +248,8 @@ def test_a_scaled_loss_that_is_not_told_changes_no_step(config: dict[str, Any]) 
 
     assert not torch.allclose(run(1.0), weights(mlp()), atol=1e-2)
     torch.testing.assert_close(run(1e3), run(1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_learning_rate_in_the_place_of_the_factor_is_told() -> None:
+    with pytest.warns(UserWarning, match="lr=0.001 is a factor on the learned step"):
+        mt.LearnedOptimizer(nn.Linear(3, 2), lr=1e-3)
