@@ -98,7 +98,7 @@ def advice(model: Any, example: Any) -> dict[str, Any]:
     found["warnings"] = [str(each.message) for each in caught]
     del optimizer
     card = read_card(shipped_checkpoints()[chosen.checkpoint])
-    found["expect"] = [str(each) for each in (*card.get("notes", ()), *card.get("limits", ()))]
+    found["expect"] = [str(each) for each in card.get("limits", ())]
     try:
         price = price_of(model, example, chosen.checkpoint)
     except Unpriced as error:

@@ -105,7 +105,9 @@ def fitting_symmetries(
         try:
             told = told_symmetries(model, frozen=True) if meta.rule.reads_factors else ()
             if example_input is not None:
-                found = (*told, *exact_symmetries(model, example_input, buffers=False))
+                known = {frozenset(each.parameters) for each in told}
+                exact = exact_symmetries(model, example_input, buffers=False)
+                found = (*told, *(each for each in exact if frozenset(each.parameters) not in known))
             elif told:
                 found = told
             else:
