@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= cpu
 # Test processes side by side, and how many seconds' worth of slow tests run with the others: other ones each day.
 JOBS ?= 2
-SLOW_SECONDS ?= 40
+SLOW_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +36,8 @@ $(STAMP): requirements.txt pyproject.toml setup.py metateleport/torchvision.py
 demo: venv ## a learned optimizer beside AdamW in a minute, then a meta-training of two minutes and its evaluation
 	$(BIN)/metateleport demo
 
-test: lint docs ## lint, type-check, build the site, and run the tests with a bounded part of the slow ones
+test: venv ## lint, type-check, build the site, and run the tests with a bounded part of the slow ones
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --slow-seconds $(SLOW_SECONDS)
 
 docs: venv ## build the site into runs/site: warnings are errors, links are checked, nothing is fetched

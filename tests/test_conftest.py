@@ -64,6 +64,7 @@ for name, options in {RUNS!r}.items():
     return {name: re.findall(r"::test_(\S+) PASSED", said) for name, said in runs.items()}
 
 
+@pytest.mark.slow(seconds=4)
 def test_without_a_bound_all_slow_tests_run(passed: dict[str, list[str]]) -> None:
     assert passed["all"] == ["first", "stated_to_take_a_minute", "last[a]", "last[b]"]
     assert passed["none"] == []

@@ -150,6 +150,7 @@ def test_llama() -> None:
     assert all(each.group == PlaneScaling(size) for each in rotary)
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize(("name", "layers", "heads", "size"), [("BERT", 2, 4, 4), ("MiniLM", 6, 12, 32)])
 def test_bert_and_a_trained_one(name: str, layers: int, heads: int, size: int) -> None:
     # Norms stand behind the sums, in the stream, and cannot move.
@@ -168,6 +169,7 @@ def test_lora_as_peft_builds_it() -> None:
     assert all(dict(model.named_parameters())[name].requires_grad for each in found for name in each.parameters)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize(
     ("name", "layers", "inner"), [("vit", 2, 64), ("vgg11_bn", 2, 64), ("BERT", 2, 24), ("MiniLM", 6, 1536)]
 )

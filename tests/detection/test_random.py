@@ -91,6 +91,7 @@ def expected_dimension(plan: Plan) -> int:
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @hypothesis.given(plans())
+@pytest.mark.slow(seconds=3)
 def test_random_chains(plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     model = Chain(plan).double()
@@ -162,6 +163,7 @@ def dimension_of(plan: tuple[Block, ...]) -> int:
 
 @hypothesis.settings(max_examples=16, deadline=None, derandomize=True, database=None)
 @hypothesis.given(blocks())
+@pytest.mark.slow(seconds=3)
 def test_random_convolutions(plan: tuple[Block, ...]) -> None:
     torch.manual_seed(len(plan))
     model = convolutional(plan)

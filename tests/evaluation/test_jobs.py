@@ -277,6 +277,7 @@ class TestWhatIsKept:
 
 
 class TestSharedOut:
+    @pytest.mark.slow(seconds=12)
     def test_figures_are_those_of_one_process(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -16,6 +16,8 @@ from metateleport.papers.experiments.noisy_quadratic import NoisyQuadratic
 from metateleport.papers.schedule import ScheduleSettings
 from metateleport.training import Unroll
 
+pytestmark = pytest.mark.slow(seconds=3)
+
 SMALL: dict[str, Any] = {"horizon": 20, "unroll": 10, "seconds": 0.05, "tasks": 2, "held_out": 3, "width": 3}
 
 

@@ -26,6 +26,8 @@ from metateleport.papers.experiments.optimizers import FAMILIES, Optimizers
 from metateleport.papers.experiments.ways import ONCE, PLAIN, THRICE, WHEN, Method, batch_pairs, rescalings
 from metateleport.teleporters import LevelSetTeleporter, TrustRegion
 
+pytestmark = pytest.mark.slow(seconds=3)
+
 STEPS = 10
 
 

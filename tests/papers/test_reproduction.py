@@ -25,6 +25,8 @@ from metateleport.papers.reproduction.unguarded import Unguarded
 from metateleport.point import Point
 from metateleport.training import TrainingError, Unroll
 
+pytestmark = pytest.mark.slow(seconds=3)
+
 SMALL: dict[str, Any] = {
     "seeds": 2, "runs": 4, "stack": 2, "steps": 4, "unroll": 2, "hidden": 5, "tasks": 3, "evaluations": 14,
 }  # fmt: skip

@@ -65,6 +65,7 @@ def loaded(url: str, process: Any, clients: int, seconds: float) -> Load:
     return load
 
 
+@pytest.mark.slow(seconds=10)
 def test_a_service(tmp_path: Path) -> None:
     with served("digits", tmp_path / "log") as (url, process):
         assert all(

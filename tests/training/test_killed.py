@@ -235,6 +235,7 @@ def test_a_second_signal_ends_at_once() -> None:
     process.stdout.close()
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize("after", [0.15, 0.6])
 def test_ctrl_c_in_the_first_second_is_no_traceback(after: float, tmp_path: Path) -> None:
     """Python's own start, some hundredths of a second, is not ours: the signal comes once the package is imported."""
