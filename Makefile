@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= cpu
 # Test processes side by side, and how many seconds' worth of slow tests run with the others: other ones each day.
 JOBS ?= 2
-SLOW_SECONDS ?= 15
+SLOW_SECONDS ?= 5
 
 VENV := .venv
 BIN := $(VENV)/bin
