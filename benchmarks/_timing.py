@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import os
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-__all__ = ["Case", "Measurement", "Summary", "conditions", "measure"]
+from metateleport.files import write_json, write_text
+
+__all__ = ["Case", "Measurement", "Summary", "conditions", "measure", "publish"]
 
 _ROUND_SECONDS = 0.2
 _MOST_REPEATS = 16
@@ -179,3 +182,17 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def publish(
+    report: dict[str, Any],
+    table: Callable[[dict[str, Any]], str],
+    page: Callable[[dict[str, Any]], str],
+    given: argparse.Namespace,
+) -> None:
+    """Prints the report's table, and writes the report and its page where the command was given files for them."""
+    print(table(report))
+    if given.json is not None:
+        write_json(given.json, report)
+    if given.page is not None:
+        write_text(given.page, page(report))

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from benchmarks._timing import Summary, conditions
+from benchmarks._timing import Summary, conditions, publish
 from metateleport.families import FamilyError, Task, load_family
-from metateleport.files import write_json, write_text
 
 __all__ = ["main"]
 
@@ -117,11 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, own in whole.items()
         ],
     }
-    print(_table(report))
-    if given.json is not None:
-        write_json(given.json, report)
-    if given.page is not None:
-        write_text(given.page, _page(report))
+    publish(report, _table, _page, given)
     return 0
 
 

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from benchmarks._counting import Counting
 from benchmarks._step_models import MODELS, Problem
-from benchmarks._timing import Summary, conditions
-from metateleport.files import write_json, write_text
+from benchmarks._timing import Summary, conditions, publish
 
 __all__ = ["METHODS", "main"]
 
@@ -181,11 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "conditions": conditions(torch.device("cpu")),
         "models": {model: _measured(model, methods, given.rounds) for model in given.models},
     }
-    print(_table(report))
-    if given.json is not None:
-        write_json(given.json, report)
-    if given.page is not None:
-        write_text(given.page, _page(report))
+    publish(report, _table, _page, given)
     return 0
 
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from benchmarks._timing import Summary, conditions
-from metateleport.files import write_json, write_text
+from benchmarks._timing import Summary, conditions, publish
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.rules import read_rule
 
@@ -120,11 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in cases
         ],
     }
-    print(_table(report))
-    if given.json is not None:
-        write_json(given.json, report)
-    if given.page is not None:
-        write_text(given.page, _page(report))
+    publish(report, _table, _page, given)
     return 0
 
 

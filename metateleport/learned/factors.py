@@ -22,6 +22,7 @@ __all__ = [
     "combined",
     "factor_features",
     "gram_of",
+    "has_gauges",
     "row_count",
     "spread_steps",
     "trio_of",
@@ -153,7 +154,29 @@ def unit_of(pair: FactorPair, parameters: Mapping[str, Tensor]) -> float:
     return LENGTH * MATCHED * math.sqrt(rows * _RANK / pair.size)
 
 
+def has_gauges(pair: FactorPair, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the factor that puts features out can have full rank, which the gauges of a pair are made from.
+
+    Args:
+        pair: of the model.
+        parameters: with the task dimension in front.
+
+    Example:
+        >>> from torch import nn
+        >>> from metateleport import LinearPair
+        >>> from metateleport.gauges import factor_pairs
+        >>> def wide(size: int) -> bool:
+        ...     model = nn.Sequential(nn.Linear(3, size, bias=False), nn.Linear(size, 2))
+        ...     weights = {name: value.unsqueeze(0) for name, value in model.named_parameters()}
+        ...     return has_gauges(factor_pairs([LinearPair(model, "0", "1")])[0], weights)
+        >>> wide(3), wide(4)
+        (True, False)
+    """
+    return row_count(pair, "out", parameters) >= pair.size
+
+
 def row_count(pair: FactorPair, side: FactorSide, parameters: Mapping[str, Tensor]) -> int:
+    """How many rows the matrix of one side has."""
     return sum(
         parameters[leg.name][0].numel() // parameters[leg.name].shape[leg.axis + 1] * leg.places.shape[0]
         for leg in pair.legs(side)

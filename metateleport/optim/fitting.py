@@ -13,12 +13,20 @@ from torch import Tensor, nn
 from metateleport.detection import exact_symmetries
 from metateleport.detection.adapters import told_symmetries
 from metateleport.detection.chain import symmetries_of
-from metateleport.gauges import gauge_symmetries
+from metateleport.gauges import factor_pairs, gauge_symmetries
+from metateleport.learned.factors import has_gauges
 from metateleport.learned.meta_optimizer import MetaOptimizer
 from metateleport.optim.choice import DEFAULT
 from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
-__all__ = ["as_number", "check_parameters", "check_total_steps", "fitting_symmetries", "say_what_fits"]
+__all__ = [
+    "as_number",
+    "check_parameters",
+    "check_total_steps",
+    "fitting_symmetries",
+    "say_what_fits",
+    "say_what_has_no_gauge",
+]
 
 _FOR_ANY = DEFAULT
 """The checkpoint that warnings recommend."""
@@ -130,6 +138,24 @@ def _check_given(symmetries: Sequence[Symmetry], model: nn.Module) -> None:
         unknown += [name for name in symmetry.modules if name not in modules]
         if unknown:
             raise ValueError(f"{symmetry!r} names {unknown[0]!r}, which the model does not have")
+
+
+def say_what_has_no_gauge(model: nn.Module, symmetries: Sequence[Symmetry]) -> None:
+    """Gives one warning if a rule of factors steps some of them like other tensors.
+
+    Args:
+        model: the model.
+        symmetries: those that the optimizer will use.
+    """
+    weights = {name: value.detach().unsqueeze(0) for name, value in model.named_parameters(remove_duplicate=False)}
+    plain = [pair for pair in factor_pairs(symmetries) if not has_gauges(pair, weights)]
+    if plain:
+        warnings.warn(
+            f"LearnedOptimizer steps {len(plain)} pairs of factors like other tensors, the first one "
+            f"{' and '.join(plain[0].names('out'))}: their rank is above the number of features that they take in, and "
+            "such factors have no gauge. A smaller rank makes the same products",
+            stacklevel=4,
+        )
 
 
 def say_what_fits(

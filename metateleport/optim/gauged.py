@@ -21,7 +21,7 @@ from metateleport.optim.parameters import dense_gradient, master, raised, traina
 from metateleport.point import Tensors
 from metateleport.symmetries import Symmetry
 
-__all__ = ["FLOOR", "MATCHED", "GaugedOptimizer"]
+__all__ = ["BETAS", "FLOOR", "MATCHED", "GaugedOptimizer"]
 
 FLOOR = 2.0
 """The floor on the singular values of a pair's product, in steps.
@@ -41,8 +41,8 @@ embeddings."""
 
 _EPS = 1e-8
 
-_USUAL_BETAS = (0.9, 0.99)
-_BETAS = {"shampoo": (0.8, 0.95)}
+BETAS: dict[Direction, tuple[float, float]] = {**dict.fromkeys(DIRECTIONS, (0.9, 0.99)), "shampoo": (0.8, 0.95)}
+"""Memories of the momentum and of second moments by the rule, where none are given."""
 
 
 class GaugedOptimizer(torch.optim.Optimizer):
@@ -151,7 +151,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
             given = list(self.model.parameters())
         elif symmetries or example_input is not None:
             raise ValueError("symmetries are those of a model: give the model itself in the place of its parameters")
-        betas = _BETAS.get(rule, _USUAL_BETAS) if betas is None else betas
+        betas = BETAS[rule] if betas is None else betas
         self.steps = 0
         self._skipped: Tensor | None = None
         self._factors = Factors(self.model, ())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder, unwrapped
 from metateleport.capture.evidence import Evidence, evidence_of
+from metateleport.gauges import factor_pairs
 from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer, MetaState, Step
 from metateleport.learned.refresh import Refresh
 from metateleport.learned.stand_in import StandIn
@@ -23,7 +24,15 @@ from metateleport.linalg import squarable
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.choice import choose
 from metateleport.optim.closure import evaluated
-from metateleport.optim.fitting import as_number, check_parameters, check_total_steps, fitting_symmetries, say_what_fits
+from metateleport.optim.factors import Factors
+from metateleport.optim.fitting import (
+    as_number,
+    check_parameters,
+    check_total_steps,
+    fitting_symmetries,
+    say_what_fits,
+    say_what_has_no_gauge,
+)
 from metateleport.optim.memory import (
     fingerprint,
     flattened,
@@ -191,6 +200,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.model is not None:
             self.symmetries = fitting_symmetries(self.model, meta, symmetries, example_input)
         say_what_fits(meta, called, made_for, self.symmetries, self._named(), deterministic)
+        if self.model is not None and meta.rule.reads_factors:
+            say_what_has_no_gauge(self.model, self.symmetries)
         self.steps = 0
         self.skipped = 0
         self._in_a_row = 0
@@ -230,6 +241,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             _check_numbers(options["lr"], options["weight_decay"])
         super().add_param_group(param_group)
         check_parameters(self.param_groups)
+        meta: MetaOptimizer | None = self.__dict__.get("meta")
+        if meta is not None and meta.rule.reads_factors:
+            known = Factors(self.model, factor_pairs(self.symmetries))
+            if known.new_pairs({id(value) for value in self.param_groups[-1]["params"]}):
+                self._say(
+                    "adapters that are added later step like other tensors: for steps in gauges make a new optimizer"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:

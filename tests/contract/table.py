@@ -12,7 +12,7 @@ from .cells import CHECKPOINTS, SYMBOLS, Cell, Verdict, judge
 from .models import PROBLEMS
 from .registry import IDIOMS
 
-__all__ = ["MOST_REFUSALS", "Table", "brief", "chosen", "covering"]
+__all__ = ["MOST_REFUSALS", "Table", "brief", "chosen", "covering", "is_tried"]
 
 MOST_REFUSALS = 2
 """How many checkpoints may refuse the perceptron."""
@@ -24,16 +24,21 @@ def covering(checkpoints: Sequence[str] = CHECKPOINTS, device: str = "cpu") -> l
 
 
 def brief(device: str = "cpu") -> list[Cell]:
-    """What takes half a minute: every idiom with `default` and with one of the others in turn, on models in turn.
-
-    Every model meets `default` in some idiom, and most of the others.
-    """
+    """What takes most of a minute: every idiom with `default`, and every model with every checkpoint in some idiom."""
     problems, others = list(PROBLEMS), [name for name in CHECKPOINTS if name != "default"]
-    return [
-        Cell(idiom, problems[(row + 5 * CHECKPOINTS.index(name)) % len(problems)], name, device)
-        for row, idiom in enumerate(IDIOMS)
-        for name in ("default", others[row % len(others)])
+    own = [Cell(idiom, problems[row % len(problems)], "default", device) for row, idiom in enumerate(IDIOMS)]
+    turn = itertools.cycle(IDIOMS)
+    # Neighbours are of different checkpoints, so that every idiom meets several in the end.
+    pairs = itertools.product(problems, others)
+    return own + [
+        Cell(next(each for each in turn if is_tried(each, problem)), problem, name, device) for problem, name in pairs
     ]
+
+
+def is_tried(idiom: str, problem: str) -> bool:
+    """Whether an idiom is for a model at all."""
+    leaves_out = IDIOMS[idiom].leaves_out
+    return leaves_out is None or leaves_out(PROBLEMS[problem]) is None
 
 
 def chosen(

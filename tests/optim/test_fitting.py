@@ -159,3 +159,25 @@ def test_nothing_moves_before_a_refusal() -> None:
     with pytest.raises(ValueError, match="several devices"):
         mt.LearnedOptimizer([*model.parameters(), nn.Parameter(torch.ones(1, device="meta"))], "digits")
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+
+
+def test_factors_without_a_gauge_are_told() -> None:
+    """Their rank is above what the layer takes in: they step like other tensors."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match=r"steps 1 pairs of factors like other tensors, the first one 0\.weight"):
+        mt.LearnedOptimizer(model, "lora")
+    assert said(lambda: mt.LearnedOptimizer(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4)), "lora")) == []
+
+
+def test_adapters_that_a_learned_rule_of_factors_is_given_later_are_told() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 5))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            layer.lora_A = nn.Parameter(torch.randn(2, layer.in_features))
+            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, 2))
+    later = [model[2].lora_A, model[2].lora_B]
+    del model[2].lora_A, model[2].lora_B
+    optimizer = mt.LearnedOptimizer(model, "lora")
+    model[2].lora_A, model[2].lora_B = later
+    with pytest.warns(UserWarning, match="adapters that are added later step like other tensors"):
+        optimizer.add_param_group({"params": later})

@@ -73,12 +73,11 @@ def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int = 100, **settings
 def test_the_split_of_an_adapter_makes_no_difference(rule: Any, zero: bool) -> None:
     x, y = drawn(32, 9), drawn(32, 2, seed=9)
     settings: dict[str, Any] = {"rule": rule, **({"lr": 0.05} if rule == "descent" else {}), "weight_decay": 0.1}
-    settings["steps"] = 100 if rule == "polar" and zero else 40
     plain = trained(Adapter(zero), x, y, **settings)
     want = plain.lora_B @ plain.lora_A
     want = want.detach()
     assert float(want.norm()) > 0.1
-    for seed, (condition, scale) in enumerate([(1.0, 1e2), (1e3, 1e-1)]):
+    for seed, (condition, scale) in enumerate([(1.0, 1e-2), (1.0, 1e2), (1e4, 3.0)]):
         model, g = Adapter(zero), element(3, seed, condition, scale)
         with torch.no_grad():
             model.lora_A.copy_(g @ model.lora_A)

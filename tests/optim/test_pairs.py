@@ -71,7 +71,7 @@ def loss_at(problem: Problem) -> float:
 @pytest.mark.parametrize(("inner", "teleporter", "name"), design())
 @pytest.mark.filterwarnings("ignore:the state")
 def test_the_loss_stays_the_state_is_consistent_and_training_goes_on(inner: str, teleporter: str, name: str) -> None:
-    run(inner, teleporter, name, steps=10)
+    run(inner, teleporter, name, steps=20)
 
 
 @pytest.mark.slow(seconds=11)

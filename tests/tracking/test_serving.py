@@ -81,7 +81,7 @@ def test_a_service(tmp_path: Path) -> None:
         assert status == 200, body
         (answer,) = json.loads(body)["predictions"]
         assert json.loads(answer["answer"])["name"] == "digits"
-        loaded(url, process, 32, 3.0)
+        loaded(url, process, 32, 5.0)
     assert "UserWarning" not in (tmp_path / "log").read_text()
 
 

@@ -17,12 +17,9 @@ from metateleport.evaluation.trajectory import Method
 from metateleport.families import TaskStack
 from metateleport.gauges import Direction, GaugeKind, Sketches, directions_in_gauges, factor_pairs
 from metateleport.gauges.whitened import SIDES
-from metateleport.optim.gauged import FLOOR, MATCHED, GaugedOptimizer
+from metateleport.optim.gauged import BETAS, FLOOR, MATCHED, GaugedOptimizer
 
 __all__ = ["RIVALS", "StackedGauged", "gauged"]
-
-_MEMORY = 0.95
-"""Of the second moments of rows."""
 
 
 class StackedGauged(torch.optim.Optimizer):
@@ -49,7 +46,7 @@ class StackedGauged(torch.optim.Optimizer):
         self.pairs, self.gauge, self.steps = factor_pairs(stack.symmetries), gauge, 0
         super().__init__(self.tensors.values(), {"lr": lr, "momentum": momentum})
         none = {name: torch.zeros_like(value) for name, value in self.tensors.items()}
-        memory = torch.full((len(stack),), _MEMORY, dtype=next(iter(none.values())).dtype, device=stack.device)
+        memory = torch.full((len(stack),), BETAS[rule][1], dtype=next(iter(none.values())).dtype, device=stack.device)
         places = [(number, side) for number in range(len(self.pairs)) for side in SIDES]
         self._sketches = Sketches(none, dict.fromkeys(places, memory), {}) if rule == "shampoo" else None
         model = dict(stack.template.named_parameters())
@@ -110,7 +107,7 @@ def gauged(model: nn.Module, lr: float, momentum: float = 0.9, rule: Direction =
     """
     if isinstance(model, TaskStack):
         return StackedGauged(model, lr, momentum, rule=rule)
-    return GaugedOptimizer(model, rule=rule, lr=lr, betas=(momentum, _MEMORY))
+    return GaugedOptimizer(model, rule=rule, lr=lr, betas=(momentum, BETAS[rule][1]))
 
 
 def _gauged(name: str, rule: Direction, **settings: Any) -> Method:

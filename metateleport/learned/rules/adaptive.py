@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_mo
 from metateleport.learned.rules.guard import (
     GUARD_SAMPLES,
     PLAIN_RATE,
+    giving_way,
     guard_state,
     judged,
     noted,
@@ -166,7 +168,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         if guarded:
             self.per_tensor = (*type(self).per_tensor, *GUARD_SAMPLES)  # type: ignore[misc]
         self.detach = True
-        self.observe: Callable[..., Tensor] = _observe_told if told else _observe
+        self.observe: Callable[..., Tensor] = functools.partial(_observe, told=told)
         self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES + _TOLD_FEATURES * told, hidden)
         start = _TOLD_START if told else (0.0, math.log(9.0), _CALM, *_MIXTURE)
@@ -240,11 +242,11 @@ class AdaptiveRule(nn.Module, UpdateRule):
         lengths = lengths * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
         lengths = -lengths.unsqueeze(-1) * mixed
         factors = lengths[..., 0] / sizes
-        own_lengths = PLAIN_RATE * progress.left * young.sqrt() / known
-        plain = plain_steps(names, blocks.parts(adaptive), own_lengths) if self.guarded else {}
+        plain: Tensors = {}
         if self.guarded:
-            factors = state["trust"] * factors - (1 - state["trust"]) * own_lengths
-            lengths = lengths * state["trust"].unsqueeze(-1)
+            own_lengths = PLAIN_RATE * progress.left * young.sqrt() / known
+            plain = plain_steps(names, blocks.parts(adaptive), own_lengths)
+            factors, lengths = giving_way(state["trust"], factors, lengths, own_lengths)
         stepped = [_sum(*each, spend) for each in zip(own, adaptive, blocks.spread(factors), strict=True)]
         moved = {**point.parameters, **dict(zip(names, blocks.parts(stepped), strict=True))}
         velocity = dict(zip(names, blocks.parts(momentum), strict=True))
@@ -428,8 +430,9 @@ def _observe(
     levels: Tensor,
     scale: Tensor,
     progress: Progress,
+    told: bool = False,
 ) -> Tensor:
-    """The network's features of every tensor, `(tensors, tasks, features)`."""
+    """The network's features of every tensor, `(tensors, tasks, features)`; some more where the length is told."""
     assert point.loss is not None
     loss, names = point.loss, list(point.gradients)
     gradients, momentum, parameters = seen
@@ -454,31 +457,17 @@ def _observe(
         torch.full_like(level, math.log(progress.time + 1) / 5),
         heavy / 3,
     )
-    return torch.cat((torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)), -1)
+    parts = [torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)]
+    return torch.cat([*parts, _told_features(point, progress, powers)] if told else parts, -1)
 
 
-def _observe_told(
-    point: Point,
-    blocks: Blocks,
-    seen: tuple[list[Tensor], ...],
-    powers: Tensor,
-    levels: Tensor,
-    scale: Tensor,
-    progress: Progress,
-) -> Tensor:
-    """The same, with the share of the run that is left and the shape of the tensor."""
-    known = _observe(point, blocks, seen, powers, levels, scale, progress)
+def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
+    """The share of the run that is left and the shape of every tensor, `(tensors, tasks, 2)`."""
     shapes = [value.shape[1:] for value in point.gradients.values()]
     # Of a matrix with as many rows as columns it is zero, and of a vector, whose columns are one, the number of rows.
     tall = [math.log(shape[0] / math.prod(shape[1:])) / 5 if shape else 0.0 for shape in shapes]
-    own = torch.stack(
-        (
-            torch.full_like(powers, progress.left),
-            _constant(tall, powers.device, powers.dtype)[:, None].expand_as(powers),
-        ),
-        -1,
-    )
-    return torch.cat((known, own), -1)
+    heights = _constant(tall, powers.device, powers.dtype)[:, None].expand_as(powers)
+    return torch.stack((torch.full_like(powers, progress.left), heights), -1)
 
 
 def _shares(outputs: Tensor, gradients: Tensors, gauged: Collection[str]) -> Tensor:

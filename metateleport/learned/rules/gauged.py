@@ -21,7 +21,7 @@ from metateleport.learned.factors import (
     combined,
     factor_features,
     gram_of,
-    row_count,
+    has_gauges,
     spread_steps,
     trio_of,
     unit_of,
@@ -351,7 +351,9 @@ class GaugedRule(nn.Module, UpdateRule):
             at_home, inside = combined(factors, blocks), seen.combined(factors)
             once.append(gauge.mT @ (at_home + inside.mT @ (square * inside)) @ gauge)
             twice.append(gauge.mT @ (at_home + inside.mT @ (fourth * inside)) @ gauge)
-        polars = polar_of_gram(_regular(torch.cat(once), _rounding(products, gauge).repeat(2)))
+        # Where momenta are not of full rank, rounding in the directions that they lack may be all that there is.
+        rounding = _rounding(products, gauge)
+        polars = polar_of_gram(_regular(torch.cat(once), rounding.repeat(2)))
         polar, slow = (
             fit(length_ratio(*grams)[:, None, None], grams[-1]) * grams[-1]
             for grams in zip(once, twice, polars.split(len(memory)), strict=True)
@@ -361,8 +363,6 @@ class GaugedRule(nn.Module, UpdateRule):
             assert spectrum.vectors is not None
             roots = (spectrum.vectors * (spectrum.values + _SQUARES_FLOOR).rsqrt().unsqueeze(-2)) @ spectrum.vectors.mT
             roots = roots.to(products.dtype)
-            # Where momenta are not of full rank, rounding in the directions that they lack may be all that there is.
-            rounding = _rounding(products, gauge)
             least = rounding * roots.square().sum((1, 2)) + torch.finfo(roots.dtype).tiny
         size = (roots @ twice[0]).mul(roots.mT).sum((1, 2)).maximum(least).sqrt()
         adaptive = roots * fit(math.sqrt(width) / size, roots)
@@ -447,9 +447,9 @@ class GaugedRule(nn.Module, UpdateRule):
 
 
 def _is_there(pair: FactorPair, point: Point) -> bool:
-    """Whether a pair can be stepped: its tensors are there, and the factor that puts out may be of full rank."""
+    """Whether the tensors of a pair are all there, and it has gauges."""
     there = all(name in point.parameters for side in SIDES for name in pair.names(side))
-    return there and row_count(pair, "out", point.parameters) >= pair.size
+    return there and has_gauges(pair, point.parameters)
 
 
 def _rounding(products: Tensor, gauge: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from metateleport.point import Tensors
 
-__all__ = ["GUARD_NUMBERS", "GUARD_SAMPLES", "PLAIN_RATE", "guard_state", "judged", "noted", "plain_steps"]
+__all__ = [
+    "GUARD_NUMBERS",
+    "GUARD_SAMPLES",
+    "PLAIN_RATE",
+    "giving_way",
+    "guard_state",
+    "judged",
+    "noted",
+    "plain_steps",
+]
 
 PLAIN_RATE = 1e-3
 """Learning rate of the step that a learned one gives way to: AdamW's default."""
@@ -90,6 +99,23 @@ def judged(state: Mapping[str, Any], gradients: Tensors, accepted: Tensor) -> di
     behind = torch.where(fails, behind / 2, behind)
     found = {"trust": most.minimum(trust * _RISES), "most": most, "behind": behind}
     return {key: torch.where(known, value, state[key]) for key, value in found.items()}
+
+
+def giving_way(trust: Tensor, factors: Tensor, lengths: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of Adam's direction and the lengths of all directions where a step is trusted in part.
+
+    Args:
+        trust: `(tasks,)`.
+        factors: of Adam's direction in the learned step, `(tensors, tasks)`.
+        lengths: of all directions of the learned step, `(tensors, tasks, directions)`.
+        plain: of Adam's direction in AdamW's step, `(tensors, tasks)`.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> giving_way(torch.tensor([0.25]), -4 * one, -4 * one.unsqueeze(-1), one)
+        (tensor([[-1.7500]]), tensor([[[-1.]]]))
+    """
+    return trust * factors - (1 - trust) * plain, lengths * trust.unsqueeze(-1)
 
 
 @torch.no_grad()
