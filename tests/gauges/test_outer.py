@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metateleport.gauges.outer import outer_gauge, polar_in_outer, sketch_width, sketched
+from metateleport.gauges.outer import length_ratio, outer_gauge, polar_in_outer, sketch_width, sketched
 from metateleport.linalg import polar_factors
 
 
@@ -66,3 +66,12 @@ def test_nothing_seen_is_no_step() -> None:
 
 def test_widths() -> None:
     assert [sketch_width(*each) for each in ((1, 100), (16, 100), (64, 100), (4, 3))] == [16, 32, 100, 3]
+
+
+def test_no_step_is_lengthened_beyond_what_an_outer_gauge_can_shorten() -> None:
+    """Where what is left after two of them is rounding, the ratio of the lengths is the largest that there can be."""
+    once, made = torch.eye(2).unsqueeze(0), torch.eye(2).unsqueeze(0)
+    for left in (1e-12, 0.0, -1e-9):
+        ratio = length_ratio(once, left * once, made)
+        torch.testing.assert_close(ratio, torch.tensor([1001.0**0.25]))
+    torch.testing.assert_close(length_ratio(once, 0.25 * once, made), torch.tensor([2.0]))

@@ -181,3 +181,17 @@ def test_adapters_that_a_learned_rule_of_factors_is_given_later_are_told() -> No
     model[2].lora_A, model[2].lora_B = later
     with pytest.warns(UserWarning, match="adapters that are added later step like other tensors"):
         optimizer.add_param_group({"params": later})
+
+
+def test_adapters_that_their_names_and_a_pass_tell_are_there_once() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(5, 4).requires_grad_(False)
+            self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + x @ self.lora_A.T @ self.lora_B.T
+
+    found = mt.LearnedOptimizer(Adapted(), "lora", example_input=torch.randn(6, 5)).symmetries
+    assert [each.parameters for each in found] == [("lora_A", "lora_B")]

@@ -346,14 +346,13 @@ class GaugedRule(nn.Module, UpdateRule):
         gauge = gauges.reaching(side, choice[:, 3].sigmoid())
         outer = choice[:, 5].sigmoid().unsqueeze(-1)
         square, fourth = seen.gauge.weights(outer / 2).unsqueeze(-1), seen.gauge.weights(outer).unsqueeze(-1)
-        once, twice = [], []
+        bare, once, twice = [], [], []
         for factors in (ahead, behind):
             at_home, inside = combined(factors, blocks), seen.combined(factors)
+            bare.append(gauge.mT @ at_home @ gauge)
             once.append(gauge.mT @ (at_home + inside.mT @ (square * inside)) @ gauge)
             twice.append(gauge.mT @ (at_home + inside.mT @ (fourth * inside)) @ gauge)
-        # Where momenta are not of full rank, rounding in the directions that they lack may be all that there is.
-        rounding = _rounding(products, gauge)
-        polars = polar_of_gram(_regular(torch.cat(once), rounding.repeat(2)))
+        polars = polar_of_gram(torch.cat(once))
         polar, slow = (
             fit(length_ratio(*grams)[:, None, None], grams[-1]) * grams[-1]
             for grams in zip(once, twice, polars.split(len(memory)), strict=True)
@@ -363,6 +362,8 @@ class GaugedRule(nn.Module, UpdateRule):
             assert spectrum.vectors is not None
             roots = (spectrum.vectors * (spectrum.values + _SQUARES_FLOOR).rsqrt().unsqueeze(-2)) @ spectrum.vectors.mT
             roots = roots.to(products.dtype)
+            # In directions that momenta lack all that there is is rounding, of a difference of terms as large as these.
+            rounding = 8 * width * torch.finfo(roots.dtype).eps * torch.diagonal(bare[0], dim1=-2, dim2=-1).sum(-1)
             least = rounding * roots.square().sum((1, 2)) + torch.finfo(roots.dtype).tiny
         size = (roots @ twice[0]).mul(roots.mT).sum((1, 2)).maximum(least).sqrt()
         adaptive = roots * fit(math.sqrt(width) / size, roots)
@@ -450,17 +451,3 @@ def _is_there(pair: FactorPair, point: Point) -> bool:
     """Whether the tensors of a pair are all there, and it has gauges."""
     there = all(name in point.parameters for side in SIDES for name in pair.names(side))
     return there and has_gauges(pair, point.parameters)
-
-
-def _rounding(products: Tensor, gauge: Tensor) -> Tensor:
-    """What rounding may leave of Gram matrices in a gauge where there is nothing, `(pairs * tasks,)`."""
-    traces = torch.diagonal(products.detach(), dim1=-2, dim2=-1).sum(-1)
-    least = 8 * gauge.shape[-1] * torch.finfo(products.dtype).eps
-    return least * traces * gauge.detach().square().sum((1, 2))
-
-
-def _regular(grams: Tensor, rounding: Tensor) -> Tensor:
-    """Gram matrices, with multiples of one in the place of those that rounding has left nothing of."""
-    traces = torch.diagonal(grams, dim1=-2, dim2=-1).sum(-1)
-    eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device) * rounding[:, None, None]
-    return torch.where((traces < rounding)[:, None, None], eye, grams)
