@@ -94,7 +94,9 @@ def test_the_page_tells_what_a_checkpoint_is_not_made_for(name: str) -> None:
             warnings.simplefilter("always")
             metateleport.LearnedOptimizer(model, name, **keywords)
         for each in heard:
-            reasons = str(each.message).partition(f"{name!r} is not made for this: ")[2]
+            _, not_made_for, reasons = str(each.message).partition(f"{name!r} is not made for this: ")
+            if not not_made_for:
+                continue
             reasons = reasons.removesuffix(". 'default' is made for any model, on minibatches")
             said |= set(re.split("; (?=it )", reasons))
     assert told == said
