@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -93,7 +94,7 @@ class BiasTranslation(Symmetry):
         names[0] += f"[{int(places.min())}:{int(places.max()) + 1}]"
         return ", ".join(names)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         legs = [Leg(f"{each.weight} {each.bias}", each.places, each.axis) for each in self.absorbers]
         return f"{super().key} {fingerprint([self.bias, *legs])}"
