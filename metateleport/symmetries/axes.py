@@ -86,6 +86,7 @@ class AxisSymmetry(Symmetry):
 
     kind = "scaling"
     exactness = "exact"
+    reads_place = False
 
     def __init__(
         self,

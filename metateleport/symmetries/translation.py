@@ -79,6 +79,7 @@ class BiasTranslation(Symmetry):
 
     kind = "translation"
     exactness = "exact"
+    reads_place = False
 
     def __init__(self, bias: Leg, absorbers: Iterable[Absorber] = (), inputs: Iterable[Leg] = ()) -> None:
         self.bias, self.absorbers, self.inputs = bias, tuple(absorbers), tuple(inputs)
