@@ -172,7 +172,7 @@ class Stage:
         return [
             set(symmetry.modules).issubset(self._activations)
             and bool(symmetry.holds(point))
-            and bool(symmetry.holds(point, self._element(symmetry)))
+            and (not symmetry.holds_by_element or bool(symmetry.holds(point, self._element(symmetry))))
             for symmetry in symmetries
         ]
 
