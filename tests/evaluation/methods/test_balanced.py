@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import metateleport as mt
 from metateleport import Task, load_family
@@ -49,7 +49,7 @@ def by_hand(task: Task, steps: int) -> dict[str, Tensor]:
     for step in range(steps):
         inputs, targets = task.batch(step)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(*inputs), *targets).backward()
+        task.loss(model(*inputs), *targets).backward()
         optimizer.step()
     return {name: value.detach() for name, value in model.named_parameters()}
 
