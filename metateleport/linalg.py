@@ -17,6 +17,7 @@ __all__ = [
     "certain",
     "diagonal_spectrum",
     "eigen",
+    "eigenpairs",
     "finite_gradient",
     "first_not_finite",
     "fit",
@@ -123,7 +124,7 @@ def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
     usable = scaled.isfinite().all(-1).all(-1) & (scale < float("inf"))
     unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
     scaled = torch.where(usable[..., None, None], scaled, unit)
-    values, vectors, converged = _eigh(scaled)
+    values, vectors, converged = eigenpairs(scaled)
     usable = usable & converged
     largest = values[..., -1].clamp_min(tiny)
     values = values / largest.unsqueeze(-1)
@@ -171,8 +172,21 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
     return spectrum.log(added), spectrum.logs(added)
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, eigenvectors and where they converged; where a stack fails, its matrices are tried one by one."""
+def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices, and where they converged.
+
+    Where a stack fails, its matrices are tried one by one.
+
+    Args:
+        matrix: `(*batch, k, k)`, finite.
+
+    Returns:
+        The eigenvalues, rising, `(*batch, k)`; the eigenvectors in columns; and a boolean `(*batch,)`.
+
+    Example:
+        >>> eigenpairs(torch.diag(torch.tensor([2.0, -1.0])))[0]
+        tensor([-1.,  2.])
+    """
     batch = matrix.shape[:-2]
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -180,7 +194,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         pass
     if batch:
-        parts = [_eigh(each) for each in matrix.flatten(0, -3)]
+        parts = [eigenpairs(each) for each in matrix.flatten(0, -3)]
         values, vectors, converged = (torch.stack(each) for each in zip(*parts, strict=True))
         return values.reshape(*batch, -1), vectors.reshape(matrix.shape), converged.reshape(batch)
     unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -518,7 +532,7 @@ def eigen(generator: Tensor) -> tuple[Tensor, Tensor]:
         >>> eigen(torch.diag(torch.tensor([2.0, 1.0])))[0]
         tensor([1., 2.])
     """
-    values, vectors, converged = _eigh(generator)
+    values, vectors, converged = eigenpairs(generator)
     usable = converged & values.isfinite().all(-1)
     return torch.where(usable.unsqueeze(-1), values, 0.0), vectors
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["polar_by_gram", "polar_of_gram"]
+from metateleport.linalg import eigenpairs
+
+__all__ = ["definite", "polar_by_gram", "polar_of_gram"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
@@ -18,7 +20,7 @@ def polar_of_gram(gram: Tensor) -> Tensor:
     $p = a + b N + c N^2$.
 
     Args:
-        gram: $N$, `(batch, k, k)`.
+        gram: $N$, `(batch, k, k)`, without eigenvalues far below zero: of those the polynomial makes more (`definite`).
 
     Returns:
         $P$, `(batch, k, k)`, which is nearly $N^{-1/2}$.
@@ -40,6 +42,27 @@ def polar_of_gram(gram: Tensor) -> Tensor:
             gram = factor @ gram @ factor
     assert total is not None
     return total / size.sqrt()
+
+
+def definite(gram: Tensor) -> Tensor:
+    """A Gram matrix that was multiplied by a gauge, without what rounding has left below zero.
+
+    In a gauge of a large condition number that is more than rounding of the matrix itself. What is added is kept out of
+    the graph.
+
+    Args:
+        gram: `(batch, k, k)`.
+
+    Example:
+        >>> definite(torch.diag(torch.tensor([1.0, -0.5])).unsqueeze(0))[0]
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    gram = (gram + gram.mT) / 2
+    with torch.no_grad():
+        values, vectors, _ = eigenpairs(gram.nan_to_num(0.0, 0.0, 0.0))
+        lacking = (vectors * values.clamp_max(0.0).neg().unsqueeze(-2)) @ vectors.mT
+    return gram + lacking
 
 
 def polar_by_gram(rows: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def whitening_roots(outgoing: Tensor, incoming: Tensor, floor: Tensor | float, s
 def inverse_root(matrix: Tensor) -> Tensor:
     r"""$A^{-1/2}$ of positive semidefinite matrices, by Newton's iteration, without waiting for the device.
 
-    Eigenvalues below 1e-10 of their sum (1e-6 in float32) count as that much; where a matrix is zero, so is the result.
+    Eigenvalues below 1e-10 of their sum (1e-6 in float32), or below rounding, count as that much; where a matrix is
+    zero, so is the result.
 
     Args:
         matrix: `(batch, k, k)`.
@@ -157,8 +158,10 @@ def inverse_root(matrix: Tensor) -> Tensor:
     trace = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1)[..., None, None]
     tiny = torch.finfo(matrix.dtype).tiny
     least = _SPECTRUM if matrix.dtype == torch.float64 else _SPECTRUM_SINGLE
+    # An eigenvalue that rounding has left below zero would grow from step to step.
+    least = max(least, _SHIFT * matrix.shape[-1] * torch.finfo(matrix.dtype).eps)
     known = trace.clamp_min(tiny)
-    near, root = matrix / known + least * eye, eye.expand_as(matrix)
+    near, root = (matrix + matrix.mT) / (2 * known) + least * eye, eye.expand_as(matrix)
     for _ in range(_NEWTON_STEPS):
         step = 1.5 * eye - 0.5 * root @ near
         near, root = near @ step, step @ root

@@ -21,6 +21,7 @@ from metateleport.teleporters import Teleporter
 __all__ = [
     "check_fit",
     "check_kinds",
+    "check_matrices",
     "check_parameters",
     "check_symmetries",
     "checked_state",
@@ -134,12 +135,23 @@ def check_fit(teleporter: Teleporter, symmetries: Sequence[Symmetry]) -> None:
     groups = teleporter.groups
     if groups is None or not symmetries:
         return
+    check_matrices(symmetries)
     present = sorted({symmetry.group.name for symmetry in symmetries})
     if not set(present) & set(groups):
         raise ValueError(
             f"this teleporter has networks for {_listed(groups)} only, and the model's symmetries have "
             f"{_listed(present)}: it could move nothing. Take a checkpoint that was trained on a model with the same "
             "activations (metateleport.symmetries_of(model) shows the groups), or another teleporter"
+        )
+
+
+def check_matrices(symmetries: Sequence[Symmetry]) -> None:
+    """Raises a `ValueError` if a symmetry has no matrices, which learned teleporters and gauges read."""
+    without = next((each for each in symmetries if not each.has_matrices), None)
+    if without is not None:
+        raise ValueError(
+            f"{type(without).__name__} has no matrices, which learned teleporters and gauges read: give it a method "
+            "matrices (or diagonals), leave it out, or take a teleporter that is not learned"
         )
 
 

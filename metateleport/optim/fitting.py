@@ -16,6 +16,7 @@ from metateleport.detection.chain import symmetries_of
 from metateleport.gauges import factor_pairs, gauge_symmetries
 from metateleport.learned.factors import has_gauges
 from metateleport.learned.meta_optimizer import MetaOptimizer
+from metateleport.optim.checks import check_matrices
 from metateleport.optim.choice import DEFAULT
 from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
@@ -107,6 +108,8 @@ def fitting_symmetries(
     if symmetries is not None:
         found = tuple(symmetries)
         _check_given(found, model)
+        if meta.reads_symmetries:
+            check_matrices(found)
     else:
         if not meta.reads_symmetries:
             return ()

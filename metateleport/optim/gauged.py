@@ -186,7 +186,7 @@ class GaugedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Number of steps that were not taken, as the loss, a gradient or its square was not finite."""
+        """Number of steps that were not taken, as the loss, a gradient, its square or the step was not finite."""
         return 0 if self._skipped is None else int(self._skipped)
 
     @torch.no_grad()
@@ -266,14 +266,19 @@ class GaugedOptimizer(torch.optim.Optimizer):
         steps = self._in_gauges(starts, seen, momentum, rates, groups, corrections, finite, parameters)
         rest = {name: value for name, value in momentum.items() if name not in steps or not self._factors.whole[name]}
         plain = self._as_they_are(rest, seen, rates, groups, corrections, finite, parameters)
-        for name, value in parameters.items():
+        moved: dict[str, Tensor] = {}
+        for name in parameters:
             step = steps.get(name, plain.get(name))
             if name in steps and name in plain:
                 step = self._factors.joined(name, steps[name], plain[name])
             assert step is not None
             decay = 1 - rates[name] * groups[name]["weight_decay"]
-            moved = torch.where(finite, decay * starts[name] - step, starts[name])
-            write(value, moved, self.state[value])
+            moved[name] = decay * starts[name] - step
+        kept = torch.stack([each.isfinite().all() for each in moved.values()]).all()
+        assert self._skipped is not None
+        self._skipped = self._skipped.to(kept.device) + (finite & ~kept)
+        for name, value in parameters.items():
+            write(value, torch.where(finite & kept, moved[name], starts[name]), self.state[value])
 
     def _by_coordinates(self, value: Tensor, start: Tensor) -> bool:
         """Whether a tensor steps as AdamW does where it has no gauge; decided at its first step."""

@@ -501,8 +501,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _recall(self, point: Point, named: Mapping[str, Tensor]) -> None:
         """Restricts the inner loop's state to the tensors of this step."""
         state = self.loop.state
-        if state is not None and self._same_as_before(state, point):
-            entries = {name: self.state[named[name]] for name in point.gradients}
+        entries = {name: self.state[named[name]] for name in point.gradients}
+        # A person may have cleared what is remembered of some tensors: they begin anew.
+        if state is not None and self._same_as_before(state, point) and all(entries.values()):
             self.loop.state = dataclasses.replace(state, rule=known_state(self.meta.rule, state.rule, entries))
             return
         fresh = self.meta.initial_state(point, self.symmetries, self.deterministic)
@@ -511,8 +512,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if before is not None and before.progress.start.dtype != working:
             # The model has been moved to another precision.
             before = before.map(partial(_in_dtype, dtype=working))
-            for entries in self.state.values():
-                entries.update({key: _in_dtype(value, working) for key, value in entries.items()})
+            for kept in self.state.values():
+                kept.update({key: _in_dtype(value, working) for key, value in kept.items()})
         if before is not None:
             rest = before.rule
         elif self._loaded:

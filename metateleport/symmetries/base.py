@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,23 @@ class Symmetry(abc.ABC):
     certificate: Certificate | None = None
     """What was measured of it, where it was found and not named by hand."""
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        own = vars(cls)
+        if "reads_place" not in own and ("carry_covectors" in own or "carry_squares" in own):
+            # What a base class says of its own carrying says nothing of another one.
+            cls.reads_place = True
+
     @property
     def dimension(self) -> int:
         """Dimension of the Lie group."""
         return self.group.dimension
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether it makes the matrices that learned teleporters and gauges read."""
+        own = type(self)
+        return own.matrices is not Symmetry.matrices or own.diagonals is not Symmetry.diagonals
 
     @property
     def where(self) -> str:

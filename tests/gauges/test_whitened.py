@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.gauges import DIRECTIONS, factor_pairs, in_gauge, inverse_root, polar_by_gram, whitening_roots
 from metateleport.gauges.factors import Coordinates, gathered, spread
+from metateleport.gauges.polar import definite
 from metateleport.gauges.roots import orthonormalising
 from metateleport.linalg import polar_factors
 from metateleport.symmetries import AttentionVO, LoRAPair
@@ -93,6 +94,23 @@ def test_the_inverse_root(condition: float) -> None:
     found = inverse_root(matrix)
     assert torch.allclose(found @ matrix @ found, torch.eye(4).double().unsqueeze(0), atol=1e-2)
     assert not bool(inverse_root(torch.zeros(1, 3, 3)).any())
+
+
+@pytest.mark.parametrize("size", [32, 192])
+def test_the_inverse_root_of_a_gram_matrix_of_low_rank_is_finite(size: int) -> None:
+    """In single precision, where rounding leaves eigenvalues below zero."""
+    for seed in range(5):
+        source = torch.Generator().manual_seed(seed)
+        rows = torch.randn(1, size // 2, size, generator=source) * torch.logspace(0, 3, size)
+        assert bool(inverse_root(rows.mT @ rows).isfinite().all())
+
+
+def test_a_gram_matrix_keeps_what_is_above_zero() -> None:
+    root = element(4, 10.0).float()
+    gram = (root @ root.mT).unsqueeze(0)
+    assert torch.allclose(definite(gram), gram, rtol=1e-6)
+    below = gram - 2 * torch.eye(4) * torch.linalg.eigvalsh(gram).amin()
+    assert float(torch.linalg.eigvalsh(definite(below)).amin()) > -1e-5 * float(below.diagonal(dim1=1, dim2=2).sum())
 
 
 def test_polar_is_the_geometric_mean_of_metric_and_gradient() -> None:

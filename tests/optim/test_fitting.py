@@ -11,8 +11,11 @@ from learned_cases import backward, meta_of, mlp
 from torch import Tensor, nn
 
 import metateleport as mt
+from metateleport.groups import PositiveDiagonal
 from metateleport.optim import fitting
 from metateleport.optim.fitting import check_parameters, fitting_symmetries, say_what_fits
+from metateleport.symmetries import Rescaling, Symmetry
+from metateleport.symmetries.base import Carried
 
 
 def said(make: Any) -> list[str]:
@@ -195,3 +198,48 @@ def test_adapters_that_their_names_and_a_pass_tell_are_there_once() -> None:
 
     found = mt.LearnedOptimizer(Adapted(), "lora", example_input=torch.randn(6, 5)).symmetries
     assert [each.parameters for each in found] == [("lora_A", "lora_B")]
+
+
+class Scaled(Symmetry):
+    """Written by a person: act and carry, and no more."""
+
+    kind = "scaled"
+    exactness = "exact"
+
+    def __init__(self) -> None:
+        self.parameters, self.group = ("0.weight", "0.bias", "2.weight"), PositiveDiagonal(4)
+
+    def _by(self, element: Tensor, tensors: Any, power: float) -> dict[str, Tensor]:
+        column = (element**power).unsqueeze(-1)
+        factors = {"0.weight": column, "0.bias": element**power, "2.weight": 1 / column.mT}
+        return {name: tensors[name] * factor for name, factor in factors.items() if name in tensors}
+
+    def act(self, element: Tensor, point: Any) -> Any:
+        return point.update(self._by(element, point.parameters, 1), self._by(element, point.gradients, -1))
+
+    def carry_covectors(self, element: Tensor, covectors: Any, point: Any) -> Carried:
+        return Carried(self._by(element, covectors, -1), True)
+
+    def carry_squares(self, element: Tensor, squares: Any, point: Any) -> Carried:
+        return Carried(self._by(element, squares, -2), True)
+
+
+def test_a_symmetry_without_matrices_is_refused_where_they_are_read() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="Scaled has no matrices"):
+        mt.LearnedOptimizer(model, "digits", symmetries=[Scaled()])
+    inner = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="Scaled has no matrices"):
+        mt.TeleportingOptimizer(inner, model, mt.load("digits"), symmetries=[Scaled()])
+    mt.TeleportingOptimizer(inner, model, mt.teleporters.RandomTeleporter(0.1), symmetries=[Scaled()])
+
+
+def test_what_a_subclass_carries_by_itself_may_read_the_place() -> None:
+    class Own(Rescaling):
+        def carry_squares(self, element: Tensor, squares: Any, point: Any) -> Carried:
+            return super().carry_squares(element, squares, point)
+
+    class Named(Rescaling):
+        kind = "named"
+
+    assert (Rescaling.reads_place, Own.reads_place, Named.reads_place) == (False, True, False)

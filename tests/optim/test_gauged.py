@@ -235,6 +235,35 @@ def test_what_a_step_left_out_is_counted_and_leaves_no_trace(rule: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("sizes", [(16, 32, 33), (64, 130, 131), (8, 8, 2)], ids=str)
+def test_adam_in_a_gauge_of_wide_pairs_stays_finite_in_single_precision(sizes: tuple[int, int, int]) -> None:
+    entering, size, leaving = sizes
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(entering, size), nn.Linear(size, leaving))
+    optimizer = GaugedOptimizer(model, "adam", lr=0.02)
+    for _ in range(10):
+        target = torch.randint(leaving, (16,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(16, entering)), target).backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    assert all(bool(value.isfinite().all()) for value in model.parameters())
+
+
+def test_a_step_that_is_not_finite_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Adapter()
+    optimizer = GaugedOptimizer(model)
+    before = [value.detach().clone() for value in model.parameters()]
+    plain = optimizer._as_they_are
+    monkeypatch.setattr(
+        optimizer, "_as_they_are", lambda *given: {name: value * math.nan for name, value in plain(*given).items()}
+    )
+    model(drawn(4, 9)).square().mean().backward()
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

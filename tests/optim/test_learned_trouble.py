@@ -57,6 +57,21 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_said_once(
     assert said(caught, "that step was left out, and is counted in `skipped`") == 1
 
 
+@pytest.mark.parametrize("config", RULES)
+def test_tensors_whose_state_is_cleared_begin_anew(config: dict[str, Any]) -> None:
+    model = mlp(torch.float32)
+    optimizer = made(model, meta_of(**config))
+    for number in range(4):
+        backward(model, number)
+        optimizer.step()
+        if number == 1:
+            optimizer.state[model[0].weight] = {}
+        if number == 2:
+            optimizer.state.clear()
+    assert all(bool(value.isfinite().all()) for value in model.parameters())
+    assert (optimizer.steps, optimizer.skipped) == (4, 0)
+
+
 @pytest.mark.filterwarnings("ignore:.*not finite")
 def test_steps_left_out_before_the_first_one_taken_are_saved() -> None:
     model = mlp(torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metateleport.gauges import Gauge
 from metateleport.gauges.factors import FactorPair, FactorSide, factor_pairs
 from metateleport.gauges.outer import length_ratio
-from metateleport.gauges.polar import polar_of_gram
+from metateleport.gauges.polar import definite, polar_of_gram
 from metateleport.gauges.spectrum import GaugeKind, ProductGauges, product_gauges
 from metateleport.gauges.whitened import SIDES, stacks_of
 from metateleport.learned.factors import (
@@ -352,7 +352,7 @@ class GaugedRule(nn.Module, UpdateRule):
             bare.append(gauge.mT @ at_home @ gauge)
             once.append(gauge.mT @ (at_home + inside.mT @ (square * inside)) @ gauge)
             twice.append(gauge.mT @ (at_home + inside.mT @ (fourth * inside)) @ gauge)
-        polars = polar_of_gram(torch.cat(once))
+        polars = polar_of_gram(definite(torch.cat(once)))
         polar, slow = (
             fit(length_ratio(*grams)[:, None, None], grams[-1]) * grams[-1]
             for grams in zip(once, twice, polars.split(len(memory)), strict=True)

@@ -277,3 +277,25 @@ def test_gradients_of_low_rank_and_ranks_above_the_layers_do_no_harm(
     assert optimizer.skipped == 0
     assert max(losses) < 2 * losses[0]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(("size", "seed"), [(8, 1), (16, 1), (16, 3)])
+def test_square_factors_in_front_of_few_outputs_take_every_step(size: int, seed: int) -> None:
+    """Their gauge comes to a condition number at which rounding leaves Gram matrices with eigenvalues below zero."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.normal_(0, size**-0.5)
+        model[1].weight.zero_()
+    x, y = torch.randn(64, size), torch.randn(64, 2)
+    optimizer = mt.LearnedOptimizer(model, "lora")
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert optimizer.skipped == 0
+    assert max(losses) < 1.01 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
