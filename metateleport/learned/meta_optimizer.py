@@ -178,6 +178,7 @@ class MetaOptimizer(nn.Module):
         loss_fits: bool = True,
         along: Sequence[Symmetry] | None = None,
         spend: bool = False,
+        finite: bool = False,
     ) -> Step:
         """One inner step on every task of the stack.
 
@@ -194,6 +195,7 @@ class MetaOptimizer(nn.Module):
             along: those of the symmetries to move along and to step in gauges of; all of them if not given. The others
                 tell how the layers follow one another.
             spend: whether the rule may overwrite `state`'s tensors, as nobody reads it again; only without a graph.
+            finite: whether the point is known to have a loss and gradients that can be stepped along.
 
         Returns:
             The step.
@@ -220,7 +222,7 @@ class MetaOptimizer(nn.Module):
             one = accepted.numel() == 1
             base = state.accepted if one else point.choose(accepted, state.accepted)
         teleporter_state = chosen.judged(state.teleporter, progress, accepted)
-        usable = _finite(base)
+        usable = torch.ones_like(accepted) if finite and base is point else _finite(base)
         start = base if certain(usable) else _emptied(base, ~usable)
         along = symmetries if along is None else along
         moved = start
@@ -315,6 +317,7 @@ class InnerLoop:
         loss_known: bool = True,
         loss_fits: bool = True,
         along: Sequence[Symmetry] | None = None,
+        finite: bool = False,
     ) -> Step:
         """One inner step on every task.
 
@@ -324,6 +327,7 @@ class InnerLoop:
             loss_fits: whether gradients and cotangents are those of this loss, and not multiples; if not, rules that
                 divide by it take a stand-in.
             along: those of the symmetries to move along and to step in gauges of; all of them if not given.
+            finite: whether the point is known to have a loss and gradients that can be stepped along.
 
         Returns:
             The step; its `parameters` are to be evaluated next.
@@ -335,7 +339,16 @@ class InnerLoop:
             self.state = dataclasses.replace(self.state, progress=told)
         fits = loss_known and loss_fits
         step = self.meta.step(
-            point, self.symmetries, self.state, self.teleporter, self.regauge, loss_known, fits, along, self.spends
+            point,
+            self.symmetries,
+            self.state,
+            self.teleporter,
+            self.regauge,
+            loss_known,
+            fits,
+            along,
+            self.spends,
+            finite,
         )
         self.state, self.last_step = step.state, step
         return step
