@@ -23,6 +23,7 @@ __all__ = [
     "PositiveDiagonal",
     "exponentials",
     "still",
+    "unbound",
 ]
 
 _KNOWN_INVERSE = "_known_inverse"
@@ -182,11 +183,14 @@ class Group(abc.ABC):
             raise ValueError(f"the size of a generator is a Frobenius norm: finite and at least zero, not {size!r}")
         source = random_source(seed, generator)
         drawn = torch.randn(*batch, self.size, self.size, generator=source, dtype=torch.float64)
-        drawn = self.project(drawn)
-        norms = self.norm(drawn)
+        return self.directed(drawn, size).to(device=device, dtype=dtype or torch.get_default_dtype())
+
+    def directed(self, matrix: Tensor, size: float) -> Tensor:
+        """The generators of Frobenius norm `size` along the projections of `(*batch, size, size)` matrices."""
+        found = self.project(matrix)
+        norms = self.norm(found)
         # A group of dimension zero has one generator only, of norm zero.
-        drawn = drawn * self.expand(torch.where(norms > 0, size / norms, 0.0))
-        return drawn.to(device=device, dtype=dtype or torch.get_default_dtype())
+        return found * self.expand(torch.where(norms > 0, size / norms, 0.0))
 
     def random(
         self,
@@ -368,6 +372,20 @@ def still(element: Tensor) -> Tensor:
     """
     known = getattr(element, _KNOWN_INVERSE, None)
     return element.detach() if known is None else _with_inverse(element.detach(), known.detach())
+
+
+def unbound(elements: Tensor) -> list[Tensor]:
+    """The elements of a batch one by one, each with its inverse where that is known.
+
+    Example:
+        >>> group = GeneralLinear(2)
+        >>> one, other = unbound(group.exp(torch.zeros(2, 2, 2)))
+        >>> bool(torch.equal(group.inverse(one), other))
+        True
+    """
+    known = getattr(elements, _KNOWN_INVERSE, None)
+    each = list(elements.unbind(0))
+    return each if known is None else [_with_inverse(*pair) for pair in zip(each, known.unbind(0), strict=True)]
 
 
 def _short_exponential(matrix: Tensor) -> Tensor:

@@ -233,7 +233,9 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     else:
         for _ in range(_POLAR_STEPS):
             gram = torch.bmm(found, found.mT)
-            found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+            # Under the same name, so that the product is gone before the last one is made.
+            gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            found = torch.baddbmm(found, gram, found, beta=a)
     parts = found.to(first.dtype).split(first.shape[0])
     cut = [part[:, :own, :across] for part, (own, across) in zip(parts, shapes, strict=True)]
     turned = [each if _is_wide(value) else each.mT for each, value in zip(cut, tensors, strict=True)]

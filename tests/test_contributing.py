@@ -46,7 +46,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with everything that the page adds."""
     root = tmp_path_factory.mktemp("extended")
     for name in COPIED:
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "pyproject.toml", root)
     carry_out(PAGE.read_text(), root)
     return root
@@ -125,7 +125,7 @@ except mt.symmetries.Unsuitable as error:
 report = mt.teleport(model, mt.teleporters.MinimumNormTeleporter(), x, symmetries=[symmetry])
 found["moved"], found["drift"], found["decay"] = report.size, report.drift, report.weight_decay_change
 
-small = ["--set", "width=3", "--tasks", "2", "--steps", "6", "--no-track", "--jobs", "2", "--json", "a.json"]
+small = ["--set", "width=3", "--tasks", "2", "--steps", "6", "--no-track", "--json", "a.json"]
 found["evaluate"] = cli.main(["evaluate", "none", "leaky_mlp", *small, "--methods", "sign-sgd,gd"])
 found["evaluate, misspelt"] = cli.main(["evaluate", "none", "leaky_mlp", *small, "--methods", "sign-sdg"])
 

@@ -25,8 +25,8 @@ SAID = {
 }
 """Something that each of them prints."""
 
-# Those that take seconds run with every test.
-FAST = ("orbits",)
+SECONDS = {"orbits": 5}
+"""How long they take where it is not about a minute."""
 
 
 def printed(notebook: Any) -> str:
@@ -38,7 +38,7 @@ def printed(notebook: Any) -> str:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else [pytest.mark.slow(seconds=60)])
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow(seconds=SECONDS.get(path.stem, 60)))
         for path in NOTEBOOKS
     ],
 )

@@ -97,6 +97,7 @@ def test_without_torchvision_there_is_nothing_to_mend(
     assert "not installed" in capsys.readouterr().out
 
 
+@pytest.mark.slow(seconds=5)
 def test_what_a_person_runs_here_imports() -> None:
     """In a process of its own, which the tests have prepared in no way."""
     pytest.importorskip("transformers")

@@ -158,7 +158,7 @@ class PassRecorder:
         They have the dtype of the module's weight, but float32 for half precision. Integers (inputs of embeddings) stay
         integers, in one column.
         """
-        return {name: torch.cat([self._laid(name, run.input) for run in runs]) for name, runs in recorded.runs.items()}
+        return {name: _joined([self._laid(name, run.input) for run in runs]) for name, runs in recorded.runs.items()}
 
     def cotangents(self, recorded: RecordedPass) -> Tensors:
         """Gradients on the outputs of the modules that a backward pass went through, in the rows of `activations`.
@@ -169,7 +169,7 @@ class PassRecorder:
         for name, runs in recorded.runs.items():
             if any(run.cotangent is not None for run in runs):
                 each = [_cotangent(run) for run in runs]
-                found[name] = torch.cat([self._laid(name, value) for value in each if value is not None])
+                found[name] = _joined([self._laid(name, value) for value in each if value is not None])
         return found
 
     def evaluate(self, positional: tuple[Any, ...], keywords: dict[str, Any]) -> RecordedPass:
@@ -429,6 +429,11 @@ def _record_runs(model: nn.Module, modules: Iterable[str]) -> Iterator[dict[str,
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows one below the other; of a single run as they are, as nobody overwrites them."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _cotangent(run: Run) -> Tensor | None:

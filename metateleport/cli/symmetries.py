@@ -89,7 +89,7 @@ def load_factory(name: str) -> tuple[Any, Any]:
         raise UsageError(f"{path} has no function {factory_name!r}; it has {', '.join(own) or 'none'}")
     try:
         returned = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], nn.Module):
         raise UsageError(f"{name} has to return a pair, the model (nn.Module) and an example input")

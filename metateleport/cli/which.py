@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import warnings
 from typing import Any
 
@@ -41,9 +43,11 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    model, example = load_factory(arguments.factory)
-    with status("finding symmetries and timing steps"):
-        found = advice(model, example)
+    # What a model prints is no part of the answer, which a program may read.
+    with contextlib.redirect_stdout(sys.stderr):
+        model, example = load_factory(arguments.factory)
+        with status("finding symmetries and timing steps"):
+            found = advice(model, example)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -35,12 +37,12 @@ class Candidate:
     Args:
         symmetry: the symmetry.
         place: sorts candidates in the order of the data flow.
-        instead: the candidate to try if this one's certificate fails.
+        instead: makes the candidates to try if this one's certificate fails.
     """
 
     symmetry: Symmetry
     place: tuple[int, int]
-    instead: tuple[Candidate, ...] = ()
+    instead: Callable[[], Sequence[Candidate]] = tuple
 
 
 def candidates(walk: Walk, model: nn.Module, frozen: bool = False) -> list[Candidate]:
@@ -61,10 +63,10 @@ def candidates(walk: Walk, model: nn.Module, frozen: bool = False) -> list[Candi
 
 
 def _matrix_candidates(parts: Parts, roots: np.ndarray, model: nn.Module, frozen: bool) -> list[Candidate]:
-    instead = tuple(_diagonal_candidates(parts, roots, model, frozen))
+    instead = functools.partial(_diagonal_candidates, parts, roots, model, frozen)
     legs = _matrix_legs(parts, roots)
     if legs is None:
-        return list(instead)
+        return instead()
     built = _build(parts, roots, _matrix_kind(parts, roots, legs), GeneralLinear(len(roots)), legs)
     symmetry: Symmetry = _as_pair(built, model, LinearPair, frozen) if type(built) is LinearChain else built
     if not _two_sided(legs):
@@ -181,7 +183,7 @@ def _diagonal_candidates(parts: Parts, roots: np.ndarray, model: nn.Module, froz
         group = PlaneScaling(2 * len(plane))
         turned = _build(parts, plane, AttentionQK, group, turning, planes=True)
         found.append(Candidate(turned, parts.place(plane)))
-    first = dataclasses.replace(found[0], instead=(plain,)) if len(found) == 1 else found[0]
+    first = dataclasses.replace(found[0], instead=lambda: (plain,)) if len(found) == 1 else found[0]
     return [first, *found[1:]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection
 from typing import TypeGuard
 
@@ -13,7 +14,7 @@ from metateleport.detection.assemble import Candidate
 from metateleport.detection.trace import Graph
 from metateleport.detection.walk import module_of, name_of
 from metateleport.symmetries import BatchPair2022, BatchPair2024, Unsuitable
-from metateleport.symmetries.activations import activation_of
+from metateleport.symmetries.activations import activation_of, inverse_of
 
 __all__ = ["batch_candidates"]
 
@@ -46,15 +47,15 @@ def batch_candidates(graph: Graph, model: nn.Module, movable: Collection[str], f
         if activation is None:
             continue
         place = (number, position[after])
-        candidate: Candidate | None = None
-        for kind in (BatchPair2024, BatchPair2022):
+        bijective = inverse_of(activation) is not None
+        several: list[Candidate] = []
+        for kind in (BatchPair2024, BatchPair2022) if bijective else (BatchPair2024,):
             with contextlib.suppress(Unsuitable):
                 symmetry = kind(model, first, second, activation, frozen)
                 if not read.intersection(movable).issuperset(symmetry.parameters):
                     continue
-                candidate = Candidate(symmetry, place, () if candidate is None else (candidate,))
-        if candidate is not None:
-            found.append(candidate)
+                several.append(Candidate(symmetry, place, functools.partial(tuple, tuple(several))))
+        found += several[-1:]
     return found
 
 

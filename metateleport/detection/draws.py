@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.detection.given import mapped
-from metateleport.groups import GeneralLinear, Group
+from metateleport.groups import GeneralLinear, Group, unbound
 
 __all__ = [
     "NearIdentity",
     "fresh_inputs",
     "is_wide",
     "random_element",
+    "random_elements",
     "random_near_identity",
     "randomise",
     "seeded",
@@ -49,14 +50,22 @@ class NearIdentity:
         return NearIdentity(self.right.mT, self.left.mT)
 
     def __matmul__(self, matrix: Tensor) -> Tensor:
-        return matrix + self.left @ (self.right @ matrix)
+        return _added(matrix, self.left, self.right @ matrix)
 
     def __rmatmul__(self, matrix: Tensor) -> Tensor:
-        return matrix + (matrix @ self.left) @ self.right
+        return _added(matrix, matrix @ self.left, self.right)
+
+
+def _added(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`matrix + left @ right`; of two matrices in one pass over the sum."""
+    return torch.addmm(matrix, left, right) if matrix.ndim == left.ndim == right.ndim == 2 else matrix + left @ right
 
 
 _WIDE = 128
 _RANK = 32
+
+_TOGETHER = 2**18
+"""Largest number of entries of matrices whose exponentials are made side by side."""
 
 
 def random_element(
@@ -82,16 +91,44 @@ def random_element(
         >>> random_element(PositiveDiagonal(3), 0.5, torch.Generator().manual_seed(0), torch.float64).shape
         torch.Size([3])
     """
-    if is_wide(group):
-        update = random_near_identity(group, size, source, torch.float64)
-        element = update.left @ update.right
-        element.diagonal().add_(1)
-    elif len(group.shape) > 1:
-        element = group.random(size=size, generator=source, dtype=torch.float64)
-    else:
-        drawn = torch.randn(group.shape, generator=source, dtype=torch.float64)
-        element = group.exp(drawn * size / drawn.norm())
-    return element.to(device=device, dtype=dtype)
+    return random_elements([group], size, [source], dtype, [device])[0]
+
+
+def random_elements(
+    groups: Sequence[Group],
+    size: float,
+    sources: Sequence[torch.Generator],
+    dtype: torch.dtype,
+    devices: Sequence[torch.device | None],
+) -> list[Tensor]:
+    """Elements of several groups, each as `random_element` draws it; exponentials of one size are made side by side.
+
+    Example:
+        >>> from metateleport.groups import Orthogonal
+        >>> sources = [torch.Generator().manual_seed(seed) for seed in (0, 0)]
+        >>> one, other = random_elements([Orthogonal(3)] * 2, 0.5, sources, torch.float64, [None, None])
+        >>> bool(torch.equal(one, other))
+        True
+    """
+    found: dict[int, Tensor] = {}
+    together: dict[Group, list[int]] = {}
+    for place, (group, source) in enumerate(zip(groups, sources, strict=True)):
+        if is_wide(group):
+            update = random_near_identity(group, size, source, torch.float64)
+            found[place] = update.left @ update.right
+            found[place].diagonal().add_(1)
+        elif len(group.shape) > 1:
+            together.setdefault(group, []).append(place)
+        else:
+            drawn = torch.randn(group.shape, generator=source, dtype=torch.float64)
+            found[place] = group.exp(drawn * size / drawn.norm())
+    for group, places in together.items():
+        some = max(1, _TOGETHER // group.size**2)
+        for part in (places[start : start + some] for start in range(0, len(places), some)):
+            square = (group.size, group.size)
+            drawn = [torch.randn(square, generator=sources[each], dtype=torch.float64) for each in part]
+            found |= zip(part, unbound(group.exp(group.directed(torch.stack(drawn), size))), strict=True)
+    return [found[place].to(device=device, dtype=dtype) for place, device in enumerate(devices)]
 
 
 def is_wide(group: Group) -> bool:

@@ -201,7 +201,7 @@ def _certified(
             if certificate.holds:
                 held.append((candidate.place, symmetry))
                 continue
-            instead += candidate.instead
+            instead += candidate.instead()
             if symmetry.exactness == "batch-exact":
                 on_batch.setdefault(f"{symmetry.kind}: {certificate.reason}", {}).update(
                     dict.fromkeys(symmetry.parameters)

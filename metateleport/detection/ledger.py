@@ -142,6 +142,11 @@ class Ledger:
         """Marks variables by the operation they pass, for the name of the kind."""
         self.tags.setdefault(name, []).append(np.unique(label.numpy()))
 
+    @property
+    def is_tentative(self) -> bool:
+        """Whether anything in this pass holds for the time being only."""
+        return bool(self.tentative) or any(tentative for *_, tentative in self.edges)
+
     def remember(self, tentative: bool) -> None:
         """Keeps the reasons given in this pass: what stays is no longer seen in the next."""
         for kill in self.kills + (self.tentative if tentative else []):

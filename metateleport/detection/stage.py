@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metateleport.capture import modules_of, record
 from metateleport.detection.draws import (
+    NearIdentity,
     fresh_inputs,
     is_wide,
-    random_element,
+    random_elements,
     random_near_identity,
     randomise,
     seeded,
@@ -101,6 +102,7 @@ class Stage:
         self._expected: dict[str, tuple[Tensor, ...]] = {}
         self._moved: list[tuple[Symmetry, Tensor]] = []
         self._activations: dict[str, Tensor] = {}
+        self._narrow: dict[str, NearIdentity] = {}
 
     def prepare(self, trial: Trial) -> None:
         """Puts the weights of a trial in place.
@@ -114,6 +116,7 @@ class Stage:
         self.trial = trial
         self._inputs = {}
         self._expected = {}
+        self._narrow = {}
 
     def expected(self, name: str) -> tuple[Tensor, ...]:
         """The outputs before anything moves, on the given or on fresh inputs; evaluated when first asked for."""
@@ -146,8 +149,7 @@ class Stage:
         if exactness == "batch-exact":
             drift = _drift(expected, self._outputs(name, self._moved_on_batch(symmetries)))
         else:
-            for symmetry in symmetries:
-                element = self._element(symmetry)
+            for symmetry, element in zip(symmetries, self._elements(symmetries), strict=True):
                 self._move(symmetry, element)
                 self._moved.append((symmetry, element))
             drift = _drift(expected, self._outputs(name))
@@ -170,7 +172,7 @@ class Stage:
         return [
             set(symmetry.modules).issubset(self._activations)
             and bool(symmetry.holds(point))
-            and bool(symmetry.holds(point, self._element(symmetry)))
+            and (not symmetry.holds_by_element or bool(symmetry.holds(point, self._element(symmetry))))
             for symmetry in symmetries
         ]
 
@@ -185,14 +187,30 @@ class Stage:
         names = {name for symmetry in symmetries for name in symmetry.parameters}
         return Point({name: self.named[name] for name in names}, activations=self._activations)
 
+    def _elements(self, symmetries: Sequence[Symmetry]) -> list[Tensor]:
+        """A random element of each symmetry in this trial; the same at every call."""
+        devices = [self._device(each) for each in symmetries]
+        sources = [self._source(each) for each in symmetries]
+        return random_elements([each.group for each in symmetries], self.trial.size, sources, self.dtype, devices)
+
     def _element(self, symmetry: Symmetry) -> Any:
-        """The symmetry's random element in this trial; the same at every call."""
-        source = torch.Generator().manual_seed(zlib.crc32(symmetry.key.encode()) + self.trial.seed)
-        device = self.tensors[symmetry.parameters[0]].device
+        """As `_elements` gives it of one symmetry, or the factors of it that it can be multiplied by."""
         # The 2024 form only multiplies with the element.
-        multiplied = isinstance(symmetry, BatchPair2024) and is_wide(symmetry.group)
-        draw = random_near_identity if multiplied else random_element
-        return draw(symmetry.group, self.trial.size, source, self.dtype, device)
+        if not (isinstance(symmetry, BatchPair2024) and is_wide(symmetry.group)):
+            return self._elements([symmetry])[0]
+        # Two narrow matrices, which are asked for twice; kept until the next trial.
+        if symmetry.key not in self._narrow:
+            draw, device = random_near_identity, self._device(symmetry)
+            self._narrow[symmetry.key] = draw(
+                symmetry.group, self.trial.size, self._source(symmetry), self.dtype, device
+            )
+        return self._narrow[symmetry.key]
+
+    def _source(self, symmetry: Symmetry) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(symmetry.key.encode()) + self.trial.seed)
+
+    def _device(self, symmetry: Symmetry) -> torch.device:
+        return self.tensors[symmetry.parameters[0]].device
 
     def _undo(self) -> None:
         """Moves back, up to rounding, which is far below the bounds."""

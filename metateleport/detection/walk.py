@@ -69,7 +69,7 @@ def walk(graph: Graph, movable: Collection[str], buffers: Collection[str]) -> Wa
         ledger.remember(tentative)
         changed = not np.array_equal(classes.dead, ledger.dead) or ledger.size != size
         ledger.dead = classes.dead
-        if not changed and tentative:
+        if not changed and (tentative or not ledger.is_tentative):
             return Walk(ledger, classes)
         if not changed:
             tentative = True

@@ -26,7 +26,7 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
         `undone`, `both` or `none`); `against`, the result of `compared` for each run of the attribution; `baselines`,
         the same for the other optimizers; `without`, the same for each run without a part of the basis; `meta_seeds`,
         their number; `brings`, the same for the teleport that stays alone and for the gauge alone, or `none` if it has
-        no such part, or `not run`; `verdict` (`helps`, `nothing`, `harms` or `unknown`); and `in_words`.
+        no such part, or `not run`; `verdict` (`helps`, `size`, `nothing`, `harms` or `unknown`); and `in_words`.
     """
     learned = evaluation.results.get(REFERENCE)
     if learned is None:

@@ -255,7 +255,7 @@ def _tuned(
         return trials.score(settings, lambda: measured(settings))
 
     def measured(settings: dict[str, Any]) -> float:
-        recorded = every_so_often(max(steps // _POINTS, 1)) if rules.aims else ends_only()
+        recorded = every_so_often(max(steps // _POINTS, 1)) if rules.aims else ends_only(rules.measure == "held-out")
         with recorded, reproducible(stack.device):
             trajectory = rival.make(**settings).run(stack, steps)
         return _score(rules.measure, trajectory, goal)

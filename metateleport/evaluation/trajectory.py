@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -97,20 +98,28 @@ class Method(abc.ABC):
 
 
 _ends_only: contextvars.ContextVar[bool] = contextvars.ContextVar("ends_only", default=False)
+_held_out: contextvars.ContextVar[bool] = contextvars.ContextVar("held_out", default=True)
 _every: contextvars.ContextVar[int] = contextvars.ContextVar("every", default=1)
+
+_starts: weakref.WeakKeyDictionary[TaskStack, tuple[Any, dict[str, Array]]] = weakref.WeakKeyDictionary()
+"""What was measured at the start of a stack, which all methods have in common, and what it was measured of."""
 
 
 @contextlib.contextmanager
-def ends_only() -> Iterator[None]:
+def ends_only(held_out: bool = True) -> Iterator[None]:
     """Inside the block recorders measure only the start and the end; between them a trajectory keeps its first value.
 
     Tuning reads no more, and on minibatches the passes for the report cost more than the steps.
+
+    Args:
+        held_out: whether held-out data are measured too.
     """
-    token = _ends_only.set(True)
+    tokens = _ends_only.set(True), _held_out.set(held_out)
     try:
         yield
     finally:
-        _ends_only.reset(token)
+        _ends_only.reset(tokens[0])
+        _held_out.reset(tokens[1])
 
 
 @contextlib.contextmanager
@@ -169,7 +178,8 @@ class Recorder:
         self.spent = torch.zeros(len(stack), dtype=torch.float64)
         self._drift: float | None = None
         self._grid = np.arange(budget + 1, dtype=np.float64)
-        start = self._measure({name: value.detach() for name, value in stack.tensors().items()})
+        self._with_held_out = _held_out.get()
+        start = self._at_start()
         self._values = {name: np.repeat(values[:, None], budget + 1, axis=1) for name, values in start.items()}
         self._reached = np.zeros((len(stack), budget + 1))
         self._end: dict[str, Tensor] | None = None
@@ -269,8 +279,17 @@ class Recorder:
         before = self._end or {name: value.detach() for name, value in self.stack.tensors().items()}
         self._end = {name: where(marked, parameters[name].detach(), value) for name, value in before.items()}
 
+    def _at_start(self) -> dict[str, Array]:
+        tensors = {name: value.detach() for name, value in self.stack.tensors().items()}
+        of = self._with_held_out, [(value.data_ptr(), value._version) for value in tensors.values()]
+        known = _starts.get(self.stack)
+        if known is None or known[0] != of:
+            known = _starts[self.stack] = of, self._measure(tensors)
+        return known[1]
+
     def _measure(self, parameters: Mapping[str, Tensor]) -> dict[str, Array]:
-        stack, held_out, score = self.stack, self.stack.held_out, self.stack.score
+        stack, score = self.stack, self.stack.score
+        held_out = stack.held_out if self._with_held_out else None
         found = {"loss": self.stack.measured(parameters)}
         if held_out is not None:
             # One pass serves the loss and the score.

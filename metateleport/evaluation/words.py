@@ -38,7 +38,10 @@ AGAINST: dict[str, str] = {
 ABLATED = f"{REFERENCE}/without "
 """Prefix of the names of runs that leave out a part of the basis."""
 
-DECIDES = (f"{REFERENCE}/teleport-off", f"{REFERENCE}/step-only", f"{REFERENCE}/random-teleport")
+_WITHOUT = (f"{REFERENCE}/teleport-off", f"{REFERENCE}/step-only")
+_RANDOM = f"{REFERENCE}/random-teleport"
+
+DECIDES = (*_WITHOUT, _RANDOM)
 """The runs that the learned method has to be ahead of for the verdict `helps`."""
 
 KINDS = {
@@ -58,7 +61,8 @@ def verdict_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> st
         place: index of the mark; the last if not given.
 
     Returns:
-        `helps`; `harms` if the learned method is behind one of them; else `nothing`; `unknown` if none of them was run.
+        `helps`; `harms` if the learned method is behind one of them; `size` if it is ahead of all but random elements,
+        which do as well; else `nothing`; `unknown` if none of them was run.
     """
     if moves_by == "none":
         return "nothing"
@@ -67,11 +71,16 @@ def verdict_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> st
         return "unknown"
     if all(end["low"] > 1 for end in ends):
         return "helps"
-    return "harms" if any(end["high"] < 1 for end in ends) else "nothing"
+    if any(end["high"] < 1 for end in ends):
+        return "harms"
+    without = [_at(against[name], place) for name in _WITHOUT if name in against]
+    return "size" if without and all(end["low"] > 1 for end in without) else "nothing"
 
 
 def opening_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> str:
     """The verdict as a clause; if the teleport helps, with the smallest of the ratios that decide.
+
+    Where random elements do as well it is the smallest of the ratios to runs without any.
 
     Args:
         moves_by: as in `verdict_of`; the verdict must not be `unknown`.
@@ -82,10 +91,22 @@ def opening_of(moves_by: str, against: Mapping[str, Any], place: int = -1) -> st
         >>> end = {"at": 30, "ratio": 2.0, "low": 1.5, "high": 2.5}
         >>> opening_of("stays", {"learned/step-only": {"gradient_evaluations": [end]}})
         'the teleport divides the loss by 2 [1.5, 2.5]'
+        >>> same = {"at": 30, "ratio": 1.0, "low": 0.9, "high": 1.1}
+        >>> both = {"learned/teleport-off": end, "learned/random-teleport": same}
+        >>> opening_of("undone", {name: {"gradient_evaluations": [each]} for name, each in both.items()})
+        'the teleport divides the loss by 2 [1.5, 2.5] over none at all, as random elements of the same size do'
     """
-    ends = [_at(against[name], place) for name in DECIDES if name in against]
+
+    def least(names: Sequence[str]) -> str:
+        ends = [_at(against[name], place) for name in names if name in against]
+        return interval(min(ends, key=lambda end: end["ratio"]))
+
     return {
-        "helps": lambda: f"the teleport divides the loss by {interval(min(ends, key=lambda end: end['ratio']))}",
+        "helps": lambda: f"the teleport divides the loss by {least(DECIDES)}",
+        "size": lambda: (
+            f"the teleport divides the loss by {least(_WITHOUT)} over none at all, as random elements of the same size "
+            "do"
+        ),
         "nothing": lambda: "the teleport brings nothing here",
         "harms": lambda: "the teleport does harm here",
     }[verdict_of(moves_by, against, place)]()

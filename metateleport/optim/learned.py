@@ -584,7 +584,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         As in `torch.optim`, its tensors are those in use: `copy.deepcopy` it to keep it while training goes on.
         """
         packed = super().state_dict()
-        if self.loop.state is None and not self._loaded:
+        if self.loop.state is None and not self._loaded and not self.skipped:
             return packed
         rest = dict(self._loaded) if self.loop.state is None else self._all_else()
         rest |= flattened({"steps": self.steps, "skipped": self.skipped, "rests": torch.tensor(self._rests)}, "count")

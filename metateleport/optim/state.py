@@ -144,9 +144,10 @@ def _carry(
         else:
             said[key] = "kept"
             _warn_of(key, optimizer, warned)
-    carried = {key: _carried(_kind_of(key, found), kept, moves, start) for key, kept in carriable.items()}
+    places = _places(moves, start)
+    carried = {key: _carried(_kind_of(key, found), kept, moves, places) for key, kept in carriable.items()}
     if "square_avg" in carriable:
-        carried |= _of_rmsprop(carriable, moves, start)
+        carried |= _of_rmsprop(carriable, moves, places)
     for key, (tensors, exact) in carried.items():
         same = all(tensors[name] is value for name, value in carriable[key].items())
         said[key] = "exact" if exact else "kept" if same else "approximate"
@@ -223,16 +224,18 @@ def _warn_of(key: str, optimizer: torch.optim.Optimizer, warned: set[str]) -> No
         )
 
 
-def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Point) -> dict[str, tuple[Tensors, bool]]:
+def _of_rmsprop(
+    entries: Mapping[str, Tensors], moves: Sequence[Move], places: Sequence[Point]
+) -> dict[str, tuple[Tensors, bool]]:
     """RMSprop's entries: squares about a mean, which stay positive, and sums of gradients over roots of the squares."""
     squares, means, ratios = (entries.get(key, {}) for key in ("square_avg", "grad_avg", "momentum_buffer"))
     spread = {
         name: (value - means[name].square()).clamp_min(0) if name in means else value for name, value in squares.items()
     }
     found: dict[str, tuple[Tensors, bool]] = {}
-    carried, exact = _carried("square", spread, moves, start)
+    carried, exact = _carried("square", spread, moves, places)
     if means:
-        moved, _ = _carried("covector", means, moves, start)
+        moved, _ = _carried("covector", means, moves, places)
         # Larger by a little more than rounding.
         room = {name: 1 + 8 * torch.finfo(value.dtype).eps for name, value in moved.items()}
         found["square_avg"] = (
@@ -241,7 +244,7 @@ def _of_rmsprop(entries: Mapping[str, Tensors], moves: Sequence[Move], start: Po
         )
     if ratios:
         sums = {name: value * spread[name].sqrt() for name, value in ratios.items()}
-        moved, _ = _carried("covector", sums, moves, start)
+        moved, _ = _carried("covector", sums, moves, places)
         found["momentum_buffer"] = (
             {name: torch.where(carried[name] > 0, value / carried[name].sqrt(), 0.0) for name, value in moved.items()},
             exact,
@@ -263,20 +266,26 @@ def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
     return "unknown"
 
 
-def _carried(kind: str, kept: Tensors, moves: Sequence[Move], start: Point) -> tuple[Tensors, bool]:
+def _places(moves: Sequence[Move], start: Point) -> list[Point]:
+    """The points that each move acted at; of actions that are the same everywhere, the start."""
+    # Without gradients and cotangents, so that no move rebuilds a part of the backward pass.
+    places = [Point(start.parameters, activations=start.activations, loss=start.loss)]
+    placed = any(move.symmetry.reads_place for move in moves)
+    for move in moves[:-1]:
+        places.append(move.symmetry.act(move.element, places[-1]) if placed else places[-1])
+    return places[: len(moves)]
+
+
+def _carried(kind: str, kept: Tensors, moves: Sequence[Move], places: Sequence[Point]) -> tuple[Tensors, bool]:
     """The tensors after all moves, and whether they are exact."""
     tensors = {name: value.square() for name, value in kept.items()} if kind == "root" else dict(kept)
     exact = True
-    # Without gradients and cotangents, so that no move rebuilds a part of the backward pass.
-    point = Point(start.parameters, activations=start.activations, loss=start.loss)
-    for move in moves:
+    for move, point in zip(moves, places, strict=True):
         own = {name: tensors[name].to(move.element.dtype) for name in move.symmetry.parameters if name in tensors}
         carry = move.symmetry.carry_covectors if kind == "covector" else move.symmetry.carry_squares
         found, well = carry(move.element, own, point)
         tensors.update(found)
         exact = exact and well and not _lacks_a_bias(move, own)
-        if move is not moves[-1]:
-            point = move.symmetry.act(move.element, point)
     if kind == "root":
         tensors = {name: value.sqrt() for name, value in tensors.items()}
     return tensors, exact

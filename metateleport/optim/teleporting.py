@@ -407,6 +407,9 @@ class TeleportingOptimizer(Wrapping):
         names = moved_names([move.symmetry for move in moves])
         here = arrived if moved else point
         loss_before = _NAN if start.loss is None else float(start.loss)
+        norm, lighter = gradient_norm(point), 0.0
+        if moved:
+            lighter = half_squared_norm(here.parameters, names) - half_squared_norm(point.parameters, names)
         report = TeleportReport(
             teleporter=self.teleporter.name,
             accepted=accepted,
@@ -414,11 +417,11 @@ class TeleportingOptimizer(Wrapping):
             loss_before=loss_before,
             loss_after=loss_before + (found.loss_change if moved else 0.0),
             drift=found.drift if moved else 0.0,
-            gradient_norm_before=gradient_norm(point),
-            gradient_norm_after=gradient_norm(here),
+            gradient_norm_before=norm,
+            gradient_norm_after=gradient_norm(here) if moved else norm,
             size=size if moved else 0.0,
             sizes=self._sizes(moves) if moved else tuple(0.0 for _ in (self.symmetries or sizes)),
-            weight_decay_change=half_squared_norm(here.parameters, names) - half_squared_norm(point.parameters, names),
+            weight_decay_change=lighter,
             evaluations=evaluations + known.evaluations + recorded.replays / 3,
             state=self.state_mode,
             seconds=seconds,

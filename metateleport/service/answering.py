@@ -346,7 +346,7 @@ def _check_side(side: str, matrices: Mapping[str, Tensor]) -> None:
         if not any(name in matrices for name in wanted):
             raise Refused("tensors", f"one of the matrices {', '.join(wanted)} is needed")
         return
-    for name in ("outgoing_covariance", "incoming_covariance"):
+    for name in ("outgoing_covariance", "incoming_covariance")[: 1 if side == "outgoing" else 2]:
         if name not in matrices:
             raise Refused(f"tensors.matrices.{name}", "it is missing")
 

@@ -62,7 +62,8 @@ def _solver(rows: Tensor) -> Callable[[Tensor], Tensor]:
     diagonal = torch.diagonal(r.detach(), dim1=-2, dim2=-1).abs()
     usable = diagonal.amin(-1) > torch.finfo(rows.dtype).eps * diagonal.amax(-1)
     if bool(usable.all()):
-        return lambda target: product(q, torch.linalg.solve_triangular(r.mT, target, upper=False))
+        # Made transposed, as it is read: adding what stands the other way would take as long as the product.
+        return lambda target: product(torch.linalg.solve_triangular(r.mT, target, upper=False).mT, q.mT).mT
     usable = usable.unsqueeze(-1).unsqueeze(-1)
     eye = torch.eye(*rows.shape[-2:], dtype=rows.dtype, device=rows.device)
     q, r = torch.linalg.qr(torch.where(usable, rows, eye).mT)

@@ -38,6 +38,15 @@ class Leg:
     dual: bool = False
     variance: float | None = None
 
+    @functools.cached_property
+    def run(self) -> int | None:
+        """Where coordinates begin that stand one after the other in their own order, each once; None for all others."""
+        places = self.places
+        if places.ndim != 2 or places.shape[0] != 1 or not places.numel():
+            return None
+        start = int(places[0, 0])
+        return start if bool((places[0] == torch.arange(start, start + places.shape[1])).all()) else None
+
 
 def fingerprint(legs: Iterable[Leg]) -> str:
     """Eight digits that tell legs at other places apart, the same in every process.
@@ -77,6 +86,7 @@ class AxisSymmetry(Symmetry):
 
     kind = "scaling"
     exactness = "exact"
+    reads_place = False
 
     def __init__(
         self,
@@ -110,7 +120,7 @@ class AxisSymmetry(Symmetry):
             names[0] += f"[{int(first.places.min())}:{int(first.places.max()) + 1}]"
         return ", ".join(names)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         # Two may move the same parameters at other places: heads, slices, channels that are joined.
         return f"{super().key} {fingerprint(self.legs)}"
@@ -163,6 +173,11 @@ class AxisSymmetry(Symmetry):
                         tensor.mul_(factor)
                     else:
                         tensor.add_(leg.variance).mul_(factor.square()).sub_(leg.variance)
+                elif leg.axis in (0, tensor.ndim - 1) and leg.run is not None:
+                    # In one stretch along the first or the last axis: a product as it stands, without a copy.
+                    part = tensor.narrow(leg.axis, leg.run, leg.places.numel())
+                    rows = part if part.ndim < 2 else part.flatten(1)
+                    part.copy_(part @ matrix.mT if leg.axis else (matrix @ rows).reshape(part.shape))
                 else:
                     places = leg.places.flatten().to(tensor.device)
                     tensor.index_copy_(leg.axis, places, _rotated(leg, matrix, tensor, 0).movedim(-1, leg.axis))
@@ -224,7 +239,7 @@ class AxisSymmetry(Symmetry):
             batch = matrix.ndim - 2
             axis = leg.axis + batch if leg.axis >= 0 else leg.axis
             rotated = _rotated(leg, matrix, tensor, batch)
-            if rotated.shape[-1] == tensor.shape[axis] and _is_whole(leg.places):
+            if rotated.shape[-1] == tensor.shape[axis] and leg.run == 0:
                 moved[leg.name] = rotated.movedim(-1, axis)
             else:
                 places = leg.places.flatten().to(tensor.device)
@@ -261,15 +276,10 @@ class AxisSymmetry(Symmetry):
         return functools.reduce(torch.add, sums)
 
 
-def _is_whole(places: Tensor) -> bool:
-    """Whether coordinates stand along the axis in their own order, each once."""
-    return places.shape[0] == 1 and bool((places[0] == torch.arange(places.shape[1])).all())
-
-
 def _gathered(leg: Leg, tensor: Tensor, axis: int, batch: int) -> Tensor:
     """The coordinates last, all else in rows, `(*batch, rows, k)`."""
     moved = tensor.movedim(axis, -1)
-    if not (leg.places.numel() == moved.shape[-1] and _is_whole(leg.places)):
+    if not (leg.places.numel() == moved.shape[-1] and leg.run == 0):
         moved = moved.index_select(-1, leg.places.flatten().to(tensor.device))
     return moved.reshape(*moved.shape[:batch], -1, leg.places.shape[1])
 

@@ -58,6 +58,8 @@ class Symmetry(abc.ABC):
     modules: tuple[str, ...] = ()
     holds_by_element: bool = True
     """Whether its condition may depend on the group element, and not on the point alone."""
+    reads_place: bool = True
+    """Whether how covectors and squares are carried may depend on the point that the element acted at."""
     certificate: Certificate | None = None
     """What was measured of it, where it was found and not named by hand."""
 

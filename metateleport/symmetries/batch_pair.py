@@ -21,6 +21,7 @@ __all__ = ["BatchPair2022", "BatchPair2024"]
 
 class _BatchPair(Pair):
     exactness = "batch-exact"
+    reads_place = False
 
     def __init__(self, model: nn.Module, first: str, second: str, activation: nn.Module, frozen: bool = False) -> None:
         super().__init__(model, first, second, frozen)

@@ -38,6 +38,7 @@ class LinearPair(Pair):
 
     kind = "linear pair"
     exactness = "exact"
+    reads_place = False
 
     def __init__(self, model: nn.Module, first: str, second: str, frozen: bool = False) -> None:
         super().__init__(model, first, second, frozen)

@@ -43,6 +43,7 @@ class Rescaling(Pair):
 
     kind = "rescaling"
     exactness = "exact"
+    reads_place = False
     layer_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def __init__(self, model: nn.Module, first: str, second: str, frozen: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -78,6 +79,7 @@ class BiasTranslation(Symmetry):
 
     kind = "translation"
     exactness = "exact"
+    reads_place = False
 
     def __init__(self, bias: Leg, absorbers: Iterable[Absorber] = (), inputs: Iterable[Leg] = ()) -> None:
         self.bias, self.absorbers, self.inputs = bias, tuple(absorbers), tuple(inputs)
@@ -93,7 +95,7 @@ class BiasTranslation(Symmetry):
         names[0] += f"[{int(places.min())}:{int(places.max()) + 1}]"
         return ", ".join(names)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         legs = [Leg(f"{each.weight} {each.bias}", each.places, each.axis) for each in self.absorbers]
         return f"{super().key} {fingerprint([self.bias, *legs])}"

@@ -120,10 +120,12 @@ class WhiteningTeleporter(Teleporter):
             features = next((matrices[name] for name in known if name in matrices), None)
             return None if features is None else -self._log(group, features, self.damping) / 2
         outgoing, incoming = matrices.get("outgoing_covariance"), matrices.get("incoming_covariance")
-        if outgoing is None or incoming is None:
+        if outgoing is None:
             return None
         if side == "outgoing":
             return self._log(group, outgoing, self.damping) / 2
+        if incoming is None:
+            return None
         damping = _BALANCED if self.damping is None else self.damping
         if len(group.shape) == 1:
             return (self._log(group, outgoing, damping) - self._log(group, incoming, damping)) / 4

@@ -26,6 +26,7 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow(seconds=4)
 def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--json", "a.json", "--plot", "a.png", "--no-track"]
     command = ["evaluate", "none", "leaky_mlp", "--set", "width=4", "--tasks", "4", "--steps", "12", *where]

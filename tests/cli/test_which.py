@@ -27,6 +27,18 @@ def unfit():
 
 def lazy():
     return nn.LazyLinear(2), torch.randn(3, 5)
+
+class Talks(nn.Linear):
+    def forward(self, x):
+        print("forward")
+        return super().forward(x)
+
+def talks():
+    print("made")
+    return Talks(4, 3), torch.randn(8, 4)
+
+def leaves():
+    raise SystemExit("no data here")
 """
 
 
@@ -92,3 +104,16 @@ def test_steps_that_are_left_out_have_no_price() -> None:
     found = which.advice(model, torch.full((2, 8), 1e30))
     assert found["price"] is None
     assert "steps are left out" in found["because"]
+
+
+def test_what_a_model_prints_is_no_part_of_the_answer(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["which", f"{nets}:talks", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["parameters"] == 15
+    assert "made" in err
+    assert "forward" in err
+
+
+def test_a_factory_that_ends_the_program_is_named(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["which", f"{nets}:leaves"]) == 2
+    assert "leaves failed: SystemExit: no data here" in capsys.readouterr().err

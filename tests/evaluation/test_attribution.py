@@ -116,6 +116,30 @@ def test_it_says_in_words_what_the_teleport_brings(off: float, alone: float, ver
 
 
 @pytest.mark.parametrize(
+    ("off", "alone", "random", "verdict"),
+    [
+        (7.0, None, 1.0, "size"),
+        (7.0, 5.0, 1.0, "size"),
+        (7.0, 1.0, 1.0, "nothing"),
+        (7.0, None, 3.0, "helps"),
+        (7.0, None, 0.1, "harms"),
+        (None, None, 1.0, "nothing"),
+    ],
+)
+def test_random_elements_that_do_as_well_do_not_hide_what_none_at_all_does(
+    off: float | None, alone: float | None, random: float, verdict: str
+) -> None:
+    losses = {"teleport_off": off, "step_only": alone, "random_teleport": random}
+    runs = {f"learned__{name}": result(loss, seed=3) for name, loss in losses.items() if loss is not None}
+    each = found(learned=result(1.0, "undone"), **runs)
+    assert each["verdict"] == verdict
+    if verdict == "size":
+        assert "over none at all, as random elements of the same size do at 20" in each["in_words"]
+        least = min(loss for loss in (off, alone) if loss is not None)
+        assert float(each["in_words"].split("loss by ")[1].split()[0]) == pytest.approx(least, rel=0.1)
+
+
+@pytest.mark.parametrize(
     ("moves_by", "stays", "undone"),
     [("stays", 5.0, "none"), ("undone", "none", 5.0), ("both", 3.0, 2.0), ("none", "none", "none")],
 )

@@ -322,6 +322,7 @@ class TestCommand:
         assert cli.main(command) == 0
         assert "is up to date" in capsys.readouterr().err
 
+    @pytest.mark.slow(seconds=5)
     def test_without_names_it_takes_what_is_shipped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert cli.main(["report"]) == 0

@@ -58,6 +58,19 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_said_once(
 
 
 @pytest.mark.filterwarnings("ignore:.*not finite")
+def test_steps_left_out_before_the_first_one_taken_are_saved() -> None:
+    model = mlp(torch.float32)
+    optimizer, again = made(model, meta_of()), made(model, meta_of())
+    backward(model, 0)
+    optimizer.step(loss=float("nan"))
+    again.load_state_dict(optimizer.state_dict())
+    assert again.skipped == 1
+    backward(model, 0)
+    again.step()
+    assert (again.steps, again.skipped) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite")
 @pytest.mark.parametrize("config", [*RULES, {"mode": "update", "update": "adaptive"}])
 def test_a_gradient_too_large_to_be_squared_leaves_no_trace(config: dict[str, Any]) -> None:
     model, other = mlp(torch.float32), mlp(torch.float32)

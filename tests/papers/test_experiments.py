@@ -44,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-LONG = ("quadratic", "orbit")
+LONG = ("quadratic", "orbit", "generalisation", "one-teleport")
 SLOW = pytest.mark.slow(seconds=8)
 
 

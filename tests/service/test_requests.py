@@ -110,6 +110,14 @@ def test_a_zero_covariance_that_is_not_read_is_no_matter(digits: Answerer) -> No
     assert torch.equal(answered(digits, request).tensors["element"], answered(digits, once()).tensors["element"])
 
 
+def test_a_side_asks_for_what_it_reads_alone(digits: Answerer) -> None:
+    request = once() | {"side": "outgoing"}
+    request["tensors"] = {"matrices.outgoing_covariance": tensor(SQUARE)}
+    element = torch.linalg.inv(answered(digits, request).tensors["element"])
+    white = element @ torch.tensor(SQUARE, dtype=torch.float64) @ element.mT
+    assert torch.allclose(white, torch.eye(2, dtype=torch.float64), atol=1e-10)
+
+
 REFUSALS: list[tuple[Any, str, Any, str]] = [
     (teleport, "schema", 2, "schema"),
     (teleport, "schema", True, "schema"),

@@ -46,7 +46,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("quadratic", {"dimension": 3, "condition": 1e4}),
     ("matrix_factorisation", {"width": 6, "rank": 2, "batch": 20}),
     ("matrix_factorisation", {"width": 4, "rank": 4, "condition": 1e3, "batch": None, "noise": 0.1}),
-    ("lora_digits", {"width": 8, "depth": 2, "samples": 100, "batch": 20}),
+    ("lora_digits", {"width": 96, "samples": 100, "batch": 20}),
     ("lora_text", {"rank": 2, "samples": 12, "batch": 3, "targets": "query-value", "scale": 3.0}),
     (
         "lora_digits",

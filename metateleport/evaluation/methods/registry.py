@@ -19,6 +19,7 @@ _FILES = (
     "soap",
     "lora",
     "gauged",
+    "balanced",
 )
 """Files of this folder, each with a tuple `RIVALS`, in the order in which tables list the rivals."""
 

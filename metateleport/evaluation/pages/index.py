@@ -23,6 +23,13 @@ _HEADER = (
     "the teleport",
 )
 
+_COUNTED = {
+    "helps": "helps in {}",
+    "size": "helps as random elements do in {}",
+    "nothing": "brings nothing in {}",
+    "harms": "does harm in {}",
+}
+
 _READING = """\
 Every figure is written by `metateleport report` from the checkpoints' cards and from the results of
 `metateleport evaluate --json`; each section names the command that made its own.
@@ -38,6 +45,8 @@ Every figure is written by `metateleport report` from the checkpoints' cards and
 - The **attribution** of a result is three runs beside it: the same networks with the teleport or the gauge off (g = 1),
   random elements of the same size, and a step that was learned without a teleport. The teleport *helps* if the learned
   method is ahead of all of these that were run, by intervals that leave out 1. It *does harm* if one of them is ahead.
+  Where it is ahead of all but random elements, both divide the loss by what is named: its size and spectrum help, and
+  its directions bring nothing.
 - Rivals are tuned on training tasks, by the rules that each section names. Seconds are of all tasks together."""
 
 
@@ -86,15 +95,14 @@ def _rows(named: Mapping[str, Checkpoint], entries: Mapping[str, Sequence[Entry]
 
 
 def _sentences(entries: Mapping[str, Sequence[Entry]]) -> list[str]:
-    """For each checkpoint, in how many settings its teleport helps, brings nothing or does harm, at the last mark."""
+    """For each checkpoint, in how many settings its teleport has which verdict, at the last mark."""
     said = []
     for name in sorted(entries):
         attributed = [entry for entry in entries[name] if entry.attributed]
         verdicts = [verdict_of(entry.moves_by, entry.against) for entry in attributed]
-        counts = {word: verdicts.count(word) for word in ("helps", "nothing", "harms")}
+        counts = {word: verdicts.count(word) for word in _COUNTED}
         if attributed:
-            words = {"helps": "helps in {}", "nothing": "brings nothing in {}", "harms": "does harm in {}"}
-            told = ", ".join(words[word].format(count) for word, count in counts.items() if count)
+            told = ", ".join(_COUNTED[word].format(count) for word, count in counts.items() if count)
             settings = f"{len(attributed)} setting{'s' if len(attributed) > 1 else ''}"
             said.append(f"- `{name}`, in {settings}: the teleport {told or 'was not measured in any'}.")
     return [*said, ""]
