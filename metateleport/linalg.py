@@ -348,10 +348,11 @@ class Blocks:
         calls = not torch.compiler.is_compiling()
         return cls(tuple(each.shape for each in tensors), free and alike and small and calls)
 
-    @functools.cached_property
+    @property
     def counts(self) -> tuple[int, ...]:
         """Number of entries of each tensor in one task."""
-        return tuple(shape[1:].numel() for shape in self.shapes)
+        # A compiler traces through caches, and says so.
+        return (_counts.__wrapped__ if torch.compiler.is_compiling() else _counts)(self.shapes)
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in blocks."""
@@ -380,8 +381,7 @@ class Blocks:
         if self.joined and not self._many(blocks[0]):
             return self._means(blocks[0].square())
         parts = blocks[0].split(self.counts, 1) if self.joined else blocks
-        kinds = {(each.requires_grad, each.dtype, each.device) for each in parts}
-        if len(parts[0]) == 1 and kinds == {(False, parts[0].dtype, parts[0].device)}:
+        if len(parts[0]) == 1 and _one_call(parts):
             norms = torch.stack(torch._foreach_norm(list(parts)))
             return (norms.square() / _constant(self.counts, norms.dtype, norms.device)).unsqueeze(1)
         flat = [value.flatten(1) for value in parts]
@@ -407,6 +407,13 @@ class Blocks:
         if self._many(block):
             return torch.stack([each.mean(1) for each in block.split(self.counts, 1)])
         return (block @ _shares_of(self.counts, block.dtype, block.device)).mT
+
+
+def _one_call(tensors: Sequence[Tensor]) -> bool:
+    """Whether one call serves all tensors: they are alike, and there is no graph."""
+    if torch.compiler.is_compiling() or any(each.requires_grad for each in tensors):
+        return False
+    return len({(each.dtype, each.device) for each in tensors}) == 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -437,6 +444,11 @@ def consecutive(tensors: Sequence[Tensor]) -> Tensor | None:
         return None
     count = (end - start) // size
     return first.as_strided((1, count), (count, 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(shapes: tuple[torch.Size, ...]) -> tuple[int, ...]:
+    return tuple(shape[1:].numel() for shape in shapes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -476,7 +476,7 @@ def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
 def _shares(outputs: Tensor, gradients: Tensors, gauged: Collection[str]) -> Tensor:
     """The shares of the directions that each tensor has, `(tensors, tasks, directions)`."""
     lacks = tuple((False, not _has_polar(value), name not in gauged) for name, value in gradients.items())
-    mask = _mask(lacks, outputs.device)
+    mask = (_mask.__wrapped__ if torch.compiler.is_compiling() else _mask)(lacks, outputs.device)
     return outputs[..., 3:_OUTPUTS].masked_fill(mask, -math.inf).softmax(-1)
 
 
