@@ -67,7 +67,7 @@ class AnyTask:
     batch: int = 32
     steps: int = 300
     times: int = 10
-    marks: int = 20
+    marks: int = 6
     schedules: tuple[str, ...] = SCHEDULES
     rates: int = 6
     rivals: tuple[str, ...] = RIVALS
@@ -232,7 +232,7 @@ TASKS = {
         ),
         AnyTask("lstm", False, _Recurrent, lambda: _parted(*rows())),
         AnyTask("cnn with batchnorm", False, _ConvNet, lambda: _parted(*images())),
-        AnyTask("gpt", False, _gpt, _text),
+        AnyTask("gpt", False, _gpt, _text, marks=2),
         AnyTask("tabular", False, lambda: _mlp(30, 64, 32, 2), _tumours),
         # A run takes minutes, so the rival has four trials, with the schedule that is the better one elsewhere.
         AnyTask(

@@ -240,6 +240,10 @@ def _left_out(report: Mapping[str, Any]) -> list[str]:
         counts.setdefault(max(len(_of(report, task, method)) for task in TASKS), []).append(method)
     for count, which in sorted(counts.items(), reverse=True):
         said.append(f"{count} seed{'s' if count > 1 else ''}: {', '.join(f'`{method}`' for method in which)}")
+    most = max(len(_of(report, task, name)) for task in TASKS)
+    fewer = [f"{len(runs)} on {task}" for task in TASKS if 0 < len(runs := _of(report, task, name)) < most]
+    if fewer:
+        said.append(f"seeds are fewer on some tasks: {', '.join(fewer)}")
     for method in methods:
         there = [task for task in TASKS if _of(report, task, method)]
         if len(there) < len(TASKS) - len(missing):
