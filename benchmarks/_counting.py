@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Counting", "kept_for_backward"]
+__all__ = ["Counting", "kept_for_backward", "most_bytes"]
 
 _FACTORISATIONS = ("eigh", "svd", "qr", "inv", "cholesky", "matrix_exp", "lu_factor", "solve")
 
@@ -30,6 +30,25 @@ class Counting(TorchDispatchMode):
             self.factorisations += 1
             self.factorised += arguments[0].shape[:-2].numel()
         return function(*arguments, **(keywords or {}))
+
+
+def most_bytes(run: Callable[[], None]) -> int:
+    """The largest number of bytes of tensors that stand beside those from before at any time during a call.
+
+    Example:
+        >>> most_bytes(lambda: None if torch.ones(1000).double().sum() else None) >= 8000
+        True
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    changes = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
+    total = most = 0
+    for each in sorted(changes, key=lambda change: change.start_ns()):
+        total += each.nbytes()
+        most = max(most, total)
+    return most
 
 
 @contextlib.contextmanager

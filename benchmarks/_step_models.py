@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Problem"]
+__all__ = ["MODELS", "Problem", "Transformer"]
 
 
 @dataclasses.dataclass
@@ -59,7 +59,9 @@ class _Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.second(x))))
 
 
-class _Transformer(nn.Module):
+class Transformer(nn.Module):
+    """A causal transformer on tokens."""
+
     def __init__(self, tokens: int, width: int, layers: int, heads: int, length: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(tokens, width)
@@ -72,7 +74,7 @@ class _Transformer(nn.Module):
 
 
 def transformer() -> Problem:
-    model = _Transformer(tokens=1000, width=256, layers=6, heads=4, length=64)
+    model = Transformer(tokens=1000, width=256, layers=6, heads=4, length=64)
     hidden = frozenset(
         name for name, value in model.named_parameters() if value.ndim == 2 and name.startswith("blocks")
     )

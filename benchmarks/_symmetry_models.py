@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._step_models import Transformer
+
 __all__ = ["MODELS", "UNet", "build"]
 
 
@@ -122,6 +124,10 @@ def _gpt2() -> tuple[nn.Module, Any]:
     return transformers.GPT2LMHeadModel(config), {"input_ids": _tokens()}
 
 
+def _gpt() -> tuple[nn.Module, Any]:
+    return Transformer(tokens=1000, width=384, layers=6, heads=6, length=1024), torch.randint(1000, (2, 32))
+
+
 def _llama() -> tuple[nn.Module, Any]:
     transformers = _transformers()
     config = transformers.LlamaConfig(
@@ -176,6 +182,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "vit": _vit,
     "ConvNeXt": _convnext,
     "GPT-2": _gpt2,
+    "GPT, 6 x 384": _gpt,
     "Llama": _llama,
     "BERT": _bert,
     "MiniLM": _minilm,

@@ -13,11 +13,12 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,46 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from benchmarks._counting import Counting
+from benchmarks._counting import Counting, most_bytes
 from benchmarks._step_models import MODELS, Problem
 from benchmarks._timing import Summary, conditions, publish
+from metateleport.learned.refresh import Refresh
+from metateleport.linalg import multiplies_halves
 
 __all__ = ["METHODS", "main"]
 
 SCHEMA = 1
 _WARM_UP = 12
 """Steps before any is timed: by then most symmetries rest that are going to."""
+
+
+def _zeroth_power(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """What torch's Muon makes of a gradient, in the gradient's own precision instead of bfloat16."""
+    a, b, c = coefficients
+    tall = gradient.shape[0] > gradient.shape[1]
+    found = gradient.T if tall else gradient
+    found = found / found.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.T if tall else found
+
+
+@contextlib.contextmanager
+def _muon_at_its_best() -> Iterator[bool]:
+    """Gives Muon float32 on a CPU without products in bfloat16, where torch's takes many times as long in bfloat16.
+
+    Yields whether it is in bfloat16.
+    """
+    halves = multiplies_halves(torch.device("cpu"))
+    place: Any = importlib.import_module("torch.optim._muon")
+    before = place._zeropower_via_newtonschulz
+    if not halves:
+        place._zeropower_via_newtonschulz = _zeroth_power
+    try:
+        yield halves
+    finally:
+        place._zeropower_via_newtonschulz = before
 
 
 class _Both(torch.optim.Optimizer):
@@ -93,6 +125,12 @@ _MUON = {"mlp-0.1M": 2.0, "mlp-1M": 1.3, "mlp-10M": 1.3, "gpt": 1.3}
 _TELEPORTING = {"mlp-1M": 1.15, "mlp-10M": 1.15}
 """How many times AdamW's a step may take with a teleport every ten, on average, by model."""
 
+_PEAK = {"mlp-10M": 1.5}
+"""How many times AdamW's the peak of memory may be, by model."""
+
+_GAUGES = {"mlp-1M": 25.0}
+"""How many times AdamW's a step with gauges may take, by model; on others it is not timed unless asked for."""
+
 _EVERY = {"teleporting-adamw": 10, "leaky_mlp_mixture": 16}
 """Steps that are timed together, where some cost more than others."""
 
@@ -108,11 +146,21 @@ class _Case:
             self.optimizer = METHODS[name](self.problem)
         self.steps = _EVERY.get(name, 1)
         self.times: list[float] = []
+        self.peak = 0
 
     def step(self) -> None:
         self.problem.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def warm_up(self) -> None:
+        """Steps that are not timed; in the second, which knows its state and may teleport, the memory is looked at."""
+        self.step()
+        most = most_bytes(self.step)
+        own = sum(value.nbytes for value in self.problem.model.parameters())
+        self.peak = own + _bytes(self.optimizer, self.problem.model) + most
+        for _ in range(_WARM_UP - 2):
+            self.step()
 
     def time(self) -> None:
         began = time.process_time()
@@ -174,21 +222,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("soap needs pytorch_optimizer: pip install 'metateleport[second-order]'")
     methods = list(dict.fromkeys(("adamw", *given.methods)))
     torch.set_num_threads(1)
-    report = {
-        "schema": SCHEMA,
-        "rounds": given.rounds,
-        "conditions": conditions(torch.device("cpu")),
-        "models": {model: _measured(model, methods, given.rounds) for model in given.models},
-    }
+    with _muon_at_its_best() as halves:
+        report = {
+            "schema": SCHEMA,
+            "rounds": given.rounds,
+            "conditions": {**conditions(torch.device("cpu")), "bfloat16": halves},
+            "models": {model: _measured(model, _methods_on(model, methods), given.rounds) for model in given.models},
+        }
     publish(report, _table, _page, given)
     return 0
+
+
+def _methods_on(model: str, methods: Sequence[str]) -> list[str]:
+    """The methods that were asked for; of all by default, steps with gauges on the model that has a target for them."""
+    return [*methods, "leaky_mlp_mixture"] if methods == list(DEFAULT) and model in _GAUGES else list(methods)
 
 
 def _measured(model: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
     cases = [_Case(name, model) for name in methods]
     for case in cases:
-        for _ in range(_WARM_UP):
-            case.step()
+        case.warm_up()
     order = random.Random(0)
     for _ in range(rounds):
         for case in order.sample(cases, len(cases)):
@@ -200,6 +253,7 @@ def _measured(model: str, methods: Sequence[str], rounds: int) -> dict[str, Any]
             case.name: {
                 "seconds": Summary.of(case.times)._asdict(),
                 "over_adamw": Summary.of([own / base for own, base in zip(case.times, adamw, strict=True)])._asdict(),
+                "peak_over_adamw": case.peak / cases[0].peak,
                 **case.counts(),
             }
             for case in cases
@@ -218,10 +272,17 @@ def _page(report: dict[str, Any]) -> str:
         'AdamW, model, mt.load("digits"), every=10)`, a mean over ten steps; Muon has AdamW for what is no hidden '
         "matrix. Operations, waits for the device, factorisations and bytes kept for each parameter are the "
         "optimizer's own, "
-        "without the passes; they do not depend on the machine.",
+        "without the passes; they do not depend on the machine. The peak is that of all tensors during the second "
+        "step, pass included, over AdamW's: in that step the learned optimizer teleports.",
         "",
         f"Medians and ranges of {report['rounds']} rounds after {_WARM_UP} steps, all optimizers of a model in turn, "
-        f"in CPU time on {known['threads']} thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}.",
+        f"in CPU time on {known['threads']} thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}. "
+        + (
+            "Polar factors, the learned step's and Muon's, are made in bfloat16."
+            if known["bfloat16"]
+            else "This CPU has no products in bfloat16, so polar factors, the learned step's and Muon's, are made in "
+            "float32; torch's own Muon, which knows bfloat16 only, would take many times as long here."
+        ),
         "",
         _table(report),
         "",
@@ -242,6 +303,18 @@ def _page(report: dict[str, Any]) -> str:
                 f"- {model}: AdamW with a teleport every ten steps takes {ratio:.2f} times AdamW's "
                 f"({_said(ratio, _TELEPORTING[model])})."
             )
+        if "digits" in cases and model in _PEAK:
+            ratio, most = cases["digits"]["peak_over_adamw"], _PEAK[model]
+            lines.append(
+                f"- {model}: the memory of a step that teleports is {ratio:.2f} times AdamW's at its peak "
+                f"({_said(ratio, most)})."
+            )
+        if "leaky_mlp_mixture" in cases and model in _GAUGES:
+            ratio = cases["leaky_mlp_mixture"]["over_adamw"]["median"]
+            lines.append(
+                f"- {model}: a step with gauges, which are held for up to {Refresh.longest} steps each, takes "
+                f"{ratio:.1f} times AdamW's ({_said(ratio, _GAUGES[model])})."
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -251,8 +324,9 @@ def _said(found: float, target: float) -> str:
 
 def _table(report: dict[str, Any]) -> str:
     rows = [
-        "| model | optimizer | CPU ms a step | over AdamW's (range) | operations | waits | factorisations | bytes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | optimizer | CPU ms a step | over AdamW's (range) | operations | waits | factorisations | bytes "
+        "| peak |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, measured in report["models"].items():
         for name, case in measured["cases"].items():
@@ -260,7 +334,8 @@ def _table(report: dict[str, Any]) -> str:
             rows.append(
                 f"| {model} | {name} | {1e3 * case['seconds']['median']:.1f} | "
                 f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f}) | {case['operations']:.0f} | "
-                f"{case['waits']:.0f} | {case['factorisations']:.1f} | {case['bytes_per_parameter']:.1f} |"
+                f"{case['waits']:.0f} | {case['factorisations']:.1f} | {case['bytes_per_parameter']:.1f} | "
+                f"{case['peak_over_adamw']:.2f} |"
             )
     return "\n".join(rows)
 

@@ -21,6 +21,7 @@ __all__ = [
     "finite_gradient",
     "first_not_finite",
     "fit",
+    "multiplies_halves",
     "polar_factors",
     "possible",
     "product",
@@ -225,7 +226,7 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     norm = (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
     found = found / norm if found.requires_grad else found.div_(norm)
     large = rows >= _HALVES
-    if large and first.dtype == torch.float32 and not found.requires_grad and _multiplies_halves(first.device):
+    if large and first.dtype == torch.float32 and not found.requires_grad and multiplies_halves(first.device):
         found = found.bfloat16()
     a, b, c = _COEFFICIENTS
     if columns >= _LONG * rows and rows >= _LONG_FROM and not found.requires_grad:
@@ -302,7 +303,7 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
         yield from (names[start : start + some] for start in range(0, len(names), some))
 
 
-def _multiplies_halves(device: torch.device) -> bool:
+def multiplies_halves(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

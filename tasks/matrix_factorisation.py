@@ -61,6 +61,7 @@ class MatrixFactorisation(TaskFamily):
         condition: ratio of its largest to its smallest singular value.
         batch: measurements a minibatch; `all` for the whole set.
         noise: standard deviation of noise added to the measurements, relative to theirs.
+        wide: whether training tasks go far beyond these settings, see `augmented`.
     """
 
     name: ClassVar[str] = "matrix_factorisation"
@@ -71,6 +72,7 @@ class MatrixFactorisation(TaskFamily):
     condition: float = 10.0
     batch: int | None = 100
     noise: float = 0.0
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.width:
@@ -94,13 +96,15 @@ class MatrixFactorisation(TaskFamily):
     def augmented(self, index: int, seed: int) -> MatrixFactorisation:
         """Widths from 0.6 to 1.2 times the setting, ranks up to 1.4 times, conditions from 1 to 300.
 
-        Half of the stacks keep the noise of the setting; the others have some between 0.01 and 0.3.
+        With `wide` widths up to 1.5 times, ranks up to twice, conditions to 30000. Half of the stacks keep the noise of
+        the setting; the others have some between 0.01 and 0.3.
         """
         source = np.random.default_rng([seed, index])
-        width = max(int(source.integers(round(0.6 * self.width), round(1.2 * self.width) + 1)), 1)
-        rank = int(source.integers(max(round(0.4 * self.rank), 1), round(1.4 * self.rank) + 1))
+        widest, highest, largest = (1.5, 2.0, 30_000.0) if self.wide else (1.2, 1.4, 300.0)
+        width = max(int(source.integers(round(0.6 * self.width), round(widest * self.width) + 1)), 1)
+        rank = int(source.integers(max(round(0.4 * self.rank), 1), round(highest * self.rank) + 1))
         drawn = dataclasses.replace(
-            self, width=width, rank=min(rank, width), condition=float(300 ** source.uniform()), batch=None
+            self, width=width, rank=min(rank, width), condition=float(largest ** source.uniform()), batch=None
         )
         if source.random() < 1 / 2:
             drawn = dataclasses.replace(drawn, noise=float(0.01 * 30 ** source.uniform()))

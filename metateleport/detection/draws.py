@@ -64,8 +64,8 @@ def _added(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 _WIDE = 128
 _RANK = 32
 
-_TOGETHER = 2**18
-"""Largest number of entries of matrices whose exponentials are made side by side."""
+_TOGETHER = 2**15
+"""Largest number of entries of matrices whose exponentials are made side by side; more would leave the cache."""
 
 
 def random_element(
@@ -126,8 +126,8 @@ def random_elements(
         some = max(1, _TOGETHER // group.size**2)
         for part in (places[start : start + some] for start in range(0, len(places), some)):
             square = (group.size, group.size)
-            drawn = [torch.randn(square, generator=sources[each], dtype=torch.float64) for each in part]
-            found |= zip(part, unbound(group.exp(group.directed(torch.stack(drawn), size))), strict=True)
+            matrices = [torch.randn(square, generator=sources[each], dtype=torch.float64) for each in part]
+            found |= zip(part, unbound(group.exp(group.directed(torch.stack(matrices), size))), strict=True)
     return [found[place].to(device=device, dtype=dtype) for place, device in enumerate(devices)]
 
 

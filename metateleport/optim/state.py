@@ -15,7 +15,7 @@ from metateleport.symmetries import Symmetry
 from metateleport.symmetries.translation import BiasTranslation
 from metateleport.teleporters.base import Move
 
-__all__ = ["StateReport", "cannot_carry", "carry_state"]
+__all__ = ["StateReport", "cannot_carry", "carry_state", "points_on_the_way"]
 
 # Names of entries in the states of the optimizers of torch and pytorch_optimizer. Covectors are sums of gradients and
 # move as the gradient does; squares are sums of squared gradients; roots are largest absolute values of gradients.
@@ -144,7 +144,7 @@ def _carry(
         else:
             said[key] = "kept"
             _warn_of(key, optimizer, warned)
-    places = _places(moves, start)
+    places = points_on_the_way(moves, start)
     carried = {key: _carried(_kind_of(key, found), kept, moves, places) for key, kept in carriable.items()}
     if "square_avg" in carriable:
         carried |= _of_rmsprop(carriable, moves, places)
@@ -266,7 +266,7 @@ def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
     return "unknown"
 
 
-def _places(moves: Sequence[Move], start: Point) -> list[Point]:
+def points_on_the_way(moves: Sequence[Move], start: Point) -> list[Point]:
     """The points that each move acted at; of actions that are the same everywhere, the start."""
     # Without gradients and cotangents, so that no move rebuilds a part of the backward pass.
     places = [Point(start.parameters, activations=start.activations, loss=start.loss)]

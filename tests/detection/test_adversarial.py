@@ -240,6 +240,18 @@ def test_outputs_that_hide_tensors_are_refused() -> None:
     assert "Hidden" in found.refused[0].reason
 
 
+def test_a_trace_leaves_the_settings_of_torch_as_they_were() -> None:
+    class Lines(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.fx.config.do_not_emit_stack_traces)
+            return super().forward(x)
+
+    seen: list[bool] = []
+    mt.find_symmetries(nn.Sequential(Lines(2, 3), nn.Linear(3, 2)), torch.ones(1, 2))
+    assert set(seen) == {True, False}
+    assert torch.fx.config.do_not_emit_stack_traces is False
+
+
 def test_a_trace_leaves_no_tensor_of_its_own_behind() -> None:
     model = _pair(_kept)
     model.kept = None

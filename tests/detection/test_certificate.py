@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import metateleport as mt
-from metateleport.detection.draws import fresh_inputs, random_element, randomise
+from metateleport.detection.draws import fresh_inputs, random_element, random_elements, randomise
 from metateleport.detection.rules import RULES
-from metateleport.groups import GeneralLinear, Group, PositiveDiagonal
+from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal
+from metateleport.point import Point
 from metateleport.symmetries import axes
+from metateleport.symmetries.axes import AxisSymmetry, Leg
 from metateleport.symmetries.lora import LoRAPair
 from metateleport.symmetries.translation import Absorber, BiasTranslation
 
@@ -169,3 +171,31 @@ def test_random_elements_have_the_size_asked_for(group: Group) -> None:
     if element.ndim == 1:
         assert float(element.log().norm()) == pytest.approx(0.7)
     assert element.shape == group.shape
+
+
+def test_elements_drawn_together_are_those_drawn_one_by_one() -> None:
+    groups = [GeneralLinear(3), PositiveDiagonal(4), GeneralLinear(130), GeneralLinear(3), Orthogonal(3)]
+
+    def sources() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(place) for place in range(len(groups))]
+
+    together = random_elements(groups, 0.7, sources(), torch.float64, [None] * len(groups))
+    for group, source, found in zip(groups, sources(), together, strict=True):
+        assert torch.allclose(found, random_element(group, 0.7, source, torch.float64), atol=1e-14)
+        if group.size < 130:
+            unit = group.identity(dtype=torch.float64)
+            assert torch.allclose(group.compose(found, group.inverse(found)), unit, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (5, 6), (6, 3, 2), (4, 6, 2), (3, 2, 6)], ids=str)
+@pytest.mark.parametrize("start", [None, 0, 2])
+def test_what_is_overwritten_is_what_the_action_gives(shape: tuple[int, ...], start: int | None) -> None:
+    axis, size = shape.index(6), 4
+    places = torch.tensor([[5, 0, 3, 2]]) if start is None else torch.arange(start, start + size).unsqueeze(0)
+    symmetry = AxisSymmetry(GeneralLinear(size), [Leg("a", places, axis), Leg("b", places, axis, dual=True)])
+    tensors = {name: torch.randn(shape, dtype=torch.float64) for name in ("a", "b")}
+    element = symmetry.group.random(seed=0, dtype=torch.float64)
+    moved = symmetry.act(element, Point({name: value.clone() for name, value in tensors.items()})).parameters
+    symmetry.overwrite(element, tensors)
+    for name, value in tensors.items():
+        assert torch.allclose(value, moved[name], atol=1e-14), name

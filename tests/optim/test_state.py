@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.optim import AtSteps
+from metateleport.optim.state import points_on_the_way
 from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022
-from metateleport.teleporters import travel
+from metateleport.teleporters import Move, travel
 
 WARM, STEPS = 6, 25
 DIAGONAL_CASES = ["rescaling", "rescaling, convolutions", "chain of rescalings", "norm gains", "gated"]
@@ -319,6 +320,21 @@ def test_squares_under_a_full_matrix_are_those_of_uncorrelated_gradients() -> No
     assert not carried.exact
     for name, value in carried.tensors.items():
         assert relative(torch.stack([each[name] for each in draws]).mean(0), value) < 0.1
+
+
+def test_points_on_the_way_are_made_for_actions_that_read_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case("linear pair").problem()
+    (symmetry,) = problem.symmetries
+    start = problem.point()
+    size, refused = torch.tensor(1.0), torch.tensor(False)
+    elements = [symmetry.group.random(seed=seed, dtype=torch.float64) for seed in range(2)]
+    moves = [Move(symmetry, element, size, refused, size) for element in elements]
+    for reads, there in ((False, start), (True, symmetry.act(elements[0], start))):
+        monkeypatch.setattr(type(symmetry), "reads_place", reads)
+        first, second = points_on_the_way(moves, start)
+        for name in symmetry.parameters:
+            assert torch.equal(first.parameters[name], start.parameters[name])
+            assert torch.equal(second.parameters[name], there.parameters[name])
 
 
 def test_a_teleport_that_moves_nothing_leaves_the_state_alone() -> None:

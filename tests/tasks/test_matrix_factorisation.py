@@ -59,3 +59,12 @@ def test_matrix_factorisation_varies_in_training() -> None:
     assert family.augmented(3, 1) == family.augmented(3, 1)
     small = load("matrix_factorisation", {"width": 3, "rank": 2, "batch": 48})
     assert all(each.batch <= each.measurements for each in (small.augmented(index, 0) for index in range(40)))
+
+
+def test_wide_training_goes_beyond_and_other_settings_stay() -> None:
+    family = load("matrix_factorisation", {"wide": True})
+    drawn = [family.augmented(index, 0) for index in range(60)]
+    assert max(each.width for each in drawn) > 24
+    assert max(each.rank for each in drawn) > 7
+    assert max(each.condition for each in drawn) > 3000
+    assert family.sample(3).training[0][0].equal(load("matrix_factorisation", {}).sample(3).training[0][0])

@@ -48,7 +48,7 @@ class BalancedAdamW(torch.optim.AdamW):
         super().__init__(list(self.tensors.values()), lr=lr, betas=(0.9, beta2), weight_decay=0.0)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = super().step(closure)
         self.steps += 1
         if self.steps % self.every == 0:
