@@ -239,7 +239,7 @@ class MetaOptimizer(nn.Module):
             given = dataclasses.replace(moved, gradients=dict(moved.gradients))
             moved = moved if moved is start else moved.replace(gradients={})
         parameters, rule_state = self.rule.step(given, symmetries, progress, rule_state, gauges, spend)
-        parameters, finite = _where_finite(parameters, base, usable)
+        parameters, moves_on = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:
             stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)
         zero = torch.zeros_like(progress.damping)
@@ -254,7 +254,7 @@ class MetaOptimizer(nn.Module):
             gauges=tuple(gauges),
             size=sum((move.size.square() for move in moves), zero).sqrt(),
             refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
-            stayed=~finite,
+            stayed=~moves_on,
         )
 
     def _linear(self, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:

@@ -236,7 +236,9 @@ def _places(shapes: tuple[torch.Size, ...], device: torch.device) -> Tensor | No
     strides = [_stride(shape[1:]) for shape in shapes]
     if max(strides, default=1) == 1:
         return None
-    parts = [torch.arange(*ends, stride) for *ends, stride in zip(ends, ends[1:], strides, strict=False)]
+    parts = [
+        torch.arange(start, end, stride) for (start, end), stride in zip(itertools.pairwise(ends), strides, strict=True)
+    ]
     return torch.cat(parts).to(device)
 
 
