@@ -429,7 +429,8 @@ def consecutive(tensors: Sequence[Tensor]) -> Tensor | None:
 
     Example:
         >>> whole = torch.arange(6.0).unsqueeze(0)
-        >>> consecutive(whole.split((2, 4), 1)), consecutive([torch.ones(1, 2), torch.ones(1, 2)])
+        >>> with torch.no_grad():
+        ...     consecutive(whole.split((2, 4), 1)), consecutive([whole[:, 4:], whole[:, :4]])
         (tensor([[0., 1., 2., 3., 4., 5.]]), None)
     """
     first = tensors[0]
