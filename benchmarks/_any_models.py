@@ -20,6 +20,7 @@ __all__ = ["TASKS", "AnyTask", "Data"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TOKENS, DOCSTRINGS_EACH = 32, 90
+SCHEDULES, RIVALS = ("constant", "cosine"), ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,12 @@ class AnyTask:
         classifies: whether the largest output is an answer that is right or wrong.
         batch: samples a minibatch.
         steps: of a run.
-        times: how many times the run's length `--long` trains.
+        times: how many times the run's length the long run trains.
+        marks: how often a run is evaluated; the time of that is not counted.
+        schedules: that the rivals' learning rates are tried with.
+        rates: how many of the learning rates are tried, from the smallest on.
+        rivals: kinds of rivals that are run; Muon multiplies matrices in bfloat16, which takes minutes a step on large
+            models where the processor has no such operation.
     """
 
     name: str
@@ -61,6 +67,10 @@ class AnyTask:
     batch: int = 32
     steps: int = 300
     times: int = 10
+    marks: int = 6
+    schedules: tuple[str, ...] = SCHEDULES
+    rates: int = 6
+    rivals: tuple[str, ...] = RIVALS
 
 
 def _parted(inputs: Tensor, targets: Tensor, share: float = 0.25) -> Data:
@@ -222,9 +232,22 @@ TASKS = {
         ),
         AnyTask("lstm", False, _Recurrent, lambda: _parted(*rows())),
         AnyTask("cnn with batchnorm", False, _ConvNet, lambda: _parted(*images())),
-        AnyTask("gpt", False, _gpt, _text),
+        AnyTask("gpt", False, _gpt, _text, marks=2),
         AnyTask("tabular", False, lambda: _mlp(30, 64, 32, 2), _tumours),
-        AnyTask("minilm, all weights", False, _Sentences, _docstrings, batch=16, steps=100, times=3),
+        # A run takes minutes, so the rival has four trials, with the schedule that is the better one elsewhere.
+        AnyTask(
+            "minilm, all weights",
+            False,
+            _Sentences,
+            _docstrings,
+            batch=16,
+            steps=100,
+            times=3,
+            marks=5,
+            schedules=("cosine",),
+            rates=4,
+            rivals=("adamw",),
+        ),
     )
 }
 """By name. The last five are of families that the default checkpoint was never trained on; it was chosen by what it did

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks._any_models import TASKS
+from benchmarks._any_models import RIVALS, SCHEDULES, TASKS, AnyTask
 
-__all__ = ["findings", "page_of", "table_of"]
+__all__ = ["IN_TIME", "findings", "page_of", "table_of"]
 
 
 def _of(report: Mapping[str, Any], task: str, method: str) -> list[dict[str, Any]]:
@@ -28,9 +28,10 @@ def _end(runs: list[dict[str, Any]]) -> float:
     return statistics.median(run["losses"][-1] for run in runs)
 
 
-def _at_seconds(run: Mapping[str, Any], budget: float) -> float:
-    """The loss at the last evaluation within a budget of seconds."""
-    return [loss for loss, spent in zip(run["losses"], run["seconds"], strict=True) if spent <= budget][-1]
+def _steps(report: Mapping[str, Any], task: str, method: str) -> int:
+    """How many steps the runs of a method on a task have."""
+    keys = (key.split(" | ") for key in report["runs"])
+    return next(int(steps.removesuffix(" steps")) for own, which, _, steps in keys if (own, which) == (task, method))
 
 
 def _last(run: Mapping[str, Any]) -> float:
@@ -70,6 +71,9 @@ def table_of(report: Mapping[str, Any]) -> str:
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
+
+IN_TIME = ", as long as AdamW"
+"""A run told as many steps as take the seconds of tuned AdamW's."""
 
 PARTS = {
     "constants": "constants in the place of the networks",
@@ -123,18 +127,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         f"held-out loss not above that of tuned AdamW's worst seed: {len(known) - len(beyond)} of {len(known)}"
         + (f"; not on {', '.join(beyond)}" if beyond else "")
     )
-    ahead = []
-    for task in known:
-        own, rival = _of(report, task, name), _of(report, task, "adamw, tuned")
-        pairs = [_at_seconds(one, other["seconds"][-1]) / other["losses"][-1] for one, other in zip(own, rival)]  # noqa: B905
-        if pairs:
-            ahead.append((task, statistics.median(pairs)))
-    if ahead:
-        listed = ", ".join(f"{task} {ratio:.2f}" for task, ratio in ahead)
-        sentences.append(
-            f"at the seconds of tuned AdamW's run, ahead on {sum(ratio < 1 for _, ratio in ahead)} of {len(ahead)}; "
-            f"loss over its loss: {listed}"
-        )
+    sentences += _in_time(report, known)
     factors = sorted(
         {key.split(" | ")[1] for key in report["runs"] if key.split(" | ")[1].startswith(f"{name}, lr=")} | {name}
     )
@@ -166,6 +159,11 @@ def findings(report: Mapping[str, Any]) -> list[str]:
             sentences.append(
                 f"{words}: loss over the learned one's, {' and '.join(said)}, geometric means over {len(there)} tasks"
             )
+    alone, by_hand = (
+        [task for task in known if _of(report, task, f"{name}, {part}")] for part in ("adam alone", "by hand")
+    )
+    if alone and not by_hand:
+        sentences.append(_NOTHING)
     long = [(task, run) for task in known for run in _of(report, task, f"{name}, long")]
     if long:
         risen = [
@@ -175,10 +173,60 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         ]
         times = ", ".join(f"{task} {run['losses'][-1]:.2g}" for task, run in long)
         sentences.append(
-            f"runs of ten times the length whose second half stays below their start: {len(long) - len(risen)} of "
-            f"{len(long)}" + (f"; not on {', '.join(risen)}" if risen else "") + f"; loss at the end: {times}"
+            f"runs of ten times the length{_other_times()} whose second half stays below their start: "
+            f"{len(long) - len(risen)} of {len(long)}"
+            + (f"; not on {', '.join(risen)}" if risen else "")
+            + f"; loss at the end: {times}"
         )
     return sentences
+
+
+_NOTHING = (
+    "the constants that training started from, a mixture made by hand, are the checkpoint itself: training found none "
+    "that did better on the families left out, so what learning brings is nothing"
+)
+
+
+def _in_time(report: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """What it does in the seconds of tuned AdamW's run; nothing if that was not run."""
+    name, found = report["checkpoint"], []
+    for task in known:
+        own, rival = _of(report, task, f"{name}{IN_TIME}"), _of(report, task, "adamw, tuned")
+        if own and rival:
+            spent = statistics.median(run["seconds"][-1] for run in own)
+            share = spent / statistics.median(run["seconds"][-1] for run in rival)
+            found.append((task, _steps(report, task, f"{name}{IN_TIME}"), share, _end(own) / _end(rival)))
+    if not found:
+        return []
+    ahead = sum(ratio < 1 for *_, ratio in found)
+    listed = ", ".join(f"{task} {steps} steps, {share:.2f}, {ratio:.2f}" for task, steps, share, ratio in found)
+    return [
+        f"at the seconds of tuned AdamW's run, ahead on {ahead} of {len(found)}, told as many steps as fit into them; "
+        f"steps, seconds over its seconds, loss over its loss: {listed}"
+    ]
+
+
+def _other_times() -> str:
+    """Which tasks are followed for another multiple of their length."""
+    said = [f"{task.times} times on {task.name}" for task in TASKS.values() if task.times != AnyTask.times]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _trials() -> str:
+    """How many trials the rivals have, and who has none."""
+    usual = len(SCHEDULES) * AnyTask.rates
+    said = [f"Rivals have {usual} trials each, learning rates and schedules, for the training loss at the end"]
+    for task in TASKS.values():
+        trials = len(task.schedules) * task.rates
+        if trials != usual:
+            said.append(f"on {task.name} {trials}, all with the schedule {' and '.join(task.schedules)}")
+        without = [kind for kind in RIVALS if kind not in task.rivals]
+        if without:
+            said.append(
+                f"there {' and '.join(without)} is not run, whose products in bfloat16 take most of a minute a step on "
+                "processors that have no such operation"
+            )
+    return "; ".join(said) + "."
 
 
 def _left_out(report: Mapping[str, Any]) -> list[str]:
@@ -192,6 +240,10 @@ def _left_out(report: Mapping[str, Any]) -> list[str]:
         counts.setdefault(max(len(_of(report, task, method)) for task in TASKS), []).append(method)
     for count, which in sorted(counts.items(), reverse=True):
         said.append(f"{count} seed{'s' if count > 1 else ''}: {', '.join(f'`{method}`' for method in which)}")
+    most = max(len(_of(report, task, name)) for task in TASKS)
+    fewer = [f"{len(runs)} on {task}" for task in TASKS if 0 < len(runs := _of(report, task, name)) < most]
+    if fewer:
+        said.append(f"seeds are fewer on some tasks: {', '.join(fewer)}")
     for method in methods:
         there = [task for task in TASKS if _of(report, task, method)]
         if len(there) < len(TASKS) - len(missing):
@@ -208,8 +260,7 @@ def page_of(report: Mapping[str, Any]) -> str:
         "",
         "`python -m benchmarks.any_model --json any_model.json --page docs/any-model.md` writes this page: "
         f"`mt.LearnedOptimizer(model)` at its defaults, told its length, on real tasks. Families of these were "
-        f"never trained on: {never}. Rivals have twelve trials each, learning rates and schedules, for the training "
-        "loss at the end.",
+        f"never trained on: {never}. {_trials()}",
         "",
         "Losses are means over all training data and over what was held out, medians over seeds. "
         f"CPU time on one thread; {known['cpu']}, torch {known['torch']}, Python {known['python']}.",

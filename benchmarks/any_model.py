@@ -5,7 +5,8 @@ rival has the same number of trials: six learning rates, each constant and with 
 the training loss at the end of a run of another seed. Losses are means over the whole training set and over what was
 held out, in evaluation mode. The attribution runs the learned optimizer with constants in the place of its networks
 (their last layers keep their biases only), with the constants that its training started from (a mixture made by hand),
-with Adam's direction alone and with polar factors alone, where there are any, and without its safeguard.
+with Adam's direction alone and with polar factors alone, where there are any, and without its safeguard. At equal
+seconds the learned optimizer is told as many steps as take the seconds of a whole run of tuned AdamW.
 
 Finished runs are kept in the JSON file, and a run that was interrupted goes on from there.
 
@@ -21,6 +22,7 @@ import copy
 import dataclasses
 import json
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ from torch import nn
 
 import metateleport as mt
 from benchmarks._any_models import TASKS, AnyTask, Data
-from benchmarks._any_report import findings, page_of, table_of
+from benchmarks._any_report import IN_TIME, findings, page_of, table_of
 from benchmarks._timing import conditions
 from metateleport.checkpoint import update_card
 from metateleport.files import write_json, write_text
@@ -45,14 +47,10 @@ __all__ = ["main"]
 SCHEMA = 1
 TUNING_SEED = 1000
 RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "muon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
-SCHEDULES = ("constant", "cosine")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DIRECTIONS = {"adam": 3, "polar": 4}
 """Where the logits of the directions' shares are among the outputs."""
 _ALONE = 60.0
-MARKS = 20
-"""How often a run is evaluated; the time of that is not counted."""
-
 Make = Callable[[nn.Module, int], tuple[torch.optim.Optimizer, Callable[[int], float]]]
 """An optimizer, and the factor on its learning rate at each step."""
 
@@ -122,10 +120,17 @@ def _constant(meta: MetaOptimizer) -> MetaOptimizer:
     return meta
 
 
+def _same(one: MetaOptimizer, other: MetaOptimizer) -> bool:
+    values = other.state_dict()
+    return all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+
+
 def _parts_of(checkpoint: str) -> dict[str, MetaOptimizer]:
     """The checkpoint with one part of it exchanged, by what is said of it."""
     learned = mt.load_checkpoint(checkpoint).learned
     found = {"constants": _constant(learned), "by hand": _constant(MetaOptimizer(learned.config))}
+    # Where training has found nothing better than its start, these are the checkpoint itself.
+    found = {name: own for name, own in found.items() if not _same(own, learned)}
     rule = learned.rule
     if isinstance(rule, AdaptiveRule):
         for name, place in DIRECTIONS.items():
@@ -158,13 +163,13 @@ def _evaluated(task: AnyTask, model: nn.Module, inputs: torch.Tensor, targets: t
     return losses / count, right / count if task.classifies else math.nan
 
 
-def _run(task: AnyTask, data: Data, make: Make, seed: int, steps: int) -> dict[str, Any]:
+def _run(task: AnyTask, data: Data, make: Make, seed: int, steps: int, marks: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = task.build()
     optimizer, factor = make(model, steps)
     first = [group["lr"] for group in optimizer.param_groups]
     draw = torch.Generator().manual_seed(seed)
-    every = max(steps // MARKS, 1)
+    every = max(steps // marks, 1)
     start, _ = _evaluated(task, model, data.inputs, data.targets)
     spent, losses, seconds = 0.0, [start], [0.0]
     for step in range(steps):
@@ -232,32 +237,46 @@ class _Kept:
 def _tuned(task: AnyTask, data: Data, kind: str, kept: _Kept) -> tuple[float, str]:
     """The rate and schedule with the lowest training loss at the end, of all trials."""
     found: dict[tuple[float, str], float] = {}
-    for schedule in SCHEDULES:
-        for rate in RATES[kind]:
+    for schedule in task.schedules:
+        for rate in RATES[kind][: task.rates]:
             key = f"{task.name} | {kind} {rate:g} {schedule} | seed {TUNING_SEED} | {task.steps} steps"
             run = kept.run(
                 key,
                 lambda rate=rate, schedule=schedule: _run(  # type: ignore[misc]
-                    task, data, _rival(kind, rate, schedule), TUNING_SEED, task.steps
+                    task, data, _rival(kind, rate, schedule), TUNING_SEED, task.steps, marks=1
                 ),
             )
             found[rate, schedule] = run["losses"][-1] if run["finite"] else math.inf
     return min(found, key=lambda each: found[each])
 
 
-def _compare(task: AnyTask, checkpoint: str, seeds: int, parts: Sequence[str], kept: _Kept) -> None:
+def _steps_in_time(task: AnyTask, checkpoint: str, kept: _Kept) -> int:
+    """How many learned steps take the seconds of a run of tuned AdamW; zero where one of the two was not run."""
+    spent: dict[str, list[float]] = {checkpoint: [], "adamw, tuned": []}
+    for key, run in kept.runs.items():
+        own, method, _, _ = key.split(" | ")
+        if own == task.name and method in spent:
+            spent[method].append(run["seconds"][-1])
+    if not all(spent.values()):
+        return 0
+    return max(int(task.steps * statistics.median(spent["adamw, tuned"]) / statistics.median(spent[checkpoint])), 1)
+
+
+def _compare(
+    task: AnyTask, checkpoint: str, seeds: int, parts: Sequence[str], factors: Sequence[float], kept: _Kept
+) -> None:
     data = task.data()
     methods: dict[str, tuple[Make, int]] = {"adamw, defaults": (_rival("adamw", 1e-3, "constant"), task.steps)}
     if "learned" in parts:
         methods[checkpoint] = (_learned(checkpoint), task.steps)
     if "rivals" in parts:
-        for kind in RATES:
+        for kind in task.rivals:
             rate, schedule = _tuned(task, data, kind, kept)
             methods[f"{kind}, tuned"] = (_rival(kind, rate, schedule), task.steps)
     if "factors" in parts:
         methods |= {
             f"{checkpoint}, lr={factor:g}": (_learned(checkpoint, factor), task.steps)
-            for factor in FACTORS
+            for factor in factors
             if factor != 1.0
         }
     if "attribution" in parts:
@@ -266,12 +285,19 @@ def _compare(task: AnyTask, checkpoint: str, seeds: int, parts: Sequence[str], k
         }
     if "long" in parts:
         methods[f"{checkpoint}, long"] = (_learned(checkpoint), task.steps * task.times)
+
+    def run(name: str, make: Make, steps: int, seed: int) -> None:
+        key = f"{task.name} | {name} | seed {seed} | {steps} steps"
+        kept.run(key, lambda: _run(task, data, make, seed, steps, task.marks))
+
     for seed in range(seeds):
         for name, (make, steps) in methods.items():
-            if name.endswith(", long") and seed:
-                continue
-            key = f"{task.name} | {name} | seed {seed} | {steps} steps"
-            kept.run(key, lambda make=make, steps=steps: _run(task, data, make, seed, steps))  # type: ignore[misc] # noqa: B023
+            if not (name.endswith(", long") and seed):
+                run(name, make, steps, seed)
+    # Known only now.
+    if "seconds" in parts and (steps := _steps_in_time(task, checkpoint, kept)):
+        for seed in range(seeds):
+            run(f"{checkpoint}{IN_TIME}", _learned(checkpoint), steps, seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,8 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="default", metavar="NAME", help="default %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
-    every = ["learned", "rivals", "factors", "attribution", "long"]
+    every = ["learned", "rivals", "factors", "attribution", "seconds", "long"]
     parser.add_argument("--parts", nargs="*", choices=every, default=every, metavar="PART", help=", ".join(every))
+    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="LR", help="lr beside one")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished runs, and the result, in this file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of the docs")
@@ -291,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     kept = _Kept(given.json, given.checkpoint, {"rates": {kind: list(rates) for kind, rates in RATES.items()}})
     for name in given.tasks:
-        _compare(TASKS[name], given.checkpoint, given.seeds, given.parts, kept)
+        _compare(TASKS[name], given.checkpoint, given.seeds, given.parts, given.factors, kept)
     print(table_of(kept.report()))
     if given.page is not None:
         write_text(given.page, page_of(kept.report()))

@@ -15,6 +15,7 @@ __all__ = [
     "alike",
     "all_finite",
     "certain",
+    "consecutive",
     "diagonal_spectrum",
     "eigen",
     "eigenpairs",
@@ -37,6 +38,10 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _POLAR_STEPS = 5
 _HALVES = 128
 """Matrices of fewer rows are multiplied in float32: converting them to bfloat16 costs more than it saves."""
+
+_LONG, _LONG_FROM = 4, 64
+"""Matrices of so many rows, and so many times as many columns, are not multiplied at every step: their Gram matrices
+are. Of smaller ones the calls are the price."""
 
 _HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -238,15 +243,33 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     if large and first.dtype == torch.float32 and not found.requires_grad and multiplies_halves(first.device):
         found = found.bfloat16()
     a, b, c = _COEFFICIENTS
-    for _ in range(_POLAR_STEPS):
-        gram = torch.bmm(found, found.mT)
-        # Under the same name, so that the product is gone before the last one is made.
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        found = torch.baddbmm(found, gram, found, beta=a)
+    if columns >= _LONG * rows and rows >= _LONG_FROM and not found.requires_grad:
+        found = _long_factors(found)
+    else:
+        for _ in range(_POLAR_STEPS):
+            gram = torch.bmm(found, found.mT)
+            # Under the same name, so that the product is gone before the last one is made.
+            gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            found = torch.baddbmm(found, gram, found, beta=a)
     parts = found.to(first.dtype).split(first.shape[0])
     cut = [part[:, :own, :across] for part, (own, across) in zip(parts, shapes, strict=True)]
     turned = [each if _is_wide(value) else each.mT for each, value in zip(cut, tensors, strict=True)]
     return [each.reshape(value.shape) for each, value in zip(turned, tensors, strict=True)]
+
+
+def _long_factors(found: Tensor) -> Tensor:
+    """The steps of `polar_factors` on the Gram matrices alone, which long matrices have far fewer entries in."""
+    a, b, c = _COEFFICIENTS
+    gram = torch.bmm(found, found.mT)
+    whole: Tensor | None = None
+    for number in range(_POLAR_STEPS):
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        whole = step if whole is None else torch.bmm(step, whole)
+        if number + 1 < _POLAR_STEPS:
+            gram = torch.bmm(step, torch.bmm(gram, step))
+    assert whole is not None
+    return torch.bmm(whole, found)
 
 
 def _is_wide(tensor: Tensor) -> bool:
@@ -343,18 +366,23 @@ class Blocks:
     @property
     def counts(self) -> tuple[int, ...]:
         """Number of entries of each tensor in one task."""
-        return tuple(shape[1:].numel() for shape in self.shapes)
+        # A compiler traces through caches, and says so.
+        return (_counts.__wrapped__ if torch.compiler.is_compiling() else _counts)(self.shapes)
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in blocks."""
-        return [torch.cat([each.flatten(1) for each in tensors], 1)] if self.joined else list(tensors)
+        if not self.joined:
+            return list(tensors)
+        whole = consecutive(tensors)
+        return [torch.cat([each.flatten(1) for each in tensors], 1) if whole is None else whole]
 
     def parts(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """The tensors again, as views of the blocks."""
         if not self.joined:
             return list(blocks)
         found = blocks[0].split(self.counts, 1)
-        return [each.unflatten(1, shape[1:]) for each, shape in zip(found, self.shapes, strict=True)]
+        pairs = zip(found, self.shapes, strict=True)
+        return [each if len(shape) == 2 else each.unflatten(1, shape[1:]) for each, shape in pairs]
 
     def spread(self, factors: Tensor) -> list[Tensor]:
         """A factor for each tensor and task, `(tensors, tasks)`, shaped so that it multiplies the blocks."""
@@ -365,9 +393,13 @@ class Blocks:
 
     def mean_squares(self, blocks: Sequence[Tensor]) -> Tensor:
         """Mean squares, `(tensors, tasks)`; their derivative is finite at zero."""
-        if self.joined:
+        if self.joined and not self._many(blocks[0]):
             return self._means(blocks[0].square())
-        flat = [value.flatten(1) for value in blocks]
+        parts = blocks[0].split(self.counts, 1) if self.joined else blocks
+        if len(parts[0]) == 1 and _one_call(parts):
+            norms = torch.stack(torch._foreach_norm(list(parts)))
+            return (norms.square() / _constant(self.counts, norms.dtype, norms.device)).unsqueeze(1)
+        flat = [value.flatten(1) for value in parts]
         return torch.stack([torch.linalg.vector_norm(each, dim=1).square() / each.shape[1] for each in flat])
 
     def means(self, blocks: Sequence[Tensor]) -> Tensor:
@@ -382,8 +414,57 @@ class Blocks:
         found = [(a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)).flatten() / count for a, b, count in pairs]
         return torch.stack(found)
 
+    def _many(self, block: Tensor) -> bool:
+        """Whether as many products as entries times tensors would be more work than a call for each tensor."""
+        return block.shape[1] * len(self.shapes) > _SMALL and not block.requires_grad
+
     def _means(self, block: Tensor) -> Tensor:
+        if self._many(block):
+            return torch.stack([each.mean(1) for each in block.split(self.counts, 1)])
         return (block @ _shares_of(self.counts, block.dtype, block.device)).mT
+
+
+def _one_call(tensors: Sequence[Tensor]) -> bool:
+    """Whether one call serves all tensors: they are alike, and there is no graph."""
+    if torch.compiler.is_compiling() or any(each.requires_grad for each in tensors):
+        return False
+    return len({(each.dtype, each.device) for each in tensors}) == 1
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def consecutive(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one task that are parts of one memory, one behind the other, as `(1, entries)`; None if they are not.
+
+    So what `Blocks.parts` gave is gathered again without a copy.
+
+    Example:
+        >>> whole = torch.arange(6.0).unsqueeze(0)
+        >>> with torch.no_grad():
+        ...     consecutive(whole.split((2, 4), 1)), consecutive([whole[:, 4:], whole[:, :4]])
+        (tensor([[0., 1., 2., 3., 4., 5.]]), None)
+    """
+    first = tensors[0]
+    if first.shape[0] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    size, start = first.element_size(), first.data_ptr()
+    end = start
+    for each in tensors:
+        if each.data_ptr() != end or each.dtype != first.dtype or not each.is_contiguous():
+            return None
+        end += size * each.numel()
+    if end > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+        return None
+    count = (end - start) // size
+    return first.as_strided((1, count), (count, 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(shapes: tuple[torch.Size, ...]) -> tuple[int, ...]:
+    return tuple(shape[1:].numel() for shape in shapes)
 
 
 @functools.lru_cache(maxsize=64)

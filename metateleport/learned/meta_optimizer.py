@@ -178,6 +178,7 @@ class MetaOptimizer(nn.Module):
         loss_fits: bool = True,
         along: Sequence[Symmetry] | None = None,
         spend: bool = False,
+        finite: bool = False,
     ) -> Step:
         """One inner step on every task of the stack.
 
@@ -194,6 +195,7 @@ class MetaOptimizer(nn.Module):
             along: those of the symmetries to move along and to step in gauges of; all of them if not given. The others
                 tell how the layers follow one another.
             spend: whether the rule may overwrite `state`'s tensors, as nobody reads it again; only without a graph.
+            finite: whether the point is known to have a loss and gradients that can be stepped along.
 
         Returns:
             The step.
@@ -220,7 +222,7 @@ class MetaOptimizer(nn.Module):
             one = accepted.numel() == 1
             base = state.accepted if one else point.choose(accepted, state.accepted)
         teleporter_state = chosen.judged(state.teleporter, progress, accepted)
-        usable = _finite(base)
+        usable = torch.ones_like(accepted) if finite and base is point else _finite(base)
         start = base if certain(usable) else _emptied(base, ~usable)
         along = symmetries if along is None else along
         moved = start
@@ -237,7 +239,7 @@ class MetaOptimizer(nn.Module):
             given = dataclasses.replace(moved, gradients=dict(moved.gradients))
             moved = moved if moved is start else moved.replace(gradients={})
         parameters, rule_state = self.rule.step(given, symmetries, progress, rule_state, gauges, spend)
-        parameters, finite = _where_finite(parameters, base, usable)
+        parameters, moves_on = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:
             stand_in = stand_in.stepped(moved.parameters, parameters, moved.gradients)
         zero = torch.zeros_like(progress.damping)
@@ -252,7 +254,7 @@ class MetaOptimizer(nn.Module):
             gauges=tuple(gauges),
             size=sum((move.size.square() for move in moves), zero).sqrt(),
             refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
-            stayed=~finite,
+            stayed=~moves_on,
         )
 
     def _linear(self, symmetries: Sequence[Symmetry]) -> tuple[Symmetry, ...]:
@@ -315,6 +317,7 @@ class InnerLoop:
         loss_known: bool = True,
         loss_fits: bool = True,
         along: Sequence[Symmetry] | None = None,
+        finite: bool = False,
     ) -> Step:
         """One inner step on every task.
 
@@ -324,6 +327,7 @@ class InnerLoop:
             loss_fits: whether gradients and cotangents are those of this loss, and not multiples; if not, rules that
                 divide by it take a stand-in.
             along: those of the symmetries to move along and to step in gauges of; all of them if not given.
+            finite: whether the point is known to have a loss and gradients that can be stepped along.
 
         Returns:
             The step; its `parameters` are to be evaluated next.
@@ -335,7 +339,16 @@ class InnerLoop:
             self.state = dataclasses.replace(self.state, progress=told)
         fits = loss_known and loss_fits
         step = self.meta.step(
-            point, self.symmetries, self.state, self.teleporter, self.regauge, loss_known, fits, along, self.spends
+            point,
+            self.symmetries,
+            self.state,
+            self.teleporter,
+            self.regauge,
+            loss_known,
+            fits,
+            along,
+            self.spends,
+            finite,
         )
         self.state, self.last_step = step.state, step
         return step

@@ -274,10 +274,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, told: Tensor | None) -> None:
-        named = self._named()
+        named, whole = self._parameters()
         held = {name: value for name, value in named.items() if trainable(value)}
         if not held:
-            self._say_what_is_new(self._whole(named), named)
             return
         alone = not replicated()
         if not alone:
@@ -294,7 +293,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         evidence, recorder = Evidence(), self._recorder
         if alone and recorder is not None and recorder.last is not None:
             evidence = evidence_of(recorder, gradients)
-        point = self._point(named, gradients, evidence, told)
+        point = self._point(whole, gradients, evidence, told)
         rates = self._rates(named)
         self._recall(point, named)
         if not any(rates[name] for name in held) and not any(bool(each.any()) for each in gradients.values()):
@@ -316,7 +315,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         recorded = None if recorder is None else recorder.last
         replays = 0 if recorded is None else recorded.replays
         fits = evidence.loss_fits or (self.deterministic and not evidence.checked)
-        taken = self.loop.advance(point, told is not None, fits, along)
+        taken = self.loop.advance(point, told is not None, fits, along, finite=True)
         if recorded is not None and recorded.replays > replays:
             taken = dataclasses.replace(taken, evaluations=taken.evaluations + (recorded.replays - replays) / 3)
         if bool(taken.stayed):
@@ -373,9 +372,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The parameters, by their numbers in a state dict."""
         return list(enumerate(value for group in self.param_groups for value in group["params"]))
 
-    def _named(self) -> dict[str, Tensor]:
-        """All parameters that it holds, by the model's names; the others by their place."""
-        known = {} if self.model is None else {id(value): name for name, value in self.model.named_parameters()}
+    def _named(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """All parameters that it holds, by the model's names; the others by their place.
+
+        Args:
+            own: the model's parameters by their names, where they are at hand.
+        """
+        if own is None:
+            own = {} if self.model is None else dict(self.model.named_parameters())
+        known = {id(value): name for name, value in own.items()}
         named: dict[str, Tensor] = {}
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or places(group["params"], number)
@@ -383,11 +388,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 named[known.get(id(value), name)] = value
         return named
 
-    def _point(self, named: Mapping[str, Tensor], gradients: Tensors, evidence: Evidence, told: Tensor | None) -> Point:
-        """Where the model stands, as a stack of one task."""
-        like = next(iter(gradients.values()))
-        whole = self._whole(named)
+    def _parameters(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All parameters that it holds, and those with all of the model's; a warning tells which are not trained."""
+        own = {} if self.model is None else dict(self.model.named_parameters())
+        named = self._named(own)
+        whole = {**named, **own}
         self._say_what_is_new(whole, named)
+        return named, whole
+
+    def _point(self, whole: Mapping[str, Tensor], gradients: Tensors, evidence: Evidence, told: Tensor | None) -> Point:
+        """Where the model stands, as a stack of one task; `whole` are all parameters, its own and the model's."""
+        like = next(iter(gradients.values()))
         needed = dict.fromkeys(gradients)
         needed.update(dict.fromkeys(name for each in self.symmetries for name in each.parameters if name in whole))
         parameters = {name: master(whole[name], like.dtype, self.state.get(whole[name], {})) for name in needed}
@@ -401,8 +412,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         point = Point(parameters, gradients, evidence.activations, evidence.cotangents, loss=loss)
         recorder = self._recorder
         if recorder is not None and recorder.replays and recorder.last is not None and evidence.activations:
-            whole = {name: value.detach() for name, value in whole.items()}
-            point = point.replace(pullback=stacked_pullback(recorder.pullback(recorder.last, whole, gradients)))
+            fixed = {name: value.detach() for name, value in whole.items()}
+            point = point.replace(pullback=stacked_pullback(recorder.pullback(recorder.last, fixed, gradients)))
         return point
 
     def _rates(self, named: Mapping[str, Tensor]) -> dict[str, float]:
@@ -415,10 +426,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._say(f"all of total_steps={self.total_steps} are taken: from now on no step moves anything")
         names = {id(value): name for name, value in named.items()}
         return {names[id(value)]: float(group["lr"]) * left for group in self.param_groups for value in group["params"]}
-
-    def _whole(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All parameters that it holds and all of the model, by name."""
-        return {**named, **({} if self.model is None else dict(self.model.named_parameters()))}
 
     def _say_what_is_new(self, whole: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
         """Warns of parameters that the model got after the optimizer was made: they are not trained."""

@@ -15,6 +15,7 @@ from metateleport.learned import LearnedTeleporter
 from metateleport.learned.progress import PROGRESS_FEATURES
 from metateleport.learned.rules import AdaptiveSettings, StepSettings
 from metateleport.learned.rules.gauged import GaugedSettings
+from metateleport.learned.rules.static import StaticSettings
 from metateleport.learned.teleporter import BASIS
 from metateleport.service.described import DescribedSymmetry, effect_of, nowhere
 from metateleport.service.limits import Limits
@@ -41,17 +42,25 @@ def step_refusal(rule: Any) -> str:
         rule: the rule's settings.
 
     Example:
-        >>> from metateleport.learned.rules import TensorSettings
+        >>> from metateleport.learned.rules import StaticSettings, TensorSettings
         >>> step_refusal(StepSettings())
         ''
         >>> step_refusal(TensorSettings())
         "rule.kind = 'tensor' reads every coordinate of the weights, which never leave their machine: load the \
 checkpoint there"
+        >>> step_refusal(StaticSettings())
+        "rule.kind = 'static' has no network to ask, only a few constants for each tensor: load the checkpoint where \
+the weights are"
     """
     if not rule.learns:
         return f"rule.kind = {rule.kind!r} learns no step: use the teleporter, with an optimizer of your own"
     if type(rule) in PER_TENSOR:
         return ""
+    if isinstance(rule, StaticSettings):
+        return (
+            f"rule.kind = {rule.kind!r} has no network to ask, only a few constants for each tensor: load the "
+            "checkpoint where the weights are"
+        )
     return (
         f"rule.kind = {rule.kind!r} reads every coordinate of the weights, which never leave their machine: load the "
         "checkpoint there"

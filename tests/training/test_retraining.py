@@ -19,7 +19,14 @@ MADE_WITH = "2.13.0+cpu"
 
 
 @pytest.mark.skipif(torch.__version__ != MADE_WITH, reason=f"needs torch {MADE_WITH}")
-@pytest.mark.parametrize(("name", "seed"), [pytest.param("leaky_mlp_stays", 4, marks=pytest.mark.slow(seconds=150))])
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        pytest.param("leaky_mlp_stays", 4, marks=pytest.mark.slow(seconds=150)),
+        # What it starts from is what is kept, whatever rounding does.
+        pytest.param("default", 1, marks=pytest.mark.slow(seconds=250)),
+    ],
+)
 def test_a_recipe_makes_its_checkpoint_again(name: str, seed: int, tmp_path: Path) -> None:
     (shipped,) = (each.path for each in load_checkpoint(name).meta_seeds if each.seed == seed)
     threads = torch.get_num_threads()

@@ -12,6 +12,7 @@ from metateleport.learned.rules.base import (
 )
 from metateleport.learned.rules.coordinate import CoordinateSettings
 from metateleport.learned.rules.registry import known_rules, read_rule, register
+from metateleport.learned.rules.static import StaticSettings
 from metateleport.learned.rules.step import StepSettings
 from metateleport.learned.rules.tensor import TensorSettings
 
@@ -22,6 +23,7 @@ __all__ = [
     "BaseRule",
     "CoordinateSettings",
     "RuleSettings",
+    "StaticSettings",
     "StepSettings",
     "TensorSettings",
     "UpdateRule",

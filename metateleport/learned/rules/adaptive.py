@@ -18,11 +18,11 @@ from metateleport.learned.rules.base import RuleSettings, UpdateRule, carried_mo
 from metateleport.learned.rules.guard import (
     GUARD_SAMPLES,
     PLAIN_RATE,
+    Sample,
     giving_way,
     guard_state,
     judged,
     noted,
-    plain_steps,
 )
 from metateleport.linalg import Blocks, alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
@@ -30,7 +30,7 @@ from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move
 
-__all__ = ["AdaptiveRule", "AdaptiveSettings"]
+__all__ = ["TOLD_START", "AdaptiveRule", "AdaptiveSettings", "layer_of", "layer_scales"]
 
 _FEATURES = 7
 _TOLD_FEATURES = 2
@@ -51,6 +51,10 @@ _ROUNDINGS = 16.0
 _TABLE = 0.5
 """A matrix whose root mean square is above this at the start counts as a table of embeddings."""
 
+_LONG, _MANY = 32, 4096
+"""A matrix with so many rows, and so many times as many as columns, is the table of a vocabulary: each token's row has
+gradients of its own, and the polar factor of all of them would be most of a step's work."""
+
 _SMALLEST_SCALE = 1e-2
 """Smallest root mean square of a layer that is reckoned with, so that a layer that starts at zero moves."""
 
@@ -66,7 +70,7 @@ _OUTPUTS = 3 + len(_MIXTURE)
 _ANNEALING = 3.0
 """The largest exponent of the annealing to a told end."""
 
-_TOLD_START = (0.3, math.log(4.0), _CALM, 0.0, 2.2, -1.5, -0.7)
+TOLD_START = (0.3, math.log(4.0), _CALM, 0.0, 2.2, -1.5, -0.7)
 """Where the outputs of a rule start that is told the length of the run: longer steps and shorter memories than of one
 that has to come to rest by itself, and linear annealing.
 
@@ -171,7 +175,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         self.observe: Callable[..., Tensor] = functools.partial(_observe, told=told)
         self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES + _TOLD_FEATURES * told, hidden)
-        start = _TOLD_START if told else (0.0, math.log(9.0), _CALM, *_MIXTURE)
+        start = TOLD_START if told else (0.0, math.log(9.0), _CALM, *_MIXTURE)
         self.head = nn.Linear(hidden, len(start))
         with torch.no_grad():
             self.head.weight.mul_(0.0 if told else 0.1)
@@ -206,14 +210,15 @@ class AdaptiveRule(nn.Module, UpdateRule):
         names, gradients = list(point.gradients), list(point.gradients.values())
         dtype, tiny = gradients[0].dtype, torch.finfo(gradients[0].dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
-        blocks = Blocks.of(gradients, free=not spend)
+        blocks = Blocks.of(gradients, free=True)
         now, own = blocks.gather(gradients), blocks.gather([point.parameters[name] for name in names])
         before, squares = (
             blocks.gather([state[key][name].to(dtype) for name in names]) for key in ("momentum", "squares")
         )
+        sample = Sample.of_gradients(names, blocks, now) if self.guarded else None
+        if sample is not None:
+            state = {**state, **judged(state, sample, progress.accepted)}
         # Of each tensor, as some are used now and then.
-        if self.guarded:
-            state = {**state, **judged(state, point.gradients, progress.accepted)}
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
         seen = seen + (1 if taken is None else taken)
         powers = blocks.mean_squares(now)
@@ -223,7 +228,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         ]
         young = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
         levels = blocks.means(squares)
-        outputs, cells = self._outputs(point, progress, state, blocks, (now, before, own), powers, levels / young)
+        outputs, heard = self._outputs(point, progress, state, blocks, (now, before, own), powers, levels / young)
         new = _share(outputs[..., 1].sigmoid(), taken)
         assert isinstance(new, Tensor)
         weights = torch.lerp(weights, torch.ones_like(powers), new)
@@ -240,12 +245,11 @@ class AdaptiveRule(nn.Module, UpdateRule):
         steady, calms = _root(blocks.mean_squares(momentum)) / known / loud, outputs[..., 2].sigmoid()
         lengths = self._lengths(outputs, progress, state) * _loudness(levels / young)
         lengths = lengths * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
-        lengths = -lengths.unsqueeze(-1) * mixed
-        factors = lengths[..., 0] / sizes
-        plain: Tensors = {}
-        if self.guarded:
+        factors, lengths = -lengths * mixed[..., 0] / sizes, -lengths.unsqueeze(-1) * mixed
+        plain = factors
+        if sample is not None:
             own_lengths = PLAIN_RATE * progress.left * young.sqrt() / known
-            plain = plain_steps(names, blocks.parts(adaptive), own_lengths)
+            plain = sample.stepped(adaptive, own_lengths)
             factors, lengths = giving_way(state["trust"], factors, lengths, own_lengths)
         stepped = [_sum(*each, spend) for each in zip(own, adaptive, blocks.spread(factors), strict=True)]
         moved = {**point.parameters, **dict(zip(names, blocks.parts(stepped), strict=True))}
@@ -255,9 +259,9 @@ class AdaptiveRule(nn.Module, UpdateRule):
         lists: dict[str, Iterable[Tensor]] = {"squares": blocks.parts(squares)}
         lists |= zip(_NUMBERS, (seen, recent, weights), strict=True)
         own_state = {key: dict(zip(names, each, strict=True)) for key, each in lists.items()}
-        after = {**state, "cells": cells, "momentum": velocity, **own_state}
-        if self.guarded:
-            after |= noted(point.gradients, point.parameters, moved, plain)
+        after = {**state, **heard, "momentum": velocity, **own_state}
+        if sample is not None:
+            after |= noted(sample, own, blocks.gather([moved[name] for name in names]), plain)
         return moved, after
 
     def carry(
@@ -279,7 +283,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
         """Adds the polar factors' share of the step to the matrices among the tensors."""
-        places = {name: place for place, (name, value) in enumerate(momentum.items()) if value.ndim > 2}
+        places = {name: place for place, (name, value) in enumerate(momentum.items()) if _has_polar(value)}
         matrices = {name: momentum[name].detach() if self.detach else momentum[name] for name in places}
         for names in alike(matrices):
             own = torch.stack([lengths[places[name]] for name in names])
@@ -288,8 +292,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     def _add_polar_of(self, matrices: Tensors, moved: Tensors, lengths: Tensor, spend: bool) -> None:
         polar = self.polar(list(matrices.values()))
-        whole = Blocks.of(polar, free=True)
-        sizes = _root(whole.mean_squares(whole.gather(polar)))
+        sizes = _root(Blocks.of(polar, free=False).mean_squares(polar))
         for name, direction, factor in zip(matrices, polar, lengths / sizes, strict=True):
             moved[name] = _added(moved[name], direction, factor, spend)
 
@@ -302,8 +305,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         seen: tuple[list[Tensor], ...],
         powers: Tensor,
         levels: Tensor,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """The network's outputs for every tensor, `(tensors, tasks, outputs)`, and its new states.
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The network's outputs for every tensor, `(tensors, tasks, outputs)`, and what it remembers, as in the state.
 
         `seen` are the gradients, the velocities before them and the parameters, in blocks.
         """
@@ -320,7 +323,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         outputs, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
         outputs = finite_gradient(outputs).to(powers.dtype).reshape(*powers.shape, -1)
         hiddens, memories = (part.reshape(*powers.shape, -1).unbind(0) for part in (hidden, memory))
-        return outputs, dict(zip(names, zip(hiddens, memories, strict=True), strict=True))
+        return outputs, {"cells": dict(zip(names, zip(hiddens, memories, strict=True), strict=True))}
 
 
 def _add_gauged(
@@ -398,27 +401,27 @@ def _usual_scale(point: Point) -> Tensor:
     Their entries are of order one whatever the model is like, and with them in the mean steps would be longer than the
     other layers' weights.
     """
-    layers = _layer_scales(point)
+    layers = layer_scales(point)
     counted = dict.fromkeys(layers, torch.ones_like(next(iter(layers.values())), dtype=torch.bool))
     for name in point.gradients:
         value = point.parameters[name].detach()
         if value.ndim > 2:
-            counted[_layer(name)] = counted[_layer(name)] & (_rms(value) <= _TABLE)
+            counted[layer_of(name)] = counted[layer_of(name)] & (_rms(value) <= _TABLE)
     mask = torch.stack(list(counted.values()))
     mask = torch.where(mask.any(0), mask, True)
     logs = torch.stack(list(layers.values())).log()
     return (torch.where(mask, logs, 0.0).sum(0) / mask.sum(0)).exp() / len(layers)
 
 
-def _layer_scales(point: Point) -> Tensors:
+def layer_scales(point: Point) -> Tensors:
     """Root mean square of all parameters of each layer together, `(tasks,)`, by its name."""
     layers: dict[str, list[Tensor]] = {}
     for name in point.gradients:
-        layers.setdefault(_layer(name), []).append(point.parameters[name].flatten(1))
+        layers.setdefault(layer_of(name), []).append(point.parameters[name].flatten(1))
     return {layer: _rms(torch.cat(parts, 1)).clamp_min(_SMALLEST_SCALE) for layer, parts in layers.items()}
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
@@ -443,7 +446,7 @@ def _observe(
     # How much of the loss one step of the first length would take, were the loss linear.
     steep = (level * scale * counts / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
     # Of each tensor the root mean square of all parameters of its layer.
-    layers = [_layer(name) for name in names]
+    layers = [layer_of(name) for name in names]
     together = _constant([[float(each == own) for each in layers] for own in layers], loss.device, loss.dtype)
     sizes = together @ (counts * blocks.mean_squares(parameters)) / (together @ counts)
     heavy = (_root(sizes).clamp_min(_SMALLEST_SCALE) / scale).log()
@@ -472,9 +475,21 @@ def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
 
 def _shares(outputs: Tensor, gradients: Tensors, gauged: Collection[str]) -> Tensor:
     """The shares of the directions that each tensor has, `(tensors, tasks, directions)`."""
-    lacks = [[False, value.ndim <= 2, name not in gauged] for name, value in gradients.items()]
-    mask = _constant(lacks, outputs.device).unsqueeze(1)
+    lacks = tuple((False, not _has_polar(value), name not in gauged) for name, value in gradients.items())
+    mask = (_mask.__wrapped__ if torch.compiler.is_compiling() else _mask)(lacks, outputs.device)
     return outputs[..., 3:_OUTPUTS].masked_fill(mask, -math.inf).softmax(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _mask(lacks: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
+    """Where a tensor has no such direction, `(tensors, 1, directions)`."""
+    return torch.tensor(lacks, device=device).unsqueeze(1)
+
+
+def _has_polar(tensor: Tensor) -> bool:
+    """Whether a tensor of a stack is a matrix that is stepped along its polar factor."""
+    rows = tensor.shape[1] if tensor.ndim > 1 else 1
+    return tensor.ndim > 2 and not (rows >= _MANY and rows >= _LONG * tensor.shape[2:].numel())
 
 
 def _constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

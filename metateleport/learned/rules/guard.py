@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metateleport.linalg import Blocks, consecutive
 from metateleport.point import Tensors
 
 __all__ = [
     "GUARD_NUMBERS",
     "GUARD_SAMPLES",
     "PLAIN_RATE",
+    "Sample",
     "giving_way",
     "guard_state",
     "judged",
     "noted",
-    "plain_steps",
+    "sampled",
 ]
 
 PLAIN_RATE = 1e-3
@@ -57,7 +62,7 @@ def guard_state(point_gradients: Mapping[str, Tensor], like: Tensor) -> dict[str
         like: a tensor `(tasks,)`.
     """
     zero = torch.zeros_like(like)
-    samples = {name: torch.zeros_like(_sampled(value)) for name, value in point_gradients.items()}
+    samples = {name: torch.zeros_like(sampled(value)) for name, value in point_gradients.items()}
     return {
         **{key: dict(samples) for key in GUARD_SAMPLES},
         **dict.fromkeys(GUARD_NUMBERS, zero),
@@ -67,7 +72,7 @@ def guard_state(point_gradients: Mapping[str, Tensor], like: Tensor) -> dict[str
 
 
 @torch.no_grad()
-def judged(state: Mapping[str, Any], gradients: Tensors, accepted: Tensor) -> dict[str, Tensor]:
+def judged(state: Mapping[str, Any], seen: Sample, accepted: Tensor) -> dict[str, Tensor]:
     r"""How far the learned step is trusted after an evaluation at its end.
 
     With $\Delta$ the last step, $\Delta_A$ the one that AdamW would have taken in its place, $G$ the gradient before it
@@ -81,13 +86,13 @@ def judged(state: Mapping[str, Any], gradients: Tensors, accepted: Tensor) -> di
 
     Args:
         state: of the rule.
-        gradients: at the new point.
+        seen: of the gradients at the new point.
         accepted: where the last step was not taken back, `(tasks,)`.
 
     Returns:
         The entries `trust`, `most` and `behind`, `(tasks,)`.
     """
-    ended, plain = (_slope(gradients, state[key]) for key in GUARD_SAMPLES)
+    ended, plain = (seen.slope(seen.joined(state[key])) for key in GUARD_SAMPLES)
     known = accepted & (state["begun"] != 0)
     size = state["begun"].abs() + ended.abs()
     now = (plain - ended) / size.clamp_min(torch.finfo(size.dtype).tiny)
@@ -119,51 +124,125 @@ def giving_way(trust: Tensor, factors: Tensor, lengths: Tensor, plain: Tensor) -
 
 
 @torch.no_grad()
-def plain_steps(names: Sequence[str], directions: Sequence[Tensor], factors: Tensor) -> Tensors:
-    """A sample of the step that AdamW would take.
+def noted(seen: Sample, before: Sequence[Tensor], after: Sequence[Tensor], plain: Tensor) -> dict[str, Any]:
+    """The entries of the state that tell what this step did, and what AdamW's had done.
+
+    Args:
+        seen: of the gradients that it was made of.
+        before: the parameters before it, in blocks.
+        after: and after it.
+        plain: a sample of the step that AdamW had taken, as `Sample.stepped` gives it.
+    """
+    taken = seen.of(after) - seen.of(before)
+    return {"taken": seen.by_name(taken), "plain": seen.by_name(plain), "begun": seen.slope(taken)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Some entries of every tensor, evenly spread over rows and columns, side by side: `(tasks, entries)`.
 
     Args:
         names: of the tensors.
-        directions: Adam's direction of each.
-        factors: what it is multiplied by, `(tensors, tasks)`.
+        blocks: how they are laid out.
+        weighed: the sample of their gradients, each entry times the number of those that it stands for.
+
+    Example:
+        >>> values = [torch.arange(3.0).reshape(1, 3), torch.ones(1, 2, 2)]
+        >>> sample = Sample.of_gradients(["a", "b"], Blocks.of(values, free=False), values)
+        >>> sample.of(values), sample.slope(torch.ones(1, 7))
+        (tensor([[0., 1., 2., 1., 1., 1., 1.]]), tensor([7.]))
     """
-    return {
-        name: -factor.unsqueeze(-1) * _sampled(direction)
-        for name, direction, factor in zip(names, directions, factors, strict=True)
-    }
+
+    names: Sequence[str]
+    blocks: Blocks
+    weighed: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of_gradients(cls, names: Sequence[str], blocks: Blocks, gradients: Sequence[Tensor]) -> Sample:
+        """The sample of some gradients, in blocks."""
+        own = _sample_of(blocks, gradients)
+        return cls(names, blocks, own * _weights(blocks.shapes, own.dtype, own.device))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many entries of each tensor are in it."""
+        return _counts(self.blocks.shapes)
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same entries of other tensors that are laid out in blocks."""
+        return _sample_of(self.blocks, tensors)
+
+    @torch.no_grad()
+    def stepped(self, directions: Sequence[Tensor], lengths: Tensor) -> Tensor:
+        """The same entries of steps against some directions, in blocks, times their lengths, `(tensors, tasks)`."""
+        return -lengths.mT.index_select(1, _owners(self.counts, lengths.device)) * self.of(directions)
+
+    def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The samples of all tensors side by side."""
+        own = [parts[name] for name in self.names]
+        whole = consecutive(own)
+        return torch.cat(own, 1) if whole is None else whole
+
+    def by_name(self, whole: Tensor) -> Tensors:
+        """The samples of all tensors by their names."""
+        return dict(zip(self.names, whole.split(self.counts, 1), strict=True))
+
+    def slope(self, steps: Tensor) -> Tensor:
+        """How fast the loss rises along a step, `(tasks,)`, where a sampled tensor counts with all of its entries."""
+        return (self.weighed * steps).sum(1)
 
 
-@torch.no_grad()
-def noted(gradients: Tensors, before: Tensors, after: Tensors, plain: Tensors) -> dict[str, Any]:
-    """The entries of the state that tell what this step did.
-
-    Args:
-        gradients: that it was made of.
-        before: the parameters before it.
-        after: and after it.
-        plain: what `plain_steps` gave.
-    """
-    taken = {name: _sampled(after[name]) - _sampled(before[name]) for name in gradients}
-    return {"taken": taken, "plain": plain, "begun": _slope(gradients, taken)}
+def _sample_of(blocks: Blocks, tensors: Sequence[Tensor]) -> Tensor:
+    if not blocks.joined:
+        return torch.cat([sampled(each) for each in tensors], 1)
+    places = _places(blocks.shapes, tensors[0].device)
+    return tensors[0] if places is None else tensors[0].index_select(1, places)
 
 
-def _sampled(tensor: Tensor) -> Tensor:
-    """Some entries of each task's tensor, evenly spread over rows and columns, `(tasks, entries)`."""
-    flat = tensor.flatten(1)
-    stride = max(1, flat.shape[1] // _SAMPLE)
+def sampled(tensor: Tensor) -> Tensor:
+    """The sample of one tensor, `(tasks, entries)`."""
+    return tensor.flatten(1)[:, :: _stride(tensor.shape[1:])]
+
+
+@functools.lru_cache(maxsize=1024)
+def _stride(shape: torch.Size) -> int:
+    """Entries of a tensor to one of its sample."""
+    stride = max(1, shape.numel() // _SAMPLE)
     # With a factor in common with the row's length it would meet the same columns in every row.
-    while math.gcd(stride, math.prod(tensor.shape[2:])) > 1:
+    while math.gcd(stride, math.prod(shape[1:])) > 1:
         stride += 1
-    return flat[:, ::stride]
+    return stride
 
 
-def _slope(gradients: Tensors, steps: Mapping[str, Tensor]) -> Tensor:
-    """How fast the loss rises along a step, `(tasks,)`, where sampled tensors count with all of their entries."""
-    total: Tensor | None = None
-    for name, gradient in gradients.items():
-        own = _sampled(gradient)
-        weight = gradient[0].numel() / own.shape[1]
-        product = (own * steps[name]).sum(1) * weight
-        total = product if total is None else total + product
-    assert total is not None
-    return total
+@functools.lru_cache(maxsize=64)
+def _counts(shapes: tuple[torch.Size, ...]) -> tuple[int, ...]:
+    """How many entries of each tensor are in the sample."""
+    return tuple(-(-shape[1:].numel() // _stride(shape[1:])) for shape in shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How many entries of its tensor each entry of the sample stands for."""
+    counts = _counts(shapes)
+    each = [shape[1:].numel() / max(count, 1) for shape, count in zip(shapes, counts, strict=True)]
+    return torch.tensor(each, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(shapes: tuple[torch.Size, ...], device: torch.device) -> Tensor | None:
+    """Where the entries of the sample are among all entries side by side; None if it is of all of them."""
+    ends = list(itertools.accumulate((shape[1:].numel() for shape in shapes), initial=0))
+    strides = [_stride(shape[1:]) for shape in shapes]
+    if max(strides, default=1) == 1:
+        return None
+    parts = [
+        torch.arange(start, end, stride) for (start, end), stride in zip(itertools.pairwise(ends), strides, strict=True)
+    ]
+    return torch.cat(parts).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which tensor each entry of the sample is of."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)

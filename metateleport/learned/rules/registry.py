@@ -9,6 +9,7 @@ from metateleport.learned.rules.adaptive import AdaptiveSettings
 from metateleport.learned.rules.base import BaseOptimizerSettings, RuleSettings
 from metateleport.learned.rules.coordinate import CoordinateSettings
 from metateleport.learned.rules.gauged import GaugedSettings
+from metateleport.learned.rules.static import StaticSettings
 from metateleport.learned.rules.step import StepSettings
 from metateleport.learned.rules.tensor import TensorSettings
 from metateleport.settings import SettingsError, nearest
@@ -92,6 +93,7 @@ for _each in (
     CoordinateSettings,
     TensorSettings,
     AdaptiveSettings,
+    StaticSettings,
     GaugedSettings,
     BaseOptimizerSettings,
 ):

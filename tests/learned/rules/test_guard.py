@@ -13,7 +13,8 @@ from metateleport.families import TaskStack
 from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.meta_optimizer import InnerLoop
 from metateleport.learned.rules.adaptive import AdaptiveRule, AdaptiveSettings
-from metateleport.learned.rules.guard import _SAMPLE, PLAIN_RATE, _sampled, guard_state, judged, noted, plain_steps
+from metateleport.learned.rules.guard import _SAMPLE, PLAIN_RATE, Sample, guard_state, judged, noted, sampled
+from metateleport.linalg import Blocks
 
 
 def networks(size: float = 0.0, guarded: bool = True, told: bool = False) -> MetaOptimizer:
@@ -25,6 +26,11 @@ def networks(size: float = 0.0, guarded: bool = True, told: bool = False) -> Met
         meta.rule.head.weight.zero_()
         meta.rule.head.bias[0] = size
     return meta
+
+
+def sample_of(gradients: dict[str, Tensor]) -> Sample:
+    values = list(gradients.values())
+    return Sample.of_gradients(list(gradients), Blocks.of(values, free=False), values)
 
 
 def tasks() -> TaskStack:
@@ -91,7 +97,7 @@ def test_the_trust_falls_where_steps_end_uphill(ended: float, falls: bool) -> No
     state["taken"], state["begun"] = {"w": torch.tensor([[ended, 0.0]])}, torch.tensor([-1.0])
     # The same step again and again.
     for _ in range(12):
-        state |= judged(state, gradients, torch.tensor([True]))
+        state |= judged(state, sample_of(gradients), torch.tensor([True]))
     assert bool(state["trust"] < 0.5) == falls
 
 
@@ -99,14 +105,14 @@ def test_what_adamw_does_as_badly_is_not_held_against_a_step() -> None:
     gradients = {"w": torch.tensor([[1.0]])}
     state = guard_state(gradients, torch.zeros(1)) | {"begun": torch.tensor([-1.0])}
     state["taken"] = state["plain"] = {"w": torch.tensor([[5.0]])}
-    assert float(judged(state, gradients, torch.tensor([True]))["trust"]) > float(state["trust"])
+    assert float(judged(state, sample_of(gradients), torch.tensor([True]))["trust"]) > float(state["trust"])
 
 
 def test_a_step_that_was_taken_back_is_not_judged() -> None:
     gradients = {"w": torch.tensor([[1.0]])}
     state = guard_state(gradients, torch.zeros(1)) | {"begun": torch.tensor([-1.0])}
     state["taken"] = {"w": torch.tensor([[5.0]])}
-    found = judged(state, gradients, torch.tensor([False]))
+    found = judged(state, sample_of(gradients), torch.tensor([False]))
     assert torch.equal(found["trust"], state["trust"])
 
 
@@ -114,18 +120,32 @@ def test_slopes_of_large_tensors_are_those_of_all_entries() -> None:
     source = torch.Generator().manual_seed(0)
     gradient, step = (torch.randn(2, 300, 400, generator=source) for _ in range(2))
     step = step - 0.3 * gradient
-    before = {"w": torch.zeros_like(step)}
-    found = noted({"w": gradient}, before, {"w": step}, plain_steps(["w"], [gradient], torch.ones(1, 2)))
+    sample = sample_of({"w": gradient})
+    found = noted(sample, [torch.zeros_like(step)], [step], sample.stepped([gradient], torch.ones(1, 2)))
     whole = (gradient * step).flatten(1).sum(1)
     torch.testing.assert_close(found["begun"], whole, rtol=0.2, atol=0.0)
     assert found["taken"]["w"].shape[1] <= 2048
     torch.testing.assert_close(found["plain"]["w"], -gradient.flatten(1)[:, :: 300 * 400 // 1024])
 
 
+def test_a_sample_of_tensors_side_by_side_is_that_of_each() -> None:
+    source = torch.Generator().manual_seed(0)
+    values = [torch.randn(2, *shape, generator=source) for shape in ((50, 60), (7,), (8, 4, 3, 3))]
+    names, together = ["a", "b", "c"], Blocks.of(values, free=True)
+    assert together.joined
+    alone = Sample.of_gradients(names, Blocks.of(values, free=False), values)
+    beside = Sample.of_gradients(names, together, together.gather(values))
+    assert torch.equal(beside.of(together.gather(values)), alone.of(values))
+    assert beside.counts == tuple(sampled(each).shape[1] for each in values)
+    step = torch.randn(2, sum(beside.counts), generator=source)
+    torch.testing.assert_close(beside.slope(step), alone.slope(step))
+    assert torch.equal(beside.joined(beside.by_name(step)), step)
+
+
 @pytest.mark.parametrize("shape", [(1024, 64), (512, 784), (64, 32, 3, 3), (5000,), (3, 4), (0, 4)], ids=str)
 def test_a_sample_is_of_all_columns(shape: tuple[int, ...]) -> None:
     """A feature that is always zero is not all that the safeguard sees."""
     columns = torch.arange(math.prod(shape[1:])).expand(shape[0], -1).reshape(1, *shape)
-    sample = _sampled(columns)
+    sample = sampled(columns)
     assert sample.numel() <= 2 * _SAMPLE
     assert sample.unique().numel() >= min(math.prod(shape[1:]), sample.numel()) // 2
