@@ -72,7 +72,10 @@ def test_evaluate_from_end_to_end(away: Path, capsys: pytest.CaptureFixture[str]
         ("evaluate none leaky_mlp --plot a.bmp", "png, svg or pdf"),
         ("evaluate none leaky_mlp --json .", "is a folder"),
         ("train nowhere", "no task family 'nowhere'"),
-        ("train leaky_mlp --set rule.kind=telepathy", "known are lr, coordinate, tensor, adaptive, gauged, base"),
+        (
+            "train leaky_mlp --set rule.kind=telepathy",
+            "known are lr, coordinate, tensor, adaptive, static, gauged",
+        ),
         ("train leaky_mlp --set outer.horizon=5", "outer.unroll = 10"),
         ("train leaky_mlp --set width=12", "those of the task family are family.NAME"),
         ("train leaky_mlp --set family.size=3", "no setting 'size'"),

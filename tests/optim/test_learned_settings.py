@@ -29,8 +29,8 @@ def taken_by(optimizer: mt.LearnedOptimizer) -> list[Step]:
     """The steps of the inner loop from now on, whole: the optimizer keeps no second copy of the weights."""
     advance, taken = optimizer.loop.advance, list[Step]()
 
-    def advanced(*given: Any) -> Step:
-        taken.append(advance(*given))
+    def advanced(*given: Any, **named: Any) -> Step:
+        taken.append(advance(*given, **named))
         return taken[-1]
 
     optimizer.loop.advance = advanced  # type: ignore[method-assign]

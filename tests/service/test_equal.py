@@ -27,6 +27,11 @@ def has_teleporter(name: str) -> bool:
     return learned.teleporter is not None or learned.gauge is not None
 
 
+def has_networks(name: str) -> bool:
+    """Whether its rule asks a network; constants are nothing to be asked for."""
+    return load_checkpoint(shipped_checkpoints()[name]).learned.config.rule.kind != "static"
+
+
 SHIPPED = sorted(shipped_checkpoints())
 MOVING = [name for name in SHIPPED if has_teleporter(name)]
 """Those that choose group elements: a learned step alone moves nothing."""
@@ -109,13 +114,18 @@ def trained(checkpoint: Any, steps: int = 4, model: nn.Module | None = None) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*is not made for this")
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if has_networks(name)])
 def test_a_learned_step_over_the_service_is_the_learned_step(name: str) -> None:
     mine, _ = trained(name)
     theirs, _ = trained(beside(name))
     assert all(torch.equal(here, there) for here, there in zip(mine, theirs, strict=True))
     stacked, _ = trained(beside(name, stacked=True))
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(mine, stacked, strict=True))
+
+
+def test_constants_are_refused_by_name() -> None:
+    with pytest.raises(ServiceError, match="'static' has no network to ask"):
+        trained(beside("default"))
 
 
 @pytest.mark.filterwarnings("ignore:.*is not made for this")
