@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= cpu
 # Test processes side by side, and how many seconds' worth of slow tests run with the others: other ones each day.
 JOBS ?= 2
-SLOW_SECONDS ?= 5
+SLOW_SECONDS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin

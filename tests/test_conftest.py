@@ -70,6 +70,7 @@ def test_without_a_bound_all_slow_tests_run(passed: dict[str, list[str]]) -> Non
     assert passed["none"] == []
 
 
+@pytest.mark.slow(seconds=3)
 def test_slow_tests_run_as_long_as_their_seconds_fit_and_take_turns(passed: dict[str, list[str]]) -> None:
     """One of each function before a second of any; on the next turn another function is the first."""
     assert passed["turn 0"] == ["first", "last[a]"]

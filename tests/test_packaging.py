@@ -53,6 +53,7 @@ def _metadata(site: Path) -> Message:
     return message_from_string(path.read_text())
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_wheel_is_small_and_says_under_which_licence_it_is(installed: Path) -> None:
     (wheel,) = installed.glob("*.whl")
     # The checkpoint that `installed` adds is in it.

@@ -54,6 +54,7 @@ def test_what_holds() -> None:
     assert refused.ratio is None
 
 
+@pytest.mark.slow(seconds=2)
 def test_every_model_has_data_that_it_takes() -> None:
     from benchmarks._in_use_models import MODELS
     from benchmarks.in_use import _loss_of

@@ -70,6 +70,7 @@ def test_the_parts_that_are_run_meet_all() -> None:
     assert met == set(itertools.product(PROBLEMS, CHECKPOINTS))
 
 
+@pytest.mark.slow(seconds=2)
 def test_adamw_keeps_the_contract() -> None:
     """It is torch's: what AdamW does not keep could not be asked for."""
     _hold([Cell(idiom, "mlp", ADAMW) for idiom in IDIOMS])

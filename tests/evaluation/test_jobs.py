@@ -301,6 +301,7 @@ class TestSharedOut:
         with pytest.raises(EvaluationError, match=r"ran gd ended by itself \(exit code 7\).*fewer --jobs; 0 of 1 runs"):
             run_plan(Bench(Plan(name, methods=("gd",), tasks=2, steps=2)), 2)
 
+    @pytest.mark.slow(seconds=2)
     def test_an_error_in_a_process_is_raised_here(self, tmp_path: Path) -> None:
         wrong = "if multiprocessing.parent_process(): x = {}['there is none']"
         name = family_file(tmp_path / "mine", wrong)

@@ -111,6 +111,7 @@ class TestRepository:
 
 
 class TestSameForTheSame:
+    @pytest.mark.slow(seconds=2)
     def test_twice_gives_the_same_bytes_pictures_too(self, checkpoint: Path, result: Path, tmp_path: Path) -> None:
         for name in ("a", "b"):
             write_pages(tmp_path / name, [load_checkpoint(checkpoint)], [result])

@@ -44,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-LONG = ("quadratic", "orbit", "generalisation", "one-teleport")
+LONG = ("quadratic", "orbit", "generalisation", "one-teleport", "newton")
 SLOW = pytest.mark.slow(seconds=8)
 
 
@@ -133,6 +133,7 @@ def test_newton_splits_as_the_propositions_say(result_of: Any) -> None:
     assert claim(result, "saddles").holds is False
 
 
+@pytest.mark.slow(seconds=3)
 def test_the_bracket_tells_the_sides_apart(result_of: Any) -> None:
     result = result_of("one-teleport")
     assert all(each.holds is True for each in result.claims), [each for each in result.claims if not each.holds]
@@ -151,6 +152,7 @@ def test_dimensions_of_the_orbit(result_of: Any) -> None:
     assert any(left.get("parameters", 0) > 130 for left in result_of("orbit").results["left out"])
 
 
+@pytest.mark.slow(seconds=3)
 def test_generalisation_pairs_the_same_networks(result_of: Any) -> None:
     results = result_of("generalisation").results
     assert all(len(values) == 5 for values in results["held_out_final"].values())

@@ -44,6 +44,7 @@ def rows(images: Tensor) -> set[bytes]:
 # Episodes
 
 
+@pytest.mark.slow(seconds=2)
 def test_episodes_have_the_classes_and_numbers_asked_for() -> None:
     labels = [index % 7 for index in range(70)]
     episodes = Episodes(labels, lambda indices: indices)

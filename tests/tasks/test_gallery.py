@@ -50,7 +50,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("lora_text", {"rank": 2, "samples": 12, "batch": 3, "targets": "query-value", "scale": 3.0}),
     (
         "lora_digits",
-        {"width": 6, "rank": 2, "activation": "gelu", "classes": 4, "samples": 40, "batch": 9, "scale": 10.0},
+        {"width": 96, "rank": 2, "classes": 4, "samples": 40, "batch": 9, "scale": 10.0},
     ),
 ]
 # Whatever else is in the gallery is met at its defaults; Omniglot's data come with no package, and MiniLM is large.

@@ -19,6 +19,7 @@ def base(task: Task) -> tuple[float, ...]:
     return tuple(task.model.state_dict()["0.base_layer.weight"].flatten()[:5].tolist())
 
 
+@pytest.mark.slow(seconds=3)
 def test_splits_share_no_backbone() -> None:
     family = load("lora_digits", SMALL)
     backbones = {split: {base(family.task(index, split)) for index in range(12)} for split in SPLITS}

@@ -129,6 +129,7 @@ def test_no_price_takes_the_same_meta_steps_as_a_meta_loss_without_openness(
 
 
 @pytest.mark.parametrize("kind", ["stays", "gauge"])
+@pytest.mark.slow(seconds=2)
 def test_a_large_price_closes_what_is_free_to_stay_open(kind: str) -> None:
     long = {"meta_steps": 30, "unroll": 2, "horizon": 2, "lr": 1e-1, "validation_every": 30, **KINDS[kind]}
     free, priced = trainer(config(**long)), trainer(config(**long, teleport_cost=100.0))

@@ -257,6 +257,7 @@ def test_ctrl_c_in_the_first_second_is_no_traceback(after: float, tmp_path: Path
     assert said.strip().splitlines()[-1].startswith("metateleport: interrupted")
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_lock_of_a_process_that_is_gone_holds_nobody_up(tmp_path: Path) -> None:
     out = tmp_path / "a"
 

@@ -156,6 +156,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Two rounds and two meta-steps of each network, and a report of each.
 @pytest.mark.parametrize("at", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW), 5])
+@pytest.mark.slow(seconds=2)
 def test_an_interrupted_search_ends_as_if_it_had_not_been(at: int, whole: Path, tmp_path: Path) -> None:
     settings = tiny(search=2)
     with pytest.raises(Interrupted):

@@ -84,6 +84,7 @@ def test_without_a_limit_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(found.progression.validations) >= found.progression.meta_step // every
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_card_says_by_what_its_networks_were_chosen(tmp_path: Path) -> None:
     began = time.perf_counter()
     path = train(small(mode="lr", meta_steps=None, seconds=3.0, horizon=10**7), tmp_path / "a")
