@@ -36,9 +36,10 @@ $(STAMP): requirements.txt pyproject.toml setup.py metateleport/torchvision.py
 demo: venv ## a learned optimizer beside AdamW in a minute, then a meta-training of two minutes and its evaluation
 	$(BIN)/metateleport demo
 
+# Bytecode is kept even where the environment says otherwise: processes that tests start would compile everything anew.
 test: venv ## lint, type-check, build the site, and run the tests with a bounded part of the slow ones
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --slow-seconds $(SLOW_SECONDS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --slow-seconds $(SLOW_SECONDS)
 
 docs: venv ## build the site into runs/site: warnings are errors, links are checked, nothing is fetched
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
