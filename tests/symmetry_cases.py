@@ -76,6 +76,12 @@ class Problem:
             return model(*(self.inputs if inputs is None else inputs))
 
 
+@functools.cache
+def _symmetries(case: Case) -> Sequence[mt.Symmetry]:
+    """Those of one problem of a case: tests are collected by what kind they are."""
+    return case.problem().symmetries
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A family of problems of one shape."""
@@ -94,11 +100,15 @@ class Case:
 
     @property
     def diagonal(self) -> bool:
-        return all(symmetry.group.name == "diagonal" for symmetry in self.problem().symmetries)
+        return all(symmetry.group.name == "diagonal" for symmetry in _symmetries(self))
 
     @property
     def exact(self) -> bool:
-        return all(symmetry.exactness == "exact" for symmetry in self.problem().symmetries)
+        return all(symmetry.exactness == "exact" for symmetry in _symmetries(self))
+
+    @property
+    def moves_buffers(self) -> bool:
+        return any(symmetry.buffers for symmetry in _symmetries(self))
 
     def problem(self, seed: int = 0) -> Problem:
         with torch.random.fork_rng([]):

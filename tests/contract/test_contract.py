@@ -76,6 +76,7 @@ def test_adamw_keeps_the_contract() -> None:
     _hold([Cell(idiom, "mlp", ADAMW) for idiom in IDIOMS])
 
 
+@pytest.mark.slow(seconds=4)
 def test_steps_in_gauges_keep_the_contract() -> None:
     _hold([Cell(idiom, "lora, by hand", GAUGED) for idiom in IDIOMS])
 

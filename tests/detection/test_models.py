@@ -181,12 +181,13 @@ def test_batch_pairs_of_layers_wider_than_the_batch(name: str, layers: int, inne
 
 NAMES = ["MLP", "linear autoencoder", "U-Net", "resnet18", "vgg11_bn", "mobilenet_v3_small", "vit", "ConvNeXt"]
 NAMES += ["GPT-2", "Llama", "BERT", "MiniLM", "LoRA on MiniLM"]
+LARGE, SLOW = ("resnet18", "vgg11_bn", "MiniLM"), pytest.mark.slow(seconds=3)
 
 
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["float64", "float32"]
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in LARGE else ()) for name in NAMES])
 def test_outputs_stay_on_inputs_never_seen_and_the_way_back_returns_the_weights(
     name: str, dtype: torch.dtype, limit: float
 ) -> None:

@@ -85,6 +85,7 @@ def test_labels_are_permuted(classes: int) -> None:
     assert len(set(sets)) > 1 or classes == 10
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_step_in_a_gauge_is_the_same_however_the_product_is_split() -> None:
     """Muon without gauges is not: it sees the factors."""
     losses: dict[str, list[Any]] = {"gauged": [], "gauged-shampoo": [], "muon": []}

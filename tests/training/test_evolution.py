@@ -69,6 +69,7 @@ def test_the_mean_over_all_directions_is_the_derivative(monkeypatch: pytest.Monk
     assert torch.allclose(found[-1], rest, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow(seconds=4)
 def test_the_mean_over_draws_is_the_derivative_and_that_of_truncated_draws_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_killed_training_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     assert weights(path) == weights(whole)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("at", [2, 3, 5, 8])
 def test_a_training_with_several_starts_can_be_resumed(at: int, tmp_path: Path) -> None:
     several = config(starts=2, mode="lr", meta_steps=6, validation_every=1)
