@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "POLAR_STEPS",
     "Blocks",
     "Spectrum",
     "alike",
@@ -24,6 +25,7 @@ __all__ = [
     "fit",
     "multiplies_halves",
     "polar_factors",
+    "polar_polynomial",
     "possible",
     "product",
     "quick_spectrum",
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_POLAR_STEPS = 5
+POLAR_STEPS = 5
 _LONG_STEPS = (2, 2, 1)
 """Steps that long matrices take between two Gram matrices."""
 _HALVES = 128
@@ -248,7 +250,7 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     if columns >= _LONG * rows and rows >= _LONG_FROM and not found.requires_grad:
         found = _long_factors(found)
     else:
-        for _ in range(_POLAR_STEPS):
+        for _ in range(POLAR_STEPS):
             gram = torch.bmm(found, found.mT)
             # Under the same name, so that the product is gone before the last one is made.
             gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -265,19 +267,39 @@ def _long_factors(found: Tensor) -> Tensor:
     A Gram matrix is made anew every two steps: an eigenvalue that rounding has left below zero grows twelvefold a step,
     and in bfloat16 it would outgrow all others in five.
     """
-    a, b, c = _COEFFICIENTS
     for steps in _LONG_STEPS:
-        gram = torch.bmm(found, found.mT)
-        whole: Tensor | None = None
-        for number in range(steps):
-            step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            step.diagonal(dim1=1, dim2=2).add_(a)
-            whole = step if whole is None else torch.bmm(step, whole)
-            if number + 1 < steps:
-                gram = torch.bmm(step, torch.bmm(gram, step))
-        assert whole is not None
-        found = torch.bmm(whole, found)
+        found = torch.bmm(polar_polynomial(torch.bmm(found, found.mT), steps), found)
     return found
+
+
+def polar_polynomial(gram: Tensor, steps: int) -> Tensor:
+    r"""What steps of `polar_factors` multiply a matrix $X$ by, from its Gram matrix $N = X X^\top$ alone.
+
+    $$P \mapsto P\,p, \quad N \mapsto p\,N p, \qquad p = a + b N + c N^2.$$
+
+    Args:
+        gram: $N$, `(batch, k, k)`, of a trace of at most about one.
+        steps: their number.
+
+    Returns:
+        $P$, `(batch, k, k)`.
+
+    Example:
+        >>> polar_polynomial(torch.ones(1, 1, 1), 1).round(decimals=3)
+        tensor([[[0.7010]]])
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+    a, b, c = _COEFFICIENTS
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    total: Tensor | None = None
+    for step in range(steps):
+        factor = torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
+        total = factor if total is None else total @ factor
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    assert total is not None
+    return total
 
 
 def _is_wide(tensor: Tensor) -> bool:

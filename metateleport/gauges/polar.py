@@ -5,19 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metateleport.linalg import eigenpairs
+from metateleport.linalg import POLAR_STEPS, eigenpairs, polar_polynomial
 
 __all__ = ["definite", "polar_by_gram", "polar_of_gram"]
-
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
 
 
 def polar_of_gram(gram: Tensor) -> Tensor:
     r"""$P$ with $X P$ nearly the polar factor of $X$, from $N = X^\top X$: $k \times k$ matrices alone.
 
-    The odd polynomial of `metateleport.linalg.polar_factors` is $P \mapsto P\,p$, $N \mapsto p\,N p$ with
-    $p = a + b N + c N^2$.
+    It is `metateleport.linalg.polar_polynomial` of $N$ over its trace.
 
     Args:
         gram: $N$, `(batch, k, k)`, without eigenvalues far below zero: of those the polynomial makes more (`definite`).
@@ -31,17 +27,7 @@ def polar_of_gram(gram: Tensor) -> Tensor:
     """
     size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]
     size = size + torch.finfo(gram.dtype).tiny ** 0.5
-    gram = gram / size
-    a, b, c = _COEFFICIENTS
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    total: Tensor | None = None
-    for step in range(_STEPS):
-        factor = torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
-        total = factor if total is None else total @ factor
-        if step < _STEPS - 1:
-            gram = factor @ gram @ factor
-    assert total is not None
-    return total / size.sqrt()
+    return polar_polynomial(gram / size, POLAR_STEPS) / size.sqrt()
 
 
 def definite(gram: Tensor) -> Tensor:

@@ -260,8 +260,7 @@ class Answerer:
             side: Any = "balanced" if method == "balance" else reader.choice("side", _SIDES, "features")
             damping = reader.number("damping", 0.0, 1.0) if reader.has("damping") else None
             reader.done()
-            _check_side(side, matrices)
-            _check_not_zero(side, matrices, len(group.shape))
+            _check_read(side, matrices, len(group.shape))
             teleporter = WhiteningTeleporter(side, damping)
         known = next(iter(matrices.values()), torch.zeros(1, dtype=torch.float64))
         batch = tuple(known.shape[: known.ndim - len(group.shape)]) if matrices else ()
@@ -339,27 +338,22 @@ MATRICES = (
 )
 
 
-def _check_side(side: str, matrices: Mapping[str, Tensor]) -> None:
-    """What the whitening of a side needs."""
-    if side == "features":
-        wanted = ("preactivation_covariance", "feature_covariance", "incoming_covariance")
-        if not any(name in matrices for name in wanted):
-            raise Refused("tensors", f"one of the matrices {', '.join(wanted)} is needed")
-        return
-    for name in ("outgoing_covariance", "incoming_covariance")[: 1 if side == "outgoing" else 2]:
+_READ_BY = {"outgoing": ("outgoing_covariance",), "balanced": ("outgoing_covariance", "incoming_covariance")}
+"""The matrices that the whitening of a side reads."""
+
+_FEATURES = ("preactivation_covariance", "feature_covariance", "incoming_covariance")
+"""Those of which the whitening of features reads the first that is there."""
+
+
+def _check_read(side: str, matrices: Mapping[str, Tensor], dimensions: int) -> None:
+    """Refuses where what the whitening of a side reads is missing, or is zero in any task of a stack."""
+    read = _READ_BY.get(side) or tuple(name for name in _FEATURES if name in matrices)[:1]
+    if not read:
+        raise Refused("tensors", f"one of the matrices {', '.join(_FEATURES)} is needed")
+    for name in read:
         if name not in matrices:
             raise Refused(f"tensors.matrices.{name}", "it is missing")
-
-
-def _check_not_zero(side: str, matrices: Mapping[str, Tensor], dimensions: int) -> None:
-    """Refuses what there is nothing to whiten of, in any task of a stack."""
-    read = {"outgoing_covariance", "incoming_covariance"}
-    if side == "features":
-        known = ("preactivation_covariance", "feature_covariance", "incoming_covariance")
-        read = {next(name for name in known if name in matrices)}
-    elif side == "outgoing":
-        read = {"outgoing_covariance"}
-    for name in read & matrices.keys():
+    for name in read:
         if not bool(matrices[name].flatten(-dimensions).any(-1).all()):
             raise Refused("element", f"matrices.{name} is zero: there is nothing to whiten")
 
