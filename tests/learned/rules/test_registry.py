@@ -68,7 +68,7 @@ def test_a_checkpoint_of_the_source_s_networks_names_what_to_import(tmp_path: Pa
     assert json.loads((path / "card.json").read_text())["meta_optimizer"]["rule"]["kind"] == "flat"
     code = "import sys, metateleport as mt; mt.load_checkpoint(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert "known are lr, coordinate, tensor, adaptive, gauged, static, base." in done.stderr
+    assert "known are lr, coordinate, tensor, adaptive, static, gauged, base." in done.stderr
     assert "import metateleport.papers" in done.stderr
     subprocess.run([sys.executable, "-c", f"import metateleport.papers; {code}", str(path)], check=True)
 
