@@ -130,12 +130,19 @@ def found_symmetries(model: nn.Module, optimizer: torch.optim.Optimizer, example
     return kept
 
 
-def check_fit(teleporter: Teleporter, symmetries: Sequence[Symmetry]) -> None:
-    """Raises a `ValueError` if a teleporter could not move along any of the symmetries."""
+def check_fit(teleporter: Teleporter, symmetries: Sequence[Symmetry], given: bool) -> None:
+    """Raises a `ValueError` if a teleporter could not move along any of the symmetries.
+
+    Args:
+        teleporter: the teleporter.
+        symmetries: the symmetries that it is to move along.
+        given: whether a person named them: then each has to be one that it reads.
+    """
     groups = teleporter.groups
     if groups is None or not symmetries:
         return
-    check_matrices(symmetries)
+    if given:
+        check_matrices(symmetries)
     present = sorted({symmetry.group.name for symmetry in symmetries})
     if not set(present) & set(groups):
         raise ValueError(

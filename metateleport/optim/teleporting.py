@@ -200,7 +200,7 @@ class TeleportingOptimizer(Wrapping):
         self.example_input, self.held_out = example_input, held_out
         if teleporter.needs_symmetries:
             check_symmetries(self.symmetries, optimizer, self._named_model())
-            check_fit(teleporter, self.symmetries)
+            check_fit(teleporter, self.symmetries, given)
         if group_of(model) is not None and check_replicas(teleporter, self.symmetries):
             raise ValueError(check_replicas(teleporter, self.symmetries))
         if isinstance(teleporter, nn.Module):

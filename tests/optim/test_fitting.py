@@ -234,6 +234,35 @@ def test_a_symmetry_without_matrices_is_refused_where_they_are_read() -> None:
     mt.TeleportingOptimizer(inner, model, mt.teleporters.RandomTeleporter(0.1), symmetries=[Scaled()])
 
 
+class Attention(nn.Module):
+    """Its keys' bias may be anything, and no network reads that symmetry; values and outputs have one that is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            self.query(inputs), self.key(inputs), self.value(inputs)
+        )
+        return self.out(mixed)
+
+
+def test_a_found_symmetry_without_matrices_stays_and_the_others_are_moved_along() -> None:
+    torch.manual_seed(0)
+    model, inputs = Attention(), torch.randn(5, 3, 4)
+    inner = torch.optim.AdamW(model.parameters())
+    optimizer = mt.TeleportingOptimizer(inner, model, mt.load("leaky_mlp_mixture"), every=1, example_input=inputs)
+    assert not all(each.has_matrices for each in optimizer.symmetries)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    sizes = dict(zip(optimizer.symmetries, optimizer.reports[-1].sizes, strict=True))
+    assert all((size > 0) <= each.has_matrices for each, size in sizes.items())
+    assert max(sizes.values()) > 0
+
+
 def test_what_a_subclass_carries_by_itself_may_read_the_place() -> None:
     class Own(Rescaling):
         def carry_squares(self, element: Tensor, squares: Any, point: Any) -> Carried:
