@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks._in_use_models import WINDOWS, LanguageModel, digits, images, rows, sequences
 
-__all__ = ["TASKS", "AnyTask", "Data"]
+__all__ = ["TASKS", "AnyTask", "Data", "mlp", "parted"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TOKENS, DOCSTRINGS_EACH = 32, 90
@@ -73,7 +73,7 @@ class AnyTask:
     rivals: tuple[str, ...] = RIVALS
 
 
-def _parted(inputs: Tensor, targets: Tensor, share: float = 0.25) -> Data:
+def parted(inputs: Tensor, targets: Tensor, share: float = 0.25) -> Data:
     """Every fourth part is held out, drawn once for all."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     unseen, seen = order[: int(share * len(order))], order[int(share * len(order)) :]
@@ -103,7 +103,7 @@ def _text() -> Data:
 
 def _drawn_again() -> Data:
     x, _ = digits()
-    return _parted(x, x)
+    return parted(x, x)
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def _tumours() -> Data:
 
     bunch = load_breast_cancer()
     table = torch.tensor(bunch.data, dtype=torch.float32)
-    data = _parted(table, torch.tensor(bunch.target))
+    data = parted(table, torch.tensor(bunch.target))
     mean, deviation = data.inputs.mean(0), data.inputs.std(0)
     return dataclasses.replace(
         data, inputs=(data.inputs - mean) / deviation, unseen_inputs=(data.unseen_inputs - mean) / deviation
@@ -145,7 +145,7 @@ def _docstrings() -> Data:
     encoded = tokenizer(
         [text for text, _ in kept], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
     )
-    return _parted(encoded["input_ids"], torch.tensor([each for _, each in kept]))
+    return parted(encoded["input_ids"], torch.tensor([each for _, each in kept]))
 
 
 def _minilm_folder() -> Path:
@@ -172,7 +172,7 @@ class _Sentences(nn.Module):
         return self.head((states * shares).sum(1))
 
 
-def _mlp(*widths: int) -> nn.Module:
+def mlp(*widths: int) -> nn.Module:
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -225,15 +225,15 @@ def _gpt() -> nn.Module:
 TASKS = {
     task.name: task
     for task in (
-        AnyTask("perceptron", True, lambda: _mlp(784, 128, 64, 10), _mnist),
-        AnyTask("residual perceptron", True, _Residual, lambda: _parted(*digits())),
+        AnyTask("perceptron", True, lambda: mlp(784, 128, 64, 10), _mnist),
+        AnyTask("residual perceptron", True, _Residual, lambda: parted(*digits())),
         AnyTask(
-            "autoencoder", True, lambda: _mlp(64, 48, 8, 48, 64), _drawn_again, nn.functional.mse_loss, classifies=False
+            "autoencoder", True, lambda: mlp(64, 48, 8, 48, 64), _drawn_again, nn.functional.mse_loss, classifies=False
         ),
-        AnyTask("lstm", False, _Recurrent, lambda: _parted(*rows())),
-        AnyTask("cnn with batchnorm", False, _ConvNet, lambda: _parted(*images())),
+        AnyTask("lstm", False, _Recurrent, lambda: parted(*rows())),
+        AnyTask("cnn with batchnorm", False, _ConvNet, lambda: parted(*images())),
         AnyTask("gpt", False, _gpt, _text, marks=2),
-        AnyTask("tabular", False, lambda: _mlp(30, 64, 32, 2), _tumours),
+        AnyTask("tabular", False, lambda: mlp(30, 64, 32, 2), _tumours),
         # A run takes minutes, so the rival has four trials, with the schedule that is the better one elsewhere.
         AnyTask(
             "minilm, all weights",

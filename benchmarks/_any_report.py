@@ -46,12 +46,16 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
+def _tasks(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key.split(" | ")[0] for key in report["runs"]))
+
+
 def table_of(report: Mapping[str, Any]) -> str:
     """All methods on all tasks, medians over seeds: training loss, held-out loss and accuracy, seconds."""
     rows = ["| task | method | training loss | over AdamW's, tuned | held-out loss | accuracy | CPU s | finite |"]
     rows.append("|---|---|--:|--:|--:|--:|--:|---|")
     names = dict.fromkeys(key.split(" | ")[1] for key in report["runs"] if "seed 1000" not in key)
-    for task in TASKS:
+    for task in _tasks(report):
         rival = _of(report, task, "adamw, tuned")
         for name in names:
             runs = _of(report, task, name)
@@ -97,7 +101,7 @@ def _interval(ratios: Sequence[Sequence[float]]) -> tuple[float, float, float]:
 def findings(report: Mapping[str, Any]) -> list[str]:
     """What the runs say of the learned optimizer, a sentence each."""
     name, sentences = report["checkpoint"], []
-    known = [task for task in TASKS if _of(report, task, name)]
+    known = [task for task in _tasks(report) if _of(report, task, name)]
 
     def count(what: str, rival: str, within: float, value: Any = _end) -> None:
         both = [task for task in known if _of(report, task, rival)]

@@ -14,7 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "WINDOWS", "InUse", "LanguageModel", "digits", "images", "rows", "sequences"]
+__all__ = [
+    "MODELS",
+    "WINDOWS",
+    "Block",
+    "InUse",
+    "LanguageModel",
+    "Transformer",
+    "digits",
+    "images",
+    "letters",
+    "rows",
+    "sequences",
+]
 
 CONTEXT, WINDOWS = 16, 2000
 _LETTERS = " \nabcdefghijklmnopqrstuvwxyz.,()'\"-_:=`*0"
@@ -92,7 +104,7 @@ def sequences() -> tuple[Tensor, Tensor]:
     return x, torch.cat([x[:, 1:], last[:, None]], 1)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Attention and a perceptron, each after a norm, without torch's own layers."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
@@ -110,7 +122,7 @@ class _Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.between(x))))
 
 
-class _Transformer(nn.Module):
+class Transformer(nn.Module):
     """A transformer over the rows of an image."""
 
     def __init__(self, layers: Callable[[int], nn.Module], width: int = 32) -> None:
@@ -128,7 +140,7 @@ class LanguageModel(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(len(_LETTERS), width), nn.Embedding(CONTEXT, width)
-        self.layers = nn.Sequential(*(_Block(width, 4, causal=True) for _ in range(2)))
+        self.layers = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(_LETTERS), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,8 +288,8 @@ MODELS = {
         InUse("mlp", lambda: _mlp(64, 64, 64, 10), digits, perceptron=True),
         InUse("leaky mlp", lambda: _mlp(64, 64, 10, activation=nn.LeakyReLU), digits, perceptron=True),
         InUse("cnn", _cnn, images),
-        InUse("transformer", lambda: _Transformer(lambda width: _Block(width, 4, causal=False)), rows),
-        InUse("encoder layers", lambda: _Transformer(_encoder), rows),
+        InUse("transformer", lambda: Transformer(lambda width: Block(width, 4, causal=False)), rows),
+        InUse("encoder layers", lambda: Transformer(_encoder), rows),
         InUse("language model", LanguageModel, sequences),
         InUse("embedding", _Embedded, letters),
         InUse("embedding, sparse", lambda: _Embedded(sparse=True), letters),

@@ -12,6 +12,7 @@ Finished runs are kept in the JSON file, and a run that was interrupted goes on 
 
 Example:
     python -m benchmarks.any_model --json any_model.json --page docs/any-model.md
+    python -m benchmarks.any_model --development --parts learned rivals --json chosen_by.json
     python -m benchmarks.any_model --checkpoint digits --tasks perceptron gpt --seeds 1 --json some.json
 """
 
@@ -35,6 +36,7 @@ from torch import nn
 import metateleport as mt
 from benchmarks._any_models import TASKS, AnyTask, Data
 from benchmarks._any_report import IN_TIME, findings, page_of, table_of
+from benchmarks._development_tasks import DEVELOPMENT
 from benchmarks._timing import conditions
 from metateleport.checkpoint import update_card
 from metateleport.files import write_json, write_text
@@ -304,7 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; prints each run, and a table in Markdown at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="default", metavar="NAME", help="default %(default)s")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", choices={**TASKS, **DEVELOPMENT}, metavar="NAME")
+    parser.add_argument(
+        "--development", action="store_true", help="the tasks that constants are chosen by, in the place of the eight"
+    )
     every = ["learned", "rivals", "factors", "attribution", "seconds", "long"]
     parser.add_argument("--parts", nargs="*", choices=every, default=every, metavar="PART", help=", ".join(every))
     parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="LR", help="lr beside one")
@@ -313,12 +318,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of the docs")
     parser.add_argument("--card", action="store_true", help="write what was found into the notes of the card")
     given = parser.parse_args(arguments)
+    if given.development and (given.page or given.card):
+        parser.error("pages and cards tell of tasks that nothing was chosen by: leave out --development")
     if given.seeds < 1:
         parser.error("give at least one seed")
     torch.set_num_threads(1)
     kept = _Kept(given.json, given.checkpoint, {"rates": {kind: list(rates) for kind, rates in RATES.items()}})
-    for name in given.tasks:
-        _compare(TASKS[name], given.checkpoint, given.seeds, given.parts, given.factors, kept)
+    known = DEVELOPMENT if given.development else TASKS
+    for name in given.tasks or known:
+        _compare({**TASKS, **DEVELOPMENT}[name], given.checkpoint, given.seeds, given.parts, given.factors, kept)
     print(table_of(kept.report()))
     if given.page is not None:
         write_text(given.page, page_of(kept.report()))
