@@ -96,7 +96,19 @@ class Spectrum:
 
     def log(self, shift: float | Tensor) -> Tensor:
         r"""The logarithm $\log(A + \epsilon\,\lambda_{\max} 1)$, `(*batch, k, k)`, or `(*batch, k)` of a diagonal."""
+        return self._whole(self._logs(shift))
+
+    def both(self, shift: float | Tensor) -> tuple[Tensor, Tensor]:
+        """`log` and `logs` at once.
+
+        Example:
+            >>> symmetric_spectrum(torch.eye(2)).both(0.0)[1]
+            tensor([0., 0.])
+        """
         logs = self._logs(shift)
+        return self._whole(logs), logs.to(self.dtype)
+
+    def _whole(self, logs: Tensor) -> Tensor:
         if self.vectors is None:
             return logs.to(self.dtype)
         whole = product(self.vectors * logs.to(self.vectors.dtype).unsqueeze(-2), self.vectors.mT)
@@ -176,9 +188,7 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
         >>> bool(torch.allclose(log, torch.diag(torch.tensor([0.0, 1.3863])), atol=1e-4))
         True
     """
-    spectrum = symmetric_spectrum(matrix, rank)
-    added = relative_shift(matrix.dtype) if shift is None else shift
-    return spectrum.log(added), spectrum.logs(added)
+    return symmetric_spectrum(matrix, rank).both(relative_shift(matrix.dtype) if shift is None else shift)
 
 
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -512,8 +522,9 @@ def _shares_of(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square of each task's tensor, `(tasks,)`."""
-    square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
-    return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
+    rows = tensor.reshape(tensor.shape[0], -1)
+    size = torch.linalg.vector_norm(rows, dim=1) / rows.shape[1] ** 0.5
+    return size.clamp_min(torch.finfo(tensor.dtype).tiny ** 0.5)
 
 
 def finite_gradient(tensor: Tensor) -> Tensor:
@@ -599,7 +610,7 @@ def _largest(dtype: torch.dtype) -> float:
 
 
 def quick_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
-    """As `symmetric_spectrum`, in the matrix's own precision: in float32 for half of the time.
+    """As `symmetric_spectrum`, in the matrix's own precision, and without looking at each entry first.
 
     Eigenvalues are right to rounding relative to the largest, and those below rounding count as zero in both.
 
@@ -611,21 +622,26 @@ def quick_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
         >>> quick_spectrum(torch.diag(torch.tensor([2.0, 4.0]))).values
         tensor([0.5000, 1.0000])
     """
-    symmetric = (matrix + matrix.mT) / 2
+    if torch.compiler.is_compiling():
+        # What failed cannot be looked at there.
+        return symmetric_spectrum(matrix, rank)
+    twice = matrix + matrix.mT
     tiny = torch.finfo(matrix.dtype).tiny
-    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
+    scale = torch.diagonal(twice, dim1=-2, dim2=-1).amax(-1).clamp_min(2 * tiny)
     try:
-        values, vectors = torch.linalg.eigh(symmetric / scale[..., None, None])
+        values, vectors = torch.linalg.eigh(twice / scale[..., None, None])
     except torch.linalg.LinAlgError:
         # Too few digits, or what is not finite: there it is looked at matrix by matrix.
         return symmetric_spectrum(matrix, rank)
     usable = values.isfinite().all(-1)
+    if not certain(usable):
+        return symmetric_spectrum(matrix, rank)
     largest = values[..., -1].clamp_min(tiny)
     values = values / largest.unsqueeze(-1)
     noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     values = torch.where(values < noise, 0.0, values)
-    values = torch.where(values < rank, 1.0, values)
-    return Spectrum(values, vectors, largest.double().log() + scale.double().log(), usable, matrix.dtype)
+    values = torch.where(values < rank, 1.0, values) if rank > 0 else values
+    return Spectrum(values, vectors, largest.double().log() + (scale / 2).double().log(), usable, matrix.dtype)
 
 
 def eigen(generator: Tensor) -> tuple[Tensor, Tensor]:
