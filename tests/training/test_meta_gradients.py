@@ -76,13 +76,16 @@ def test_what_a_step_can_say_is_bounded_task_by_task() -> None:
     before = (torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
     after = tuple((value + 1).requires_grad_() for value in before)
     passed = _Bounded.apply(*before, *after)
-    says = torch.tensor([1.0, 1e6, float("nan"), -1e9], dtype=torch.float64)
-    torch.autograd.backward(passed, [says.unsqueeze(1).expand_as(value) for value in passed])
-    total = sum(value.grad.sum(1) for value in after)
-    assert total[0] == 3.0
-    assert total[1] == pytest.approx(100.0)
-    assert total[2] == 0.0
-    assert total[3] == pytest.approx(-100.0)
+    for third in (float("nan"), 2.0):
+        says = torch.tensor([1.0, 1e6, third, -1e9], dtype=torch.float64)
+        for value in after:
+            value.grad = None
+        torch.autograd.backward(passed, [says.unsqueeze(1).expand_as(value) for value in passed], retain_graph=True)
+        total = sum(value.grad.sum(1) for value in after)
+        assert total[0] == 3.0
+        assert total[1] == pytest.approx(100.0)
+        assert total[2] == (6.0 if third == 2.0 else 0.0)
+        assert total[3] == pytest.approx(-100.0)
     # What cancels between tensors, as along an orbit, is let through as it is.
     for value in after:
         value.grad = None
