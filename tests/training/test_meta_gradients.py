@@ -94,6 +94,20 @@ def test_what_a_step_can_say_is_bounded_task_by_task() -> None:
     assert all(torch.equal(value.grad, each) for value, each in zip(after, opposed, strict=True))
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_gradients_of_a_step_are_taken_in_no_leaf(mapped: bool) -> None:
+    """To find a leaf, autograd walks through the graph of all steps before, so that each step would cost more."""
+    meta, (model, batch) = meta_optimizer("lr"), stack("rescaling")
+    if mapped:
+        model.__dict__["_chain"] = None
+    with unroll_context(model, StackOptimizer(model, meta)) as (patched, differentiable):
+        differentiable.step(patched(batch, probe=True))
+        seen = patched(batch, probe=True)
+    targets = [*seen.parameters.values(), *seen.probes.values()]
+    assert len(targets) >= 6
+    assert all(each.grad_fn is not None for each in targets)
+
+
 def test_first_order_leaves_the_derivative_of_gradients_out() -> None:
     meta, problem = meta_optimizer("lr"), stack("linear pair")
     model, batch = problem
