@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ _HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 _CHUNK = 2**24
 """Largest number of bytes of matrices whose polar factors are computed in one call."""
+
+_CALL = 2**18
+"""Multiplications that take about as long as it takes to call an operation."""
 
 _SMALL = 2**18
 """Largest number of entries of all tensors of a stack that are worked on side by side; of more, calls cost little."""
@@ -335,7 +339,9 @@ def _filled(tensor: Tensor, rows: int, columns: int, most_rows: int, most_column
 
 
 def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names of tensors grouped for `polar_factors`: by shape in chunks of bounded memory, and all small ones together.
+    """Names of tensors grouped for `polar_factors`: by shape in chunks of bounded memory, and small ones together.
+
+    Small ones of other sizes are filled up with zeros, as long as the work on zeros is less than another call's.
 
     Example:
         >>> large = torch.ones(1, 200, 300)
@@ -347,7 +353,7 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     same = len({(tensors[name].shape[0], tensors[name].dtype, tensors[name].device) for name in few}) == 1
     together = same and len(few) * tensors[few[0]].shape[0] * _most(sides, 0) * _most(sides, 1) <= _SMALL
     if together:
-        yield few
+        yield from _of_like_work({name: tensors[name] for name in few})
     groups: dict[torch.Size, list[str]] = {}
     for name, value in tensors.items():
         if not (together and name in few):
@@ -355,6 +361,25 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     for names in groups.values():
         some = max(1, _CHUNK // tensors[names[0]].nbytes)
         yield from (names[start : start + some] for start in range(0, len(names), some))
+
+
+def _of_like_work(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Small matrices in groups: each joins larger ones unless the work on zeros is more than another call's."""
+    found: list[list[str]] = []
+    places: dict[str, int] = {}
+    count = most_rows = most_columns = 0
+    for name in sorted(tensors, key=lambda each: _flat(tensors[each]), reverse=True):
+        rows, columns = _flat(tensors[name])
+        joined = (count + 1) * max(most_rows, rows) ** 2 * max(most_columns, columns)
+        apart = count * most_rows**2 * most_columns + rows**2 * columns
+        if not count or tensors[name].shape[0] * (joined - apart) > _CALL:
+            found.append([])
+            count = most_rows = most_columns = 0
+        places[name] = len(found) - 1
+        count, most_rows, most_columns = count + 1, max(most_rows, rows), max(most_columns, columns)
+    for name in tensors:
+        found[places[name]].append(name)
+    return found
 
 
 def multiplies_halves(device: torch.device) -> bool:
@@ -429,11 +454,14 @@ class Blocks:
         if not self.joined:
             pairs = zip(factors, self.shapes, strict=True)
             return [each.reshape(*each.shape, *(1,) * (len(shape) - 1)) for each, shape in pairs]
+        if factors.requires_grad and not self._many():
+            spread: Tensor = _Spread.apply(factors, self.counts)
+            return [spread]
         return [factors.mT.index_select(1, _places(self.counts, factors.device))]
 
     def mean_squares(self, blocks: Sequence[Tensor]) -> Tensor:
         """Mean squares, `(tensors, tasks)`; their derivative is finite at zero."""
-        if self.joined and not self._many(blocks[0]):
+        if self.joined and (blocks[0].requires_grad or not self._many()):
             return self._means(blocks[0].square())
         parts = blocks[0].split(self.counts, 1) if self.joined else blocks
         if len(parts[0]) == 1 and _one_call(parts):
@@ -454,14 +482,27 @@ class Blocks:
         found = [(a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)).flatten() / count for a, b, count in pairs]
         return torch.stack(found)
 
-    def _many(self, block: Tensor) -> bool:
+    def _many(self) -> bool:
         """Whether as many products as entries times tensors would be more work than a call for each tensor."""
-        return block.shape[1] * len(self.shapes) > _SMALL and not block.requires_grad
+        return sum(self.counts) * len(self.shapes) > _SMALL
 
     def _means(self, block: Tensor) -> Tensor:
-        if self._many(block):
+        if self._many() and not block.requires_grad:
             return torch.stack([each.mean(1) for each in block.split(self.counts, 1)])
         return (block @ _shares_of(self.counts, block.dtype, block.device)).mT
+
+
+class _Spread(torch.autograd.Function):
+    """The factors of `Blocks.spread`; their derivative is a product, where adding by index takes six times as long."""
+
+    @staticmethod
+    def forward(context: Any, factors: Tensor, counts: tuple[int, ...]) -> Tensor:
+        context.counts = counts
+        return factors.mT.index_select(1, _places(counts, factors.device))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient @ _members(context.counts, gradient.dtype, gradient.device)).mT, None
 
 
 def _one_call(tensors: Sequence[Tensor]) -> bool:
@@ -516,8 +557,13 @@ def _places(counts: tuple[int, ...], device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _shares_of(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What each entry of a block counts in the mean of each tensor, `(entries, tensors)`."""
-    own = nn.functional.one_hot(_places(counts, device), len(counts)).to(dtype)
-    return own / torch.tensor(counts, dtype=dtype, device=device)
+    return _members(counts, dtype, device) / torch.tensor(counts, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _members(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Whether each entry of a block is of each tensor, `(entries, tensors)`."""
+    return nn.functional.one_hot(_places(counts, device), len(counts)).to(dtype)
 
 
 def rms(tensor: Tensor) -> Tensor:
