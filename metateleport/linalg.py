@@ -671,23 +671,21 @@ def quick_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
     if torch.compiler.is_compiling():
         # What failed cannot be looked at there.
         return symmetric_spectrum(matrix, rank)
-    twice = matrix + matrix.mT
-    tiny = torch.finfo(matrix.dtype).tiny
-    scale = torch.diagonal(twice, dim1=-2, dim2=-1).amax(-1).clamp_min(2 * tiny)
     try:
-        values, vectors = torch.linalg.eigh(twice / scale[..., None, None])
+        # It reads one triangle, and scales by itself what is very small or large.
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
         # Too few digits, or what is not finite: there it is looked at matrix by matrix.
         return symmetric_spectrum(matrix, rank)
     usable = values.isfinite().all(-1)
     if not certain(usable):
         return symmetric_spectrum(matrix, rank)
-    largest = values[..., -1].clamp_min(tiny)
+    largest = values[..., -1].clamp_min(torch.finfo(matrix.dtype).tiny)
     values = values / largest.unsqueeze(-1)
     noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     values = torch.where(values < noise, 0.0, values)
     values = torch.where(values < rank, 1.0, values) if rank > 0 else values
-    return Spectrum(values, vectors, largest.double().log() + (scale / 2).double().log(), usable, matrix.dtype)
+    return Spectrum(values, vectors, largest.double().log(), usable, matrix.dtype)
 
 
 def eigen(generator: Tensor) -> tuple[Tensor, Tensor]:
