@@ -8,12 +8,12 @@ dimensions in front, keep dtype and device, and are differentiable.
 from __future__ import annotations
 
 import abc
-import functools
 import math
 
 import torch
 from torch import Tensor
 
+from metateleport.exponential import exponentials
 from metateleport.linalg import certain, product
 
 __all__ = [
@@ -21,19 +21,12 @@ __all__ = [
     "Group",
     "Orthogonal",
     "PositiveDiagonal",
-    "exponentials",
     "still",
     "unbound",
 ]
 
 _KNOWN_INVERSE = "_known_inverse"
 """Attribute of an element that came with its inverse: the tensor keeps it, so that it lives as long as the element."""
-
-_SERIES: dict[torch.dtype, tuple[tuple[float, int, int], ...]] = {
-    torch.float64: ((0.1, 4, 2), (0.4, 6, 3), (1.2, 9, 3)),
-    torch.float32: ((0.18, 2, 2), (0.8, 4, 2), (1.8, 6, 3)),
-}
-"""For matrices up to a norm, to rounding: the degree in the square of both series, and the powers of it in a block."""
 
 
 class Group(abc.ABC):
@@ -279,83 +272,6 @@ class GeneralLinear(_MatrixGroup):
         if longest < 1:
             return _short_exponential(step) @ element
         return super().retract(element, step)
-
-
-def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    r"""$\exp(T)$ and its inverse $\exp(-T)$, to rounding, from one series.
-
-    $$\exp(\pm T) = E(T^2) \pm T\,O(T^2), \qquad E(S) = \sum_j \frac{S^j}{(2j)!}, \quad
-      O(S) = \sum_j \frac{S^j}{(2j+1)!},$$
-
-    both series evaluated side by side in blocks, after a division of $T$ by a power of two that squaring makes up for.
-    It takes products alone, as does its derivative; that of `torch.linalg.matrix_exp` is the exponential of a matrix of
-    twice the size, at six times the price.
-
-    Args:
-        matrix: $T$, `(*batch, k, k)`. All matrices of a batch are divided by the same power of two.
-
-    Returns:
-        Both, of the same shape; NaN where an entry is not finite.
-
-    Example:
-        >>> element, inverse = exponentials(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
-        >>> element.tolist(), inverse.tolist()
-        ([[1.0, 1.0], [0.0, 1.0]], [[1.0, -1.0], [0.0, 1.0]])
-
-    Source: Paterson and Stockmeyer, SIAM J. Comput. 2, 1973, for the blocks; Higham, SIAM J. Matrix Anal. Appl. 26,
-    2005, for the squaring.
-    """
-    series = _SERIES.get(matrix.dtype)
-    if torch.compiler.is_compiling() or series is None or not matrix.numel() or _is_transformed():
-        return torch.linalg.matrix_exp(matrix), torch.linalg.matrix_exp(-matrix)
-    size = float(matrix.detach().abs().sum(-1).amax())
-    if not size < math.inf:
-        return torch.linalg.matrix_exp(matrix), torch.linalg.matrix_exp(-matrix)
-    halvings = max(0, math.frexp(size / series[-1][0])[1])
-    degree, block = next(rest for norm, *rest in series if size <= norm * 2**halvings)
-    scaled = matrix / 2**halvings if halvings else matrix
-    even, odd = _two_series(product(scaled, scaled), degree, block)
-    odd = product(scaled, odd)
-    element, inverse = even + odd, even - odd
-    for _ in range(halvings):
-        element, inverse = element @ element, inverse @ inverse
-    return element, inverse
-
-
-def _is_transformed() -> bool:
-    """Whether this runs inside a function transform of `torch.func`, where numbers cannot be looked at."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _two_series(square: Tensor, degree: int, block: int) -> tuple[Tensor, Tensor]:
-    r"""$E$ and $O$ of `exponentials` up to a degree, from $S$ and its powers up to `block`."""
-    size, batch = square.shape[-1], square.shape[:-2]
-    powers = [square]
-    while len(powers) < block:
-        powers.append(product(powers[-1], square))
-    blocks, shares = _shares(degree, block, square.dtype, square.device)
-    summed = shares[:, 1:] @ torch.stack(powers, -3).flatten(-2)
-    eye = torch.eye(size, dtype=square.dtype, device=square.device)
-    # Both series one below the other, so that one product serves them.
-    terms = (summed.unflatten(-1, (size, size)) + shares[:, :1, None] * eye).reshape(*batch, blocks, 2 * size, size)
-    found, *rest = terms.unbind(-3)
-    for term in rest:
-        found = term + product(found, powers[-1])
-    even, odd = found.unflatten(-2, (2, size)).unbind(-3)
-    return even, odd
-
-
-@functools.cache
-def _shares(degree: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, Tensor]:
-    """Number of blocks, the highest first, and what each power has in them, `(2 * blocks, 1 + powers)`."""
-    starts = range(degree - block, -1, -block)
-    rows = [
-        [0.0 if place == block and start != starts[0] else 1 / math.factorial(2 * (start + place) + odd)]
-        for start in starts
-        for odd in (0, 1)
-        for place in range(block + 1)
-    ]
-    return len(starts), torch.tensor(rows, dtype=dtype, device=device).reshape(2 * len(starts), block + 1)
 
 
 def _with_inverse(element: Tensor, inverse: Tensor) -> Tensor:

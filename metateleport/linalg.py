@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ _HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _CHUNK = 2**24
 """Largest number of bytes of matrices whose polar factors are computed in one call."""
 
+_CALL = 2**18
+"""Multiplications that take about as long as it takes to call an operation."""
+
 _SMALL = 2**18
 """Largest number of entries of all tensors of a stack that are worked on side by side; of more, calls cost little."""
 
@@ -96,7 +100,19 @@ class Spectrum:
 
     def log(self, shift: float | Tensor) -> Tensor:
         r"""The logarithm $\log(A + \epsilon\,\lambda_{\max} 1)$, `(*batch, k, k)`, or `(*batch, k)` of a diagonal."""
+        return self._whole(self._logs(shift))
+
+    def both(self, shift: float | Tensor) -> tuple[Tensor, Tensor]:
+        """`log` and `logs` at once.
+
+        Example:
+            >>> symmetric_spectrum(torch.eye(2)).both(0.0)[1]
+            tensor([0., 0.])
+        """
         logs = self._logs(shift)
+        return self._whole(logs), logs.to(self.dtype)
+
+    def _whole(self, logs: Tensor) -> Tensor:
         if self.vectors is None:
             return logs.to(self.dtype)
         whole = product(self.vectors * logs.to(self.vectors.dtype).unsqueeze(-2), self.vectors.mT)
@@ -176,9 +192,7 @@ def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0)
         >>> bool(torch.allclose(log, torch.diag(torch.tensor([0.0, 1.3863])), atol=1e-4))
         True
     """
-    spectrum = symmetric_spectrum(matrix, rank)
-    added = relative_shift(matrix.dtype) if shift is None else shift
-    return spectrum.log(added), spectrum.logs(added)
+    return symmetric_spectrum(matrix, rank).both(relative_shift(matrix.dtype) if shift is None else shift)
 
 
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,7 +339,9 @@ def _filled(tensor: Tensor, rows: int, columns: int, most_rows: int, most_column
 
 
 def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names of tensors grouped for `polar_factors`: by shape in chunks of bounded memory, and all small ones together.
+    """Names of tensors grouped for `polar_factors`: by shape in chunks of bounded memory, and small ones together.
+
+    Small ones of other sizes are filled up with zeros, as long as the work on zeros is less than another call's.
 
     Example:
         >>> large = torch.ones(1, 200, 300)
@@ -337,7 +353,7 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     same = len({(tensors[name].shape[0], tensors[name].dtype, tensors[name].device) for name in few}) == 1
     together = same and len(few) * tensors[few[0]].shape[0] * _most(sides, 0) * _most(sides, 1) <= _SMALL
     if together:
-        yield few
+        yield from _of_like_work({name: tensors[name] for name in few})
     groups: dict[torch.Size, list[str]] = {}
     for name, value in tensors.items():
         if not (together and name in few):
@@ -345,6 +361,25 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     for names in groups.values():
         some = max(1, _CHUNK // tensors[names[0]].nbytes)
         yield from (names[start : start + some] for start in range(0, len(names), some))
+
+
+def _of_like_work(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Small matrices in groups: each joins larger ones unless the work on zeros is more than another call's."""
+    found: list[list[str]] = []
+    places: dict[str, int] = {}
+    count = most_rows = most_columns = 0
+    for name in sorted(tensors, key=lambda each: _flat(tensors[each]), reverse=True):
+        rows, columns = _flat(tensors[name])
+        joined = (count + 1) * max(most_rows, rows) ** 2 * max(most_columns, columns)
+        apart = count * most_rows**2 * most_columns + rows**2 * columns
+        if not count or tensors[name].shape[0] * (joined - apart) > _CALL:
+            found.append([])
+            count = most_rows = most_columns = 0
+        places[name] = len(found) - 1
+        count, most_rows, most_columns = count + 1, max(most_rows, rows), max(most_columns, columns)
+    for name in tensors:
+        found[places[name]].append(name)
+    return found
 
 
 def multiplies_halves(device: torch.device) -> bool:
@@ -419,11 +454,14 @@ class Blocks:
         if not self.joined:
             pairs = zip(factors, self.shapes, strict=True)
             return [each.reshape(*each.shape, *(1,) * (len(shape) - 1)) for each, shape in pairs]
+        if factors.requires_grad and not self._many():
+            spread: Tensor = _Spread.apply(factors, self.counts)
+            return [spread]
         return [factors.mT.index_select(1, _places(self.counts, factors.device))]
 
     def mean_squares(self, blocks: Sequence[Tensor]) -> Tensor:
         """Mean squares, `(tensors, tasks)`; their derivative is finite at zero."""
-        if self.joined and not self._many(blocks[0]):
+        if self.joined and (blocks[0].requires_grad or not self._many()):
             return self._means(blocks[0].square())
         parts = blocks[0].split(self.counts, 1) if self.joined else blocks
         if len(parts[0]) == 1 and _one_call(parts):
@@ -444,14 +482,27 @@ class Blocks:
         found = [(a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)).flatten() / count for a, b, count in pairs]
         return torch.stack(found)
 
-    def _many(self, block: Tensor) -> bool:
+    def _many(self) -> bool:
         """Whether as many products as entries times tensors would be more work than a call for each tensor."""
-        return block.shape[1] * len(self.shapes) > _SMALL and not block.requires_grad
+        return sum(self.counts) * len(self.shapes) > _SMALL
 
     def _means(self, block: Tensor) -> Tensor:
-        if self._many(block):
+        if self._many() and not block.requires_grad:
             return torch.stack([each.mean(1) for each in block.split(self.counts, 1)])
-        return (block @ _shares_of(self.counts, block.dtype, block.device)).mT
+        return (block @ _shares_of(self.counts, block.dtype, block.device).mT).mT
+
+
+class _Spread(torch.autograd.Function):
+    """The factors of `Blocks.spread`; their derivative is a product, where adding by index takes six times as long."""
+
+    @staticmethod
+    def forward(context: Any, factors: Tensor, counts: tuple[int, ...]) -> Tensor:
+        context.counts = counts
+        return factors.mT.index_select(1, _places(counts, factors.device))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient @ _members(context.counts, gradient.dtype, gradient.device).mT).mT, None
 
 
 def _one_call(tensors: Sequence[Tensor]) -> bool:
@@ -505,15 +556,22 @@ def _places(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _shares_of(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each entry of a block counts in the mean of each tensor, `(entries, tensors)`."""
-    own = nn.functional.one_hot(_places(counts, device), len(counts)).to(dtype)
-    return own / torch.tensor(counts, dtype=dtype, device=device)
+    """What each entry of a block counts in the mean of each tensor, `(tensors, entries)`."""
+    return _members(counts, dtype, device) / torch.tensor(counts, dtype=dtype, device=device).unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _members(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Whether each entry of a block is of each tensor, `(tensors, entries)`."""
+    # A tensor's entries one behind the other: laid out the other way, products with it take three times as long.
+    return nn.functional.one_hot(_places(counts, device), len(counts)).to(dtype).mT.contiguous()
 
 
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square of each task's tensor, `(tasks,)`."""
-    square = tensor.square().reshape(tensor.shape[0], -1).mean(-1)
-    return square.clamp_min(torch.finfo(tensor.dtype).tiny).sqrt()
+    rows = tensor.reshape(tensor.shape[0], -1)
+    size = torch.linalg.vector_norm(rows, dim=1) / rows.shape[1] ** 0.5
+    return size.clamp_min(torch.finfo(tensor.dtype).tiny ** 0.5)
 
 
 def finite_gradient(tensor: Tensor) -> Tensor:
@@ -599,7 +657,7 @@ def _largest(dtype: torch.dtype) -> float:
 
 
 def quick_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
-    """As `symmetric_spectrum`, in the matrix's own precision: in float32 for half of the time.
+    """As `symmetric_spectrum`, in the matrix's own precision, and without looking at each entry first.
 
     Eigenvalues are right to rounding relative to the largest, and those below rounding count as zero in both.
 
@@ -611,21 +669,24 @@ def quick_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
         >>> quick_spectrum(torch.diag(torch.tensor([2.0, 4.0]))).values
         tensor([0.5000, 1.0000])
     """
-    symmetric = (matrix + matrix.mT) / 2
-    tiny = torch.finfo(matrix.dtype).tiny
-    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
+    if torch.compiler.is_compiling():
+        # What failed cannot be looked at there.
+        return symmetric_spectrum(matrix, rank)
     try:
-        values, vectors = torch.linalg.eigh(symmetric / scale[..., None, None])
+        # It reads one triangle, and scales by itself what is very small or large.
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
         # Too few digits, or what is not finite: there it is looked at matrix by matrix.
         return symmetric_spectrum(matrix, rank)
     usable = values.isfinite().all(-1)
-    largest = values[..., -1].clamp_min(tiny)
+    if not certain(usable):
+        return symmetric_spectrum(matrix, rank)
+    largest = values[..., -1].clamp_min(torch.finfo(matrix.dtype).tiny)
     values = values / largest.unsqueeze(-1)
     noise = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     values = torch.where(values < noise, 0.0, values)
-    values = torch.where(values < rank, 1.0, values)
-    return Spectrum(values, vectors, largest.double().log() + scale.double().log(), usable, matrix.dtype)
+    values = torch.where(values < rank, 1.0, values) if rank > 0 else values
+    return Spectrum(values, vectors, largest.double().log(), usable, matrix.dtype)
 
 
 def eigen(generator: Tensor) -> tuple[Tensor, Tensor]:

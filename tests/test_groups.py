@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metateleport.groups import (
-    GeneralLinear,
-    Group,
-    Orthogonal,
-    PositiveDiagonal,
-    exponentials,
-    random_source,
-    still,
-)
+from metateleport.groups import GeneralLinear, Group, Orthogonal, PositiveDiagonal, random_source, still
 
 GROUPS = [GeneralLinear(4), Orthogonal(4), PositiveDiagonal(4), GeneralLinear(1), Orthogonal(1)]
 BATCHES = [(), (3,), (2, 3)]
@@ -207,29 +199,6 @@ def test_a_seed_and_a_generator_are_refused_together() -> None:
     assert random_source(None, None) is None
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-9, 0.05, 0.3, 1.0, 1.3, 4.0, 20.0])
-@each_dtype
-def test_the_exponential_and_its_inverse_come_from_one_series(dtype: torch.dtype, size: float) -> None:
-    torch.manual_seed(0)
-    generator = torch.randn(3, 6, 6, dtype=torch.float64)
-    generator = generator / generator.abs().sum(-1).amax() * size
-    found = exponentials(generator.to(dtype))
-    for mine, sign in zip(found, (1, -1), strict=True):
-        expected = torch.linalg.matrix_exp(sign * generator)
-        far = torch.linalg.matrix_norm(mine.double() - expected) / torch.linalg.matrix_norm(expected)
-        assert float(far.max()) < (30 if size > 2 else 8) * torch.finfo(dtype).eps
-        assert mine.dtype == dtype
-
-
-@pytest.mark.parametrize("size", [0.1, 0.9, 3.0])
-def test_derivatives_of_the_exponential_and_its_inverse(size: float) -> None:
-    torch.manual_seed(1)
-    generator = torch.randn(2, 3, 3, dtype=torch.float64)
-    generator = (generator / generator.abs().sum(-1).amax() * size).requires_grad_()
-    assert torch.autograd.gradcheck(exponentials, (generator,))
-    assert torch.autograd.gradgradcheck(exponentials, (generator,))
-
-
 def test_an_element_keeps_the_inverse_that_it_came_with() -> None:
     group = GeneralLinear(3)
     generator = group.random_generator(2, seed=0, dtype=torch.float64).requires_grad_()
@@ -244,10 +213,3 @@ def test_an_element_keeps_the_inverse_that_it_came_with() -> None:
     assert torch.equal(group.inverse(detached), inverse)
     # Another tensor has another inverse.
     assert torch.allclose(group.inverse(2 * element), inverse / 2)
-
-
-def test_what_is_not_finite_gives_no_element_and_no_error() -> None:
-    generator = torch.tensor([[[float("nan"), 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]])
-    element, inverse = exponentials(generator)
-    assert not bool(element[0].isfinite().all())
-    assert torch.allclose(element[1] @ inverse[1], torch.eye(2))

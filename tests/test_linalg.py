@@ -77,6 +77,9 @@ def test_only_small_matrices_of_one_kind_share_a_call() -> None:
     assert list(alike(mixed)) == [["a"], ["b", "c"]]
     spread = {"a": torch.zeros(1, 100, 100), "b": torch.zeros(1, 2, 10**6)}
     assert list(alike(spread)) == [["a"], ["b"]]
+    # Of eight tasks the work on zeros would be more than a call's.
+    several = {"a": torch.zeros(8, 5, 32), "b": torch.zeros(8, 32, 64), "c": torch.zeros(8, 30, 64)}
+    assert list(alike(several)) == [["b", "c"], ["a"]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
@@ -106,3 +109,13 @@ def test_long_matrices_have_the_polar_factors_of_the_plain_steps(
     along = {name: float(nn.functional.cosine_similarity(each, found["exact"], 0)) for name, each in found.items()}
     assert along["long"] > along["plain"] - (0.02 if halves else 1e-5)
     assert float(torch.linalg.matrix_norm(found["long"].reshape(128, 784), 2)) < 1.3
+
+
+def test_spread_factors_have_the_derivative_of_a_selection() -> None:
+    blocks = Blocks((torch.Size([2, 3]), torch.Size([2, 2, 2])), joined=True)
+    factors = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    (spread,) = blocks.spread(factors)
+    assert torch.equal(spread[:, :3], factors[0, :, None].expand(2, 3))
+    assert torch.equal(spread[:, 3:], factors[1, :, None].expand(2, 4))
+    assert torch.autograd.gradcheck(lambda given: blocks.spread(given)[0], (factors,))
+    assert torch.autograd.gradgradcheck(lambda given: blocks.spread(given)[0].square(), (factors,))

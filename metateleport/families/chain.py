@@ -6,7 +6,7 @@ than the products themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,28 +52,28 @@ def chain_of(model: nn.Module) -> Chain | None:
 
 
 def through(
-    chain: Chain, values: Mapping[str, Tensor], inputs: Tensor, added: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensors]:
+    chain: Chain, values: Mapping[str, Tensor], inputs: Tensor, watched: Collection[str] = ()
+) -> tuple[Tensor, Tensors, Tensors]:
     """Runs a chain on all tasks of a stack.
 
     Args:
         chain: its layers.
         values: parameters by name, `(tasks, ...)`.
         inputs: `(tasks, samples, features)`.
-        added: what is added to the outputs of layers, by name; the inputs of these layers are recorded.
+        watched: names of layers whose inputs and outputs are recorded.
 
     Returns:
-        The outputs, and the recorded inputs by the layers' names.
+        The outputs; by the layers' names the recorded inputs, and the recorded outputs, which all require a gradient.
 
     Example:
         >>> weights = {"0.weight": torch.ones(5, 2, 3), "0.bias": torch.ones(5, 2)}
-        >>> outputs, seen = through((("0", nn.Linear(3, 2)),), weights, torch.ones(5, 4, 3), {})
-        >>> outputs.shape, float(outputs[0, 0, 0]), seen
-        (torch.Size([5, 4, 2]), 4.0, {})
+        >>> outputs, seen, made = through((("0", nn.Linear(3, 2)),), weights, torch.ones(5, 4, 3), ["0"])
+        >>> outputs.shape, float(outputs[0, 0, 0]), seen["0"].shape, made["0"].requires_grad
+        (torch.Size([5, 4, 2]), 4.0, torch.Size([5, 4, 3]), True)
     """
-    found, seen = inputs, {}
+    found, seen, made = inputs, {}, {}
     for name, layer in chain:
-        if name in added:
+        if name in watched:
             seen[name] = found
         if isinstance(layer, nn.Linear):
             weight, bias = values[f"{name}.weight"], values.get(f"{name}.bias")
@@ -81,9 +81,10 @@ def through(
             found = product if bias is None else product + bias.unsqueeze(1)
         else:
             found = layer(found)
-        if name in added:
-            found = found + added[name]
-    return found, seen
+        if name in watched:
+            # Below a frozen layer nothing may require one.
+            found = made[name] = found if found.requires_grad else found.detach().requires_grad_()
+    return found, seen, made
 
 
 def losses_of(loss: Callable[..., Tensor], outputs: Tensor, targets: Sequence[Tensor]) -> Tensor | None:

@@ -19,14 +19,13 @@ class ProbedLosses:
     """The losses of a `TaskStack` with the recorded forward pass that a step needs, in its graph.
 
     `stack(batch, probe=True)` returns it. Called on the patched module of an unroll, it holds the fast weights. A
-    probe is a tensor of zeros that is added to a module's output: the loss's gradient on it is the cotangent of that
-    output.
+    probe is a module's output, or zeros added to it: the gradient of the loss on it is the cotangent of that output.
 
     Args:
         losses: of every task, `(tasks,)`.
         parameters: the parameters of the pass, and the buffers that symmetries move, by name.
         activations: inputs of the watched modules, by name.
-        probes: zeros that were added to the watched modules' outputs, by name.
+        probes: of the watched modules, by name.
         layout: reshapes gradients on the probes into cotangents.
 
     Example:

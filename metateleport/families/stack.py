@@ -270,12 +270,13 @@ class TaskStack(nn.Module):
 
     def _run(self, parameters: Tensors, batch: Batch, probe: bool) -> tuple[Tensor, Tensors, Tensors]:
         inputs, targets = batch
-        probes = self._zeros(parameters, inputs) if probe and self.watched else {}
         if self.batched and self._chain is not None and len(inputs) == 1 and inputs[0].ndim == 3:
-            outputs, activations = through(self._chain, {**self.fixed(), **parameters}, inputs[0], probes)
+            values, watched = {**self.fixed(), **parameters}, self.watched if probe else ()
+            outputs, activations, probes = through(self._chain, values, inputs[0], watched)
             losses = losses_of(self.loss, outputs, targets)
             losses = self.each(self.loss, outputs, *targets) if losses is None else losses
             return losses, {name: self._same_again(name, value) for name, value in activations.items()}, probes
+        probes = self._zeros(parameters, inputs) if probe and self.watched else {}
 
         def single(
             values: Tensors, buffers: Tensors, one: tuple[Tensor, ...], wanted: tuple[Tensor, ...], added: Tensors
@@ -305,17 +306,35 @@ class TaskStack(nn.Module):
         return kept[1]
 
     def _zeros(self, parameters: Tensors, inputs: tuple[Tensor, ...]) -> Tensors:
-        """Zeros to add to the outputs of the watched modules: the loss's gradient on them is the cotangent."""
+        """Zeros to add to the outputs of the watched modules: the loss's gradient on them is the cotangent.
+
+        They stand in the graph behind a parameter. To differentiate in leaves, autograd would walk through all of an
+        unroll's graph up to there at every step.
+        """
         key = tuple((value.shape, value.dtype) for value in inputs)
         if key not in self._output_shapes:
             one = {name: value[0].detach() for name, value in {**self.fixed(), **parameters}.items()}
             with torch.no_grad(), record(self.template, self.watched) as recording:
                 torch.func.functional_call(self.template, one, tuple(value[0] for value in inputs))
             self._output_shapes[key] = {name: value.shape for name, value in recording.outputs.items()}
-        like = next(iter(parameters.values()))
-        return {
-            name: like.new_zeros(len(self), *shape).requires_grad_() for name, shape in self._output_shapes[key].items()
-        }
+        like = next((value for value in parameters.values() if value.requires_grad), None)
+        shapes = {name: (len(self), *shape) for name, shape in self._output_shapes[key].items()}
+        if like is None:
+            other = next(iter(parameters.values()))
+            return {name: other.new_zeros(shape).requires_grad_() for name, shape in shapes.items()}
+        return {name: _Behind.apply(like, shape) for name, shape in shapes.items()}
+
+
+class _Behind(torch.autograd.Function):
+    """Zeros that stand behind a tensor in the graph, which they do not depend on."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return tensor.new_zeros(shape)
+
+    @staticmethod
+    def backward(_: Any, *_gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _rows_of(values: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "weight_by_task"]
 
 
 class Copies(nn.Module):
@@ -71,3 +71,19 @@ class Copies(nn.Module):
     def _multiplied(self, parts: Tensor, weight: str, bias: str) -> Tensor:
         weights, biases = self.get_parameter(weight), self._parameters.get(bias)
         return parts @ weights.mT if biases is None else torch.baddbmm(biases.unsqueeze(1), parts, weights.mT)
+
+
+def weight_by_task(layer: nn.Module, tasks: int) -> Tensor:
+    """The weight that a layer has for each task of a stack, `(tasks, outputs, inputs)`.
+
+    Args:
+        layer: an `nn.Linear`, whose weight all tasks share, or `Copies` of one.
+        tasks: their number.
+
+    Example:
+        >>> one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> weight_by_task(one, 4).shape, bool((weight_by_task(Copies([one, other]), 4)[2] == other.weight).all())
+        (torch.Size([4, 2, 3]), True)
+    """
+    weight = layer.get_parameter("weight")
+    return weight.expand(tasks, -1, -1) if weight.ndim == 2 else weight.repeat_interleave(tasks // len(weight), 0)

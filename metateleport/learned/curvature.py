@@ -63,33 +63,29 @@ class _Largest(torch.autograd.Function):
         tall = tensor.shape[-1] <= tensor.shape[-2]
         matrix = (product(tensor.mT, tensor) if tall else product(tensor, tensor.mT)) if is_factor else tensor
         tiny = torch.finfo(matrix.dtype).tiny
-        bound = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-        power = matrix / bound[..., None, None]
-        powers, norms = [power], []
-        # Scaled after every squaring, so that the powers neither overflow nor vanish.
-        for _ in range(3):
-            power = product(power, power)
-            norm = torch.linalg.vector_norm(power, dim=(-2, -1)).clamp_min(tiny**0.5)
-            power = power / norm[..., None, None]
-            powers.append(power)
-            norms.append(norm)
-        stacked, roots = torch.stack(norms, -1), torch.tensor((1 / 2, 1 / 4, 1 / 8)).to(bound)
-        bound, scale = bound * (stacked**roots).prod(-1), (stacked ** (roots - 1)).prod(-1)
-        context.save_for_backward(tensor, scale, *powers)
+        trace = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
+        first = matrix / trace[..., None, None]
+        second = product(first, first)
+        # Scaled once more, so that the powers neither overflow nor vanish.
+        norm = torch.linalg.matrix_norm(second).clamp_min(tiny**0.5)
+        second = second / norm[..., None, None]
+        fourth = product(second, second)
+        eighth = product(fourth, fourth)
+        last = torch.linalg.matrix_norm(eighth).clamp_min(tiny**0.5)
+        # Of a matrix of zeros the bound is as flat as it is.
+        scale = torch.where(trace > tiny, norm ** (-1 / 2) * last ** (-15 / 8), 0.0)
+        context.save_for_backward(tensor, scale, first, second, fourth, eighth)
         context.is_factor, context.tall = is_factor, tall
-        return bound
+        return trace * norm ** (1 / 2) * last ** (1 / 8)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        tensor, scale, *powers = context.saved_tensors
-        first, second, fourth, eighth = powers
-        # Of a matrix of zeros the bound is as flat as it is.
-        scale = torch.where(torch.diagonal(first, dim1=-2, dim2=-1).sum(-1) > 0.5, scale, 0.0)
-        slope = (gradient * scale)[..., None, None] * product(product(first, second), product(fourth, eighth))
-        if not context.is_factor:
-            return slope, None
-        return 2 * (product(tensor, slope) if context.tall else product(slope, tensor)), None
+        tensor, scale, first, second, fourth, eighth = context.saved_tensors
+        slope = product(product(first, second), product(fourth, eighth))
+        if context.is_factor:
+            slope, scale = product(tensor, slope) if context.tall else product(slope, tensor), 2 * scale
+        return (gradient * scale)[..., None, None] * slope, None
 
 
 def output_curvatures(point: Point, symmetries: Sequence[Symmetry]) -> Tensors:

@@ -217,7 +217,7 @@ class MetaOptimizer(nn.Module):
             stand_in = StandIn.begin(point) if stand_in is None else stand_in.seen(point.gradients)
             point = point.replace(loss=stand_in.value(point.gradients))
         base = point
-        if state.accepted is not None and not certain(accepted):
+        if state.accepted is not None and not progress.all_accepted:
             # The only task's own point may be of a batch of another size.
             one = accepted.numel() == 1
             base = state.accepted if one else point.choose(accepted, state.accepted)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metateleport.linalg import certain
+
 __all__ = ["PROGRESS_FEATURES", "Progress", "Tolerance"]
 
 PROGRESS_FEATURES = 5
@@ -99,6 +101,15 @@ class Progress:
     def left(self) -> float:
         """The share of the run that is left before this step, where its length is told; else one."""
         return 1.0 if self.total is None else max(0.0, 1.0 - max(self.time - 1, 0) / self.total)
+
+    @property
+    def all_accepted(self) -> bool:
+        """Whether all tasks are known to have accepted the last evaluation."""
+        known = self.__dict__.get("_all_accepted")
+        if known is None:
+            # Cached, as the features are: on an accelerator each look at a number is a wait.
+            known = self.__dict__["_all_accepted"] = certain(self.accepted)
+        return known
 
     @classmethod
     def begin(cls, loss: Tensor) -> Progress:

@@ -13,7 +13,7 @@ from metateleport.groups import GeneralLinear
 from metateleport.linalg import product
 from metateleport.point import Point
 from metateleport.symmetries._rows import fitted_to, has_full_rank, least_norm_over
-from metateleport.symmetries.activations import inverse_of, slope
+from metateleport.symmetries.activations import inverse_of, pulled_back
 from metateleport.symmetries.base import Carried, Pair, Unsuitable
 
 __all__ = ["BatchPair2022", "BatchPair2024"]
@@ -98,7 +98,7 @@ class _BatchPair(Pair):
             # The point has let go of everything below U: only U's gradient is made.
             stale = (point.stale | point.gradients.keys()) - {self.second_weight}
             return point.update(parameters, {self.second_weight: on_second}, activations, stale=frozenset(stale))
-        below = on_features * slope(self.activation, before, features)
+        below = pulled_back(self.activation, on_features, before, features)
         gradients = {
             self.second_weight: on_second,
             self.first_weight: product(below.mT, point.activations[self.first]),

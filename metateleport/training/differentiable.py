@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from metateleport.families import TaskStack
 from metateleport.families.probed import ProbedLosses
+from metateleport.linalg import certain
 from metateleport.training.stack_optimizer import StackOptimizer
 
 __all__ = ["DifferentiableLearnedOptimizer", "unroll_context"]
@@ -96,11 +97,13 @@ class _Bounded(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (steps,) = context.saved_tensors
         whole = _side_by_side(gradients)
-        product = whole * steps
+        along = (whole * steps).sum(1)
         # What is not finite makes its sum so; a sum that overflows of finite terms counts as one that is not.
-        finite = product.abs().sum(1).isfinite() & whole.isfinite().all(1)
-        tiny = torch.finfo(product.dtype).tiny
-        scale = (_Bounded.LARGEST / product.sum(1).abs().clamp_min(tiny)).clamp_max(1.0)
+        finite = along.isfinite() & whole.sum(1).isfinite()
+        if certain(finite & (along.abs() <= _Bounded.LARGEST)):
+            return (*(None for _ in gradients), *gradients)
+        tiny = torch.finfo(along.dtype).tiny
+        scale = (_Bounded.LARGEST / along.abs().clamp_min(tiny)).clamp_max(1.0)
         bounded = torch.where(finite.unsqueeze(1), whole, 0.0) * torch.where(finite, scale, 0.0).unsqueeze(1)
         parts = bounded.split([value[0].numel() for value in gradients], 1)
         placed = [part.reshape(value.shape).to(value.dtype) for part, value in zip(parts, gradients, strict=True)]

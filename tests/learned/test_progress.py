@@ -57,3 +57,10 @@ def test_losses_that_are_not_told_are_masked_and_accepted() -> None:
     again, verdicts = judged(blind, [0.5])
     assert verdicts == [True]
     assert again.known
+
+
+def test_whether_all_are_accepted_is_of_the_last_evaluation() -> None:
+    progress, _ = Progress.begin(torch.ones(2)).judge(torch.ones(2), deterministic=True)
+    assert progress.all_accepted
+    progress, _ = progress.judge(torch.tensor([0.5, 2.0]), deterministic=True)
+    assert not progress.all_accepted

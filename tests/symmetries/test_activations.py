@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from metateleport.symmetries import (
-    HOMOGENEOUS,
-    inverse_of,
-    slope,
-)
+from metateleport.symmetries import HOMOGENEOUS, inverse_of, slope
+from metateleport.symmetries.activations import pulled_back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -37,6 +34,18 @@ def test_slopes_are_those_of_autograd(activation: nn.Module, dtype: torch.dtype)
         found = slope(activation, z.detach(), value)
         assert found.dtype == dtype
         assert torch.allclose(found, expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Tanh(), nn.GELU()], ids=repr)
+def test_cotangents_are_pulled_back_as_by_autograd(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    cotangent, weights = (torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    (expected,) = torch.autograd.grad(activation(z), z, cotangent, create_graph=True)
+    found = pulled_back(activation, cotangent, z)
+    assert torch.allclose(found, expected, rtol=1e-14)
+    both = [torch.autograd.grad(each, cotangent, weights)[0] for each in (found, expected)]
+    assert torch.allclose(*both, rtol=1e-14)
 
 
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.LeakyReLU(0.1), nn.LeakyReLU(3.0)], ids=repr)

@@ -76,19 +76,36 @@ def test_what_a_step_can_say_is_bounded_task_by_task() -> None:
     before = (torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
     after = tuple((value + 1).requires_grad_() for value in before)
     passed = _Bounded.apply(*before, *after)
-    says = torch.tensor([1.0, 1e6, float("nan"), -1e9], dtype=torch.float64)
-    torch.autograd.backward(passed, [says.unsqueeze(1).expand_as(value) for value in passed])
-    total = sum(value.grad.sum(1) for value in after)
-    assert total[0] == 3.0
-    assert total[1] == pytest.approx(100.0)
-    assert total[2] == 0.0
-    assert total[3] == pytest.approx(-100.0)
+    for third in (float("nan"), 2.0):
+        says = torch.tensor([1.0, 1e6, third, -1e9], dtype=torch.float64)
+        for value in after:
+            value.grad = None
+        torch.autograd.backward(passed, [says.unsqueeze(1).expand_as(value) for value in passed], retain_graph=True)
+        total = sum(value.grad.sum(1) for value in after)
+        assert total[0] == 3.0
+        assert total[1] == pytest.approx(100.0)
+        assert total[2] == (6.0 if third == 2.0 else 0.0)
+        assert total[3] == pytest.approx(-100.0)
     # What cancels between tensors, as along an orbit, is let through as it is.
     for value in after:
         value.grad = None
     opposed = [torch.full((4, 2), 1e6, dtype=torch.float64), torch.full((4, 1), -2e6, dtype=torch.float64)]
     torch.autograd.backward(_Bounded.apply(*before, *after), opposed)
     assert all(torch.equal(value.grad, each) for value, each in zip(after, opposed, strict=True))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_gradients_of_a_step_are_taken_in_no_leaf(mapped: bool) -> None:
+    """To find a leaf, autograd walks through the graph of all steps before, so that each step would cost more."""
+    meta, (model, batch) = meta_optimizer("lr"), stack("rescaling")
+    if mapped:
+        model.__dict__["_chain"] = None
+    with unroll_context(model, StackOptimizer(model, meta)) as (patched, differentiable):
+        differentiable.step(patched(batch, probe=True))
+        seen = patched(batch, probe=True)
+    targets = [*seen.parameters.values(), *seen.probes.values()]
+    assert len(targets) >= 6
+    assert all(each.grad_fn is not None for each in targets)
 
 
 def test_first_order_leaves_the_derivative_of_gradients_out() -> None:

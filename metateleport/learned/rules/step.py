@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.gauges import Gauge, precondition
+from metateleport.groups import still
 from metateleport.learned.curvature import curvature_bounds, smooth_largest
 from metateleport.learned.parts import UNITS
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
@@ -242,7 +243,9 @@ class StepRule(nn.Module, UpdateRule):
         for name, memories in zip(names, outputs[1].sigmoid().unbind(0), strict=True):
             gradient = kept = point.gradients[name]
             if state["moving"]:
-                kept = torch.where(fit(progress.accepted, gradient), finite_gradient(state["velocity"][name]), gradient)
+                kept = finite_gradient(state["velocity"][name])
+                if not progress.all_accepted:
+                    kept = torch.where(fit(progress.accepted, gradient), kept, gradient)
             velocity[name] = torch.lerp(gradient, kept, fit(memories, gradient))
         hiddens, after = (part.reshape(*size, -1).unbind(0) for part in (hidden, memory))
         return scales, velocity, trusts, dict(zip(names, zip(hiddens, after, strict=True), strict=True))
@@ -252,6 +255,8 @@ def _shares(logits: Tensor, bounded: Sequence[bool]) -> Tensor:
     """The shares of the step of tensors with a bound, which sum to one, `(tensors, tasks)`; one for the others."""
     if not any(bounded):
         return torch.ones_like(logits)
+    if all(bounded):
+        return logits.softmax(0)
     inside = torch.tensor(bounded, device=logits.device).unsqueeze(-1)
     return torch.where(inside, logits.masked_fill(~inside, -torch.inf).softmax(0), 1.0)
 
@@ -263,7 +268,7 @@ def _carried_secant(secant: Secant, move: Move, point: Point) -> Secant:
         return secant
     if move.symmetry.exactness != "exact":
         return secant._replace(weight=torch.where(moved, 0.0, secant.weight))
-    element = move.element.detach()
+    element = still(move.element)
     step = {**secant.step, **move.symmetry.carry_vectors(element, secant.step, point)}
     return Secant(
         step, {**secant.change, **move.symmetry.carry_covectors(element, secant.change, point).tensors}, secant.weight

@@ -284,3 +284,17 @@ def test_a_model_of_a_million_parameters_is_stepped() -> None:
         assert moved[name].dtype == value.dtype
         assert bool(moved[name].isfinite().all())
     assert sum(parameter.numel() for parameter in rule.parameters()) < 10_000
+
+
+def test_outputs_are_those_of_the_formula() -> None:
+    rule = rule_of()
+    features, hidden = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    like = torch.zeros(2, 3, 2, dtype=torch.float64)
+    gamma, delta, skip, bias = rule.steering(hidden).split((3, 3, 5, 1), -1)
+    shift, gain = rule._outputs(features, hidden, like)
+    for task in range(2):
+        seen = features[task].mT
+        inner = torch.tanh((1 + gamma[task]) * rule.first(seen) + delta[task])
+        first, second = rule.second(inner).unbind(-1)
+        assert torch.allclose(shift[task].flatten(), torch.tanh(first + seen @ skip[task]), rtol=1e-12)
+        assert torch.allclose(gain[task].flatten(), 2 * (second + bias[task]).sigmoid(), rtol=1e-12)
