@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metateleport.groups import Group
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.linalg import diagonal_spectrum, finite_gradient, quick_spectrum, relative_shift
+from metateleport.linalg import diagonal_spectrum, finite_gradient, quick_spectrum, relative_shift, symmetric_spectrum
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
@@ -315,7 +315,9 @@ def _spectra(group: Group, matrices: dict[str, Tensor]) -> Spectra:
     """The logarithms of all covariances, from one decomposition; zero for those that are not known."""
     seen = [name for name in _COVARIANCES if name in matrices]
     stacked = torch.stack([matrices[name] for name in seen], -3)
-    logarithms, logs = quick_spectrum(stacked).both(relative_shift(stacked.dtype))
+    # In float32 meta-gradients through a few steps would be off by percents.
+    decomposed = quick_spectrum if stacked.dtype == torch.float64 else symmetric_spectrum
+    logarithms, logs = decomposed(stacked).both(relative_shift(stacked.dtype))
     spread = _spread(logs)
     logarithms = group.project(logarithms)
     if len(seen) == len(_COVARIANCES):

@@ -36,8 +36,8 @@ MATCHED = 0.2
 """Root mean square of the entries of a polar step over `lr`, as AdamW's steps have it."""
 
 _TABLE = 0.5
-"""Where there is no model to ask, a matrix whose root mean square is above this at its first step counts as a table of
-embeddings."""
+"""Where there is no model to ask, a matrix of more rows than columns whose root mean square is above this at its first
+step counts as a table of embeddings."""
 
 _EPS = 1e-8
 
@@ -287,7 +287,8 @@ class GaugedOptimizer(torch.optim.Optimizer):
         if value.ndim < 2 or value.is_complex():
             return True
         if self.model is None:
-            return bool(start.square().mean() > _TABLE**2)
+            tall = value.ndim == 2 and value.shape[0] > value.shape[1]
+            return tall and bool(start.square().mean() > _TABLE**2)
         tables = (
             module.weight for module in self.model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         )

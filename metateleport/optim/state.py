@@ -173,7 +173,7 @@ def _weights_in(found: Mapping[str, Mapping[str, Any]], named: Mapping[str, nn.P
     for key, kept in found.items():
         if not all(_like_weights(value, named[name]) for name, value in kept.items()):
             continue
-        if _kind_of(key, found) != "unknown":
+        if _kind_of(key, found) != "unknown" or _own_coordinates(key, found):
             continue
         both = squares = own = 0.0
         for name, value in kept.items():
@@ -254,16 +254,19 @@ def _of_rmsprop(
 
 def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
     """The kind of an entry; the same name may mean something else beside other entries."""
-    if key == "momentum_buffer" and "pre_cond_0" in entries:
-        # Shampoo's momentum buffer is its last step, which is preconditioned.
-        return "unknown"
-    if key == "exp_avg_sq" and "GG" in entries:
-        # SOAP's squares are in the eigenbasis of its preconditioners.
+    if _own_coordinates(key, entries):
         return "unknown"
     for kind, names in (("covector", _COVECTORS), ("square", _SQUARES), ("root", _ROOTS)):
         if key in names:
             return kind
     return "unknown"
+
+
+def _own_coordinates(key: str, entries: Mapping[str, Any]) -> bool:
+    """Whether an entry is in coordinates of the optimizer's own, which no action is known in."""
+    # Shampoo's momentum buffer is its last step, which is preconditioned; on a quadratic it comes to be parallel to the
+    # weights. SOAP's squares are in the eigenbasis of its preconditioners.
+    return (key, "pre_cond_0" in entries) == ("momentum_buffer", True) or (key, "GG" in entries) == ("exp_avg_sq", True)
 
 
 def points_on_the_way(moves: Sequence[Move], start: Point) -> list[Point]:

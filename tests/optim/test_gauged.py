@@ -209,11 +209,11 @@ def test_tensors_without_a_gauge_step_like_muon_with_adamw() -> None:
 
 @pytest.mark.parametrize("told", [True, False])
 def test_embeddings_step_by_coordinates(told: bool) -> None:
-    """A model says what its tables are, however small or large; without one their size does."""
+    """A model says what its tables are, however small or large; without one their shape and size do."""
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].weight.mul_(0.01 if told else 1.0)
-        model[1].weight.mul_(10.0 if told else 1.0)
+        model[1].weight.mul_(10.0)
     optimizer = GaugedOptimizer(model, symmetries=[]) if told else GaugedOptimizer(model.parameters())
     model(torch.arange(9)).square().mean().backward()
     optimizer.step()

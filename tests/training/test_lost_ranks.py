@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = [
     *("train", "leaky_mlp", "--no-track", "--out", "trained", "--set", "teleport=none", "family.width=4"),
-    *("outer.meta_steps=600", "outer.tasks=4", "outer.unroll=3", "outer.horizon=6"),
+    *("outer.meta_steps=3000", "outer.tasks=4", "outer.unroll=3", "outer.horizon=6"),
     *("validation.every=10", "validation.tasks=4"),
 ]
 
@@ -44,7 +44,7 @@ def test_killed_at_random_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
         ranks = children(killed.pid)
         if len(ranks) == 2 and state.exists():
             # Python takes seconds to start: often a state is written in between, sometimes none is.
-            time.sleep(draws.uniform(0.0, 16.0))
+            time.sleep(draws.uniform(0.0, 10.0))
             victim = draws.choice(children(killed.pid) or ranks)
             try:
                 os.kill(victim, signal.SIGKILL)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import metateleport as mt
 from metateleport.families import TaskStack
 from metateleport.gauges import Gauge
-from metateleport.learned import MetaOptimizer
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
 from metateleport.learned.progress import Progress, Tolerance
 from metateleport.learned.rules.adaptive import AdaptiveRule, AdaptiveSettings
 from metateleport.point import Point
@@ -199,12 +199,14 @@ def test_units_that_are_never_on_spoil_nothing() -> None:
     assert all(bool(value.isfinite().all()) for value in analytic(meta, (stacked, batch), 4))
 
 
-def test_gradients_that_are_only_rounding_move_nothing() -> None:
+@pytest.mark.parametrize("guarded", [False, True])
+def test_gradients_that_are_only_rounding_move_nothing(guarded: bool) -> None:
     """A bias in front of a batch norm, and a tensor whose gradient is zero, beside others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = mt.LearnedOptimizer(model, meta_optimizer().float(), [])
+    settings = AdaptiveSettings(hidden=3, guarded=guarded)
+    optimizer = mt.LearnedOptimizer(model, MetaOptimizer(MetaOptimizerConfig(settings)), [])
     for _ in range(5):
         optimizer.zero_grad()
         (model(torch.randn(16, 3)) - 1).square().mean().backward()
@@ -348,7 +350,12 @@ def test_a_rule_that_is_told_anneals_to_the_end_of_the_run() -> None:
     whole = step(51, None)
     for time, total, left in ((1, 100, 1.0), (51, 100, 0.5), (100, 100, 0.01), (200, 100, 0.0)):
         for name, value in step(time, total).items():
-            torch.testing.assert_close(value, whole[name] * left ** (3 / (1 + math.exp(0.7))), rtol=1e-6, atol=1e-12)
+            share = 3 ** (1 / 3) * left ** (3 / (1 + math.exp(1.5)))
+            torch.testing.assert_close(value, whole[name] * share, rtol=1e-6, atol=1e-12)
+    # Neither a run of a few steps nor one of a million is stepped out of all proportion.
+    for total, factor in ((300, 1.0), (2400, 0.5), (10**6, 30 ** (-1 / 3)), (1, 10 ** (1 / 3))):
+        for name, value in step(1, total).items():
+            torch.testing.assert_close(value, whole[name] * factor, rtol=1e-6, atol=1e-12)
 
 
 def test_only_a_rule_that_is_told_has_an_output_for_it() -> None:
