@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,8 @@ def test_runs_are_kept_and_not_run_again(
     # As many trials for each rival.
     assert len(trials["adamw"]) == len(trials["muon"]) == 12
     methods = {key.split(" | ")[1] for key in runs} - {key.split(" | ")[1] for each in trials.values() for key in each}
-    # The constants by hand are the checkpoint itself, and are not run twice.
-    own = {
-        f"default, {part}" for part in ("adam alone", "polar alone", "without safeguard", "as long as AdamW", "lr=2")
-    }
-    assert "default, by hand" not in methods
+    parts = ("constants", "by hand", "adam alone", "polar alone", "without safeguard", "as long as AdamW", "lr=2")
+    own = {f"default, {part}" for part in parts}
     assert {"default", "default, long", "adamw, defaults", "adamw, tuned", "muon, tuned", *own} <= methods
     assert len(runs["tabular | default, long | seed 0 | 8 steps"]["losses"]) == 9
     (in_time,) = (key for key in runs if "as long as AdamW" in key)
@@ -43,7 +41,7 @@ def test_runs_are_kept_and_not_run_again(
     assert in_time.endswith(f"| {max(int(4 * spent[0] / spent[1]), 1)} steps")
     text = page.read_text()
     assert "at the seconds of tuned AdamW's run, ahead on " in text
-    assert "are the checkpoint itself" in text
+    assert "a mixture made by hand: loss over the learned one's, training" in text
     assert "on minilm, all weights 4, all with the schedule cosine; there muon is not run" in text
     assert "ahead of tuned AdamW: " in text
     assert "the best factor lr: tabular" in text
@@ -84,7 +82,63 @@ def test_the_parts_of_the_attribution_are_what_they_say() -> None:
         assert float(shares[place - 3].detach()) > 0.999
     assert not parts["without safeguard"].config.rule.guarded
     assert learned.config.rule.guarded
-    assert "by hand" not in parts
+    start = parts["by hand"].state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in learned.state_dict().items())
     made = mt.load_checkpoint("digits").learned
     assert not bool(_parts_of("digits")["by hand"].rule.head.weight.any())
     assert bool(made.rule.head.weight.any())
+
+
+def test_a_checkpoint_that_is_its_own_start_is_not_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    import metateleport as mt
+    from benchmarks import any_model
+    from benchmarks._any_report import findings
+    from metateleport.learned import MetaOptimizer
+
+    kept = mt.load_checkpoint("default")
+    start = dataclasses.replace(kept, learned=MetaOptimizer(kept.learned.config))
+    monkeypatch.setattr(any_model.mt, "load_checkpoint", lambda _: start)
+    parts = any_model._parts_of("default")
+    assert "by hand" not in parts
+    assert "constants" not in parts
+    run = {"losses": [2.0, 1.0], "seconds": [0.0, 1.0], "unseen": 1.0, "accuracy": None, "finite": True}
+    runs = {f"tabular | {name} | seed 0 | 9 steps": run for name in ("default", "default, adam alone")}
+    assert "are the checkpoint itself" in " ".join(findings({"checkpoint": "default", "runs": runs}))
+
+
+def test_the_tasks_that_constants_are_chosen_by_are_others_and_make_no_page(tmp_path: Path) -> None:
+    from benchmarks import any_model
+    from benchmarks._development_tasks import DEVELOPMENT
+
+    assert not set(DEVELOPMENT) & set(any_model.TASKS)
+    for task in DEVELOPMENT.values():
+        data = task.data()
+        assert len(data.inputs) == len(data.targets) > 2 * len(data.unseen_inputs)
+        run = any_model._run(task, data, any_model._rival("adamw", 1e-3, "constant"), seed=0, steps=2, marks=1)
+        assert run["finite"]
+        assert run["losses"][-1] < run["losses"][0]
+    with pytest.raises(SystemExit):
+        any_model.main(["--development", "--page", str(tmp_path / "page.md")])
+
+
+def test_held_out_losses_are_compared_by_seed_and_with_an_interval() -> None:
+    from benchmarks._any_report import findings
+
+    runs = {}
+    for seed, factor in enumerate((1.15, 1.2, 1.25)):
+        for task, own in (("above", factor), ("as good", factor / 1.2)):
+            for method, loss in (("default", own), ("adamw, tuned", 1.0)):
+                runs[f"{task} | {method} | seed {seed} | 9 steps"] = {
+                    "losses": [2.0, 1.0],
+                    "seconds": [0.0, 1.0],
+                    "unseen": loss * (1 + seed),
+                    "accuracy": None,
+                    "finite": True,
+                }
+    (said,) = (each for each in findings({"checkpoint": "default", "runs": runs}) if "interval over seeds" in each)
+    assert "interval over seeds: 1 of 2; not on above. Its ratio, in geometric means: above 1.20 [" in said
+    # Student's t with two degrees of freedom.
+    logs = [math.log(each) for each in (1.15, 1.2, 1.25)]
+    middle = sum(logs) / 3
+    width = 4.303 * (sum((each - middle) ** 2 for each in logs) / 2 / 3) ** 0.5
+    assert f"above {math.exp(middle):.2f} [{math.exp(middle - width):.2f}, {math.exp(middle + width):.2f}]" in said
