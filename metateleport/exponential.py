@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metateleport.linalg import product
+from metateleport.linalg import product, without_autocast
 
 __all__ = ["exponentials"]
 
@@ -44,8 +44,15 @@ def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Source: Paterson and Stockmeyer, SIAM J. Comput. 2, 1973, for the blocks; Higham, SIAM J. Matrix Anal. Appl. 26,
     2005, for the squaring.
     """
+    if torch.compiler.is_compiling():
+        return _by_torch(matrix)
+    with without_autocast([matrix]):
+        return _exponentials(matrix)
+
+
+def _exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     series = _SERIES.get(matrix.dtype)
-    if torch.compiler.is_compiling() or series is None or not matrix.numel() or _is_transformed():
+    if series is None or not matrix.numel() or _is_transformed():
         return _by_torch(matrix)
     square = product(matrix.detach(), matrix.detach())
     size = _size(square)
@@ -54,7 +61,9 @@ def exponentials(matrix: Tensor) -> tuple[Tensor, Tensor]:
     halvings = max(0, math.frexp(size / series[-1][0])[1])
     degree, block = next(rest for norm, *rest in series if size <= norm * 2**halvings)
     if halvings:
-        matrix, square = matrix / 2**halvings, square / 4**halvings
+        # Twice, as the square of this power of two may be beyond floating-point numbers.
+        power = 2.0**halvings
+        matrix, square = matrix / power, square / power / power
     element, inverse = _Series.apply(matrix, square, degree, block)
     for _ in range(halvings):
         element, inverse = element @ element, inverse @ inverse

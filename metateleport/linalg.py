@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ __all__ = [
     "squarable",
     "symmetric_log",
     "symmetric_spectrum",
+    "without_autocast",
 ]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -742,3 +744,19 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     plain = isinstance(left, Tensor) and isinstance(right, Tensor)
     batched = plain and left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0]
     return torch.bmm(left, right) if batched else left @ right
+
+
+def without_autocast(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Leaves the autocast of these tensors' devices: rounded to half precision, a group element moves the outputs.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast([torch.ones(1)]):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    kinds = {each.device.type for each in tensors}
+    on = [kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+    stack = contextlib.ExitStack()
+    for kind in on:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack

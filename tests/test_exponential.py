@@ -48,3 +48,19 @@ def test_what_is_not_finite_gives_no_element_and_no_error() -> None:
     element, inverse = exponentials(generator)
     assert not bool(element[0].isfinite().all())
     assert torch.allclose(element[1] @ inverse[1], torch.eye(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_huge_generator_overflows_without_an_error(dtype: torch.dtype) -> None:
+    generator = 1e12 * torch.ones(2, 2, dtype=dtype)
+    element, _ = exponentials(generator)
+    assert not bool(element.isfinite().any())
+
+
+def test_autocast_does_not_round_it() -> None:
+    torch.manual_seed(0)
+    generator = torch.randn(6, 6) / 3
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = exponentials(generator)
+    for one, other in zip(inside, exponentials(generator), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

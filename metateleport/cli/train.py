@@ -37,8 +37,8 @@ examples:
 
 A recipe has a table for each part: family, rule, teleport, gauge, outer and validation. Examples are
 checkpoints/*/recipe.toml. --set PART.KEY=VALUE changes a setting. rule.kind is lr (a step for each tensor); coordinate,
-tensor or adaptive (an update of every coordinate); or base (a hand-designed optimizer, rule.optimizer). Another kind
-resets the part's other settings to the defaults. --set teleport=none or gauge=none leaves a part out;
+tensor, adaptive, static or gauged (an update of every coordinate); or base (a hand-designed optimizer, rule.optimizer).
+Another kind resets the part's other settings to the defaults. --set teleport=none or gauge=none leaves a part out;
 --set teleport=default or gauge.kind=exact or gauge.kind=linearised adds one.
 
 With a teleport or a gauge a second optimizer is trained by the same recipe without them, each for half of the time. It

@@ -20,7 +20,7 @@ from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer, MetaSt
 from metateleport.learned.refresh import Refresh
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.linalg import squarable
+from metateleport.linalg import squarable, without_autocast
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.choice import choose
 from metateleport.optim.closure import evaluated
@@ -267,7 +267,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._recorder.renew()
         loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         try:
-            self._step(told)
+            with without_autocast(value for group in self.param_groups for value in group["params"]):
+                self._step(told)
         finally:
             if self._recorder is not None:
                 self._recorder.clear()

@@ -22,9 +22,11 @@ __all__ = ["StateReport", "cannot_carry", "carry_state", "points_on_the_way"]
 _COVECTORS = ("momentum_buffer", "exp_avg", "grad_avg", "prev")
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 _ROOTS = ("exp_inf",)
-# Copies of weights, which move as weights do. An entry of another name is one if it is nearly parallel to the weights.
+# Copies of weights, which move as weights do. An entry of another name is one if it is nearly parallel to the weights
+# and about as long.
 _WEIGHTS = ("z", "slow_params", "backup_params", "slow", "slow_buffer", "ema", "ax", "anchor", "master_param")
 _LEAST_COSINE = 0.9
+_MOST_STRETCH = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,10 @@ def _weights_in(found: Mapping[str, Mapping[str, Any]], named: Mapping[str, nn.P
             one, other = value.detach().double(), named[name].detach().double()
             both, squares = both + float((one * other).sum()), squares + float(one.square().sum())
             own += float(other.square().sum())
-        if key in _WEIGHTS or (both > 0 and both >= _LEAST_COSINE * (squares * own) ** 0.5):
+        parallel = both > 0 and both >= _LEAST_COSINE * (squares * own) ** 0.5
+        # Momenta of a loss that pulls weights to zero are parallel to them too.
+        alike = own <= _MOST_STRETCH**2 * squares and squares <= _MOST_STRETCH**2 * own
+        if key in _WEIGHTS or (parallel and alike):
             weights.append(key)
     return weights
 

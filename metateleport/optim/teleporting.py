@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.capture import PassRecorder, modules_of, unwrapped
+from metateleport.linalg import without_autocast
 from metateleport.optim.checks import (
     check_fit,
     check_kinds,
@@ -313,7 +314,8 @@ class TeleportingOptimizer(Wrapping):
             self._judge_last()
             function = loss if callable(loss) else None
             try:
-                report = self._teleport(self._recorder, told_loss(value), function)
+                with without_autocast(self.model.parameters()):
+                    report = self._teleport(self._recorder, told_loss(value), function)
             except NothingSeen as error:
                 self._warn_once(str(error))
                 report = not_made(self.teleporter.name, str(error), self.state_mode)

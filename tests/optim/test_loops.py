@@ -430,3 +430,36 @@ def test_half_precision_moves_in_single_precision() -> None:
 def test_replicas_stay_equal(how: str, tmp_path: Path) -> None:
     one, other = run_both(teleporting, tmp_path, how)
     assert torch.equal(one, other)
+
+
+def test_a_teleport_under_autocast_is_as_exact_as_outside() -> None:
+    model, x = mlp(dtype=torch.float32), batch(dtype=torch.float32)
+    optimizer = made(model, teleporter=mt.load("leaky_mlp_mixture"), example_input=x)
+    before = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+    assert optimizer.reports[0].size > 0
+    assert float((model(x) - before).detach().norm() / before.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("checkpoint", ["default", "digits", "leaky_mlp_mixture"])
+@pytest.mark.filterwarnings("ignore:this meta-optimizer is not made for this", "ignore:'leaky_mlp_mixture' is not made")
+def test_a_learned_step_under_autocast_is_that_outside(checkpoint: str) -> None:
+    after = []
+    for inside in (True, False):
+        model, x = mlp(dtype=torch.float32), batch(dtype=torch.float32)
+        optimizer = mt.LearnedOptimizer(model, checkpoint)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(x).float().square().mean()
+                loss.backward()
+                if inside:
+                    optimizer.step()
+            if not inside:
+                optimizer.step()
+        after.append([value.detach().clone() for value in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*after, strict=True))

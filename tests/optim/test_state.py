@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import metateleport as mt
 from metateleport.optim import AtSteps
-from metateleport.optim.state import points_on_the_way
+from metateleport.optim.state import cannot_carry, points_on_the_way
 from metateleport.point import Point
 from metateleport.symmetries import BatchPair2022
 from metateleport.teleporters import Move, travel
@@ -424,3 +424,15 @@ def test_weights_in_the_state_are_not_left_behind() -> None:
         assert not optimizer.last_report.accepted
         assert said in optimizer.last_report.reason
         assert type(inner).__name__ in optimizer.last_report.reason
+
+
+@pytest.mark.parametrize(("size", "is_weights"), [(1.0, True), (0.01, False), (100.0, False)])
+def test_a_momentum_that_is_parallel_to_the_weights_is_no_copy_of_them(size: float, is_weights: bool) -> None:
+    class Own(torch.optim.SGD):
+        """Keeps a multiple of the weights, as a momentum is on a loss that pulls them to zero."""
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = Own(model.parameters(), lr=0.1)
+    for value in model.parameters():
+        optimizer.state[value]["kept"] = size * value.detach()
+    assert bool(cannot_carry(optimizer, dict(model.named_parameters()), None)) == is_weights

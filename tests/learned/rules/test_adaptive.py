@@ -219,6 +219,21 @@ def test_gradients_that_are_only_rounding_move_nothing(guarded: bool) -> None:
     assert optimizer.skipped == 0
 
 
+def test_small_gradients_of_the_first_layers_of_a_deep_model_are_no_rounding() -> None:
+    torch.manual_seed(1)
+    layers: list[nn.Module] = [nn.Linear(16, 32), nn.ReLU()]
+    for _ in range(12):
+        layers += [nn.Linear(32, 32), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(32, 4))
+    before = [value.detach().clone() for value in model.parameters()]
+    optimizer = mt.LearnedOptimizer(model, MetaOptimizer(MetaOptimizerConfig(AdaptiveSettings(hidden=3))), [])
+    nn.functional.cross_entropy(model(torch.rand(32, 16)), torch.randint(4, (32,))).backward()
+    sizes = torch.stack([value.grad.square().mean().sqrt() for value in model.parameters()])  # type: ignore[union-attr]
+    assert float(sizes.min() / sizes.max()) < 100 * torch.finfo(torch.float32).eps
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
 def test_on_minibatches_it_allows_what_a_narrower_test_takes_back() -> None:
     calm = torch.ones(1)
     progress = Progress.begin(calm).judge(calm, deterministic=False)[0]
