@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._any_models import AnyTask, Data, mlp, parted
-from benchmarks._in_use_models import WINDOWS, Block, Transformer, digits, letters, rows
+from benchmarks._any_models import AnyTask, Data, in_order, mlp, mnist, normalised, parted
+from benchmarks._in_use_models import Block, Transformer, digits, letters, rows
 
 __all__ = ["DEVELOPMENT"]
 
@@ -41,38 +39,21 @@ def _mnist1d() -> Data:
     )
 
 
-def _normalised(load: Callable[[], Any], targets: Callable[[Any], Tensor]) -> Data:
-    """A table of scikit-learn, each column by its mean and deviation over what is trained on."""
-    bunch = load()
-    data = parted(torch.tensor(bunch.data, dtype=torch.float32), targets(bunch.target))
-    mean, deviation = data.inputs.mean(0), data.inputs.std(0)
-    return dataclasses.replace(
-        data, inputs=(data.inputs - mean) / deviation, unseen_inputs=(data.unseen_inputs - mean) / deviation
-    )
-
-
 @functools.cache
 def _wine() -> Data:
     from sklearn.datasets import load_wine
 
-    return _normalised(load_wine, torch.tensor)
+    bunch = load_wine()
+    return normalised(bunch.data, torch.tensor(bunch.target))
 
 
 @functools.cache
 def _diabetes() -> Data:
     from sklearn.datasets import load_diabetes
 
-    def scaled(values: Any) -> Tensor:
-        found = torch.tensor(values, dtype=torch.float32)
-        return ((found - found.mean()) / found.std()).unsqueeze(1)
-
-    return _normalised(load_diabetes, scaled)
-
-
-def _next_letters() -> Data:
-    inputs, targets = letters()
-    seen = WINDOWS * 3 // 4
-    return Data(inputs[:seen], targets[:seen], inputs[seen:], targets[seen:])
+    bunch = load_diabetes()
+    progression = torch.tensor(bunch.target, dtype=torch.float32)
+    return normalised(bunch.data, ((progression - progression.mean()) / progression.std()).unsqueeze(1))
 
 
 class _Gated(nn.Module):
@@ -116,9 +97,16 @@ DEVELOPMENT = {
         AnyTask("mnist1d perceptron", True, lambda: mlp(40, 100, 50, 10), _mnist1d),
         AnyTask("mnist1d convolutions", True, _Convolutions, _mnist1d),
         AnyTask("gru", True, _Gated, lambda: parted(*rows())),
+        # One hidden layer, of other units than those of the perceptron on the same images in `_any_models`.
+        AnyTask(
+            "mnist, one hidden layer",
+            True,
+            lambda: nn.Sequential(nn.Linear(784, 48), nn.Tanh(), nn.Linear(48, 10)),
+            mnist,
+        ),
         AnyTask("wine", True, lambda: mlp(13, 32, 16, 3), _wine),
         AnyTask("diabetes", True, lambda: mlp(10, 40, 20, 1), _diabetes, nn.functional.mse_loss, classifies=False),
-        AnyTask("next letter", True, _Letters, _next_letters),
+        AnyTask("next letter", True, _Letters, lambda: in_order(*letters())),
         AnyTask(
             "row transformer", True, lambda: Transformer(lambda width: Block(width, 4, False)), lambda: parted(*rows())
         ),

@@ -148,9 +148,8 @@ def check_fit(teleporter: Teleporter, symmetries: Sequence[Symmetry], given: boo
         raise ValueError(
             f"this teleporter has networks for {_listed(groups)} only, and the model's symmetries have "
             f"{_listed(present)}: it could move nothing. "
-            + ("" if given else "Only exact symmetries are looked for: name others with symmetries=, or take ")
-            + ("Take " if given else "")
-            + "a checkpoint that was trained on a model with the same activations (metateleport.symmetries_of(model) "
+            + ("Take" if given else "Only exact symmetries are looked for: name others with symmetries=, or take")
+            + " a checkpoint that was trained on a model with the same activations (metateleport.symmetries_of(model) "
             "shows the groups), or another teleporter"
         )
 

@@ -269,9 +269,11 @@ def _kind_of(key: str, entries: Mapping[str, Any]) -> str:
 
 def _own_coordinates(key: str, entries: Mapping[str, Any]) -> bool:
     """Whether an entry is in coordinates of the optimizer's own, which no action is known in."""
-    # Shampoo's momentum buffer is its last step, which is preconditioned; on a quadratic it comes to be parallel to the
-    # weights. SOAP's squares are in the eigenbasis of its preconditioners.
-    return (key, "pre_cond_0" in entries) == ("momentum_buffer", True) or (key, "GG" in entries) == ("exp_avg_sq", True)
+    # Its last step, which is preconditioned; on a quadratic it comes to be parallel to the weights.
+    of_shampoo = key == "momentum_buffer" and "pre_cond_0" in entries
+    # In the eigenbasis of its preconditioners.
+    of_soap = key == "exp_avg_sq" and "GG" in entries
+    return of_shampoo or of_soap
 
 
 def points_on_the_way(moves: Sequence[Move], start: Point) -> list[Point]:
