@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,17 @@ from metateleport.learned.rules.guard import (
     judged,
     noted,
 )
+from metateleport.learned.rules.mixture import (
+    RECENT_MEMORY,
+    SQUARES_MEMORY,
+    Mixture,
+    age,
+    layer_of,
+    loudness,
+    owners,
+    run_length,
+    scaled,
+)
 from metateleport.linalg import Blocks, alike, finite_gradient, fit, polar_factors
 from metateleport.point import Point, Tensors
 from metateleport.settings import AT_LEAST_ONE, NOT_NEGATIVE, setting
@@ -36,19 +47,6 @@ _FEATURES = 7
 _TOLD_FEATURES = 2
 _NUMBERS = ("seen", "recent", "weights")
 """Entries of the state that are a number for each tensor and task."""
-
-_SQUARES_MEMORY = 0.999
-"""Memory of the second moment, about as long as a run: where gradients vanish, the steps have to get shorter too."""
-
-_RECENT_MEMORY = 0.95
-
-_START = 1.25
-"""Length of the first steps, of all layers together, over the weights' size."""
-
-_ROUNDINGS = 128.0
-"""Gradients of a bias below so many spacings of floating-point numbers at those of its layer's weight are rounding.
-
-In front of a norm 2 to 61 were seen, of real ones none below 10^6."""
 
 _TABLE = 0.5
 """A matrix whose root mean square is above this at the start counts as a table of embeddings."""
@@ -65,18 +63,6 @@ _CALM = 2.0
 
 _MIXTURE = (0.0, 1.5, -1.5)
 """Where the logits of Adam's direction, the polar factor's and the gauge's start."""
-
-_OUTPUTS = 3 + len(_MIXTURE)
-"""Number of outputs without the annealing, which comes last."""
-
-_ANNEALING = 3.0
-"""The largest exponent of the annealing to a told end."""
-
-_USUAL, _SHORTEST, _LONGEST = 300, 1 / 30, 10.0
-"""Steps of the runs that constants were chosen on, and bounds on that number over the told one.
-
-Longer runs want shorter steps. On the development tasks the best length went with about the root of this ratio; the
-third root leaves runs of many thousands of steps enough."""
 
 TOLD_START = (-0.42, math.log(4.0), 0.0, 0.0, 4.0, -1.5, -1.5)
 """Where the outputs of a rule start that is told the length of the run: shorter memories and larger shares of the polar
@@ -232,33 +218,31 @@ class AdaptiveRule(nn.Module, UpdateRule):
         seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
         seen = seen + (1 if taken is None else taken)
         powers = blocks.mean_squares(now)
-        recent = torch.lerp(recent, powers, _share(_RECENT_MEMORY, taken))
+        recent = torch.lerp(recent, powers, _share(RECENT_MEMORY, taken))
         squares = [
-            _mean_of_squares(*each, _share(_SQUARES_MEMORY, taken), spend) for each in zip(squares, now, strict=True)
+            _mean_of_squares(*each, _share(SQUARES_MEMORY, taken), spend) for each in zip(squares, now, strict=True)
         ]
-        young = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
+        young = age(seen, SQUARES_MEMORY, torch)
         levels = blocks.means(squares)
         outputs, heard = self._outputs(point, progress, state, blocks, (now, before, own), powers, levels / young)
-        new = _share(outputs[..., 1].sigmoid(), taken)
-        assert isinstance(new, Tensor)
+        mixture = Mixture.of(outputs, self._lacks(point, gauges), self.told)
+        new = mixture.news if taken is None else mixture.news * taken
         weights = torch.lerp(weights, torch.ones_like(powers), new)
         momentum = [_mean(*each, spend) for each in zip(before, now, blocks.spread(new), strict=True)]
-        mixed = _shares(outputs, point.gradients, {name for gauge in gauges for name in gauge.names})
         if spend and not (self.guarded or gauges):
             # Large models have no memory to lose: nothing below reads a gradient.
             del gradients, now
             point.gradients.clear()
         floors = blocks.spread(1e-8 * (levels + tiny * young) + tiny)
         adaptive = [_over_root(*each) for each in zip(momentum, squares, floors, strict=True)]
-        known, sizes = weights.clamp_min(1e-6), _root(blocks.mean_squares(adaptive))
-        loud = (recent / (1 - _RECENT_MEMORY ** seen.clamp_min(1.0)) + tiny).sqrt()
-        steady, calms = _root(blocks.mean_squares(momentum)) / known / loud, outputs[..., 2].sigmoid()
-        lengths, loudness = self._lengths(outputs, progress, state), _loudness(levels / young, tuple(names))
-        lengths = lengths * loudness * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
-        factors, lengths = -lengths * mixed[..., 0] / sizes, -lengths.unsqueeze(-1) * mixed
+        sizes, speeds = _root(blocks.mean_squares(adaptive)), _root(blocks.mean_squares(momentum))
+        loud = _loudness(levels / young, tuple(names))
+        lengths = scaled(mixture, (seen, recent, weights), speeds, sizes, tiny, torch)
+        lengths = lengths * loud * self._scale(mixture.annealing, progress, progress.damping * state["scale"])
+        factors, lengths = -lengths * mixture.shares[..., 0] / sizes, -lengths.unsqueeze(-1) * mixture.shares
         plain = factors
         if sample is not None:
-            own_lengths = PLAIN_RATE * progress.left * loudness * young.sqrt() / known
+            own_lengths = PLAIN_RATE * progress.left * loud * young.sqrt() / weights.clamp_min(1e-6)
             plain = sample.stepped(adaptive, own_lengths)
             factors, lengths = giving_way(state["trust"], factors, lengths, own_lengths)
         stepped = [_sum(*each, spend) for each in zip(own, adaptive, blocks.spread(factors), strict=True)]
@@ -284,13 +268,16 @@ class AdaptiveRule(nn.Module, UpdateRule):
         hidden, memory = self.cell(inputs, state)
         return self.head(hidden), (hidden, memory)
 
-    def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
-        """What the network makes of the length of the steps, `(tensors, tasks)`."""
-        lengths = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+    def _scale(self, annealing: Any, progress: Progress, scale: Any) -> Any:
+        """The weights' size times all that makes steps shorter with time."""
         if self.told and progress.total is not None:
-            told = min(max(_USUAL / progress.total, _SHORTEST), _LONGEST) ** (1 / 3)
-            lengths = told * lengths * progress.left ** (_ANNEALING * outputs[..., _OUTPUTS].sigmoid())
-        return lengths / math.sqrt(1 + self.cooling * progress.time) if self.cooling else lengths
+            scale = scale * run_length(progress.total, progress.left, annealing)
+        return scale / math.sqrt(1 + self.cooling * progress.time) if self.cooling else scale
+
+    def _lacks(self, point: Point, gauges: Sequence[Gauge]) -> tuple[tuple[bool, ...], ...]:
+        """Of each tensor which of the directions it does not have."""
+        gauged = {name for gauge in gauges for name in gauge.names}
+        return tuple((False, not _has_polar(value), name not in gauged) for name, value in point.gradients.items())
 
     def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
         """Adds the polar factors' share of the step to the matrices among the tensors."""
@@ -396,28 +383,15 @@ def _rms(tensor: Tensor) -> Tensor:
 
 
 def _loudness(levels: Tensor, names: tuple[str, ...]) -> Tensor:
-    """Whether each tensor's gradients are more than rounding of those of its layer's weight, in [0, 1].
-
-    A bias in front of a norm, or of keys, has no gradient but rounding, and a direction of unit length made of that
-    would carry it away. Beside those of other layers even real gradients may be as small: of the first layers of deep
-    models without norms.
-
-    Args:
-        levels: mean squares of the gradients, `(tensors, tasks)`.
-        names: of the tensors.
-    """
-    levels = levels.detach().sqrt()
+    """`loudness`, from mean squares of the gradients, `(tensors, tasks)`."""
+    levels, numbers = levels.detach().sqrt(), torch.finfo(levels.dtype)
     places = (_weights_of.__wrapped__ if torch.compiler.is_compiling() else _weights_of)(names, levels.device)
-    quiet = _ROUNDINGS * torch.finfo(levels.dtype).eps * levels.index_select(0, places)
-    return (levels / quiet.clamp_min(torch.finfo(levels.dtype).tiny) - 1).clamp(0.0, 1.0)
+    return loudness(levels, levels.index_select(0, places), numbers.eps, numbers.tiny, torch)
 
 
 @functools.lru_cache(maxsize=64)
 def _weights_of(names: tuple[str, ...], device: torch.device) -> Tensor:
-    """The place of the weight of each bias's layer, and of each other tensor its own."""
-    known = {name: place for place, name in enumerate(names)}
-    owners = [f"{layer_of(name)}.weight" if name.endswith(".bias") else name for name in names]
-    return torch.tensor([known.get(own, known[name]) for name, own in zip(names, owners, strict=True)], device=device)
+    return torch.tensor(owners(names), device=device)
 
 
 def _usual_scale(point: Point) -> Tensor:
@@ -444,10 +418,6 @@ def layer_scales(point: Point) -> Tensors:
     for name in point.gradients:
         layers.setdefault(layer_of(name), []).append(point.parameters[name].flatten(1))
     return {layer: _rms(torch.cat(parts, 1)).clamp_min(_SMALLEST_SCALE) for layer, parts in layers.items()}
-
-
-def layer_of(name: str) -> str:
-    return name.rpartition(".")[0] or name
 
 
 def _observe(
@@ -496,19 +466,6 @@ def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
     tall = [math.log(shape[0] / math.prod(shape[1:])) / 5 if shape else 0.0 for shape in shapes]
     heights = _constant(tall, powers.device, powers.dtype)[:, None].expand_as(powers)
     return torch.stack((torch.full_like(powers, progress.left), heights), -1)
-
-
-def _shares(outputs: Tensor, gradients: Tensors, gauged: Collection[str]) -> Tensor:
-    """The shares of the directions that each tensor has, `(tensors, tasks, directions)`."""
-    lacks = tuple((False, not _has_polar(value), name not in gauged) for name, value in gradients.items())
-    mask = (_mask.__wrapped__ if torch.compiler.is_compiling() else _mask)(lacks, outputs.device)
-    return outputs[..., 3:_OUTPUTS].masked_fill(mask, -math.inf).softmax(-1)
-
-
-@functools.lru_cache(maxsize=64)
-def _mask(lacks: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
-    """Where a tensor has no such direction, `(tensors, 1, directions)`."""
-    return torch.tensor(lacks, device=device).unsqueeze(1)
 
 
 def _has_polar(tensor: Tensor) -> bool:
