@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 __all__ = [
     "POLAR_STEPS",
@@ -28,11 +29,13 @@ __all__ = [
     "multiplies_halves",
     "polar_factors",
     "polar_polynomial",
+    "polar_steps",
     "possible",
     "product",
     "quick_spectrum",
     "relative_shift",
     "rms",
+    "side_by_side",
     "squarable",
     "symmetric_log",
     "symmetric_spectrum",
@@ -259,22 +262,53 @@ def polar_factors(tensors: Sequence[Tensor]) -> list[Tensor]:
     smallest = torch.finfo(first.dtype).tiny ** 0.5
     norm = (torch.linalg.matrix_norm(found, keepdim=True).square() + smallest).sqrt()
     found = found / norm if found.requires_grad else found.div_(norm)
-    large = rows >= _HALVES
-    if large and first.dtype == torch.float32 and not found.requires_grad and multiplies_halves(first.device):
+    if _is_halved(found):
         found = found.bfloat16()
-    a, b, c = _COEFFICIENTS
-    if columns >= _LONG * rows and rows >= _LONG_FROM and not found.requires_grad:
+    if _is_long(found):
         found = _long_factors(found)
     else:
+        # One by one under the same name, so that each is gone before the next but one is made.
         for _ in range(POLAR_STEPS):
-            gram = torch.bmm(found, found.mT)
-            # Under the same name, so that the product is gone before the last one is made.
-            gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            found = torch.baddbmm(found, gram, found, beta=a)
+            found = _polar_step(found)
     parts = found.to(first.dtype).split(first.shape[0])
     cut = [part[:, :own, :across] for part, (own, across) in zip(parts, shapes, strict=True)]
     turned = [each if _is_wide(value) else each.mT for each, value in zip(cut, tensors, strict=True)]
     return [each.reshape(value.shape) for each, value in zip(turned, tensors, strict=True)]
+
+
+def polar_steps(matrices: Tensor) -> Tensor:
+    """The steps of `polar_factors`, without a graph.
+
+    Args:
+        matrices: `(batch, rows, columns)`, rows the fewer, of a Frobenius norm of one.
+    """
+    found = matrices.bfloat16() if _is_halved(matrices) else matrices
+    if _is_long(matrices):
+        found = _long_factors(found)
+    else:
+        for _ in range(POLAR_STEPS):
+            found = _polar_step(found)
+    return found.to(matrices.dtype)
+
+
+def _polar_step(found: Tensor) -> Tensor:
+    a, b, c = _COEFFICIENTS
+    gram = torch.bmm(found, found.mT)
+    # Under the same name, so that the product is gone before the last one is made.
+    gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(found, gram, found, beta=a)
+
+
+def _is_halved(matrices: Tensor) -> bool:
+    """Whether the products of matrices are made in bfloat16."""
+    single = matrices.dtype == torch.float32 and not matrices.requires_grad
+    return single and matrices.shape[-2] >= _HALVES and multiplies_halves(matrices.device)
+
+
+def _is_long(matrices: Tensor) -> bool:
+    """Whether the products are those of Gram matrices."""
+    rows, columns = matrices.shape[-2:]
+    return columns >= _LONG * rows and rows >= _LONG_FROM and not matrices.requires_grad
 
 
 def _long_factors(found: Tensor) -> Tensor:
@@ -366,22 +400,28 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
 
 
 def _of_like_work(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Small matrices in groups: each joins larger ones unless the work on zeros is more than another call's."""
-    found: list[list[str]] = []
-    places: dict[str, int] = {}
-    count = most_rows = most_columns = 0
-    for name in sorted(tensors, key=lambda each: _flat(tensors[each]), reverse=True):
-        rows, columns = _flat(tensors[name])
-        joined = (count + 1) * max(most_rows, rows) ** 2 * max(most_columns, columns)
-        apart = count * most_rows**2 * most_columns + rows**2 * columns
-        if not count or tensors[name].shape[0] * (joined - apart) > _CALL:
-            found.append([])
-            count = most_rows = most_columns = 0
-        places[name] = len(found) - 1
-        count, most_rows, most_columns = count + 1, max(most_rows, rows), max(most_columns, columns)
-    for name in tensors:
-        found[places[name]].append(name)
-    return found
+    """Small matrices in groups, so that the work on zeros and the calls take the least time together."""
+    tasks = next(iter(tensors.values())).shape[0]
+    named = sorted((_flat(value), name) for name, value in tensors.items())
+    found = [[named[place][1] for place in group] for group in _groups(tuple(sides for sides, _ in named), tasks)]
+    order = {name: place for place, name in enumerate(tensors)}
+    return [sorted(group, key=order.__getitem__) for group in found]
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(sides: tuple[tuple[int, int], ...], tasks: int) -> list[range]:
+    """Parts of matrices in the order of their sides, so that three products a step of each part cost the least."""
+    best: list[tuple[float, list[range]]] = [(0.0, [])]
+    for end in range(1, len(sides) + 1):
+        options = []
+        for start in range(end):
+            part = sides[start:end]
+            rows, columns = part[-1][0], max(across for _, across in part)
+            work = tasks * len(part) * rows**2 * (2 * columns + rows)
+            cost, before = best[start]
+            options.append((cost + work + 3 * _CALL, [*before, range(start, end)]))
+        best.append(min(options, key=lambda option: option[0]))
+    return best[-1][1]
 
 
 def multiplies_halves(device: torch.device) -> bool:
@@ -628,8 +668,21 @@ def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
     return torch.stack([value.isfinite().reshape(*value.shape[:batch], -1).all(-1) for value in kept]).all(0)
 
 
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries of the tensors of one task, copied, `(1, entries)`.
+
+    Example:
+        >>> side_by_side([torch.ones(1, 2), torch.zeros(1, 1, 1)])
+        tensor([[1., 1., 0.]])
+    """
+    whole: Tensor = _flatten_dense_tensors(tensors)
+    return whole.unsqueeze(0)
+
+
 def _rows(tensors: Sequence[Tensor], batch: int) -> list[Tensor]:
     """The entries of each tensor, or of small ones together, in rows, `(*batch, entries)`."""
+    if batch == 1 and tensors[0].shape[0] == 1 and Blocks.of(tensors, free=True).joined:
+        return [side_by_side(tensors)]
     rows = [value.reshape(*value.shape[:batch], -1) for value in tensors]
     joined = Blocks.of(tensors, free=True).joined and len({value.shape[:-1] for value in rows}) == 1
     return [torch.cat(rows, -1)] if joined else rows

@@ -177,7 +177,7 @@ def test_a_step_passes_the_files_that_the_page_names_and_few() -> None:
     assert len(shortest) <= 8
     # Most steps are like that one; those that teleport pass twice as many.
     assert sum(each == shortest for each in learned) >= 15
-    assert max(len(each) for each in learned[1:]) <= 17
+    assert max(len(each) for each in learned[1:]) <= 18
 
     def wrapped(model: nn.Module) -> torch.optim.Optimizer:
         return mt.TeleportingOptimizer(torch.optim.AdamW(model.parameters()), model, mt.RandomTeleporter(), every=10)

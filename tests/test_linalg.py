@@ -74,12 +74,16 @@ def test_only_small_matrices_of_one_kind_share_a_call() -> None:
     groups = list(alike({"a": wide, "b": torch.zeros(1, 3, 2), "c": torch.zeros(1, 2, 90), "d": wide}))
     assert groups == [["b", "c"], ["a", "d"]]
     mixed = {"a": torch.zeros(1, 3, 2), "b": torch.zeros(1, 2, 2).double(), "c": torch.zeros(1, 2, 2).double()}
-    assert list(alike(mixed)) == [["a"], ["b", "c"]]
+    assert sorted(alike(mixed)) == [["a"], ["b", "c"]]
     spread = {"a": torch.zeros(1, 100, 100), "b": torch.zeros(1, 2, 10**6)}
-    assert list(alike(spread)) == [["a"], ["b"]]
+    assert sorted(alike(spread)) == [["a"], ["b"]]
     # Of eight tasks the work on zeros would be more than a call's.
     several = {"a": torch.zeros(8, 5, 32), "b": torch.zeros(8, 32, 64), "c": torch.zeros(8, 30, 64)}
-    assert list(alike(several)) == [["b", "c"], ["a"]]
+    assert sorted(alike(several)) == [["a"], ["b", "c"]]
+    # One more call serves all square ones, and each of them would be filled up with as many zeros as it has entries.
+    halves = {f"{place}": torch.zeros(1, 64, 64 if place < 8 else 128) for place in range(12)}
+    assert [len(group) for group in alike(halves)] == [8, 4]
+    assert [len(group) for group in alike({name: halves[name] for name in ("0", "8", "9")})] == [3]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])

@@ -54,6 +54,7 @@ from metateleport.optim.parameters import (
     within,
     working_dtype,
     write,
+    write_all,
 )
 from metateleport.optim.saved import merged
 from metateleport.point import Point, Tensors
@@ -263,18 +264,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        if closure is not None and self._recorder is not None:
-            self._recorder.renew()
+        # While no pass is wanted there is none to read or to forget.
+        recorder = self._recorder if self._recorder is not None and self._recorder.wanted else None
+        if closure is not None and recorder is not None:
+            recorder.renew()
         loss, told = (loss, None) if closure is None and loss is None else evaluated(closure, loss)
         try:
             with without_autocast(value for group in self.param_groups for value in group["params"]):
-                self._step(told)
+                self._step(told, recorder)
         finally:
-            if self._recorder is not None:
-                self._recorder.clear()
+            if recorder is not None:
+                recorder.clear()
         return loss
 
-    def _step(self, told: Tensor | None) -> None:
+    def _step(self, told: Tensor | None, recorder: PassRecorder | None) -> None:
         named, whole = self._parameters()
         held = {name: value for name, value in named.items() if trainable(value)}
         if not held:
@@ -291,7 +294,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._skip(named)
             return
         self._in_a_row = 0
-        evidence, recorder = Evidence(), self._recorder
+        evidence = Evidence()
         if alone and recorder is not None and recorder.last is not None:
             evidence = evidence_of(recorder, gradients)
         point = self._point(whole, gradients, evidence, told)
@@ -412,7 +415,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             loss = told.to(loss).reshape(1)
         point = Point(parameters, gradients, evidence.activations, evidence.cotangents, loss=loss)
         recorder = self._recorder
-        if recorder is not None and recorder.replays and recorder.last is not None and evidence.activations:
+        if evidence.activations and recorder is not None and recorder.replays and recorder.last is not None:
             fixed = {name: value.detach() for name, value in whole.items()}
             point = point.replace(pullback=stacked_pullback(recorder.pullback(recorder.last, fixed, gradients)))
         return point
@@ -466,6 +469,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # Parameters without a gradient are not stepped: neither weight decay nor lr applies to them.
         stepped = set(gradients if state is None or state.accepted is None else state.accepted.gradients) | moved
         proposed, taken_squares = torch.zeros(()), torch.zeros(())
+        as_they_are = []
         for name, value in taken.parameters.items():
             rate = rates.get(name, 0.0)
             if name not in named or name not in stepped or not (rate or name in moved):
@@ -477,8 +481,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 taken_squares = taken_squares + (rate * (goal - start)).square().sum()
             shrunk = rate * decay[id(parameter)]
             if rate != 1 or shrunk:
-                goal = (1 - shrunk) * start + rate * (goal - start)
-            write(parameter, goal, self.state[parameter])
+                write(parameter, (1 - shrunk) * start + rate * (goal - start), self.state[parameter])
+            else:
+                as_they_are.append((parameter, goal))
+        write_all(as_they_are, self.state)
         if state is not None and state.stand_in is not None:
             # The stand-in must not make up for a step that lr has shortened on purpose.
             share = math.sqrt(float(taken_squares / proposed)) if float(proposed) else 0.0

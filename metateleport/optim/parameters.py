@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "within",
     "working_dtype",
     "write",
+    "write_all",
 ]
 
 _SMALLEST = 0.04
@@ -79,7 +80,7 @@ def raised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.ndim == 0:
         tensor = tensor.reshape(1)
-    return tensor.to(dtype).unsqueeze(0)
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).unsqueeze(0)
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -112,6 +113,23 @@ def write(parameter: Tensor, value: Tensor, state: dict[str, Tensor]) -> None:
     parameter.copy_(flat)
     if half:
         state[COMPENSATION] = (flat - parameter.to(flat.dtype)).to(parameter.dtype)
+
+
+def write_all(values: Sequence[tuple[Tensor, Tensor]], states: Mapping[Tensor, dict[str, Tensor]]) -> None:
+    """`write` for several parameters: in one call those that need nothing else.
+
+    Args:
+        values: parameters, and what is written into them.
+        states: of the parameters.
+    """
+    plain = [pair for pair in values if pair[0].dtype == pair[1].dtype and pair[0].shape == pair[1].shape[1:]]
+    if plain:
+        torch._foreach_copy_([parameter for parameter, _ in plain], [value.squeeze(0) for _, value in plain])
+    if len(plain) < len(values):
+        known = {id(parameter) for parameter, _ in plain}
+        for parameter, value in values:
+            if id(parameter) not in known:
+                write(parameter, value, states[parameter])
 
 
 def stacked_pullback(

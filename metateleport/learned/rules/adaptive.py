@@ -25,10 +25,13 @@ from metateleport.learned.rules.guard import (
     noted,
 )
 from metateleport.learned.rules.mixture import (
+    NUMBERS,
     RECENT_MEMORY,
     SQUARES_MEMORY,
+    Ledger,
     Mixture,
     age,
+    has_polar,
     layer_of,
     loudness,
     owners,
@@ -45,15 +48,8 @@ __all__ = ["TOLD_START", "AdaptiveRule", "AdaptiveSettings", "layer_of", "layer_
 
 _FEATURES = 7
 _TOLD_FEATURES = 2
-_NUMBERS = ("seen", "recent", "weights")
-"""Entries of the state that are a number for each tensor and task."""
-
 _TABLE = 0.5
 """A matrix whose root mean square is above this at the start counts as a table of embeddings."""
-
-_LONG, _MANY = 32, 4096
-"""A matrix with so many rows, and so many times as many as columns, is the table of a vocabulary: each token's row has
-gradients of its own, and the polar factor of all of them would be most of a step's work."""
 
 _SMALLEST_SCALE = 1e-2
 """Smallest root mean square of a layer that is reckoned with, so that a layer that starts at zero moves."""
@@ -160,6 +156,9 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "momentum", "squares", "weights", "recent", "seen")
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
+    constants: ClassVar[tuple[str, ...]] = ()
+    """Entries of the state, by tensor, that no step changes."""
+
     rows_by_task: ClassVar[bool] = True
 
     def __init__(self, hidden: int = 32, cooling: float = 0.0, told: bool = False, guarded: bool = False) -> None:
@@ -168,6 +167,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         if guarded:
             self.per_tensor = (*type(self).per_tensor, *GUARD_SAMPLES)  # type: ignore[misc]
         self.detach = True
+        self._ledger: Ledger | None = None
         self.observe: Callable[..., Tensor] = functools.partial(_observe, told=told)
         self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES + _TOLD_FEATURES * told, hidden)
@@ -203,6 +203,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         spend: bool = False,
     ) -> tuple[Tensors, dict[str, Any]]:
         assert point.loss is not None
+        if spend and not gauges and self.polar is polar_factors and Ledger.serves(point.gradients):
+            return self._step_of_one(point, progress, state)
         names, gradients = list(point.gradients), list(point.gradients.values())
         dtype, tiny = gradients[0].dtype, torch.finfo(gradients[0].dtype).tiny
         taken = progress.accepted.to(dtype) if progress.known else None
@@ -215,7 +217,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         if sample is not None:
             state = {**state, **judged(state, sample, progress.accepted)}
         # Of each tensor, as some are used now and then.
-        seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in _NUMBERS)
+        seen, recent, weights = (torch.stack([state[key][name] for name in names]).to(dtype) for key in NUMBERS)
         seen = seen + (1 if taken is None else taken)
         powers = blocks.mean_squares(now)
         recent = torch.lerp(recent, powers, _share(RECENT_MEMORY, taken))
@@ -251,12 +253,50 @@ class AdaptiveRule(nn.Module, UpdateRule):
         self._add_polar(moved, velocity, lengths[..., 1], spend)
         _add_gauged(moved, velocity, lengths[..., 2], (gauges, point), spend)
         lists: dict[str, Iterable[Tensor]] = {"squares": blocks.parts(squares)}
-        lists |= zip(_NUMBERS, (seen, recent, weights), strict=True)
+        lists |= zip(NUMBERS, (seen, recent, weights), strict=True)
         own_state = {key: dict(zip(names, each, strict=True)) for key, each in lists.items()}
         after = {**state, **heard, "momentum": velocity, **own_state}
         if sample is not None:
             after |= noted(sample, own, blocks.gather([moved[name] for name in names]), plain)
         return moved, after
+
+    def _step_of_one(self, point: Point, progress: Progress, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        """The step of one small task on a CPU: the same, in fewer and shorter calls."""
+        gradients, ledger = point.gradients, self._ledger
+        if ledger is None or not ledger.holds(state, gradients):
+            ledger = self._ledger = Ledger(state, gradients, self.constants)
+        scale = float(progress.damping * state["scale"])
+        moved, new = ledger.step(
+            gradients,
+            point.parameters,
+            state,
+            float(progress.all_accepted or not progress.known),
+            functools.partial(self._heard, point, progress, state, ledger),
+            lambda annealing: self._scale(annealing, progress, scale),
+            progress.left,
+        )
+        return {**point.parameters, **moved}, {**state, **new}
+
+    def _heard(
+        self,
+        point: Point,
+        progress: Progress,
+        state: dict[str, Any],
+        ledger: Ledger,
+        now: Tensor,
+        here: Tensor,
+        powers: Any,
+        levels: Any,
+    ) -> tuple[Mixture, dict[str, Any]]:
+        """What the network says of the tensors of one task, and what it remembers."""
+        stacked = [torch.from_numpy(each.astype(now.numpy().dtype)).unsqueeze(1) for each in (powers, levels)]
+        seen = ([now], [ledger.whole("momentum")], [here])
+        outputs, heard = self._outputs(point, progress, state, ledger.blocks, seen, *stacked)
+        return Mixture.of(outputs, self._lacks(point, ()), self.told).of_one_task(), heard
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the ledger, which is of the tensors of one optimizer."""
+        return {**self.__dict__, "_ledger": None}
 
     def carry(
         self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
@@ -277,11 +317,11 @@ class AdaptiveRule(nn.Module, UpdateRule):
     def _lacks(self, point: Point, gauges: Sequence[Gauge]) -> tuple[tuple[bool, ...], ...]:
         """Of each tensor which of the directions it does not have."""
         gauged = {name for gauge in gauges for name in gauge.names}
-        return tuple((False, not _has_polar(value), name not in gauged) for name, value in point.gradients.items())
+        return tuple((False, not has_polar(value), name not in gauged) for name, value in point.gradients.items())
 
     def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
         """Adds the polar factors' share of the step to the matrices among the tensors."""
-        places = {name: place for place, (name, value) in enumerate(momentum.items()) if _has_polar(value)}
+        places = {name: place for place, (name, value) in enumerate(momentum.items()) if has_polar(value)}
         matrices = {name: momentum[name].detach() if self.detach else momentum[name] for name in places}
         for names in alike(matrices):
             own = torch.stack([lengths[places[name]] for name in names])
@@ -466,12 +506,6 @@ def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
     tall = [math.log(shape[0] / math.prod(shape[1:])) / 5 if shape else 0.0 for shape in shapes]
     heights = _constant(tall, powers.device, powers.dtype)[:, None].expand_as(powers)
     return torch.stack((torch.full_like(powers, progress.left), heights), -1)
-
-
-def _has_polar(tensor: Tensor) -> bool:
-    """Whether a tensor of a stack is a matrix that is stepped along its polar factor."""
-    rows = tensor.shape[1] if tensor.ndim > 1 else 1
-    return tensor.ndim > 2 and not (rows >= _MANY and rows >= _LONG * tensor.shape[2:].numel())
 
 
 def _constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -33,7 +33,8 @@ PLAIN_RATE = 1e-3
 GUARD_SAMPLES = ("taken", "plain")
 """Entries of a rule's state, by tensor: the last step on a sample of its entries, and the one that AdamW had taken."""
 
-GUARD_NUMBERS = ("trust", "most", "behind", "begun")
+JUDGED = ("trust", "most", "behind")
+GUARD_NUMBERS = (*JUDGED, "begun")
 """Entries of a rule's state that are a number for each task."""
 
 _SAMPLE = 1024
@@ -93,21 +94,39 @@ def judged(state: Mapping[str, Any], seen: Sample, accepted: Tensor) -> dict[str
         The entries `trust`, `most` and `behind`, `(tasks,)`.
     """
     ended, plain = (seen.slope(seen.joined(state[key])) for key in GUARD_SAMPLES)
-    known = accepted & (state["begun"] != 0)
-    size = state["begun"].abs() + ended.abs()
-    now = (plain - ended) / size.clamp_min(torch.finfo(size.dtype).tiny)
-    behind = torch.where(known, torch.lerp(now, state["behind"], _MEMORY), state["behind"])
+    known, tiny = accepted & (state["begun"] != 0), torch.finfo(ended.dtype).tiny
+    return dict(zip(JUDGED, verdict(state, ended, plain, known, tiny, torch), strict=True))
+
+
+def verdict(state: Mapping[str, Any], ended: Any, plain: Any, known: Any, tiny: float, xp: Any) -> tuple[Any, Any, Any]:
+    """The entries `trust`, `most` and `behind` (`judged`), of tensors or of numbers.
+
+    Args:
+        state: of the rule; only what is in `GUARD_NUMBERS` is read.
+        ended: slope along the last step at its end.
+        plain: slope along AdamW's step there.
+        known: where there was a last step, and it was not taken back.
+        tiny: smallest number that is reckoned with.
+        xp: `torch` or `numpy`.
+    """
+    before, trust, most = state["behind"], state["trust"], state["most"]
+    now = (plain - ended) / xp.clip(abs(state["begun"]) + abs(ended), tiny, None)
+    behind = xp.where(known, now + (before - now) * _MEMORY, before)
     fails = ~(behind >= -_ALLOWED)
-    trust, most = state["trust"], state["most"]
-    most = torch.where(fails, trust * _GIVES, (most * _COMES_BACK).clamp_max(1.0))
+    limit = xp.where(fails, trust * _GIVES, xp.clip(most * _COMES_BACK, None, 1.0))
     # What was seen of longer steps is only half of the evidence against shorter ones.
-    behind = torch.where(fails, behind / 2, behind)
-    found = {"trust": most.minimum(trust * _RISES), "most": most, "behind": behind}
-    return {key: torch.where(known, value, state[key]) for key, value in found.items()}
+    behind = xp.where(fails, behind / 2, behind)
+    return (
+        xp.where(known, xp.minimum(limit, trust * _RISES), trust),
+        xp.where(known, limit, most),
+        xp.where(known, behind, before),
+    )
 
 
-def giving_way(trust: Tensor, factors: Tensor, lengths: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+def giving_way(trust: Any, factors: Any, lengths: Any, plain: Any) -> tuple[Any, Any]:
     """The factors of Adam's direction and the lengths of all directions where a step is trusted in part.
+
+    Of arrays, as of tensors; those of one task have no dimension of tasks.
 
     Args:
         trust: `(tasks,)`.
@@ -120,7 +139,7 @@ def giving_way(trust: Tensor, factors: Tensor, lengths: Tensor, plain: Tensor) -
         >>> giving_way(torch.tensor([0.25]), -4 * one, -4 * one.unsqueeze(-1), one)
         (tensor([[-1.7500]]), tensor([[[-1.]]]))
     """
-    return trust * factors - (1 - trust) * plain, lengths * trust.unsqueeze(-1)
+    return trust * factors - (1 - trust) * plain, lengths * trust[..., None]
 
 
 @torch.no_grad()
@@ -162,7 +181,7 @@ class Sample:
     def of_gradients(cls, names: Sequence[str], blocks: Blocks, gradients: Sequence[Tensor]) -> Sample:
         """The sample of some gradients, in blocks."""
         own = _sample_of(blocks, gradients)
-        return cls(names, blocks, own * _weights(blocks.shapes, own.dtype, own.device))
+        return cls(names, blocks, own * weights_of(blocks.shapes, own.dtype, own.device))
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -196,7 +215,7 @@ class Sample:
 def _sample_of(blocks: Blocks, tensors: Sequence[Tensor]) -> Tensor:
     if not blocks.joined:
         return torch.cat([sampled(each) for each in tensors], 1)
-    places = _places(blocks.shapes, tensors[0].device)
+    places = places_of(blocks.shapes, tensors[0].device)
     return tensors[0] if places is None else tensors[0].index_select(1, places)
 
 
@@ -222,7 +241,7 @@ def _counts(shapes: tuple[torch.Size, ...]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def weights_of(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """How many entries of its tensor each entry of the sample stands for."""
     counts = _counts(shapes)
     each = [shape[1:].numel() / max(count, 1) for shape, count in zip(shapes, counts, strict=True)]
@@ -230,7 +249,7 @@ def _weights(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.d
 
 
 @functools.lru_cache(maxsize=64)
-def _places(shapes: tuple[torch.Size, ...], device: torch.device) -> Tensor | None:
+def places_of(shapes: tuple[torch.Size, ...], device: torch.device) -> Tensor | None:
     """Where the entries of the sample are among all entries side by side; None if it is of all of them."""
     ends = list(itertools.accumulate((shape[1:].numel() for shape in shapes), initial=0))
     strides = [_stride(shape[1:]) for shape in shapes]

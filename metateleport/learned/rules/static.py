@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from metateleport.learned.progress import Progress
-from metateleport.learned.rules.adaptive import TOLD_START, AdaptiveRule, layer_of, layer_scales
+from metateleport.learned.rules.adaptive import TOLD_START, AdaptiveRule, layer_scales
 from metateleport.learned.rules.base import RuleSettings
+from metateleport.learned.rules.mixture import Ledger, Mixture, layer_of
 from metateleport.linalg import Blocks
 from metateleport.point import Point, Tensors
 from metateleport.settings import NOT_NEGATIVE, setting
@@ -75,6 +76,8 @@ class StaticRule(AdaptiveRule):
             self.head.weight.zero_()
             self.head.bias.copy_(torch.tensor(TOLD_START))
 
+    constants: ClassVar[tuple[str, ...]] = ("kinds",)
+
     def initial_state(self, point: Point) -> dict[str, Any]:
         state = super().initial_state(point)
         del state["cells"]
@@ -93,6 +96,22 @@ class StaticRule(AdaptiveRule):
         kinds = torch.stack([state["kinds"][name] for name in point.gradients])
         outputs = self.head(kinds.to(self.head.weight.dtype).flatten(0, 1))
         return outputs.to(powers.dtype).reshape(*powers.shape, -1), {}
+
+    def _heard(
+        self,
+        point: Point,
+        progress: Progress,
+        state: dict[str, Any],
+        ledger: Ledger,
+        now: Tensor,
+        here: Tensor,
+        powers: Any,
+        levels: Any,
+    ) -> tuple[Mixture, dict[str, Any]]:
+        read = self.head.weight._version, self.head.bias._version
+        if ledger.mixture is None or ledger.mixture[0] != read:
+            ledger.mixture = read, super()._heard(point, progress, state, ledger, now, here, powers, levels)[0]
+        return ledger.mixture[1], {}
 
 
 def _kinds(point: Point) -> Tensors:

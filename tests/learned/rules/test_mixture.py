@@ -1,0 +1,196 @@
+"""Steps of one small task in numpy are those that tensors of a stack take."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metateleport as mt
+from metateleport.learned import MetaOptimizer, MetaOptimizerConfig
+from metateleport.learned.rules import adaptive
+from metateleport.learned.rules.adaptive import AdaptiveSettings
+from metateleport.learned.rules.mixture import Ledger
+from metateleport.learned.rules.static import StaticSettings
+
+RULES = {
+    "static": StaticSettings(cooling=0.01, guarded=True),
+    "unguarded": StaticSettings(),
+    "adaptive": AdaptiveSettings(hidden=4, cooling=0.01),
+    "told": AdaptiveSettings(hidden=4, told=True, guarded=True),
+}
+
+
+class Model(nn.Module):
+    """A table, a kernel with a bias in front of a norm, tall and wide matrices, a scalar, a layer of some steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.kernel = nn.Conv1d(4, 6, 3, padding=1)
+        self.norm = nn.BatchNorm1d(6)
+        self.inner = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6))
+        self.now_and_then = nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor, more: bool) -> Tensor:
+        x = self.norm(self.kernel(self.table(tokens).mT)).mT
+        x = x + self.inner(x)
+        if more:
+            x = x + self.now_and_then(x).tanh()
+        return self.head(self.scale * x).mean(1)
+
+
+def meta_optimizer(settings: AdaptiveSettings | StaticSettings) -> MetaOptimizer:
+    torch.manual_seed(0)
+    meta = MetaOptimizer(MetaOptimizerConfig(settings, teleport=None))
+    with torch.no_grad():
+        # As trained networks do, they tell tensors apart.
+        meta.rule.get_parameter("head.weight").normal_(0.0, 0.2)
+    return meta
+
+
+def trained(
+    meta: Any,
+    dtype: torch.dtype = torch.float64,
+    steps: int = 25,
+    told: bool = False,
+    at_ten: Callable[[mt.LearnedOptimizer], mt.LearnedOptimizer] | None = None,
+    **options: Any,
+) -> tuple[Tensor, mt.LearnedOptimizer]:
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    optimizer = mt.LearnedOptimizer(model, copy.deepcopy(meta), total_steps=40, **options)
+    tokens, targets = torch.randint(7, (16, 5)), torch.randint(3, (16,))
+    for step in range(steps):
+        if step == 10 and at_ten is not None:
+            optimizer = at_ten(optimizer)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens, more=step % 3 > 0), targets)
+        # A loss that jumps: where it is told, the step before is taken back.
+        loss = loss * (1e4 if step == 15 else 1.0)
+        loss.backward()
+        optimizer.step(**({"loss": loss} if told else {}))
+    return torch.cat([value.detach().flatten() for value in model.parameters()]), optimizer
+
+
+def in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "serves", staticmethod(lambda _: False))
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_the_weights_are_those_that_tensors_give(name: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, options = meta_optimizer(RULES[name]).double(), {"lr": 0.7, "weight_decay": 1e-3}
+    ours, optimizer = trained(meta, told=told, **options)
+    assert optimizer.loop.state is not None
+    assert optimizer.meta.rule._ledger is not None
+    assert bool(optimizer.loop.state.progress.rejected > 0) == told
+    in_tensors(monkeypatch)
+    theirs, other = trained(meta, told=told, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert other.loop.state is not None
+    for key, value in optimizer.loop.state.rule.items():
+        torch.testing.assert_close(value, other.loop.state.rule[key], rtol=1e-7, atol=1e-12, msg=key)
+    for (_, one), (_, two) in zip(optimizer.state.items(), other.state.items(), strict=True):
+        assert one.keys() == two.keys()
+        # What a network reads of the bias in front of the norm, whose gradients are rounding, is rounding too.
+        for key, value in ((key, value) for key, value in one.items() if not key.startswith("cells")):
+            torch.testing.assert_close(value, two[key], rtol=1e-7, atol=1e-12, msg=key)
+
+
+def test_in_single_precision_they_agree_to_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = meta_optimizer(RULES["static"])
+    ours, _ = trained(meta, torch.float32, steps=5)
+    in_tensors(monkeypatch)
+    theirs, _ = trained(meta, torch.float32, steps=5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def saved_and_loaded(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+    assert optimizer.model is not None
+    other = mt.LearnedOptimizer(optimizer.model, optimizer.meta, total_steps=40)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
+def loaded_in_place(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+def cleared(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+    optimizer.state[optimizer.param_groups[0]["params"][0]].clear()
+    return optimizer
+
+
+def overwritten(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+    for entries in optimizer.state.values():
+        entries["momentum"] = entries["momentum"] * 2
+        entries["squares"].mul_(4)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["static", "adaptive"])
+@pytest.mark.parametrize("at_ten", [saved_and_loaded, loaded_in_place, cleared, overwritten])
+def test_what_is_remembered_may_be_exchanged(at_ten: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = meta_optimizer(RULES[name]).double()
+    ours, _ = trained(meta, at_ten=at_ten)
+    unchanged, _ = trained(meta)
+    in_tensors(monkeypatch)
+    theirs, _ = trained(meta, at_ten=at_ten)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert torch.equal(ours, unchanged) == (at_ten in (saved_and_loaded, loaded_in_place))
+
+
+def test_optimizers_of_one_meta_optimizer_do_not_share_memory() -> None:
+    meta, targets = meta_optimizer(RULES["static"]), (1.0, -1.0)
+
+    def run(together: bool) -> list[Tensor]:
+        models = [nn.Linear(2, 2) for _ in targets]
+        for seed, model in enumerate(models):
+            nn.init.constant_(model.weight, seed + 1.0)
+            nn.init.zeros_(model.bias)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            metas = [meta, meta] if together else [copy.deepcopy(meta) for _ in targets]
+            optimizers = [mt.LearnedOptimizer(model, own) for model, own in zip(models, metas, strict=True)]
+        for _ in range(6):
+            for model, optimizer, target in zip(models, optimizers, targets, strict=True):
+                optimizer.zero_grad()
+                (model(torch.eye(2)) - target).square().mean().backward()
+                optimizer.step()
+        return [model.weight.detach() for model in models]
+
+    for one, other in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+def test_the_ledger_is_neither_copied_nor_pickled() -> None:
+    _, optimizer = trained(meta_optimizer(RULES["static"]), torch.float32, steps=2)
+    assert optimizer.meta.rule._ledger is not None
+    assert copy.deepcopy(optimizer.meta).rule._ledger is None
+
+
+@pytest.mark.parametrize(
+    "gradients",
+    [
+        {"a": torch.ones(2, 3)},
+        {"a": torch.ones(1, 3), "b": torch.ones(1, 3).double()},
+        {"a": torch.ones(1, 3).half()},
+        {"a": torch.ones(1, 3), "b": torch.ones(1, 0)},
+        {"a": torch.ones(1, 2**18), "b": torch.ones(1, 3)},
+    ],
+)
+def test_what_it_does_not_serve(gradients: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        assert Ledger.serves({"a": torch.ones(1, 3), "b": torch.ones(1)})
+        assert not Ledger.serves(gradients)
+    assert not Ledger.serves({"a": torch.ones(1, 3)})
+    assert adaptive.Ledger is Ledger
