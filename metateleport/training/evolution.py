@@ -41,6 +41,7 @@ class Evolution:
         outer: the outer loop's settings.
         ranks: the processes that share the tasks.
         number: the number of the stack.
+        steps: of a window.
         total: number of inner steps of the run, where the networks are told.
 
     Source: Vicol, Metz and Sohl-Dickstein, "Unbiased gradient estimation in unrolled computation graphs with persistent
@@ -55,9 +56,10 @@ class Evolution:
         outer: EvolutionSettings | PersistentSettings,
         ranks: Ranks,
         number: int,
+        steps: int,
         total: int | None = None,
     ) -> None:
-        self.meta, self.outer, self.ranks, self.number = meta, outer, ranks, number
+        self.meta, self.outer, self.ranks, self.number, self.steps = meta, outer, ranks, number, steps
         self.particles = Particles(stack, meta, total, outer.unseen)
         self.drawn = torch.zeros_like(self._weights()).repeat(outer.tasks, 1)
         """The sum of all perturbations of each pair, in units of the spread, `(pairs, weights)`."""
@@ -72,7 +74,7 @@ class Evolution:
         self.window += 1
         moves = outer.spread * draws[share.start : share.stop]
         weights = self._weights() + torch.cat((moves, -moves))
-        seen = self.particles.window(outer.window, weights, not blind, outer.last(outer.window))
+        seen = self.particles.window(self.steps, weights, not blind, outer.last(self.steps))
         scores = priced(seen.losses, seen.opened / seen.counted.clamp_min(1), outer.teleport_cost)
         said = torch.zeros(pairs + 5, dtype=torch.float64, device=scores.device)
         said[share.start : share.stop] = scores[: len(share)] - scores[len(share) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +31,8 @@ __all__ = [
     "read_outer",
 ]
 
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 _UNTOLD = 4
 """One stack of so many is not told the length of its runs."""
@@ -112,6 +115,19 @@ class OuterSettings(Settings, abc.ABC):
         """
         return 1
 
+    def length(self, stack: int, share: float) -> int:
+        """Inner steps that a stack is followed for.
+
+        Args:
+            stack: number of the stack.
+            share: share of the training that is done.
+        """
+        return self.window * self.windows(share)
+
+    def scored(self, stack: int, most: int) -> int:
+        """Inner steps that a stack of a score is followed for, `most` being those that there is time for."""
+        return most
+
     def total(self, stack: int, steps: int) -> int | None:
         """The length of a run that the networks are told; None where they are not.
 
@@ -192,17 +208,44 @@ class EvolutionSettings(OuterSettings):
 
     One meta-step for each stack, without a graph; see `metateleport.training.evolution`.
 
+    A curriculum over length: where the shortest run is shorter than the horizon, each stack has a length of its own,
+    spread evenly in its logarithm from the shortest to a longest one, which grows to the horizon over the first half of
+    the training. Scores are means over all lengths.
+
     Args:
         spread: standard deviation of the perturbations of each weight.
+        shortest: inner steps of the shortest runs; None where all are as long as the horizon.
 
     Example:
         >>> EvolutionSettings(horizon=1000).window
         1000
+        >>> curriculum = EvolutionSettings(horizon=500, shortest=20)
+        >>> [curriculum.length(stack, share) for share in (0.0, 0.25, 1.0) for stack in range(3)]
+        [20, 20, 20, 20, 54, 29, 20, 146, 43]
     """
 
     estimator: ClassVar[str] = "es"
 
     spread: float = setting(0.02, POSITIVE, 1e6)
+    shortest: int | None = setting(None, AT_LEAST_ONE, 10**9)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shortest is not None and self.shortest > self.horizon:
+            raise SettingsError(
+                f"outer.shortest = {self.shortest} is longer than outer.horizon = {self.horizon}, the longest run: "
+                "lower the former or raise the latter"
+            )
+
+    def length(self, stack: int, share: float) -> int:
+        if self.shortest is None:
+            return self.horizon
+        longest = math.log(self.horizon / self.shortest) * min(1.0, 2 * share)
+        # Multiples of the golden ratio lie evenly, however many there are of them.
+        return round(self.shortest * math.exp(longest * (stack * _GOLDEN % 1.0)))
+
+    def scored(self, stack: int, most: int) -> int:
+        return min(most, self.length(stack, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)

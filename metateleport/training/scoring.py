@@ -35,7 +35,7 @@ def dealt(
     split: Split,
     seeds: tuple[int, int],
     ranks: Ranks = ALONE,
-) -> Iterator[TaskStack]:
+) -> Iterator[tuple[int, TaskStack]]:
     """Distributes tasks over stacks, each with its own settings, and gives those of this process.
 
     Args:
@@ -49,7 +49,7 @@ def dealt(
         ranks: the processes that share the tasks.
 
     Yields:
-        The stacks; where the tasks of one are shared by processes, its part of them.
+        The number of each stack from zero on, and the stack; where processes share its tasks, its part of them.
     """
     count = max(1, tasks // parts)
     share = ranks.share(parts * count)
@@ -58,12 +58,12 @@ def dealt(
         if inside:
             own = family.augmented(first + part, seeds[0])
             indices = range(first * count + inside.start, first * count + inside.stop)
-            yield own.stack(indices, split, seeds[1], outer.torch_dtype, device_for(outer.device))
+            yield part, own.stack(indices, split, seeds[1], outer.torch_dtype, device_for(outer.device))
 
 
 def score(
     meta: MetaOptimizer,
-    stacks: Iterable[TaskStack],
+    stacks: Iterable[tuple[int, TaskStack]],
     horizon: int,
     outer: OuterSettings,
     tasks: int = 0,
@@ -73,8 +73,8 @@ def score(
 
     Args:
         meta: the meta-optimizer.
-        stacks: the stacks at the start of their tasks; their parameters are changed.
-        horizon: number of inner steps.
+        stacks: their numbers, and the stacks at the start of their tasks; their parameters are changed.
+        horizon: largest number of inner steps.
         outer: the outer loop's settings: `late`, `unseen`, `told` and `teleport_cost`.
         tasks: number of tasks of all processes, if there are several.
         ranks: the processes; the stacks are those of this one, as `dealt` gives them.
@@ -88,13 +88,14 @@ def score(
         >>> from metateleport.training.outer import TruncatedSettings
         >>> stack = load_family("leaky_mlp", {"width": 3}).stack(range(2))
         >>> meta = MetaOptimizer(MetaOptimizerConfig(StepSettings(hidden=4), teleport=None))
-        >>> score(meta, [stack], 2, TruncatedSettings(horizon=10)).openness
+        >>> score(meta, [(0, stack)], 2, TruncatedSettings(horizon=10)).openness
         0.0
     """
     rows = [torch.empty(0, 3, dtype=torch.float64, device=ranks.device)]
-    for stack in stacks:
-        unroll = Unroll(stack, meta, total=outer.total(0, horizon), unseen=outer.unseen)
-        means = bounded(unroll.window(horizon, track=False).detach())[-outer.last(horizon) :].mean(0)
+    for number, stack in stacks:
+        steps = outer.scored(number, horizon)
+        unroll = Unroll(stack, meta, total=outer.total(0, steps), unseen=outer.unseen)
+        means = bounded(unroll.window(steps, track=False).detach())[-outer.last(steps) :].mean(0)
         opened, counted = openness_sum(unroll.openness, like=means, dim=0)
         rows.append(torch.stack((means, opened, counted), 1).to(rows[0]))
     losses, opened, counted = ranks.gathered(torch.cat(rows), tasks).unbind(1)

@@ -278,7 +278,8 @@ class MetaTrainer:
         """The estimator on this process's part of the next stack."""
         number, outer, share = self.progression.stack, self.outer, self.ranks.share(self.outer.tasks)
         family = self.family.augmented(number, outer.seed)
-        total = outer.total(number, outer.window * outer.windows(self.share))
+        length = outer.length(number, self.share)
+        total = outer.total(number, length)
 
         def stacked(indices: Sequence[int]) -> TaskStack:
             numbers = [number * outer.tasks + index for index in indices]
@@ -292,7 +293,8 @@ class MetaTrainer:
             return Truncated(stacks, self.meta, outer, self.ranks, total)
         assert isinstance(outer, EvolutionSettings | PersistentSettings)
         # Each task stands there twice, once for each network of a pair.
-        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number, total)
+        window = outer.window if isinstance(outer, PersistentSettings) else length
+        return Evolution(stacked([*share, *share]), self.meta, outer, self.ranks, number, window, total)
 
     def _meta_step(self, estimator: Estimator, blind: bool) -> None:
         done = self.progression
@@ -370,7 +372,9 @@ class MetaTrainer:
             return outer.horizon
         if not done.scored_steps:
             parts, scores = _parts(self.recipe.validation.tasks), _SEARCH_SCORES if outer.search else 1
-            first = next(dealt(self.family, outer, self.recipe.validation.tasks, parts, 0, "validation", _VALIDATION))
+            _, first = next(
+                dealt(self.family, outer, self.recipe.validation.tasks, parts, 0, "validation", _VALIDATION)
+            )
             seconds = _SCORE_TIME * self.limit / (parts * scores)
             done.scored_steps = self.ranks.from_first(
                 lambda: steps_within(self.meta, first, outer.window, outer.horizon, seconds, self.clock)

@@ -35,7 +35,9 @@ def settings(pairs: int, spread: float, unroll: int = UNROLL, horizon: int = UNR
 
 def estimates(meta: MetaOptimizer, outer: PersistentSettings, number: int = 0) -> list[Tensor]:
     """The meta-gradient of every window, all pairs on the same task."""
-    estimator = Evolution(FAMILY.stack([0] * 2 * outer.tasks, dtype=torch.float64), meta, outer, ALONE, number)
+    estimator = Evolution(
+        FAMILY.stack([0] * 2 * outer.tasks, dtype=torch.float64), meta, outer, ALONE, number, outer.unroll
+    )
     found = []
     for _ in range(outer.horizon // outer.unroll):
         estimator.meta_gradient(blind=False, seconds=0.0)
@@ -153,7 +155,7 @@ def test_a_step_exchanges_one_number_for_each_pair() -> None:
 
 
 def test_no_tensor_is_kept_from_window_to_window() -> None:
-    estimator = Evolution(FAMILY.stack([0] * 4), meta_optimizer().float(), settings(2, 0.01, 2, 200), ALONE, 0)
+    estimator = Evolution(FAMILY.stack([0] * 4), meta_optimizer().float(), settings(2, 0.01, 2, 200), ALONE, 0, 2)
 
     def kept() -> int:
         estimator.meta_gradient(blind=False, seconds=0.0)
@@ -192,7 +194,7 @@ def test_every_pair_draws_its_own_and_always_the_same() -> None:
     stack = FAMILY.stack([0] * 6, dtype=torch.float64)
     rows = []
     for number, window in itertools.product((0, 1), (0, 1)):
-        estimator = Evolution(stack, meta, outer, ALONE, number)
+        estimator = Evolution(stack, meta, outer, ALONE, number, outer.unroll)
         estimator.window = window
         rows += [*estimator._draws()]
         assert torch.equal(estimator._draws(), torch.stack(rows[-3:]))
