@@ -7,7 +7,7 @@ from typing import Any
 
 from metateleport.evaluation.compared import compared, pairs_of
 from metateleport.evaluation.paired import CONFIDENCE, REFERENCE
-from metateleport.evaluation.run import Evaluation, Result
+from metateleport.evaluation.run import LEAST_MEASURED, Evaluation, Result
 from metateleport.evaluation.words import ABLATED, AGAINST, ahead_or_behind, in_words, left_out, verdict_of
 
 __all__ = ["attribution_of", "goes_below_zero", "words_of"]
@@ -35,7 +35,9 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
         return _no_ratios(learned)
 
     def beside(name: str) -> dict[str, Any]:
-        return compared(learned, evaluation.results[name], evaluation.steps, pairs_of(evaluation, name))
+        return compared(
+            learned, evaluation.results[name], evaluation.steps, pairs_of(evaluation, name), evaluation.timed
+        )
 
     against = {name: beside(name) for name in AGAINST if name in evaluation.results}
     ablated = [name for name in evaluation.results if name.startswith(ABLATED)]
@@ -43,6 +45,11 @@ def attribution_of(evaluation: Evaluation) -> dict[str, Any]:
     baselines, without = {name: beside(name) for name in others}, {name: beside(name) for name in ablated}
     seeds = max(1, len(evaluation.meta_seeds))
     words = in_words(learned.moves_by, against, evaluation.steps, seeds)
+    if not evaluation.timed:
+        words += (
+            f" At equal seconds nothing is told: losses were measured every {evaluation.every} evaluations, and that "
+            f"takes {evaluation.steps // LEAST_MEASURED} at most (--every)."
+        )
     return {
         REFERENCE: {
             "gauge": learned.moves_by,

@@ -87,7 +87,8 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
 def _timed(report: Mapping[str, Any]) -> dict[str, Any]:
     """For each method the ratio to the learned one at equal seconds."""
     known = report["attribution"].get(REFERENCE, {"against": {}, "baselines": {}})
-    return {name: over_seeds(each)["seconds"] for name, each in {**known["against"], **known["baselines"]}.items()}
+    ratios = {name: over_seeds(each) for name, each in {**known["against"], **known["baselines"]}.items()}
+    return {name: each["seconds"] for name, each in ratios.items() if "seconds" in each}
 
 
 def _rounded(value: Any) -> Any:

@@ -40,7 +40,9 @@ def pairs_of(evaluation: Evaluation, name: str) -> list[Pair]:
     return pairs
 
 
-def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] = ()) -> dict[str, Any]:
+def compared(
+    learned: Result, other: Result, steps: int, pairs: Sequence[Pair] = (), timed: bool = True
+) -> dict[str, Any]:
     """Paired ratios of another method's losses over the learned one's.
 
     Args:
@@ -48,29 +50,33 @@ def compared(learned: Result, other: Result, steps: int, pairs: Sequence[Pair] =
         other: the other method's result on the same tasks.
         steps: the budget of both.
         pairs: both results for every meta-seed, if there are several.
+        timed: whether losses were measured often enough to tell those at equal seconds.
 
     Returns:
         `gauge`, the other's `moves_by`; `stacked`, whether both step all tasks at once; `gradient_evaluations`, a list
-        of `at`, `ratio`, `low`, `high` at the marks;
-        `seconds`, the same at the time when the faster of the two had spent its budget. With several meta-seeds also
-        `meta_seeds`: `gradient_evaluations` and `seconds` over all of them, as by `ratio_over_seeds`, each with the
-        ratio of the `worst` seed and its interval over tasks.
+        of `at`, `ratio`, `low`, `high` at the marks; `seconds`, where it is `timed`, the same at the time when the
+        faster of the two had spent its budget. With several meta-seeds also `meta_seeds`: `gradient_evaluations` and
+        `seconds` over all of them, as by `ratio_over_seeds`, each with the ratio of the `worst` seed and its interval
+        over tasks.
     """
-    seconds = _seconds([Pair(0, learned, other)])
     found: dict[str, Any] = {
         "gauge": other.moves_by,
         "stacked": other.stacked and learned.stacked,
         "gradient_evaluations": [
             {"at": place, **_ratio(_loss(other, place), _loss(learned, place))} for place in marks(steps)
         ],
-        "seconds": {"at": seconds, **_ratio(_loss_after(other, seconds), _loss_after(learned, seconds))},
     }
+    if timed:
+        seconds = _seconds([Pair(0, learned, other)])
+        found["seconds"] = {"at": seconds, **_ratio(_loss_after(other, seconds), _loss_after(learned, seconds))}
     if len(pairs) > 1:
-        seconds = _seconds(pairs)
-        found["meta_seeds"] = {
-            "gradient_evaluations": [{"at": place, **_over(pairs, _at(place))} for place in marks(steps)],
-            "seconds": {"at": seconds, **_over(pairs, lambda result: _loss_after(result, seconds))},
+        over: dict[str, Any] = {
+            "gradient_evaluations": [{"at": place, **_over(pairs, _at(place))} for place in marks(steps)]
         }
+        if timed:
+            seconds = _seconds(pairs)
+            over["seconds"] = {"at": seconds, **_over(pairs, lambda result: _loss_after(result, seconds))}
+        found["meta_seeds"] = over
     return found
 
 

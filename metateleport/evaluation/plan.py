@@ -201,6 +201,7 @@ class Bench:
             threads=threads,
             jobs=max(each.jobs for each in done),
             rules=plan.rules,
+            every=plan.every,
             kept=tuple(str(unit) for unit in self.units if any(each.kept for each in done if each.unit == unit)),
         )
 

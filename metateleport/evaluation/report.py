@@ -100,7 +100,9 @@ def against_of(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """
     mine = evaluation.results[name]
     others = {
-        other: compared(mine, result, evaluation.steps) for other, result in evaluation.results.items() if other != name
+        other: compared(mine, result, evaluation.steps, timed=evaluation.timed)
+        for other, result in evaluation.results.items()
+        if other != name
     }
     return {"method": name, "others": others}
 

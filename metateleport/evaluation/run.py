@@ -74,6 +74,10 @@ class SeedResults:
     results: dict[str, Result]
 
 
+LEAST_MEASURED = 20
+"""Measurements along a run that tell its loss at any time: between them a curve keeps the last one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Methods compared on the same held-out tasks.
@@ -95,6 +99,7 @@ class Evaluation:
         jobs: largest number of processes that shared the machine.
         kept: names of the runs that an earlier call made; their seconds are those measured then.
         rules: the rules that rivals were tuned by; None for those of `tune`.
+        every: gradient evaluations between two measurements of the losses.
     """
 
     family: str
@@ -112,6 +117,12 @@ class Evaluation:
     jobs: int = 1
     kept: tuple[str, ...] = ()
     rules: FairRules | None = None
+    every: int = 1
+
+    @property
+    def timed(self) -> bool:
+        """Whether losses were measured so often that those at equal seconds can be told."""
+        return LEAST_MEASURED * self.every <= self.steps or self.every == 1
 
 
 def evaluate(

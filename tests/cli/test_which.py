@@ -55,7 +55,10 @@ def asked(nets: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str
     return found
 
 
-def test_a_tiny_model_is_told_to_use_adamw(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_the_price_is_high_adamw_is_the_answer(
+    nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(which, "_DEAR", 0.0)
     found = asked(nets, "small", capsys)
     assert (found["use"], found["checkpoint"], found["parameters"]) == ("adamw", "default", 23)
     price = found["price"]

@@ -338,3 +338,18 @@ def test_each_heads_random_gauge_has_its_own_size() -> None:
     drawn = _SameGauges(sizes, torch.Generator().manual_seed(0))(gauges)
     assert [float(gauge.size) for gauge in drawn] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert len({tuple(gauge.element.flatten().tolist()) for gauge in drawn}) == 4
+
+
+def test_losses_that_were_measured_now_and_then_are_not_compared_at_equal_seconds() -> None:
+    seeds = [{"learned": result(1, "stays", seed=seed), "learned__teleport_off": result(2)} for seed in (0, 1)]
+    often = of_seeds(*seeds, adam=result(4))
+    rarely = dataclasses.replace(often, every=2)
+    for each, timed in ((often, True), (rarely, False)):
+        report = report_of(each, against="adam")
+        found = report["attribution"]["learned"]
+        pairs = [*found["against"].values(), *found["baselines"].values(), *report["against"]["others"].values()]
+        pairs += [pair["meta_seeds"] for pair in pairs if "meta_seeds" in pair]
+        assert len(pairs) > 4
+        assert all(("seconds" in pair) == timed for pair in pairs)
+        assert ("measured every 2 evaluations" in found["in_words"]) == (not timed)
+    assert found["in_words"].count("equal seconds") == 1

@@ -124,7 +124,9 @@ def _beside(entry: Entry) -> list[str]:
     rows = []
     for name, each in found["others"].items():
         cells = [ratio_cell(ratio) for ratio in each["gradient_evaluations"]]
-        timed = ratio_cell(each["seconds"]) if each.get("stacked", True) else "task by task"
+        # Losses that were measured now and then tell nothing of a time between.
+        known = ratio_cell(each["seconds"]) if "seconds" in each else "not measured"
+        timed = known if each.get("stacked", True) else "task by task"
         rows.append([called(name, entry.moves_by), *cells, timed])
     header = [f"{entry.measure} over that of {found['method']} at", *map(str, entry.marks), "at equal seconds"]
     return table(header, rows)
