@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "checked_state",
     "found_symmetries",
     "is_averaged",
+    "left_alone",
     "try_symmetries",
 ]
 
@@ -152,6 +154,24 @@ def check_fit(teleporter: Teleporter, symmetries: Sequence[Symmetry], given: boo
             + " a checkpoint that was trained on a model with the same activations (metateleport.symmetries_of(model) "
             "shows the groups), or another teleporter"
         )
+    left_out = [each for each in symmetries if each.group.name not in groups]
+    if left_out:
+        warnings.warn(left_alone("this teleporter", groups, left_out, len(symmetries)), stacklevel=3)
+
+
+def left_alone(called: str, groups: Sequence[str], symmetries: Sequence[Symmetry], count: int) -> str:
+    """What to say of symmetries that a learned teleporter or gauge has no networks for.
+
+    Args:
+        called: what has the networks.
+        groups: names of the groups that it has networks for.
+        symmetries: those of other groups, at least one.
+        count: number of all symmetries.
+    """
+    return (
+        f"{called} has networks for {_listed(groups)} and leaves {len(symmetries)} of {count} symmetries alone, the "
+        f"first one {symmetries[0]!r}: other checkpoints move along those, and symmetries= names the wanted ones"
+    )
 
 
 def check_matrices(symmetries: Sequence[Symmetry]) -> None:

@@ -16,7 +16,7 @@ from metateleport.detection.chain import symmetries_of
 from metateleport.gauges import factor_pairs, gauge_symmetries
 from metateleport.learned.factors import has_gauges
 from metateleport.learned.meta_optimizer import MetaOptimizer
-from metateleport.optim.checks import check_matrices
+from metateleport.optim.checks import check_matrices, left_alone
 from metateleport.optim.choice import DEFAULT
 from metateleport.symmetries import Pair, Symmetry, Unsuitable
 
@@ -136,7 +136,10 @@ def _check_given(symmetries: Sequence[Symmetry], model: nn.Module) -> None:
     named, modules = dict(model.named_parameters()), dict(model.named_modules())
     for symmetry in symmetries:
         if symmetry.buffers:
-            raise ValueError(f"{symmetry!r} moves a buffer, and an optimizer moves parameters: leave it out")
+            raise ValueError(
+                f"{symmetry!r} moves a buffer, and an optimizer moves parameters: leave it out "
+                "(exact_symmetries(model, example, buffers=False) finds none that do)"
+            )
         unknown = [name for name in symmetry.parameters if name not in named]
         unknown += [name for name in symmetry.modules if name not in modules]
         if unknown:
@@ -182,7 +185,8 @@ def say_what_fits(
     """
     own = {each.group.name for each in symmetries}
     reasons = []
-    if symmetries and not _serves(meta, symmetries):
+    unread = [each for each in symmetries if not _reads(meta, each)]
+    if symmetries and len(unread) == len(symmetries):
         reasons.append(
             f"it has networks for symmetries of {', '.join(meta.config.groups)}, and this model's are of "
             f"{', '.join(sorted(own))}: it steps without teleports and gauges"
@@ -212,17 +216,20 @@ def say_what_fits(
     if reasons:
         other = "" if called == repr(_FOR_ANY) else f". {_FOR_ANY!r} is made for any model, on minibatches"
         warnings.warn(f"{called} is not made for this: {'; '.join(reasons)}{other}", stacklevel=4)
+    if unread and len(unread) < len(symmetries):
+        text = left_alone(called, meta.config.groups, unread, len(symmetries))
+        warnings.warn(f"LearnedOptimizer: {text}", stacklevel=4)
 
 
-def _serves(meta: MetaOptimizer, symmetries: Sequence[Symmetry]) -> bool:
-    """Whether the networks serve the group of at least one symmetry; true if the checkpoint has no such networks."""
+def _reads(meta: MetaOptimizer, symmetry: Symmetry) -> bool:
+    """Whether networks serve the group of a symmetry; true if the checkpoint has none that would."""
     if meta.gauge is None and meta.teleporter is None:
         return True
     if meta.gauge is not None:
-        gauged = gauge_symmetries(symmetries, meta.config.linearised)
+        gauged = gauge_symmetries([symmetry], meta.config.linearised)
         if any(each.group.name in meta.gauge.networks for each in gauged):
             return True
     if meta.teleporter is None:
         return False
     groups = meta.teleporter.groups
-    return groups is None or any(each.group.name in groups for each in symmetries)
+    return groups is None or symmetry.group.name in groups

@@ -94,6 +94,27 @@ def test_networks_for_a_rescaling(config: dict[str, Any], served: bool) -> None:
     assert ("it has networks for symmetries of" in "".join(text)) == (not served)
 
 
+def test_symmetries_without_a_network_are_named_once() -> None:
+    class Mixed(nn.Module):
+        """Two linear layers that follow one another, and a ReLU behind them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model, x = Mixed(), torch.ones(5, 3)
+    (text,) = said(lambda: mt.LearnedOptimizer(model, "digits", example_input=x))
+    assert "leaves 1 of 2 symmetries alone, the first one LinearPair" in text
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    (text,) = said(lambda: mt.TeleportingOptimizer(inner, model, mt.load("digits"), example_input=x))
+    assert "leaves 1 of 2 symmetries alone, the first one LinearPair" in text
+    assert said(lambda: mt.LearnedOptimizer(model, "digits", [mt.Rescaling(model, "net.1", "net.3")])) == []
+    assert said(lambda: mt.LearnedOptimizer(model, "default", example_input=x)) == []
+
+
 # --- symmetries ------------------------------------------------------------------------------------------------------
 
 
