@@ -235,9 +235,12 @@ class MetaOptimizer(nn.Module):
             gauges = regauge(gauges)
         given = moved
         if spend and stand_in is None:
-            # A rule may let go of the gradients once it has made use of them, and nobody else holds carried ones.
+            # A rule may let go of the gradients once it has made use of them, and nobody else holds carried ones, nor
+            # what was carried of the pass.
             given = dataclasses.replace(moved, gradients=dict(moved.gradients))
-            moved = moved if moved is start else moved.replace(gradients={})
+            if not (self.rule.reads_pass or gauges):
+                given = dataclasses.replace(given, activations={}, cotangents={})
+            moved = moved if moved is start else moved.replace(gradients={}, activations={}, cotangents={})
         parameters, rule_state = self.rule.step(given, symmetries, progress, rule_state, gauges, spend)
         parameters, moves_on = _where_finite(parameters, base, usable)
         if stand_in is not None and not loss_fits:

@@ -132,6 +132,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
 
     name = "learned"
     needs_gradient = True
+    keeps_points = False
 
     def __init__(
         self,

@@ -16,7 +16,9 @@ from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope
 from metateleport.symmetries.certificate import Certificate
 
-__all__ = ["Carried", "Pair", "Symmetry", "Unsuitable"]
+__all__ = ["Carried", "Kind", "Pair", "Symmetry", "Unsuitable"]
+
+Kind = Literal["vectors", "covectors", "squares"]
 
 
 class Carried(NamedTuple):
@@ -66,9 +68,12 @@ class Symmetry(abc.ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         own = vars(cls)
-        if "reads_place" not in own and ("carry_covectors" in own or "carry_squares" in own):
-            # What a base class says of its own carrying says nothing of another one.
+        carries = {"act", "carry_covectors", "carry_vectors", "carry_squares"} & own.keys()
+        # What a base class says of its own carrying says nothing of another one.
+        if "reads_place" not in own and carries & {"carry_covectors", "carry_squares"}:
             cls.reads_place = True
+        if "multipliers" not in own and carries:
+            cls.multipliers = Symmetry.multipliers  # type: ignore[method-assign]
 
     @property
     def dimension(self) -> int:
@@ -171,6 +176,20 @@ class Symmetry(abc.ABC):
         own = {name: vectors.get(name, torch.zeros_like(point.parameters[name])) for name in self.parameters}
         moved = self.act(element, Point(own, loss=point.loss)).parameters
         return {name: moved[name] for name in self.parameters if name in vectors}
+
+    def multipliers(self, element: Tensor, kind: Kind) -> dict[str, Tensor] | None:
+        """What an action that scales entries multiplies its parameters by, so that their owner may do it in place.
+
+        Where there are any, `act` makes new tensors, and leaves alone what the point lacks.
+
+        Args:
+            element: group elements, `(*batch, *group.shape)`.
+            kind: whether parameters are to be moved, as `"vectors"`, or covectors or squares of them.
+
+        Returns:
+            By parameter name, shaped so that it multiplies the parameter; None where the action does more than that.
+        """
+        return None
 
     def preconditioned(
         self, element: Tensor, inverse: Tensor, covectors: Mapping[str, Tensor], point: Point

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metateleport.groups import PositiveDiagonal
 from metateleport.point import Point
-from metateleport.symmetries.base import Carried, Pair
+from metateleport.symmetries.base import Carried, Kind, Pair
 
 __all__ = ["Rescaling"]
 
@@ -70,20 +70,21 @@ class Rescaling(Pair):
     def carry_squares(self, element: Tensor, squares: Mapping[str, Tensor], point: Point) -> Carried:
         return Carried(self._scale(element.square().reciprocal(), element.square(), squares), exact=True)
 
+    def multipliers(self, element: Tensor, kind: Kind) -> dict[str, Tensor]:
+        powers = element.square() if kind == "squares" else element
+        inverse = powers.reciprocal()
+        sides = (powers, inverse) if kind == "vectors" else (inverse, powers)
+        return {name: self._multiplier(name, *sides) for name in self.parameters}
+
     def _scale(self, into_first: Tensor, into_second: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scales the first layer's rows and bias by one diagonal, the second layer's columns by the other."""
-        scaled = {}
-        for name in self.parameters:
-            if name not in tensors:
-                continue
-            if name == self.second_weight:
-                scale = _spread(self._repeat(into_second), self._second_ndim - 2).unsqueeze(-self._second_ndim)
-            elif name == self.first_weight:
-                scale = _spread(into_first, self._first_ndim - 1)
-            else:
-                scale = into_first
-            scaled[name] = tensors[name] * scale
-        return scaled
+        known = [name for name in self.parameters if name in tensors]
+        return {name: tensors[name] * self._multiplier(name, into_first, into_second) for name in known}
+
+    def _multiplier(self, name: str, into_first: Tensor, into_second: Tensor) -> Tensor:
+        if name == self.second_weight:
+            return _spread(self._repeat(into_second), self._second_ndim - 2).unsqueeze(-self._second_ndim)
+        return _spread(into_first, self._first_ndim - 1) if name == self.first_weight else into_first
 
     def _repeat(self, diagonal: Tensor) -> Tensor:
         return diagonal.repeat_interleave(self._repeats, -1) if self._repeats > 1 else diagonal

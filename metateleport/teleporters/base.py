@@ -102,6 +102,15 @@ class Teleporter:
     """Whether it moves along symmetries; if not, symmetries are ignored."""
     keeps: Literal["outputs", "loss"] = "outputs"
     """What a teleport leaves unchanged; the bound on the drift applies to it."""
+    keeps_points: bool = True
+    """Whether it may hold on to a point that it has seen; if not, a later symmetry may move it in its own memory."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        own = vars(cls)
+        if "keeps_points" not in own and {"choose", "generator", "gain"} & own.keys():
+            # What a base class says of its own choosing says nothing of another one.
+            cls.keeps_points = True
 
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
         self.trust_region = trust_region or TrustRegion()
@@ -160,10 +169,11 @@ class Teleporter:
     ) -> tuple[Point, list[Move], Any]:
         """Moves a point; arguments and results as in the function `travel`, which checks them first."""
         moves = []
+        own: frozenset[str] = frozenset()
         for symmetry in reversed(symmetries):
             start = point
             proposed, state = self.choose(symmetry, start, state)
-            point, move = _carry_out(self, symmetry, start, proposed, allowed)
+            point, move, own = _carry_out(self, symmetry, start, proposed, allowed, own)
             moves.append(move)
         return point, moves, state
 
@@ -225,8 +235,21 @@ def travel(
 
 
 def _carry_out(
-    teleporter: Teleporter, symmetry: Symmetry, start: Point, proposed: Tensor | Chosen, allowed: Tensor | None
-) -> tuple[Point, Move]:
+    teleporter: Teleporter,
+    symmetry: Symmetry,
+    start: Point,
+    proposed: Tensor | Chosen,
+    allowed: Tensor | None,
+    own: frozenset[str],
+) -> tuple[Point, Move, frozenset[str]]:
+    """Moves a point along one symmetry.
+
+    Args:
+        own: names of the parameters whose tensors in `start` were made in this teleport, and that nobody else holds.
+
+    Returns:
+        The moved point, the move, and `own` of the moved point.
+    """
     group, region = symmetry.group, teleporter.trust_region
     size = proposed.size if isinstance(proposed, Chosen) else group.norm(proposed.detach())
     exact = symmetry.exactness == "exact"
@@ -274,16 +297,48 @@ def _carry_out(
     cost = moved.to(size.dtype) * arriving + choosing
     if not possible(moved):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
-        return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures)
+        return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures), own
     if not whole:
         element = _element_where(accepted, group, proposed)
-    arrived = symmetry.act(element, start)
-    if not certain(moved):
-        arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
+    if certain(moved):
+        arrived, own = _acted(teleporter, symmetry, element, start, own)
+    else:
+        arrived = symmetry.act(element, start).choose(moved, start).replace(pullback=start.pullback)
+        own = frozenset()
     gain = teleporter.gain(start, arrived)
     if gain is not None:
         failures = add_failure(failures, NO_GAIN, gainless(gain, moved))
-    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, gain, failures)
+    size = torch.where(moved, size, zero)
+    return arrived, Move(symmetry, element, size, ~accepted, cost, reason, gain, failures), own
+
+
+def _acted(
+    teleporter: Teleporter, symmetry: Symmetry, element: Tensor, start: Point, own: frozenset[str]
+) -> tuple[Point, frozenset[str]]:
+    """What an element moves a point to, in the memory of what is `own`, and what is then; as in `_carry_out`."""
+    free = not (teleporter.keeps_points or torch.is_grad_enabled())
+    moving = symmetry.multipliers(element, "vectors") if free else None
+    if moving is None:
+        return symmetry.act(element, start), frozenset()
+    owned = own.union(symmetry.parameters)
+    moving = {name: value for name, value in moving.items() if name in own and name in start.parameters}
+    if not moving:
+        return symmetry.act(element, start), owned
+    covectors = symmetry.multipliers(element, "covectors")
+    assert covectors is not None
+    others, on_others = (
+        {name: value for name, value in tensors.items() if name not in moving}
+        for tensors in (start.parameters, start.gradients)
+    )
+    rest = symmetry.act(element, start.replace(parameters=others, gradients=on_others))
+    parameters = {name: start.parameters[name].mul_(value) for name, value in moving.items()}
+    gradients = {name: start.gradients[name].mul_(covectors[name]) for name in moving if name in start.gradients}
+    # In the order of the start, which rules go by.
+    arrived = rest.replace(
+        parameters={**start.parameters, **rest.parameters, **parameters},
+        gradients={**start.gradients, **rest.gradients, **gradients},
+    )
+    return arrived, owned
 
 
 def reasons(refusals: Sequence[tuple[str, Tensor]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -39,6 +40,26 @@ def test_counts_and_seconds_of_every_method(
     assert measured["cases"]["digits"]["bytes_per_parameter"] == pytest.approx(8, rel=0.4)
     assert measured["cases"]["digits-without-symmetries"]["factorisations"] == 0
     assert capsys.readouterr().out.count("\n") == 2 + len(names)
+
+
+def test_the_memory_of_a_step_that_teleports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, moments and gradients, two more of the weights, and the work on one tensor at a time."""
+    from benchmarks import _step_models, steps
+
+    def few_samples() -> _step_models.Problem:
+        problem = _step_models.perceptron(512, 4)
+        return dataclasses.replace(problem, inputs=problem.inputs[:32], targets=problem.targets[:32])
+
+    monkeypatch.setitem(steps.MODELS, "mlp-10M", few_samples)
+    monkeypatch.setattr("metateleport.linalg.multiplies_halves", lambda _: True)
+    # As of larger matrices each has its polar factor made by itself.
+    monkeypatch.setattr("metateleport.linalg._CHUNK", 1)
+    monkeypatch.setattr(steps, "_WARM_UP", 2)
+    case = steps._Case("digits", "mlp-10M")
+    case.warm_up()
+    assert len(case.optimizer.last_step.moves) == 4
+    # With only one of two moments, or of weights and gradients, carried in new memory it is 6.8 to 7.
+    assert 6 < case.peak / sum(value.nbytes for value in case.problem.model.parameters()) < 6.75
 
 
 def test_rounds_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from symmetry_cases import LEARNED, Case, case
@@ -12,6 +14,7 @@ from metateleport.capture import point_of
 from metateleport.groups import GeneralLinear, Orthogonal
 from metateleport.learned import LearnedTeleporter
 from metateleport.learned.teleporter import BASIS
+from metateleport.point import Point
 from metateleport.teleporters import TrustRegion, travel
 
 
@@ -145,6 +148,65 @@ def test_weights_keep_their_dtype() -> None:
         report = mt.teleport(model, chosen, torch.ones(5, 4, dtype=theirs), loss=lambda y: y.square().sum())
         assert report.size > 0
         assert model[0].weight.dtype == theirs
+
+
+@pytest.mark.parametrize("name", ["chain of rescalings", "rescaling, convolutions", "gated", "rescaling"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_teleport_moves_in_its_own_memory_what_nobody_else_holds(
+    name: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, chosen = case(name).problem(), teleporter()
+    symmetries = [*problem.symmetries, *problem.symmetries]
+    start = problem.point()
+    before = start.map(torch.clone)
+    expected, moves, _ = travel(chosen, start, symmetries)
+    seen: list[Point] = []
+    choose = LearnedTeleporter.choose
+
+    def noted(self: LearnedTeleporter, symmetry: mt.Symmetry, point: Point, state: Any) -> Any:
+        seen.append(point)
+        return choose(self, symmetry, point, state)
+
+    monkeypatch.setattr(LearnedTeleporter, "choose", noted)
+    monkeypatch.setattr(LearnedTeleporter, "keeps_points", kept)
+    with torch.no_grad():
+        arrived, again, _ = travel(chosen, start, symmetries)
+    assert all(bool(move.size > 0) for move in moves)
+    for ours, theirs in zip(again, moves, strict=True):
+        assert torch.equal(ours.element, theirs.element)
+    for field in ("parameters", "gradients", "activations", "cotangents"):
+        given, was = getattr(start, field), getattr(before, field)
+        assert all(torch.equal(given[each], value) for each, value in was.items())
+        found, wanted = getattr(arrived, field), getattr(expected, field)
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[each], value) for each, value in wanted.items())
+    weight = symmetries[0].parameters[0]
+    there, last = (point.parameters[weight] for point in (seen[len(symmetries) // 2], arrived))
+    reused = there.data_ptr() == last.data_ptr()
+    assert reused == (not kept and isinstance(symmetries[0], mt.Rescaling))
+
+
+def test_a_task_that_is_not_moved_stays_where_it_was_seen() -> None:
+    problem, chosen = case("chain of rescalings").problem(), teleporter()
+    start = problem.point().map(lambda value: torch.stack([value, 2 * value]))
+    allowed = torch.tensor([True, False])
+    with torch.no_grad():
+        arrived, _, _ = travel(chosen, start, [*problem.symmetries, *problem.symmetries], allowed=allowed)
+    for name in {name for symmetry in problem.symmetries for name in symmetry.parameters}:
+        value = start.parameters[name]
+        assert torch.equal(arrived.parameters[name][1], value[1])
+        assert not torch.equal(arrived.parameters[name][0], value[0])
+
+
+def test_a_subclass_that_chooses_otherwise_may_keep_points() -> None:
+    class Own(LearnedTeleporter):
+        def gain(self, start: Point, arrived: Point) -> Tensor | None:
+            return None
+
+    class Named(LearnedTeleporter):
+        name = "named"
+
+    assert (LearnedTeleporter.keeps_points, Own.keeps_points, Named.keeps_points) == (False, True, False)
 
 
 def test_refusals() -> None:

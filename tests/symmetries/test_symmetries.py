@@ -55,6 +55,50 @@ def test_identity_leaves_the_point_alone(case: Case) -> None:
             assert same.parameters[name] is point.parameters[name]
 
 
+@every_case
+@pytest.mark.parametrize("tasks", [0, TASKS])
+def test_multipliers_move_as_the_action_does(case: Case, tasks: int) -> None:
+    problem = case.problem()
+    point = problem.point()
+    if tasks:
+        point = point.map(lambda value: torch.stack([(1 + task) * value for task in range(tasks)]))
+    for symmetry in problem.symmetries:
+        element = symmetry.group.random(*(tasks,) * bool(tasks), size=0.5, seed=1, dtype=torch.float64)
+        factors = symmetry.multipliers(element, "vectors")
+        assert (factors is not None) == isinstance(symmetry, mt.Rescaling)
+        if factors is None:
+            assert symmetry.multipliers(element, "squares") is None
+            continue
+        arrived, squares = symmetry.act(element, point), point.gradients
+        on, on_squares = symmetry.multipliers(element, "covectors"), symmetry.multipliers(element, "squares")
+        assert on is not None
+        assert on_squares is not None
+        moved_squares = symmetry.carry_squares(element, squares, point).tensors
+        assert set(factors) == set(on) == set(on_squares) == set(symmetry.parameters)
+        for name in symmetry.parameters:
+            assert torch.equal(point.parameters[name] * factors[name], arrived.parameters[name])
+            assert torch.equal(point.gradients[name] * on[name], arrived.gradients[name])
+            assert torch.equal(squares[name] * on_squares[name], moved_squares[name])
+            assert arrived.parameters[name] is not point.parameters[name]
+        rest = symmetry.act(element, point.replace(parameters={}, gradients={}))
+        assert not rest.parameters
+        assert all(torch.equal(rest.activations[name], value) for name, value in arrived.activations.items())
+
+
+def test_a_subclass_that_acts_otherwise_has_no_multipliers() -> None:
+    class Own(mt.Rescaling):
+        def act(self, element: Tensor, point: Point) -> Point:
+            return super().act(element, point)
+
+    class Named(mt.Rescaling):
+        kind = "named"
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    element = torch.ones(3)
+    assert Own(model, "0", "2").multipliers(element, "vectors") is None
+    assert Named(model, "0", "2").multipliers(element, "vectors") is not None
+
+
 @pytest.mark.parametrize("case", [each for each in CASES if each.group_law], ids=str)
 def test_the_way_back_returns_the_weights(case: Case) -> None:
     problem = case.problem()

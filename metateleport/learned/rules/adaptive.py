@@ -156,6 +156,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     per_tensor: ClassVar[tuple[str, ...]] = ("cells", "momentum", "squares", "weights", "recent", "seen")
     void_on_growth: ClassVar[tuple[str, ...]] = ("scale",)
+    reads_pass: ClassVar[bool] = False
     constants: ClassVar[tuple[str, ...]] = ()
     """Entries of the state, by tensor, that no step changes."""
 

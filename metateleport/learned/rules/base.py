@@ -18,6 +18,7 @@ from metateleport.linalg import fit
 from metateleport.point import Point, Tensors
 from metateleport.settings import POSITIVE, Settings, SettingsError, setting
 from metateleport.symmetries import Symmetry
+from metateleport.symmetries.base import Kind
 from metateleport.teleporters import Move, Teleporter
 
 __all__ = [
@@ -54,6 +55,8 @@ class UpdateRule(abc.ABC):
     divides_by_loss: ClassVar[bool] = False
     reads_factors: ClassVar[bool] = False
     """Whether it steps the factors of exact symmetries in gauges; it asks for their weights and for no pass."""
+    reads_pass: ClassVar[bool] = True
+    """Whether steps without gauges may read the point's activations and cotangents."""
     per_tensor: ClassVar[tuple[str, ...]] = ()
     void_on_change: ClassVar[tuple[str, ...]] = ()
     void_on_growth: ClassVar[tuple[str, ...]] = ()
@@ -248,9 +251,16 @@ def carried_moments(
 ) -> dict[str, Any]:
     """Momentum and second moments carried along with a teleport; with `spend` in place."""
     moments = {key: dict(state[key]) for key in ("momentum", "squares")}
+    kinds: tuple[tuple[str, Kind], ...] = (("momentum", "covectors"), ("squares", "squares"))
     for move in moves:
-        element = move.element.detach() if detach else move.element
-        for key, carry in (("momentum", move.symmetry.carry_covectors), ("squares", move.symmetry.carry_squares)):
+        element, symmetry = (move.element.detach() if detach else move.element), move.symmetry
+        for key, kind in kinds:
+            multipliers = symmetry.multipliers(element, kind) if spend else None
+            if multipliers is not None:
+                for name in multipliers.keys() & moments[key].keys():
+                    moments[key][name].mul_(multipliers[name])
+                continue
+            carry = symmetry.carry_covectors if kind == "covectors" else symmetry.carry_squares
             carried = dict(carry(element, moments[key], point).tensors)
             if not spend:
                 moments[key].update(carried)

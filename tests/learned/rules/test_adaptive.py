@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -411,8 +412,17 @@ def test_what_may_be_spent_is_let_go_of_and_the_given_point_stays() -> None:
         assert torch.allclose(found[0][name], found[1][name], rtol=1e-9)
     for mode in ("update", "update+tele"):
         meta = meta_optimizer(mode)
-        with torch.no_grad():
+        step, given = meta.rule.step, []
+
+        def noted(point: Point, *others: Any) -> Any:
+            given.append(point)  # noqa: B023
+            return step(point, *others)  # noqa: B023
+
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(meta.rule, "step", noted)
             taken = meta.step(point, model.symmetries, meta.initial_state(point, model.symmetries), spend=True)
+        assert point.activations
+        assert not given[0].activations
         assert bool(taken.moves) == (mode == "update+tele")
         assert set(point.gradients) == names
         assert taken.state.accepted is not None
