@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
     "rms",
     "side_by_side",
     "squarable",
+    "surely_finite",
     "symmetric_log",
     "symmetric_spectrum",
     "without_autocast",
@@ -666,6 +668,32 @@ def all_finite(tensors: Iterable[Tensor], batch: int = 1) -> Tensor:
     if certain(sums):
         return sums
     return torch.stack([value.isfinite().reshape(*value.shape[:batch], -1).all(-1) for value in kept]).all(0)
+
+
+def surely_finite(tensors: Sequence[Tensor], squares: bool = False) -> bool:
+    """Whether a quick look shows that all entries are finite: that of small tensors of one task on a CPU.
+
+    Args:
+        tensors: `(tasks, ...)` each, at least one.
+        squares: whether their squares are asked for too, as by `squarable`.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     [surely_finite([torch.ones(tasks, 2)] * 2) for tasks in (1, 2)]
+        [True, False]
+    """
+    if not _one_small(tensors):
+        return False
+    whole = side_by_side(tensors)
+    size = float(torch.linalg.vector_norm(whole)) if squares else float(whole.sum())
+    return size < _largest(whole.dtype) if squares else math.isfinite(size)
+
+
+def _one_small(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are those of one task on a CPU, and so small that one call serves all of them."""
+    first = tensors[0]
+    alone = first.shape[0] == 1 and first.device.type == "cpu" and not torch.is_grad_enabled()
+    return alone and Blocks.of(tensors, free=True).joined
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:

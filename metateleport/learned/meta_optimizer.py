@@ -15,7 +15,7 @@ from metateleport.learned.gauge import LearnedGauge
 from metateleport.learned.progress import Progress
 from metateleport.learned.rules.base import UpdateRule
 from metateleport.learned.stand_in import StandIn
-from metateleport.linalg import all_finite, certain, squarable
+from metateleport.linalg import all_finite, certain, squarable, surely_finite
 from metateleport.point import Point, Tensors
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, NoTeleport, Teleporter, travel
@@ -387,6 +387,8 @@ def _emptied(point: Point, mask: Tensor) -> Point:
 
 def _where_finite(parameters: Tensors, base: Point, usable: Tensor) -> tuple[Tensors, Tensor]:
     """The new parameters of each task that is usable and whose parameters are finite, the others stay; and where."""
+    if surely_finite(list(parameters.values())) and certain(usable):
+        return parameters, usable
     finite = usable & all_finite(parameters.values(), usable.ndim)
     if certain(finite):
         return parameters, finite

@@ -20,7 +20,7 @@ from metateleport.learned.meta_optimizer import InnerLoop, MetaOptimizer, MetaSt
 from metateleport.learned.refresh import Refresh
 from metateleport.learned.stand_in import StandIn
 from metateleport.learned.teleporter import LearnedTeleporter
-from metateleport.linalg import squarable, without_autocast
+from metateleport.linalg import squarable, surely_finite, without_autocast
 from metateleport.optim.checks import is_averaged
 from metateleport.optim.choice import choose
 from metateleport.optim.closure import evaluated
@@ -734,7 +734,6 @@ def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(told: Tensor | None, gradients: Tensors) -> bool:
-    finite = squarable(gradients.values()).all()
-    if told is not None:
-        finite = finite & told.to(next(iter(gradients.values()))).isfinite()
-    return bool(finite)
+    values = list(gradients.values())
+    finite = surely_finite(values, squares=True) or bool(squarable(values).all())
+    return finite and (told is None or bool(told.to(values[0]).isfinite()))

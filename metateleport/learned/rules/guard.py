@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,12 +108,12 @@ def verdict(state: Mapping[str, Any], ended: Any, plain: Any, known: Any, tiny: 
         plain: slope along AdamW's step there.
         known: where there was a last step, and it was not taken back.
         tiny: smallest number that is reckoned with.
-        xp: `torch` or `numpy`.
+        xp: has `where`, `clip`, `minimum` and `logical_not`: `torch`, or `OfNumbers`.
     """
     before, trust, most = state["behind"], state["trust"], state["most"]
     now = (plain - ended) / xp.clip(abs(state["begun"]) + abs(ended), tiny, None)
     behind = xp.where(known, now + (before - now) * _MEMORY, before)
-    fails = ~(behind >= -_ALLOWED)
+    fails = xp.logical_not(behind >= -_ALLOWED)
     limit = xp.where(fails, trust * _GIVES, xp.clip(most * _COMES_BACK, None, 1.0))
     # What was seen of longer steps is only half of the evidence against shorter ones.
     behind = xp.where(fails, behind / 2, behind)
@@ -121,6 +122,23 @@ def verdict(state: Mapping[str, Any], ended: Any, plain: Any, known: Any, tiny: 
         xp.where(known, limit, most),
         xp.where(known, behind, before),
     )
+
+
+class OfNumbers:
+    """What `verdict` asks of `torch`, for Python's numbers."""
+
+    minimum = staticmethod(min)
+    logical_not = staticmethod(operator.not_)
+
+    @staticmethod
+    def where(condition: bool, one: float, other: float) -> float:
+        return one if condition else other
+
+    @staticmethod
+    def clip(value: float, least: float | None, most: float | None) -> float:
+        if least is not None:
+            value = max(value, least)
+        return value if most is None else min(value, most)
 
 
 def giving_way(trust: Any, factors: Any, lengths: Any, plain: Any) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from metateleport.learned.rules.guard import (
     GUARD_SAMPLES,
     JUDGED,
     PLAIN_RATE,
+    OfNumbers,
     giving_way,
     places_of,
     verdict,
@@ -123,9 +124,15 @@ class Mixture(NamedTuple):
         return Mixture(*(each if each is None else each.numpy()[:, 0] for each in self))
 
 
+def at_least(values: Any, bound: float, xp: Any) -> Any:
+    """The values, or the bound where they are below it."""
+    # numpy.clip takes ten times as long on a few numbers.
+    return np.maximum(values, bound) if xp is np else values.clamp_min(bound)
+
+
 def age(seen: Any, memory: float, xp: Any) -> Any:
     """The weight of all gradients seen in a running mean that started at zero."""
-    return 1 - memory ** xp.clip(seen, 1.0, None)
+    return 1 - memory ** at_least(seen, 1.0, xp)
 
 
 def run_length(total: int, left: float, annealing: Any) -> Any:
@@ -153,7 +160,7 @@ def scaled(
         xp: `torch` or `numpy`.
     """
     seen, recent, weights = numbers
-    known = xp.clip(weights, 1e-6, None)
+    known = at_least(weights, 1e-6, xp)
     loud = xp.sqrt(recent / age(seen, RECENT_MEMORY, xp) + tiny)
     adaptive = sizes * xp.sqrt(age(seen, SQUARES_MEMORY, xp)) / known
     return mixture.lengths * adaptive**mixture.calms * (speeds / known / loud) ** (1 - mixture.calms)
@@ -173,7 +180,8 @@ def loudness(levels: Any, of_weights: Any, eps: float, tiny: float, xp: Any) -> 
         tiny: smallest number that is reckoned with.
         xp: `torch` or `numpy`.
     """
-    return xp.clip(levels / xp.clip(_ROUNDINGS * eps * of_weights, tiny, None) - 1, 0.0, 1.0)
+    above = levels / at_least(_ROUNDINGS * eps * of_weights, tiny, xp) - 1
+    return np.minimum(np.maximum(above, 0.0), 1.0) if xp is np else above.clamp(0.0, 1.0)
 
 
 def owners(names: Sequence[str]) -> list[int]:
@@ -352,7 +360,7 @@ class Ledger:
             lengths = lengths * loud * scale(mixture.annealing)
             factors, lengths = -lengths * mixture.shares[:, 0] / sizes, -lengths[:, None] * mixture.shares
             if self.guarded:
-                plain = PLAIN_RATE * left * loud * np.sqrt(young) / np.clip(weights, 1e-6, None)
+                plain = PLAIN_RATE * left * loud * np.sqrt(young) / at_least(weights, 1e-6, np)
                 self._array("plain")[:] = step[self._places] * np.repeat(-plain, self._samples)
                 factors, lengths = giving_way(np.asarray(judged["trust"]), factors, lengths, plain)
             step *= self._spread(factors)
@@ -361,9 +369,9 @@ class Ledger:
             if self.guarded:
                 last = self._array("taken")
                 last[:] = step[self._places]
-                judged["begun"] = np.dot(now[self._places] * self._weights, last)
+                judged["begun"] = float(np.dot(now[self._places] * self._weights, last))
         views = {key: dict(own) for key, own in self._views.items()}
-        found = {key: torch.tensor([float(value)], dtype=self.dtype) for key, value in judged.items()}
+        found = dict(zip(judged, torch.tensor([*judged.values()], dtype=self.dtype).reshape(-1, 1), strict=True))
         return dict(zip(self.names, self.blocks.parts([here]), strict=True)), {**remembered, **views, **found}
 
     def _spread(self, factors: Any) -> Any:
@@ -375,7 +383,7 @@ class Ledger:
         weighed = now[self._places] * self._weights
         ended, plain = (float(np.dot(weighed, self._array(key))) for key in GUARD_SAMPLES)
         known = bool(taken) and before["begun"] != 0
-        return dict(zip(JUDGED, verdict(before, ended, plain, known, tiny, np), strict=True))
+        return dict(zip(JUDGED, verdict(before, ended, plain, known, tiny, OfNumbers), strict=True))
 
     def _add_polar(self, lengths: Any, speeds: Any, tiny: float) -> None:
         """Adds the polar factors' share to the step of the matrices among the tensors."""
