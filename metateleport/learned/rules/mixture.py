@@ -333,7 +333,8 @@ class Ledger:
         velocity, squares = self._array("momentum"), self._array("squares")
         seen, recent, weights = (self._array(key) for key in NUMBERS)
         with np.errstate(all="ignore"):
-            judged = self._judged(state, now, taken, tiny) if self.guarded else {}
+            weighed = now[self._places] * self._weights if self.guarded else None
+            judged = {} if weighed is None else self._judged(state, weighed, taken, tiny)
             seen += taken
             work = np.square(now, out=self._work.numpy()[0])
             powers = self._means(work)
@@ -369,18 +370,18 @@ class Ledger:
             if self.guarded:
                 last = self._array("taken")
                 last[:] = step[self._places]
-                judged["begun"] = float(np.dot(now[self._places] * self._weights, last))
+                judged["begun"] = float(np.dot(weighed, last))
         views = {key: dict(own) for key, own in self._views.items()}
-        found = dict(zip(judged, torch.tensor([*judged.values()], dtype=self.dtype).reshape(-1, 1), strict=True))
+        said = torch.from_numpy(np.array([*judged.values()], velocity.dtype))
+        found = dict(zip(judged, said.split(1) if judged else (), strict=True))
         return dict(zip(self.names, self.blocks.parts([here]), strict=True)), {**remembered, **views, **found}
 
     def _spread(self, factors: Any) -> Any:
         return np.repeat(factors.astype(self._array("squares").dtype, copy=False), self.counts)
 
-    def _judged(self, state: Mapping[str, Any], now: Any, taken: float, tiny: float) -> dict[str, Any]:
-        """`guard.judged`."""
+    def _judged(self, state: Mapping[str, Any], weighed: Any, taken: float, tiny: float) -> dict[str, Any]:
+        """`guard.judged`, given a sample of the gradients, each entry times the number of those it stands for."""
         before = {key: float(state[key]) for key in GUARD_NUMBERS}
-        weighed = now[self._places] * self._weights
         ended, plain = (float(np.dot(weighed, self._array(key))) for key in GUARD_SAMPLES)
         known = bool(taken) and before["begun"] != 0
         return dict(zip(JUDGED, verdict(before, ended, plain, known, tiny, OfNumbers), strict=True))
