@@ -333,7 +333,7 @@ class Ledger:
         velocity, squares = self._array("momentum"), self._array("squares")
         seen, recent, weights = (self._array(key) for key in NUMBERS)
         with np.errstate(all="ignore"):
-            weighed = now[self._places] * self._weights if self.guarded else None
+            weighed: Any = now[self._places] * self._weights if self.guarded else None
             judged = {} if weighed is None else self._judged(state, weighed, taken, tiny)
             seen += taken
             work = np.square(now, out=self._work.numpy()[0])
