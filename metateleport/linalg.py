@@ -48,8 +48,11 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 POLAR_STEPS = 5
 _LONG_STEPS = (2, 2, 1)
 """Steps that long matrices take between two Gram matrices."""
-_HALVES = 128
+_HALVES = 64
 """Matrices of fewer rows are multiplied in float32: converting them to bfloat16 costs more than it saves."""
+
+_FEW = 128
+"""Matrices of fewer rows share calls with others of about their size; of more, calls cost little."""
 
 _LONG, _LONG_FROM = 4, 64
 """Matrices of so many rows, and so many times as many columns, are not multiplied at every step: their Gram matrices
@@ -386,7 +389,7 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
         >>> list(alike({"a": large, "b": torch.ones(1, 3, 2), "c": large, "d": torch.ones(1, 2, 4)}))
         [['b', 'd'], ['a', 'c']]
     """
-    few = [name for name, value in tensors.items() if _flat(value)[0] < _HALVES]
+    few = [name for name, value in tensors.items() if _flat(value)[0] < _FEW]
     sides = [_flat(tensors[name]) for name in few]
     same = len({(tensors[name].shape[0], tensors[name].dtype, tensors[name].device) for name in few}) == 1
     together = same and len(few) * tensors[few[0]].shape[0] * _most(sides, 0) * _most(sides, 1) <= _SMALL
