@@ -387,9 +387,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         known = {id(value): name for name, value in own.items()}
         named: dict[str, Tensor] = {}
         for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or places(group["params"], number)
-            for name, value in zip(names, group["params"], strict=True):
-                named[known.get(id(value), name)] = value
+            own_names: list[Any] = [known.get(id(value)) for value in group["params"]]
+            if None in own_names:
+                others = group.get("param_names") or places(group["params"], number)
+                own_names = [name or other for name, other in zip(own_names, others, strict=True)]
+            named.update(zip(own_names, group["params"], strict=True))
         return named
 
     def _parameters(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -433,6 +435,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _say_what_is_new(self, whole: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
         """Warns of parameters that the model got after the optimizer was made: they are not trained."""
+        if len(whole) == len(named):
+            return
         held = {id(value) for value in named.values()}
         new = [name for name, value in whole.items() if id(value) not in held and value.grad is not None]
         if new:
