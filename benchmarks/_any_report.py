@@ -103,6 +103,22 @@ def _interval(ratios: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return math.exp(low), math.exp(float(logs.mean())), math.exp(high)
 
 
+def _factors_together(report: Mapping[str, Any], known: Sequence[str], factors: Sequence[str]) -> list[str]:
+    """The loss with each factor lr over that at one, over all tasks on which all factors were run."""
+    name = report["checkpoint"]
+    tasks = [task for task in known if all(_of(report, task, each) for each in factors)]
+    if not tasks:
+        return []
+    said = []
+    for each in factors:
+        if each != name:
+            pairs = [(_of(report, task, each), _of(report, task, name)) for task in tasks]
+            ratios = [[_last(one) / _last(other) for one, other in zip(*pair, strict=False)] for pair in pairs]
+            low, middle, high = _interval(ratios)
+            said.append(f"{each.removeprefix(f'{name}, lr=')} {middle:.2f} [{low:.2f}, {high:.2f}]")
+    return [f"loss with a factor lr over that at 1, geometric means over {len(tasks)} tasks: {', '.join(said)}"]
+
+
 def _behind(report: Mapping[str, Any], known: Sequence[str]) -> list[str]:
     """On which tasks the held-out loss is above tuned AdamW's by more than chance, from pairs of runs of one seed."""
     said: dict[str, str] = {}
@@ -171,6 +187,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
             )
     if best:
         sentences.append(f"the best factor lr: {'; '.join(best)}")
+        sentences += _factors_together(report, known, factors)
     for part, words in PARTS.items():
         there = [task for task in known if _of(report, task, f"{name}, {part}")]
         if there:

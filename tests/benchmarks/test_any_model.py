@@ -142,3 +142,23 @@ def test_held_out_losses_are_compared_by_seed_and_with_an_interval() -> None:
     middle = sum(logs) / 3
     width = 4.303 * (sum((each - middle) ** 2 for each in logs) / 2 / 3) ** 0.5
     assert f"above {math.exp(middle):.2f} [{math.exp(middle - width):.2f}, {math.exp(middle + width):.2f}]" in said
+
+
+def test_factors_are_compared_over_all_tasks_that_have_them() -> None:
+    from benchmarks._any_report import findings
+
+    ends = {"default": (1.0, 4.0, 1.0), "default, lr=0.5": (2.0, 2.0), "default, lr=2": (4.0, 16.0)}
+    runs = {
+        f"{task} | {method} | seed 0 | 9 steps": {
+            "losses": [20.0, end],
+            "seconds": [0.0, 1.0],
+            "unseen": end,
+            "accuracy": None,
+            "finite": True,
+        }
+        for method, losses in ends.items()
+        for task, end in zip(("first", "second", "third"), losses, strict=False)
+    }
+    (said,) = (each for each in findings({"checkpoint": "default", "runs": runs}) if "over that at 1" in each)
+    assert "geometric means over 2 tasks: 0.5 1.00 [" in said
+    assert ", 2 4.00 [4.00, 4.00]" in said
