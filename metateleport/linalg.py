@@ -55,8 +55,8 @@ _HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _CHUNK = 2**24
 """Largest number of bytes of matrices whose polar factors are computed in one call."""
 
-_CALL = 2**18
-"""Multiplications that take about as long as it takes to call an operation."""
+_CALL = 3 * 2**16
+"""Multiplications in float32 that take about as long as it takes to call an operation."""
 
 _SMALL = 2**18
 """Largest number of entries of all tensors of a stack that are worked on side by side; of more, calls cost little."""
@@ -370,11 +370,12 @@ def _of_like_work(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     found: list[list[str]] = []
     places: dict[str, int] = {}
     count = most_rows = most_columns = 0
+    worth = max(1, next(iter(tensors.values())).element_size() // 4)
     for name in sorted(tensors, key=lambda each: _flat(tensors[each]), reverse=True):
         rows, columns = _flat(tensors[name])
         joined = (count + 1) * max(most_rows, rows) ** 2 * max(most_columns, columns)
         apart = count * most_rows**2 * most_columns + rows**2 * columns
-        if not count or tensors[name].shape[0] * (joined - apart) > _CALL:
+        if not count or tensors[name].shape[0] * (joined - apart) * worth > _CALL:
             found.append([])
             count = most_rows = most_columns = 0
         places[name] = len(found) - 1
