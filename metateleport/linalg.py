@@ -174,7 +174,7 @@ def diagonal_spectrum(values: Tensor) -> Spectrum:
     """
     known = values.double().clamp_min(0)
     largest = known.amax(-1).clamp_min(torch.finfo(values.dtype).tiny)
-    return Spectrum(known / largest.unsqueeze(-1), None, largest.log(), largest.isfinite(), values.dtype)
+    return Spectrum(known / largest.unsqueeze(-1), None, largest.log(), largest < float("inf"), values.dtype)
 
 
 def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0) -> tuple[Tensor, Tensor]:
