@@ -250,7 +250,9 @@ def _carry_out(
     moved = accepted & (size > 0)
     reason: str = ""
     failures: dict[str, str] = {}
-    whole = certain(accepted)
+    # Where all tasks move, that one look tells the rest.
+    all_move = certain(moved)
+    whole = all_move or certain(accepted)
     if not whole:
         finite = size.isfinite()
         if isinstance(proposed, Chosen):
@@ -271,19 +273,20 @@ def _carry_out(
     known = proposed.evaluations if isinstance(proposed, Chosen) else None
     choosing = zero + teleporter.evaluations(symmetry, start) if known is None else known
     arriving = symmetry.rebuild_cost(start) + teleporter.gain_evaluations(symmetry, start)
-    cost = moved.to(size.dtype) * arriving + choosing
-    if not possible(moved):
+    cost = moved.to(size.dtype) * arriving + choosing if arriving else choosing
+    if not all_move and not possible(moved):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
         return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures)
     if not whole:
         element = _element_where(accepted, group, proposed)
     arrived = symmetry.act(element, start)
-    if not certain(moved):
+    if not all_move:
         arrived = arrived.choose(moved, start).replace(pullback=start.pullback)
     gain = teleporter.gain(start, arrived)
     if gain is not None:
         failures = add_failure(failures, NO_GAIN, gainless(gain, moved))
-    return arrived, Move(symmetry, element, torch.where(moved, size, zero), ~accepted, cost, reason, gain, failures)
+    size = size if all_move else torch.where(moved, size, zero)
+    return arrived, Move(symmetry, element, size, ~accepted, cost, reason, gain, failures)
 
 
 def reasons(refusals: Sequence[tuple[str, Tensor]]) -> list[str]:
