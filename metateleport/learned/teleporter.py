@@ -196,7 +196,11 @@ class LearnedTeleporter(Teleporter, nn.Module):
         state = {**state, "progress": progress}
         if self.max_stretch is not None:
             places = {}
+            gone_on = accepted is progress.accepted and progress.all_accepted
             for key, place in state["reached"].items():
+                if gone_on:
+                    places[key] = place
+                    continue
                 mask = accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim))
                 places[key] = torch.where(mask, place, state["departed"][key])
             state["departed"] = state["reached"] = places

@@ -236,10 +236,10 @@ class AdaptiveRule(nn.Module, UpdateRule):
         squares = [
             _mean_of_squares(*each, _share(_SQUARES_MEMORY, taken), spend) for each in zip(squares, now, strict=True)
         ]
-        young = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0)
-        levels = blocks.means(squares)
-        outputs, heard = self._outputs(point, progress, state, blocks, (now, before, own), powers, levels / young)
-        new = _share(outputs[..., 1].sigmoid(), taken)
+        young, levels = 1 - _SQUARES_MEMORY ** seen.clamp_min(1.0), blocks.means(squares)
+        told, heard = self._outputs(point, progress, state, blocks, (now, before, own), powers, levels / young)
+        outputs = told.unbind(-1)
+        new = _share(outputs[1].sigmoid(), taken)
         assert isinstance(new, Tensor)
         weights = torch.lerp(weights, torch.ones_like(powers), new)
         momentum = [_mean(*each, spend) for each in zip(before, now, blocks.spread(new), strict=True)]
@@ -252,9 +252,10 @@ class AdaptiveRule(nn.Module, UpdateRule):
         adaptive = [_over_root(*each) for each in zip(momentum, squares, floors, strict=True)]
         known, sizes = weights.clamp_min(1e-6), _root(blocks.mean_squares(adaptive))
         loud = (recent / (1 - _RECENT_MEMORY ** seen.clamp_min(1.0)) + tiny).sqrt()
-        steady, calms = _root(blocks.mean_squares(momentum)) / known / loud, outputs[..., 2].sigmoid()
+        steady, calms = _root(blocks.mean_squares(momentum)) / known / loud, outputs[2].sigmoid()
         lengths, loudness = self._lengths(outputs, progress, state), _loudness(levels / young, tuple(names))
-        lengths = lengths * loudness * (sizes * young.sqrt() / known) ** calms * steady ** (1 - calms)
+        # As powers they would take three times as long backwards.
+        lengths = lengths * loudness * torch.lerp(steady.log(), (sizes * young.sqrt() / known).log(), calms).exp()
         factors, lengths = -lengths * mixed[..., 0] / sizes, -lengths.unsqueeze(-1) * mixed
         plain = factors
         if sample is not None:
@@ -284,12 +285,12 @@ class AdaptiveRule(nn.Module, UpdateRule):
         hidden, memory = self.cell(inputs, state)
         return self.head(hidden), (hidden, memory)
 
-    def _lengths(self, outputs: Tensor, progress: Progress, state: dict[str, Any]) -> Tensor:
+    def _lengths(self, outputs: Sequence[Tensor], progress: Progress, state: dict[str, Any]) -> Tensor:
         """What the network makes of the length of the steps, `(tensors, tasks)`."""
-        lengths = _START * (4 * (outputs[..., 0] / 4).tanh()).exp() * progress.damping * state["scale"]
+        lengths = _START * (4 * (outputs[0] / 4).tanh()).exp() * progress.damping * state["scale"]
         if self.told and progress.total is not None:
             told = min(max(_USUAL / progress.total, _SHORTEST), _LONGEST) ** (1 / 3)
-            lengths = told * lengths * progress.left ** (_ANNEALING * outputs[..., _OUTPUTS].sigmoid())
+            lengths = told * lengths * progress.left ** (_ANNEALING * outputs[_OUTPUTS].sigmoid())
         return lengths / math.sqrt(1 + self.cooling * progress.time) if self.cooling else lengths
 
     def _add_polar(self, moved: Tensors, momentum: Tensors, lengths: Tensor, spend: bool) -> None:
@@ -330,11 +331,30 @@ class AdaptiveRule(nn.Module, UpdateRule):
         inputs = self.observe(point, blocks, seen, powers, levels, scale, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
-        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(inputs) for part in (0, 1))
-        outputs, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
+        if isinstance(cells, _Rows) and list(cells) == names:
+            before = cells.rows
+        else:
+            parts = ([cells[name][part] for name in names] for part in (0, 1))
+            before = tuple(torch.stack(each).flatten(0, 1).to(inputs) for each in parts)
+        outputs, after = self.network(inputs.flatten(0, 1), before)
         outputs = finite_gradient(outputs).to(powers.dtype).reshape(*powers.shape, -1)
-        hiddens, memories = (part.reshape(*powers.shape, -1).unbind(0) for part in (hidden, memory))
-        return outputs, {"cells": dict(zip(names, zip(hiddens, memories, strict=True), strict=True))}
+        hiddens, memories = (part.reshape(*powers.shape, -1).unbind(0) for part in after)
+        found = dict(zip(names, zip(hiddens, memories, strict=True), strict=True))
+        # Where there is no graph the state may be saved, and a plain dict loads anywhere.
+        return outputs, {"cells": _Rows(found, after) if torch.is_grad_enabled() else found}
+
+
+class _Rows(dict[str, tuple[Tensor, Tensor]]):
+    """The states of the cells by tensor, and as the rows that they are parts of: the next step reads them as they are.
+
+    Args:
+        cells: by the tensor's name.
+        rows: hidden states and memories, `(tensors * tasks, hidden)`.
+    """
+
+    def __init__(self, cells: dict[str, tuple[Tensor, Tensor]], rows: tuple[Tensor, ...]) -> None:
+        super().__init__(cells)
+        self.rows = rows
 
 
 def _add_gauged(
@@ -467,26 +487,35 @@ def _observe(
     tiny = torch.finfo(loss.dtype).tiny
     level = levels.clamp_min(tiny).sqrt()
     steepness, velocity = (each.clamp_min(tiny).sqrt() for each in (powers, blocks.mean_squares(momentum)))
-    counts = _constant(blocks.counts, loss.device, loss.dtype).unsqueeze(-1)
+    layout = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
+    counts, together, biases = layout(tuple(names), blocks.counts, loss.device, loss.dtype)
     # How much of the loss one step of the first length would take, were the loss linear.
     steep = (level * scale * counts / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
     # Of each tensor the root mean square of all parameters of its layer.
-    layers = [layer_of(name) for name in names]
-    together = _constant([[float(each == own) for each in layers] for own in layers], loss.device, loss.dtype)
     sizes = together @ (counts * blocks.mean_squares(parameters)) / (together @ counts)
     heavy = (_root(sizes).clamp_min(_SMALLEST_SCALE) / scale).log()
-    biases = [float(name.rpartition(".")[2] == "bias") for name in names]
     own = (
         (velocity / level).clamp_min(1e-4).log() / 3,
         blocks.mean_products(gradients, momentum) / (steepness * velocity),
         (steepness / level).clamp_min(1e-4).log(),
         steep / 5 if progress.known else torch.zeros_like(steep),
-        _constant(biases, loss.device, loss.dtype).unsqueeze(-1).expand_as(level),
+        biases.expand_as(level),
         torch.full_like(level, math.log(progress.time + 1) / 5),
         heavy / 3,
     )
     parts = [torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)]
     return torch.cat([*parts, _told_features(point, progress, powers)] if told else parts, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(
+    names: tuple[str, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors' numbers of entries, which are of one layer, and which are biases: columns, but for the second."""
+    layers = [layer_of(name) for name in names]
+    together = _constant([[float(each == own) for each in layers] for own in layers], device, dtype)
+    biases = _constant([float(name.rpartition(".")[2] == "bias") for name in names], device, dtype)
+    return _constant(counts, device, dtype).unsqueeze(-1), together, biases.unsqueeze(-1)
 
 
 def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
@@ -498,11 +527,11 @@ def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:
     return torch.stack((torch.full_like(powers, progress.left), heights), -1)
 
 
-def _shares(outputs: Tensor, gradients: Tensors, gauged: Collection[str]) -> Tensor:
+def _shares(outputs: Sequence[Tensor], gradients: Tensors, gauged: Collection[str]) -> Tensor:
     """The shares of the directions that each tensor has, `(tensors, tasks, directions)`."""
     lacks = tuple((False, not _has_polar(value), name not in gauged) for name, value in gradients.items())
-    mask = (_mask.__wrapped__ if torch.compiler.is_compiling() else _mask)(lacks, outputs.device)
-    return outputs[..., 3:_OUTPUTS].masked_fill(mask, -math.inf).softmax(-1)
+    mask = (_mask.__wrapped__ if torch.compiler.is_compiling() else _mask)(lacks, outputs[0].device)
+    return torch.stack(list(outputs[3:_OUTPUTS]), -1).masked_fill(mask, -math.inf).softmax(-1)
 
 
 @functools.lru_cache(maxsize=64)
