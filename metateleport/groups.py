@@ -397,7 +397,7 @@ class PositiveDiagonal(VectorGroup):
         return torch.where(ratio.isfinite(), ratio, float("inf"))
 
     def conditioned(self, element: Tensor, bound: float) -> Tensor:
-        smallest, largest = element.amin(-1), element.amax(-1)
+        smallest, largest = torch.aminmax(element, dim=-1)
         known = (smallest > 0) & (largest < math.inf)
         # Without a bound what has no condition number passes too.
         return known & (largest <= bound * smallest) if bound < math.inf else torch.ones_like(known)

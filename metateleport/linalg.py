@@ -28,6 +28,7 @@ __all__ = [
     "first_not_finite",
     "fit",
     "multiplies_halves",
+    "one_small",
     "polar_factors",
     "polar_polynomial",
     "polar_steps",
@@ -63,8 +64,11 @@ _HALVES_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _CHUNK = 2**24
 """Largest number of bytes of matrices whose polar factors are computed in one call."""
 
-_CALL = 2**18
-"""Multiplications that take about as long as it takes to call an operation."""
+_CALL = 3 * 2**16
+"""Multiplications in float32 that take about as long as it takes to call an operation."""
+
+_KINDS = 32
+"""Largest number of sizes of matrices that share a call."""
 
 _SMALL = 2**18
 """Largest number of entries of all tensors of a stack that are worked on side by side; of more, calls cost little."""
@@ -152,13 +156,15 @@ def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
         >>> symmetric_spectrum(torch.diag(torch.tensor([2.0, 4.0]))).values
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
-    symmetric = (matrix + matrix.mT).double() / 2
+    twice = (matrix + matrix.mT).double()
     tiny = torch.finfo(torch.float64).tiny
-    scale = torch.diagonal(symmetric, dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
-    scaled = symmetric / scale[..., None, None]
-    usable = scaled.isfinite().all(-1).all(-1) & (scale < float("inf"))
-    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    scaled = torch.where(usable[..., None, None], scaled, unit)
+    scale = (torch.diagonal(twice, dim1=-2, dim2=-1).amax(-1) / 2).clamp_min(tiny)
+    scaled = twice / (2 * scale)[..., None, None]
+    # Scaled, finite entries have a finite sum, which takes a tenth of the time of a test of each.
+    usable = scaled.sum((-2, -1)).isfinite() & (scale < float("inf"))
+    if not certain(usable):
+        unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+        scaled = torch.where(usable[..., None, None], scaled, unit)
     values, vectors, converged = eigenpairs(scaled)
     usable = usable & converged
     largest = values[..., -1].clamp_min(tiny)
@@ -182,7 +188,7 @@ def diagonal_spectrum(values: Tensor) -> Spectrum:
     """
     known = values.double().clamp_min(0)
     largest = known.amax(-1).clamp_min(torch.finfo(values.dtype).tiny)
-    return Spectrum(known / largest.unsqueeze(-1), None, largest.log(), largest.isfinite(), values.dtype)
+    return Spectrum(known / largest.unsqueeze(-1), None, largest.log(), largest < float("inf"), values.dtype)
 
 
 def symmetric_log(matrix: Tensor, shift: float | None = None, rank: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -406,27 +412,42 @@ def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
 
 def _of_like_work(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Small matrices in groups, so that the work on zeros and the calls take the least time together."""
-    tasks = next(iter(tensors.values())).shape[0]
+    first = next(iter(tensors.values()))
+    # A multiplication takes twice as long in float64.
+    worth = first.shape[0] * max(1, first.element_size() // 4)
     named = sorted((_flat(value), name) for name, value in tensors.items())
-    found = [[named[place][1] for place in group] for group in _groups(tuple(sides for sides, _ in named), tasks)]
+    found = [[named[place][1] for place in group] for group in _groups(tuple(sides for sides, _ in named), worth)]
     order = {name: place for place, name in enumerate(tensors)}
     return [sorted(group, key=order.__getitem__) for group in found]
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(sides: tuple[tuple[int, int], ...], tasks: int) -> list[range]:
-    """Parts of matrices in the order of their sides, so that three products a step of each part cost the least."""
-    best: list[tuple[float, list[range]]] = [(0.0, [])]
-    for end in range(1, len(sides) + 1):
-        options = []
-        for start in range(end):
-            part = sides[start:end]
-            rows, columns = part[-1][0], max(across for _, across in part)
-            work = tasks * len(part) * rows**2 * (2 * columns + rows)
-            cost, before = best[start]
-            options.append((cost + work + 3 * _CALL, [*before, range(start, end)]))
-        best.append(min(options, key=lambda option: option[0]))
-    return best[-1][1]
+def _groups(sides: tuple[tuple[int, int], ...], worth: int) -> list[range]:
+    """Parts of matrices in the order of their sides, so that three products a step of each part cost the least.
+
+    Args:
+        sides: of the matrices, in order.
+        worth: what a multiplication of theirs counts.
+    """
+    ends = [place for place, own in enumerate(sides, start=1) if place == len(sides) or sides[place] != own]
+    starts = [0, *ends[:-1]]
+    # Of the matrices before each end: what their parts cost at least, and where the last part begins.
+    best: list[tuple[float, int]] = []
+    for last, end in enumerate(ends):
+        rows, columns, options = sides[end - 1][0], 0, []
+        # Parts of more kinds of matrices than that are hardly ever less work, and there may be thousands of kinds.
+        for first in range(last, max(-1, last - _KINDS), -1):
+            columns = max(columns, sides[starts[first]][1])
+            work = worth * (end - starts[first]) * rows**2 * (2 * columns + rows)
+            options.append(((best[first - 1][0] if first else 0.0) + work + 3 * _CALL, first))
+        best.append(min(options))
+    parts: list[range] = []
+    last = len(ends) - 1
+    while last >= 0:
+        first = best[last][1]
+        parts.append(range(starts[first], ends[last]))
+        last = first - 1
+    return parts[::-1]
 
 
 def multiplies_halves(device: torch.device) -> bool:
@@ -685,27 +706,35 @@ def surely_finite(tensors: Sequence[Tensor], squares: bool = False) -> bool:
         ...     [surely_finite([torch.ones(tasks, 2)] * 2) for tasks in (1, 2)]
         [True, False]
     """
-    if not _one_small(tensors):
+    if not one_small(tensors):
         return False
     whole = side_by_side(tensors)
     size = float(torch.linalg.vector_norm(whole)) if squares else float(whole.sum())
     return size < _largest(whole.dtype) if squares else math.isfinite(size)
 
 
-def _one_small(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors are those of one task on a CPU, and so small that one call serves all of them."""
+def one_small(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are those of one task on a CPU without a graph, of one dtype and small all together."""
     first = tensors[0]
-    alone = first.shape[0] == 1 and first.device.type == "cpu" and not torch.is_grad_enabled()
-    return alone and Blocks.of(tensors, free=True).joined
+    if first.shape[0] != 1 or first.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    if len(tensors) > 1:
+        return Blocks.of(tensors, free=True).joined
+    return first.numel() <= _SMALL and not torch.compiler.is_compiling()
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """All entries of the tensors of one task, copied, `(1, entries)`.
 
     Example:
-        >>> side_by_side([torch.ones(1, 2), torch.zeros(1, 1, 1)])
-        tensor([[1., 1., 0.]])
+        >>> one = torch.ones(1, 2)
+        >>> whole, alone = side_by_side([one, torch.zeros(1, 1, 1)]), side_by_side([one])
+        >>> whole, alone.data_ptr() == one.data_ptr()
+        (tensor([[1., 1., 0.]]), False)
     """
+    if len(tensors) == 1:
+        # The call below would give a view of it.
+        return tensors[0].reshape(1, -1).clone()
     whole: Tensor = _flatten_dense_tensors(tensors)
     return whole.unsqueeze(0)
 

@@ -84,6 +84,9 @@ def test_only_small_matrices_of_one_kind_share_a_call() -> None:
     halves = {f"{place}": torch.zeros(1, 64, 64 if place < 8 else 128) for place in range(12)}
     assert [len(group) for group in alike(halves)] == [8, 4]
     assert [len(group) for group in alike({name: halves[name] for name in ("0", "8", "9")})] == [3]
+    # Each is in one group, however many sizes there are.
+    many = {f"{place}": torch.zeros(1, 1 + place % 7, 1 + place) for place in range(200)}
+    assert sorted(name for group in alike(many) for name in group) == sorted(many)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])

@@ -20,6 +20,9 @@ from metateleport.point import Point, Tensors, lasting
 
 __all__ = ["TaskStack", "stacked_name"]
 
+_AT_ONCE = 16
+"""Minibatches whose rows are picked in one call: of one alone the call would cost as much as the rows."""
+
 
 class TaskStack(nn.Module):
     """Several tasks of one shape, each with parameters and data of its own, evaluated in one graph.
@@ -79,6 +82,7 @@ class TaskStack(nn.Module):
         self._output_shapes: dict[Any, dict[str, torch.Size]] = {}
         self._constant: dict[str, tuple[Any, Tensor]] = {}
         self._epoch: tuple[int, Tensor] | None = None
+        self._drawn: tuple[tuple[int, int], Batch] | None = None
         self.batched = True
         """Whether `vmap` batches the tasks; a model that does not go through it is run task by task."""
         self.to(device)
@@ -97,7 +101,7 @@ class TaskStack(nn.Module):
         # The data follow the parameters to another device: they are stacked there at the next use.
         for name in ("full", "held_out", "_sought", "_data"):
             vars(self).pop(name, None)
-        self._epoch = None
+        self._epoch = self._drawn = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -141,8 +145,13 @@ class TaskStack(nn.Module):
         if self._epoch is None or self._epoch[0] != epoch:
             # Drawn once an epoch, and one index for all tasks.
             self._epoch = (epoch, torch.stack([task.order(epoch) for task in self.tasks]).to(self.device))
-        index = self._epoch[1][:, place * size : (place + 1) * size]
-        inputs, targets = (tuple(_rows_of(value, index) for value in part) for part in self._data)
+        first = place - place % _AT_ONCE
+        if self._drawn is None or self._drawn[0] != (epoch, first):
+            index = self._epoch[1][:, first * size : min(first + _AT_ONCE, self.tasks[0].per_epoch) * size]
+            inputs, targets = (tuple(_rows_of(value, index) for value in part) for part in self._data)
+            self._drawn = ((epoch, first), (inputs, targets))
+        begin = (place - first) * size
+        inputs, targets = (tuple(value[:, begin : begin + size] for value in part) for part in self._drawn[1])
         return inputs, targets
 
     @functools.cached_property

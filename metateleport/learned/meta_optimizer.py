@@ -76,8 +76,6 @@ class Step:
         accepted: where the point was accepted; elsewhere the step started again from the last accepted one.
         moves: what each symmetry contributed to the teleport that stays; none without a teleporter.
         gauges: that the step was taken in, and that were undone.
-        size: Frobenius norm of all generators of the teleport that stays together.
-        refused: number of symmetries whose element was refused.
         stayed: tasks that stay where they are, because their gradient or their step was not finite.
     """
 
@@ -88,9 +86,21 @@ class Step:
     accepted: Tensor
     moves: tuple[Move, ...]
     gauges: tuple[Gauge, ...]
-    size: Tensor
-    refused: Tensor
     stayed: Tensor
+
+    @property
+    def size(self) -> Tensor:
+        """Frobenius norm of all generators of the teleport that stays together."""
+        return sum((move.size.square() for move in self.moves), self._zero()).sqrt()
+
+    @property
+    def refused(self) -> Tensor:
+        """Number of symmetries whose element was refused."""
+        zero = self._zero()
+        return sum((move.refused.to(zero.dtype) for move in self.moves), zero)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros_like(self.state.progress.damping)
 
 
 class MetaOptimizer(nn.Module):
@@ -255,8 +265,6 @@ class MetaOptimizer(nn.Module):
             accepted=accepted,
             moves=tuple(moves),
             gauges=tuple(gauges),
-            size=sum((move.size.square() for move in moves), zero).sqrt(),
-            refused=sum((move.refused.to(zero.dtype) for move in moves), zero),
             stayed=~moves_on,
         )
 

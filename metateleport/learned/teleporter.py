@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from metateleport.groups import Group
 from metateleport.learned.progress import PROGRESS_FEATURES, Progress
-from metateleport.linalg import diagonal_spectrum, finite_gradient, quick_spectrum, relative_shift, symmetric_spectrum
+from metateleport.linalg import (
+    diagonal_spectrum,
+    finite_gradient,
+    product,
+    quick_spectrum,
+    relative_shift,
+    symmetric_spectrum,
+)
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
 from metateleport.teleporters import Move, Teleporter, TrustRegion
@@ -100,7 +107,8 @@ class TeleportNetwork(nn.Module):
         """Coefficients in (-1, 1), `(tasks, basis)`, the gate in (0, 1), `(tasks,)`, and the new state."""
         hidden, memory = self.cell(features, state)
         out = finite_gradient(self.head(hidden))
-        return out[..., :-1].tanh(), out[..., -1].sigmoid(), (hidden, memory)
+        coefficients, gate = out.split((out.shape[-1] - 1, 1), -1)
+        return coefficients.tanh(), gate.squeeze(-1).sigmoid(), (hidden, memory)
 
 
 class LearnedTeleporter(Teleporter, nn.Module):
@@ -189,7 +197,11 @@ class LearnedTeleporter(Teleporter, nn.Module):
         state = {**state, "progress": progress}
         if self.max_stretch is not None:
             places = {}
+            gone_on = accepted is progress.accepted and progress.all_accepted
             for key, place in state["reached"].items():
+                if gone_on:
+                    places[key] = place
+                    continue
                 mask = accepted.reshape(*accepted.shape, *(1,) * (place.ndim - accepted.ndim))
                 places[key] = torch.where(mask, place, state["departed"][key])
             state["departed"] = state["reached"] = places
@@ -254,7 +266,7 @@ class LearnedTeleporter(Teleporter, nn.Module):
         weights = (gate.unsqueeze(-1) * coefficients).to(dtype)
         # As one product: the generators times their coefficients are nowhere as large as the basis.
         basis = observation.basis.to(dtype).flatten(len(batch) + 1)
-        chosen = (weights.unsqueeze(-2) @ basis).reshape(*batch, *group.shape)
+        chosen = product(weights.unsqueeze(-2), basis).reshape(*batch, *group.shape)
         return self._bounded(symmetry, chosen), after
 
     def _bounded(self, symmetry: Symmetry, generator: Tensor) -> Tensor:
@@ -288,28 +300,33 @@ def observe(symmetry: Symmetry, point: Point, detach: bool = True) -> Observatio
 
 def _observe_diagonals(found: dict[str, Tensor]) -> Observation:
     known = next(iter(found.values()))
-    tiny, zero = torch.finfo(known.dtype).tiny, torch.zeros_like(known)
+    whole = all(name in found for name in (*_COVARIANCES, *_MOMENTS))
+    tiny, zero = torch.finfo(known.dtype).tiny, known if whole else torch.zeros_like(known)
     covariances = torch.stack([found.get(name, zero) for name in _COVARIANCES], -2)
     logs = diagonal_spectrum(covariances).log(relative_shift(known.dtype))
     spread = _spread(logs)
-    there = torch.tensor([name in found for name in _COVARIANCES], device=known.device).unsqueeze(-1)
     moments = torch.stack([found.get(name, zero) for name in _MOMENTS], -2)
     norms = torch.linalg.vector_norm(moments, dim=-1)
     # The moment over the product of its factors' norms: how far the step's direction lies along the orbit.
-    factors = torch.stack([_factor_norms(name, found) for name in _MOMENTS], -1)
-    along = torch.stack((norms / factors, moments.sum(-1) / factors), -1)
+    if whole:
+        traces = covariances.sum(-1)
+        factors = (traces[..., 1:3] * traces[..., 3:]).clamp_min(tiny).sqrt()
+    else:
+        factors = torch.stack([_factor_norms(name, found) for name in _MOMENTS], -1)
+        there = torch.tensor([name in found for name in _COVARIANCES], device=known.device).unsqueeze(-1)
+        logs, spread = torch.where(there, logs, 0.0), torch.where(there, spread, 0.0)
+    along = torch.stack((norms, moments.sum(-1)), -1) / factors.unsqueeze(-1)
     directions = moments / norms.clamp_min(tiny).unsqueeze(-1)
-    basis = torch.cat((torch.where(there, logs, 0.0), directions, torch.ones_like(known).unsqueeze(-2)), -2)
-    features = torch.cat((torch.where(there, spread, 0.0), along), -2).flatten(-2)
-    return Observation(basis, features)
+    basis = torch.cat((logs, directions, torch.ones_like(known).unsqueeze(-2)), -2)
+    return Observation(basis, torch.cat((spread, along), -2).flatten(-2))
 
 
 def _spread(logs: Tensor) -> Tensor:
     """How far the largest logarithm is above the mean one, and their deviation, in tens, `(*batch, 2)`."""
-    mean = logs.mean(-1, keepdim=True)
+    above = logs - logs.mean(-1, keepdim=True)
     # The same as `std`, which takes ten times as long.
-    deviation = torch.linalg.vector_norm(logs - mean, dim=-1) / logs.shape[-1] ** 0.5
-    return torch.stack((logs.amax(-1) - mean.squeeze(-1), deviation), -1) / 10
+    deviation = torch.linalg.vector_norm(above, dim=-1) / logs.shape[-1] ** 0.5
+    return torch.stack((above.amax(-1), deviation), -1) / 10
 
 
 def _spectra(group: Group, matrices: dict[str, Tensor]) -> Spectra:
@@ -337,11 +354,8 @@ def _observe_pair(
 ) -> Observation:
     logarithms, spread = spectra
     tiny, axis = torch.finfo(logarithms.dtype).tiny, -1 - len(group.shape)
-    known = [name for name in _MOMENTS if name in matrices]
-    moments = torch.zeros_like(logarithms.narrow(logarithms.ndim + axis, 0, len(_MOMENTS)))
-    if known:
-        zero = torch.zeros_like(matrices[known[0]])
-        moments = torch.stack([matrices.get(name, zero) for name in _MOMENTS], -3)
+    like = next(iter(matrices.values()))
+    moments = torch.stack([matrices[name] if name in matrices else torch.zeros_like(like) for name in _MOMENTS], -3)
     directions = group.project(moments)
     norms = group.norm(directions)
     factors = torch.stack([_factor_norms(name, diagonals) for name in _MOMENTS], -1)

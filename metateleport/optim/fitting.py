@@ -126,7 +126,7 @@ def fitting_symmetries(
         except Unsuitable as error:
             warnings.warn(
                 f"LearnedOptimizer goes on without symmetries: {error}. symmetries=[] says that none are wanted",
-                stacklevel=4,
+                stacklevel=3,
             )
             return ()
     return found
@@ -160,7 +160,7 @@ def say_what_has_no_gauge(model: nn.Module, symmetries: Sequence[Symmetry]) -> N
             f"LearnedOptimizer steps {len(plain)} pairs of factors like other tensors, the first one "
             f"{' and '.join(plain[0].names('out'))}: their rank is above the number of features that they take in, and "
             "such factors have no gauge. A smaller rank makes the same products",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -215,10 +215,10 @@ def say_what_fits(
             )
     if reasons:
         other = "" if called == repr(_FOR_ANY) else f". {_FOR_ANY!r} is made for any model, on minibatches"
-        warnings.warn(f"{called} is not made for this: {'; '.join(reasons)}{other}", stacklevel=4)
+        warnings.warn(f"{called} is not made for this: {'; '.join(reasons)}{other}", stacklevel=3)
     if unread and len(unread) < len(symmetries):
         text = left_alone(called, meta.config.groups, unread, len(symmetries))
-        warnings.warn(f"LearnedOptimizer: {text}", stacklevel=4)
+        warnings.warn(f"LearnedOptimizer: {text}", stacklevel=3)
 
 
 def _reads(meta: MetaOptimizer, symmetry: Symmetry) -> bool:

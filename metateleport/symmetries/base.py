@@ -16,9 +16,25 @@ from metateleport.symmetries._memory import overlaps
 from metateleport.symmetries.activations import slope
 from metateleport.symmetries.certificate import Certificate
 
-__all__ = ["Carried", "Kind", "Pair", "Symmetry", "Unsuitable"]
+__all__ = ["Carried", "Kind", "Pair", "Symmetry", "Unsuitable", "overridden"]
 
 Kind = Literal["vectors", "covectors", "squares"]
+
+
+def overridden(cls: type, name: str, methods: Collection[str]) -> bool:
+    """Whether a class has some methods from nearer than the attribute that tells of them; mixins count as they come.
+
+    Args:
+        cls: the class.
+        name: of the attribute.
+        methods: names of the methods.
+    """
+    for each in cls.__mro__:
+        if name in vars(each):
+            return False
+        if not vars(each).keys().isdisjoint(methods):
+            return True
+    return False
 
 
 class Carried(NamedTuple):
@@ -67,12 +83,10 @@ class Symmetry(abc.ABC):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        own = vars(cls)
-        carries = {"act", "carry_covectors", "carry_vectors", "carry_squares"} & own.keys()
         # What a base class says of its own carrying says nothing of another one.
-        if "reads_place" not in own and carries & {"carry_covectors", "carry_squares"}:
+        if overridden(cls, "reads_place", ("carry_covectors", "carry_squares")):
             cls.reads_place = True
-        if "multipliers" not in own and carries:
+        if overridden(cls, "multipliers", ("act", "carry_covectors", "carry_vectors", "carry_squares")):
             cls.multipliers = Symmetry.multipliers  # type: ignore[method-assign]
 
     @property

@@ -14,6 +14,7 @@ from metateleport.groups import Group, still
 from metateleport.linalg import certain, possible
 from metateleport.point import Point
 from metateleport.symmetries import Symmetry
+from metateleport.symmetries.base import overridden
 from metateleport.teleporters.failures import NO_GAIN, UNSTABLE, add_failure
 
 __all__ = ["Chosen", "Move", "Teleporter", "TrustRegion", "travel"]
@@ -107,9 +108,8 @@ class Teleporter:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        own = vars(cls)
-        if "keeps_points" not in own and {"choose", "generator", "gain"} & own.keys():
-            # What a base class says of its own choosing says nothing of another one.
+        # What a base class says of its own choosing says nothing of another one.
+        if overridden(cls, "keeps_points", ("choose", "generator", "gain")):
             cls.keeps_points = True
 
     def __init__(self, trust_region: TrustRegion | None = None) -> None:
@@ -250,9 +250,8 @@ def _carry_out(
     Returns:
         The moved point, the move, and `own` of the moved point.
     """
-    group, region = symmetry.group, teleporter.trust_region
+    group, region, exact = symmetry.group, teleporter.trust_region, symmetry.exactness == "exact"
     size = proposed.size if isinstance(proposed, Chosen) else group.norm(proposed.detach())
-    exact = symmetry.exactness == "exact"
     holds = None if exact else symmetry.holds(start)
     # Of what is not finite both are false.
     within = size <= region.max_size
@@ -273,7 +272,9 @@ def _carry_out(
     moved = accepted & (size > 0)
     reason: str = ""
     failures: dict[str, str] = {}
-    whole = certain(accepted)
+    # Where all tasks move, that one look tells the rest.
+    all_move = certain(moved)
+    whole = all_move or certain(accepted)
     if not whole:
         finite = size.isfinite()
         if isinstance(proposed, Chosen):
@@ -294,22 +295,22 @@ def _carry_out(
     known = proposed.evaluations if isinstance(proposed, Chosen) else None
     choosing = zero + teleporter.evaluations(symmetry, start) if known is None else known
     arriving = symmetry.rebuild_cost(start) + teleporter.gain_evaluations(symmetry, start)
-    cost = moved.to(size.dtype) * arriving + choosing
-    if not possible(moved):
+    cost = moved.to(size.dtype) * arriving + choosing if arriving else choosing
+    if not all_move and not possible(moved):
         identity = group.identity(*size.shape, dtype=element.dtype, device=element.device)
         return start, Move(symmetry, identity, zero, ~accepted, choosing, reason, failures=failures), own
     if not whole:
         element = _element_where(accepted, group, proposed)
-    if certain(moved):
+    if all_move:
         arrived, own = _acted(teleporter, symmetry, element, start, own)
     else:
-        arrived = symmetry.act(element, start).choose(moved, start).replace(pullback=start.pullback)
-        own = frozenset()
+        part = symmetry.act(element, start).choose(moved, start)
+        arrived, own = part.replace(pullback=start.pullback), frozenset()
     gain = teleporter.gain(start, arrived)
     if gain is not None:
         failures = add_failure(failures, NO_GAIN, gainless(gain, moved))
-    size = torch.where(moved, size, zero)
-    return arrived, Move(symmetry, element, size, ~accepted, cost, reason, gain, failures), own
+    travelled = size if all_move else torch.where(moved, size, zero)
+    return arrived, Move(symmetry, element, travelled, ~accepted, cost, reason, gain, failures), own
 
 
 def _acted(

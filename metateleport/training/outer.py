@@ -124,8 +124,14 @@ class OuterSettings(Settings, abc.ABC):
         """
         return self.window * self.windows(share)
 
-    def scored(self, stack: int, most: int) -> int:
-        """Inner steps that a stack of a score is followed for, `most` being those that there is time for."""
+    def scored(self, stack: int, stacks: int, most: int) -> int:
+        """Inner steps that a stack of a score is followed for.
+
+        Args:
+            stack: its number.
+            stacks: number of all stacks of the score.
+            most: inner steps that there is time for.
+        """
         return most
 
     def total(self, stack: int, steps: int) -> int | None:
@@ -210,7 +216,7 @@ class EvolutionSettings(OuterSettings):
 
     A curriculum over length: where the shortest run is shorter than the horizon, each stack has a length of its own,
     spread evenly in its logarithm from the shortest to a longest one, which grows to the horizon over the first half of
-    the training. Scores are means over all lengths.
+    the training. Scores are means over lengths from the shortest to the horizon.
 
     Args:
         spread: standard deviation of the perturbations of each weight.
@@ -244,8 +250,11 @@ class EvolutionSettings(OuterSettings):
         # Multiples of the golden ratio lie evenly, however many there are of them.
         return round(self.shortest * math.exp(longest * (stack * _GOLDEN % 1.0)))
 
-    def scored(self, stack: int, most: int) -> int:
-        return min(most, self.length(stack, 1.0))
+    def scored(self, stack: int, stacks: int, most: int) -> int:
+        if self.shortest is None or stacks < 2:
+            return most
+        shortest = min(self.shortest, most)
+        return round(shortest * (most / shortest) ** (stack / (stacks - 1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,7 @@ def score(
     stacks: Iterable[tuple[int, TaskStack]],
     horizon: int,
     outer: OuterSettings,
+    parts: int = 1,
     tasks: int = 0,
     ranks: Ranks = ALONE,
 ) -> Score:
@@ -76,6 +77,7 @@ def score(
         stacks: their numbers, and the stacks at the start of their tasks; their parameters are changed.
         horizon: largest number of inner steps.
         outer: the outer loop's settings: `late`, `unseen`, `told` and `teleport_cost`.
+        parts: number of stacks of all processes.
         tasks: number of tasks of all processes, if there are several.
         ranks: the processes; the stacks are those of this one, as `dealt` gives them.
 
@@ -93,7 +95,7 @@ def score(
     """
     rows = [torch.empty(0, 3, dtype=torch.float64, device=ranks.device)]
     for number, stack in stacks:
-        steps = outer.scored(number, horizon)
+        steps = outer.scored(number, parts, horizon)
         unroll = Unroll(stack, meta, total=outer.total(0, steps), unseen=outer.unseen)
         means = bounded(unroll.window(steps, track=False).detach())[-outer.last(steps) :].mean(0)
         opened, counted = openness_sum(unroll.openness, like=means, dim=0)

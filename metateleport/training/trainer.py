@@ -360,7 +360,7 @@ class MetaTrainer:
     def _score(self, tasks: int, parts: int, first: int, split: Split, seeds: tuple[int, int]) -> Score:
         stacks = dealt(self.family, self.outer, tasks, parts, first, split, seeds, self.ranks)
         count = parts * max(1, tasks // parts)
-        return score(self.meta, stacks, self._scored_steps(), self.outer, count, self.ranks)
+        return score(self.meta, stacks, self._scored_steps(), self.outer, parts, count, self.ranks)
 
     def _scored_steps(self) -> int:
         """Inner steps that scores follow their tasks for: the horizon, or as many as a limited time has room for.

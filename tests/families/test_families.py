@@ -334,6 +334,15 @@ def test_a_stack_holds_every_tasks_minibatch(line: Path) -> None:
     assert mt.load_family(line, {"batch": None}).stack([0]).deterministic
 
 
+def test_minibatches_picked_together_are_those_of_the_tasks_in_any_order() -> None:
+    stack = mt.TaskStack([counting(103, 2, seed) for seed in (0, 7)])
+    for step in (0, 15, 16, 50, 51, 3, 17, 102):
+        inputs, targets = stack.batch(step)
+        for place, task in enumerate(stack.tasks):
+            assert torch.equal(inputs[0][place], task.batch(step)[0][0])
+            assert torch.equal(targets[0][place], task.batch(step)[1][0])
+
+
 def sharing(batch_size: int | None, rows: list[Tensor | None]) -> list[mt.Task]:
     """Tasks on one set of data, of which each has the rows given."""
     inputs, targets = torch.arange(24.0).reshape(12, 2), torch.arange(12.0).reshape(12, 1)

@@ -206,7 +206,15 @@ def test_a_subclass_that_chooses_otherwise_may_keep_points() -> None:
     class Named(LearnedTeleporter):
         name = "named"
 
-    assert (LearnedTeleporter.keeps_points, Own.keeps_points, Named.keeps_points) == (False, True, False)
+    class Gains:
+        def gain(self, start: Point, arrived: Point) -> Tensor | None:
+            return None
+
+    class Mixed(Gains, LearnedTeleporter):
+        name = "mixed"
+
+    kept = [each.keeps_points for each in (LearnedTeleporter, Own, Named, Mixed)]
+    assert kept == [False, True, False, True]
 
 
 def test_refusals() -> None:

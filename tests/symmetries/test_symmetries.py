@@ -93,9 +93,17 @@ def test_a_subclass_that_acts_otherwise_has_no_multipliers() -> None:
     class Named(mt.Rescaling):
         kind = "named"
 
+    class Acts:
+        def act(self, element: Tensor, point: Point) -> Point:
+            return point
+
+    class Mixed(Acts, mt.Rescaling):
+        kind = "mixed"
+
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     element = torch.ones(3)
     assert Own(model, "0", "2").multipliers(element, "vectors") is None
+    assert Mixed(model, "0", "2").multipliers(element, "vectors") is None
     assert Named(model, "0", "2").multipliers(element, "vectors") is not None
 
 

@@ -53,7 +53,7 @@ def test_lengths_grow_and_are_spread_evenly_in_their_logarithm() -> None:
 
 def test_without_a_shortest_run_all_are_as_long_as_the_horizon() -> None:
     for outer in (EvolutionSettings(horizon=40), PersistentSettings(horizon=40), TruncatedSettings(horizon=40)):
-        assert [outer.scored(stack, 40) for stack in range(5)] == [40] * 5
+        assert [outer.scored(stack, 5, 40) for stack in range(5)] == [40] * 5
         assert [outer.length(stack, 1.0) for stack in range(5)] == [40] * 5
 
 
@@ -81,7 +81,7 @@ def test_each_stack_is_followed_for_its_length_and_told_it(monkeypatch: pytest.M
     assert len(set(lengths)) > 3
 
 
-def test_scores_are_means_over_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_means_over_lengths_from_the_shortest_to_the_horizon(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int | None]] = []
     window = Unroll.window
 
@@ -92,8 +92,11 @@ def test_scores_are_means_over_all_lengths(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(scoring.Unroll, "window", spied)
     made = recipe()
     trainer(made).validation_score()
-    assert seen == [(made.outer.length(stack, 1.0),) * 2 for stack in range(len(seen))]
-    assert len({steps for steps, _ in seen}) > 1
+    assert [steps for steps, _ in seen] == [3, 5, 8, 12]
+    assert all(steps == told for steps, told in seen)
+    # Where there is no time for the horizon, or for a second stack.
+    assert [made.outer.scored(stack, 2, 6) for stack in range(2)] == [3, 6]
+    assert made.outer.scored(0, 1, 12) == 12
 
 
 def test_processes_follow_the_same_stacks_for_the_same_lengths() -> None:

@@ -48,6 +48,9 @@ __all__ = ["TOLD_START", "AdaptiveRule", "AdaptiveSettings", "layer_of", "layer_
 
 _FEATURES = 7
 _TOLD_FEATURES = 2
+_LEDGERS = 4
+"""Largest number of optimizers of one rule whose tensors are known at a time."""
+
 _TABLE = 0.5
 """A matrix whose root mean square is above this at the start counts as a table of embeddings."""
 
@@ -168,7 +171,7 @@ class AdaptiveRule(nn.Module, UpdateRule):
         if guarded:
             self.per_tensor = (*type(self).per_tensor, *GUARD_SAMPLES)  # type: ignore[misc]
         self.detach = True
-        self._ledger: Ledger | None = None
+        self._ledgers: dict[int, Ledger] = {}
         self.observe: Callable[..., Tensor] = functools.partial(_observe, told=told)
         self.polar: Callable[[Sequence[Tensor]], list[Tensor]] = polar_factors
         self.cell = nn.LSTMCell(_FEATURES + PROGRESS_FEATURES + _TOLD_FEATURES * told, hidden)
@@ -263,9 +266,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
 
     def _step_of_one(self, point: Point, progress: Progress, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """The step of one small task on a CPU: the same, in fewer and shorter calls."""
-        gradients, ledger = point.gradients, self._ledger
-        if ledger is None or not ledger.holds(state, gradients):
-            ledger = self._ledger = Ledger(state, gradients, self.constants)
+        gradients = point.gradients
+        ledger = self._ledger_of(state, gradients)
         scale = float(progress.damping * state["scale"])
         moved, new = ledger.step(
             gradients,
@@ -277,6 +279,18 @@ class AdaptiveRule(nn.Module, UpdateRule):
             progress.left,
         )
         return {**point.parameters, **moved}, {**state, **new}
+
+    def _ledger_of(self, state: dict[str, Any], gradients: Tensors) -> Ledger:
+        """The ledger that a state lies in, which is made where there is none; several optimizers may share a rule."""
+        first = next(iter(state["momentum"].values())).data_ptr()
+        ledger = self._ledgers.get(first)
+        if ledger is None or not ledger.holds(state, gradients):
+            self._ledgers.pop(first, None)
+            while len(self._ledgers) >= _LEDGERS:
+                self._ledgers.pop(next(iter(self._ledgers)))
+            ledger = Ledger(state, gradients, self.constants)
+            self._ledgers[ledger.place] = ledger
+        return ledger
 
     def _heard(
         self,
@@ -296,8 +310,8 @@ class AdaptiveRule(nn.Module, UpdateRule):
         return Mixture.of(outputs, self._lacks(point, ()), self.told).of_one_task(), heard
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the ledger, which is of the tensors of one optimizer."""
-        return {**self.__dict__, "_ledger": None}
+        """What is copied and pickled: all but the ledgers, each of which is of the tensors of one optimizer."""
+        return {**self.__dict__, "_ledgers": {}}
 
     def carry(
         self, state: dict[str, Any], moves: Sequence[Move], point: Point, accepted: Tensor, spend: bool = False
@@ -358,11 +372,30 @@ class AdaptiveRule(nn.Module, UpdateRule):
         inputs = self.observe(point, blocks, seen, powers, levels, scale, progress)
         inputs = torch.nan_to_num(inputs, 0.0, 10.0, -10.0).clamp(-10, 10).to(self.head.weight.dtype)
         cells = state["cells"]
-        before = tuple(torch.stack([cells[name][part] for name in names]).flatten(0, 1).to(inputs) for part in (0, 1))
-        outputs, (hidden, memory) = self.network(inputs.flatten(0, 1), before)
+        if isinstance(cells, _Rows) and list(cells) == names:
+            before = cells.rows
+        else:
+            parts = ([cells[name][part] for name in names] for part in (0, 1))
+            before = tuple(torch.stack(each).flatten(0, 1).to(inputs) for each in parts)
+        outputs, after = self.network(inputs.flatten(0, 1), before)
         outputs = finite_gradient(outputs).to(powers.dtype).reshape(*powers.shape, -1)
-        hiddens, memories = (part.reshape(*powers.shape, -1).unbind(0) for part in (hidden, memory))
-        return outputs, {"cells": dict(zip(names, zip(hiddens, memories, strict=True), strict=True))}
+        hiddens, memories = (part.reshape(*powers.shape, -1).unbind(0) for part in after)
+        found = dict(zip(names, zip(hiddens, memories, strict=True), strict=True))
+        # Where there is no graph the state may be saved, and a plain dict loads anywhere.
+        return outputs, {"cells": _Rows(found, after) if torch.is_grad_enabled() else found}
+
+
+class _Rows(dict[str, tuple[Tensor, Tensor]]):
+    """The states of the cells by tensor, and as the rows that they are parts of: the next step reads them as they are.
+
+    Args:
+        cells: by the tensor's name.
+        rows: hidden states and memories, `(tensors * tasks, hidden)`.
+    """
+
+    def __init__(self, cells: dict[str, tuple[Tensor, Tensor]], rows: tuple[Tensor, ...]) -> None:
+        super().__init__(cells)
+        self.rows = rows
 
 
 def _add_gauged(
@@ -478,26 +511,35 @@ def _observe(
     tiny = torch.finfo(loss.dtype).tiny
     level = levels.clamp_min(tiny).sqrt()
     steepness, velocity = (each.clamp_min(tiny).sqrt() for each in (powers, blocks.mean_squares(momentum)))
-    counts = _constant(blocks.counts, loss.device, loss.dtype).unsqueeze(-1)
+    layout = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
+    counts, together, biases = layout(tuple(names), blocks.counts, loss.device, loss.dtype)
     # How much of the loss one step of the first length would take, were the loss linear.
     steep = (level * scale * counts / loss.abs().clamp_min(tiny)).clamp_min(tiny).log()
     # Of each tensor the root mean square of all parameters of its layer.
-    layers = [layer_of(name) for name in names]
-    together = _constant([[float(each == own) for each in layers] for own in layers], loss.device, loss.dtype)
     sizes = together @ (counts * blocks.mean_squares(parameters)) / (together @ counts)
     heavy = (_root(sizes).clamp_min(_SMALLEST_SCALE) / scale).log()
-    biases = [float(name.rpartition(".")[2] == "bias") for name in names]
     own = (
         (velocity / level).clamp_min(1e-4).log() / 3,
         blocks.mean_products(gradients, momentum) / (steepness * velocity),
         (steepness / level).clamp_min(1e-4).log(),
         steep / 5 if progress.known else torch.zeros_like(steep),
-        _constant(biases, loss.device, loss.dtype).unsqueeze(-1).expand_as(level),
+        biases.expand_as(level),
         torch.full_like(level, math.log(progress.time + 1) / 5),
         heavy / 3,
     )
     parts = [torch.stack(own, -1), progress.features().expand(len(names), *loss.shape, -1)]
     return torch.cat([*parts, _told_features(point, progress, powers)] if told else parts, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(
+    names: tuple[str, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors' numbers of entries, which are of one layer, and which are biases: columns, but for the second."""
+    layers = [layer_of(name) for name in names]
+    together = _constant([[float(each == own) for each in layers] for own in layers], device, dtype)
+    biases = _constant([float(name.rpartition(".")[2] == "bias") for name in names], device, dtype)
+    return _constant(counts, device, dtype).unsqueeze(-1), together, biases.unsqueeze(-1)
 
 
 def _told_features(point: Point, progress: Progress, powers: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from metateleport.learned.rules.guard import (
     verdict,
     weights_of,
 )
-from metateleport.linalg import Blocks, alike, polar_steps, side_by_side
+from metateleport.linalg import Blocks, alike, one_small, polar_steps, side_by_side
 from metateleport.point import Tensors
 
 __all__ = [
@@ -111,12 +110,14 @@ class Mixture(NamedTuple):
             told: whether the last output is the annealing's.
         """
         mask = (_mask.__wrapped__ if torch.compiler.is_compiling() else _mask)(lacks, outputs.device)
+        # In one operation, as each has a derivative.
+        parts = outputs.unbind(-1)
         return cls(
-            _START * (4 * (outputs[..., 0] / 4).tanh()).exp(),
-            1 - outputs[..., 1].sigmoid(),
-            outputs[..., 2].sigmoid(),
-            outputs[..., 3:OUTPUTS].masked_fill(mask, -math.inf).softmax(-1),
-            _ANNEALING * outputs[..., OUTPUTS].sigmoid() if told else None,
+            _START * (4 * (parts[0] / 4).tanh()).exp(),
+            1 - parts[1].sigmoid(),
+            parts[2].sigmoid(),
+            torch.stack(parts[3:OUTPUTS], -1).masked_fill(mask, -math.inf).softmax(-1),
+            _ANNEALING * parts[OUTPUTS].sigmoid() if told else None,
         )
 
     def of_one_task(self) -> Mixture:
@@ -163,7 +164,9 @@ def scaled(
     known = at_least(weights, 1e-6, xp)
     loud = xp.sqrt(recent / age(seen, RECENT_MEMORY, xp) + tiny)
     adaptive = sizes * xp.sqrt(age(seen, SQUARES_MEMORY, xp)) / known
-    return mixture.lengths * adaptive**mixture.calms * (speeds / known / loud) ** (1 - mixture.calms)
+    # As powers they would take three times as long backwards.
+    logs, calm = xp.log(speeds / known / loud), mixture.calms
+    return mixture.lengths * xp.exp(logs + (xp.log(adaptive) - logs) * calm)
 
 
 def loudness(levels: Any, of_weights: Any, eps: float, tiny: float, xp: Any) -> Any:
@@ -261,6 +264,8 @@ class Ledger:
             for group in alike(matrices)
         ]
 
+        self._lies = {key: _lies_at(own) for key, own in self._views.items()}
+
     def _hold(self, key: str, whole: Tensor, parts: Sequence[Tensor]) -> None:
         self._wholes[key] = whole
         self._views[key] = dict(zip(self.names, parts, strict=True))
@@ -268,23 +273,21 @@ class Ledger:
     @staticmethod
     def serves(gradients: Tensors) -> bool:
         """Whether the tensors of a point are those of one small task on a CPU, without a graph."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
         values = list(gradients.values())
-        first = values[0]
-        if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.float64):
+        if values[0].dtype not in (torch.float32, torch.float64) or not one_small(values):
             return False
-        plain = all(each.dtype == first.dtype and each.shape[0] == 1 and each.numel() for each in values)
-        return plain and (len(values) == 1 or Blocks.of(values, free=True).joined)
+        return all(each.shape[0] == 1 and each.numel() for each in values)
 
     def holds(self, state: Mapping[str, Any], gradients: Tensors) -> bool:
-        """Whether it is what the state's tensors are views of."""
+        """Whether the state's tensors still lie in its memory."""
         if self.names != list(gradients) or self.dtype != next(iter(gradients.values())).dtype:
             return False
-        return all(
-            len(state[key]) == len(own) and all(map(operator.is_, state[key].values(), own.values()))
-            for key, own in self._views.items()
-        )
+        return all(_lies_at(state[key]) == known for key, known in self._lies.items())
+
+    @property
+    def place(self) -> int:
+        """Where its memory begins."""
+        return self._wholes["momentum"].data_ptr()
 
     def whole(self, key: str) -> Tensor:
         """One entry of the state of all tensors, `(1, entries)`."""
@@ -400,6 +403,11 @@ class Ledger:
             for step, direction, factor in zip(group.steps, found, factors, strict=True):
                 rows, columns = step.shape
                 np.add(step, factor * direction[:rows, :columns], out=step)
+
+
+def _lies_at(tensors: Tensors) -> list[int]:
+    """Where some tensors lie. They may be moved under their names: to memory that processes share, or as `data`."""
+    return [each.data_ptr() for each in tensors.values()]
 
 
 class _Matrices(NamedTuple):

@@ -108,8 +108,9 @@ class StaticRule(AdaptiveRule):
         powers: Any,
         levels: Any,
     ) -> tuple[Mixture, dict[str, Any]]:
-        read = self.head.weight._version, self.head.bias._version
-        if ledger.mixture is None or ledger.mixture[0] != read:
+        # Compared by their numbers, as their versions do not tell of all ways to exchange them.
+        read = torch.cat((self.head.weight, self.head.bias.unsqueeze(1)), 1)
+        if ledger.mixture is None or not torch.equal(ledger.mixture[0], read):
             ledger.mixture = read, super()._heard(point, progress, state, ledger, now, here, powers, levels)[0]
         return ledger.mixture[1], {}
 

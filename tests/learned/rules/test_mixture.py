@@ -90,7 +90,7 @@ def test_the_weights_are_those_that_tensors_give(name: str, told: bool, monkeypa
     meta, options = meta_optimizer(RULES[name]).double(), {"lr": 0.7, "weight_decay": 1e-3}
     ours, optimizer = trained(meta, told=told, **options)
     assert optimizer.loop.state is not None
-    assert optimizer.meta.rule._ledger is not None
+    assert optimizer.meta.rule._ledgers
     assert bool(optimizer.loop.state.progress.rejected > 0) == told
     in_tensors(monkeypatch)
     theirs, other = trained(meta, told=told, **options)
@@ -111,7 +111,8 @@ def test_the_weights_are_those_that_tensors_give(name: str, told: bool, monkeypa
 
 def test_in_single_precision_they_agree_to_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     meta = meta_optimizer(RULES["static"])
-    ours, _ = trained(meta, torch.float32, steps=5)
+    ours, optimizer = trained(meta, torch.float32, steps=5)
+    assert optimizer.meta.rule._ledgers
     in_tensors(monkeypatch)
     theirs, _ = trained(meta, torch.float32, steps=5)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -134,6 +135,19 @@ def cleared(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
     return optimizer
 
 
+def laid_elsewhere(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+    for entries in optimizer.state.values():
+        for value in entries.values():
+            value.data = value.data.clone()
+    return optimizer
+
+
+def shared(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+    for entries in optimizer.state.values():
+        entries["momentum"].share_memory_()
+    return optimizer
+
+
 def overwritten(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
     for entries in optimizer.state.values():
         entries["momentum"] = entries["momentum"] * 2
@@ -142,15 +156,16 @@ def overwritten(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
 
 
 @pytest.mark.parametrize("name", ["static", "adaptive"])
-@pytest.mark.parametrize("at_ten", [saved_and_loaded, loaded_in_place, cleared, overwritten])
+@pytest.mark.parametrize("at_ten", [saved_and_loaded, loaded_in_place, laid_elsewhere, shared, cleared, overwritten])
 def test_what_is_remembered_may_be_exchanged(at_ten: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = meta_optimizer(RULES[name]).double()
-    ours, _ = trained(meta, at_ten=at_ten)
+    ours, optimizer = trained(meta, at_ten=at_ten)
+    assert optimizer.meta.rule._ledgers
     unchanged, _ = trained(meta)
     in_tensors(monkeypatch)
     theirs, _ = trained(meta, at_ten=at_ten)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    assert torch.equal(ours, unchanged) == (at_ten in (saved_and_loaded, loaded_in_place))
+    assert torch.equal(ours, unchanged) == (at_ten not in (cleared, overwritten))
 
 
 def test_optimizers_of_one_meta_optimizer_do_not_share_memory() -> None:
@@ -174,12 +189,97 @@ def test_optimizers_of_one_meta_optimizer_do_not_share_memory() -> None:
 
     for one, other in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+    assert len(meta.rule._ledgers) == 2
 
 
-def test_the_ledger_is_neither_copied_nor_pickled() -> None:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Ledger]:
+    """The ledgers that are made from now on."""
+    found: list[Ledger] = []
+    start = Ledger.__init__
+
+    def spied(self: Ledger, *given: Any) -> None:
+        found.append(self)
+        start(self, *given)
+
+    monkeypatch.setattr(Ledger, "__init__", spied)
+    return found
+
+
+def test_a_ledger_serves_until_other_tensors_are_stepped(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledgers = made(monkeypatch)
+    trained(meta_optimizer(RULES["static"]), torch.float32, steps=3)
+    # The layer of some steps only is left out in the first one, and then comes in.
+    assert len(ledgers) == 2
+    meta, ledgers[:] = meta_optimizer(RULES["static"]), []
+    optimizers = []
+    for _ in range(6):
+        model = nn.Linear(3, 2)
+        optimizers.append((model, mt.LearnedOptimizer(model, meta)))
+    for _ in range(3):
+        for model, optimizer in optimizers[:3]:
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().mean().backward()
+            optimizer.step()
+    assert len(ledgers) == 3
+    for model, optimizer in optimizers:
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    assert len(meta.rule._ledgers) == 4
+
+
+@pytest.mark.parametrize("kind", ["plain", "lr=0", "short", "decay", "told", "half", "complex", "not finite"])
+@pytest.mark.parametrize("name", ["static", "adaptive"])
+def test_a_single_tensor_steps_as_several_do(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"lr=0": {"lr": 0.0}, "short": {"lr": 0.1}, "decay": {"weight_decay": 0.1}}.get(kind, {})
+    dtype = {"half": torch.bfloat16, "complex": torch.complex128}.get(kind, torch.float64)
+
+    def run() -> tuple[Tensor, mt.LearnedOptimizer]:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(3, 4).to(dtype) * (1e150 if kind == "not finite" else 1.0))
+        optimizer, x = mt.LearnedOptimizer([weight], copy.deepcopy(meta), **options), torch.randn(8, 4)
+        for step in range(8):
+            optimizer.zero_grad()
+            loss = (x.to(dtype) @ weight.mT).abs().float().square().mean() * (
+                1e4 if step == 5 and kind == "told" else 1
+            )
+            loss.backward()
+            optimizer.step(**({"loss": loss} if kind == "told" else {}))
+        return torch.view_as_real(weight.detach()) if kind == "complex" else weight.detach(), optimizer
+
+    meta = meta_optimizer(RULES[name]).double()
+    ours, optimizer = run()
+    assert kind == "not finite" or optimizer.meta.rule._ledgers
+    in_tensors(monkeypatch)
+    theirs, other = run()
+    torch.testing.assert_close(ours, theirs, rtol=1e-2 if kind == "half" else 1e-9, atol=1e-9)
+    assert optimizer.skipped == other.skipped
+
+
+@pytest.mark.parametrize("how", ["assigned", "data", "in place"])
+def test_networks_may_be_exchanged_in_mid_run(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exchanged(optimizer: mt.LearnedOptimizer) -> mt.LearnedOptimizer:
+        head = optimizer.meta.rule.get_submodule("head")
+        values = {key: value + 0.1 for key, value in head.state_dict().items()}
+        if how == "assigned":
+            head.load_state_dict(values, assign=True)
+        for key, value in values.items():
+            if how == "data":
+                head.get_parameter(key).data = value
+            elif how == "in place":
+                head.get_parameter(key).data.copy_(value)
+        return optimizer
+
+    meta = meta_optimizer(RULES["static"]).double()
+    ours, _ = trained(meta, at_ten=exchanged)
+    assert not torch.equal(ours, trained(meta)[0])
+    in_tensors(monkeypatch)
+    torch.testing.assert_close(ours, trained(meta, at_ten=exchanged)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_ledgers_are_neither_copied_nor_pickled() -> None:
     _, optimizer = trained(meta_optimizer(RULES["static"]), torch.float32, steps=2)
-    assert optimizer.meta.rule._ledger is not None
-    assert copy.deepcopy(optimizer.meta).rule._ledger is None
+    assert optimizer.meta.rule._ledgers
+    assert not copy.deepcopy(optimizer.meta).rule._ledgers
 
 
 @pytest.mark.parametrize(
@@ -190,6 +290,7 @@ def test_the_ledger_is_neither_copied_nor_pickled() -> None:
         {"a": torch.ones(1, 3).half()},
         {"a": torch.ones(1, 3), "b": torch.ones(1, 0)},
         {"a": torch.ones(1, 2**18), "b": torch.ones(1, 3)},
+        {"a": torch.ones(1, 2**18 + 1)},
     ],
 )
 def test_what_it_does_not_serve(gradients: dict[str, Tensor]) -> None:
