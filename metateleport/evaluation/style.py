@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +79,19 @@ def bare(axes: Axes, grid: bool = True) -> None:
 def colours_of(methods: Iterable[str]) -> dict[str, str]:
     """A colour for each method of an evaluation; the learned method and its attribution share one.
 
+    Others share none, as long as there are any left.
+
     Example:
         >>> colours_of(["learned", "learned/step-only", "mine"])["mine"]
         '#B5A400'
+        >>> len(set(colours_of([f"rival {number}" for number in range(12)]).values()))
+        12
     """
     names = list(methods)
-    others = iter(_OTHERS * len(names))
-    return {name: _COLOURS.get(name.split("/")[0]) or next(others) for name in names}
+    known = {name: _COLOURS[name.split("/")[0]] for name in names if name.split("/")[0] in _COLOURS}
+    free = [each for each in dict.fromkeys((*_OTHERS, *_COLOURS.values())) if each not in known.values()]
+    others = itertools.cycle(free)
+    return {name: known.get(name) or next(others) for name in names}
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 150, trace: str = "") -> None:
