@@ -162,9 +162,9 @@ def symmetric_spectrum(matrix: Tensor, rank: float = 0.0) -> Spectrum:
     scaled = twice / (2 * scale)[..., None, None]
     # Scaled, finite entries have a finite sum, which takes a tenth of the time of a test of each.
     usable = scaled.sum((-2, -1)).isfinite() & (scale < float("inf"))
-    if not certain(usable):
-        unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-        scaled = torch.where(usable[..., None, None], scaled, unit)
+    # Not only where one is not: to look would be a wait for the device.
+    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    scaled = torch.where(usable[..., None, None], scaled, unit)
     values, vectors, converged = eigenpairs(scaled)
     usable = usable & converged
     largest = values[..., -1].clamp_min(tiny)
