@@ -263,7 +263,6 @@ class Ledger:
             _Matrices.of([places[name] for name in group], [(matrices[name], steps[name]) for name in group])
             for group in alike(matrices)
         ]
-
         self._lies = {key: _lies_at(own) for key, own in self._views.items()}
 
     def _hold(self, key: str, whole: Tensor, parts: Sequence[Tensor]) -> None:

@@ -98,20 +98,12 @@ class StaticRule(AdaptiveRule):
         return outputs.to(powers.dtype).reshape(*powers.shape, -1), {}
 
     def _heard(
-        self,
-        point: Point,
-        progress: Progress,
-        state: dict[str, Any],
-        ledger: Ledger,
-        now: Tensor,
-        here: Tensor,
-        powers: Any,
-        levels: Any,
+        self, point: Point, progress: Progress, state: dict[str, Any], ledger: Ledger, *seen: Any
     ) -> tuple[Mixture, dict[str, Any]]:
         # Compared by their numbers, as their versions do not tell of all ways to exchange them.
         read = torch.cat((self.head.weight, self.head.bias.unsqueeze(1)), 1)
         if ledger.mixture is None or not torch.equal(ledger.mixture[0], read):
-            ledger.mixture = read, super()._heard(point, progress, state, ledger, now, here, powers, levels)[0]
+            ledger.mixture = read, super()._heard(point, progress, state, ledger, *seen)[0]
         return ledger.mixture[1], {}
 
 
