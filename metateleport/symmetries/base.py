@@ -28,6 +28,15 @@ def overridden(cls: type, name: str, methods: Collection[str]) -> bool:
         cls: the class.
         name: of the attribute.
         methods: names of the methods.
+
+    Example:
+        >>> class Told:
+        ...     known = True
+        ...     def act(self): ...
+        >>> class Acts:
+        ...     def act(self): ...
+        >>> [overridden(cls, "known", ["act"]) for cls in (Told, type("Mixed", (Acts, Told), {}))]
+        [False, True]
     """
     for each in cls.__mro__:
         if name in vars(each):

@@ -35,6 +35,8 @@ GUARD_SAMPLES = ("taken", "plain")
 """Entries of a rule's state, by tensor: the last step on a sample of its entries, and the one that AdamW had taken."""
 
 JUDGED = ("trust", "most", "behind")
+"""Entries of a rule's state that an evaluation changes (`judged`)."""
+
 GUARD_NUMBERS = (*JUDGED, "begun")
 """Entries of a rule's state that are a number for each task."""
 

@@ -30,9 +30,7 @@ from metateleport.linalg import Blocks, alike, one_small, polar_steps, side_by_s
 from metateleport.point import Tensors
 
 __all__ = [
-    "DIRECTIONS",
     "NUMBERS",
-    "OUTPUTS",
     "RECENT_MEMORY",
     "SQUARES_MEMORY",
     "Ledger",
@@ -54,10 +52,10 @@ RECENT_MEMORY = 0.95
 NUMBERS = ("seen", "recent", "weights")
 """Entries of the state that are a number for each tensor and task."""
 
-DIRECTIONS = 3
+_DIRECTIONS = 3
 """Adam's direction, the polar factor's and the gauge's."""
 
-OUTPUTS = 3 + DIRECTIONS
+_OUTPUTS = 3 + _DIRECTIONS
 """Number of outputs without the annealing, which comes last."""
 
 _START = 1.25
@@ -77,7 +75,6 @@ _USUAL, _SHORTEST, _MOST = 300, 1 / 30, 10.0
 Longer runs want shorter steps. On the development tasks the best length went with about the root of this ratio; the
 third root leaves runs of many thousands of steps enough."""
 
-
 _LONG, _MANY = 32, 4096
 """A matrix with so many rows, and so many times as many as columns, is the table of a vocabulary: each token's row has
 gradients of its own, and the polar factor of all of them would be most of a step's work."""
@@ -92,6 +89,11 @@ class Mixture(NamedTuple):
         calms: the exponent $\\kappa$.
         shares: of the directions, $c$, along one more dimension.
         annealing: the exponent $a$ of the share of the run that is left; None if no length is told.
+
+    Example:
+        >>> vector = Mixture.of(torch.zeros(1, 1, 6), lacks=((False, True, True),), told=False)
+        >>> vector.lengths, vector.news, vector.shares
+        (tensor([[1.2500]]), tensor([[0.5000]]), tensor([[[1., 0., 0.]]]))
     """
 
     lengths: Any
@@ -116,8 +118,8 @@ class Mixture(NamedTuple):
             _START * (4 * (parts[0] / 4).tanh()).exp(),
             1 - parts[1].sigmoid(),
             parts[2].sigmoid(),
-            torch.stack(parts[3:OUTPUTS], -1).masked_fill(mask, -math.inf).softmax(-1),
-            _ANNEALING * parts[OUTPUTS].sigmoid() if told else None,
+            torch.stack(parts[3:_OUTPUTS], -1).masked_fill(mask, -math.inf).softmax(-1),
+            _ANNEALING * parts[_OUTPUTS].sigmoid() if told else None,
         )
 
     def of_one_task(self) -> Mixture:
@@ -125,19 +127,29 @@ class Mixture(NamedTuple):
         return Mixture(*(each if each is None else each.numpy()[:, 0] for each in self))
 
 
-def at_least(values: Any, bound: float, xp: Any) -> Any:
+def _at_least(values: Any, bound: float, xp: Any) -> Any:
     """The values, or the bound where they are below it."""
     # numpy.clip takes ten times as long on a few numbers.
     return np.maximum(values, bound) if xp is np else values.clamp_min(bound)
 
 
 def age(seen: Any, memory: float, xp: Any) -> Any:
-    """The weight of all gradients seen in a running mean that started at zero."""
-    return 1 - memory ** at_least(seen, 1.0, xp)
+    """The weight of all gradients seen in a running mean that started at zero.
+
+    Example:
+        >>> age(torch.tensor([0.0, 1.0, 2.0]), 0.5, torch), age(np.array([2.0]), 0.5, np)
+        (tensor([0.5000, 0.5000, 0.7500]), array([0.75]))
+    """
+    return 1 - memory ** _at_least(seen, 1.0, xp)
 
 
 def run_length(total: int, left: float, annealing: Any) -> Any:
-    """The factor on the steps of a run of a told length, `left` being the share of it that is to come."""
+    """The factor on the steps of a run of a told length, `left` being the share of it that is to come.
+
+    Example:
+        >>> run_length(300, 1.0, 0.5), run_length(2400, 0.25, 0.5)
+        (1.0, 0.25)
+    """
     return min(max(_USUAL / total, _SHORTEST), _MOST) ** (1 / 3) * left**annealing
 
 
@@ -161,7 +173,7 @@ def scaled(
         xp: `torch` or `numpy`.
     """
     seen, recent, weights = numbers
-    known = at_least(weights, 1e-6, xp)
+    known = _at_least(weights, 1e-6, xp)
     loud = xp.sqrt(recent / age(seen, RECENT_MEMORY, xp) + tiny)
     adaptive = sizes * xp.sqrt(age(seen, SQUARES_MEMORY, xp)) / known
     # As powers they would take three times as long backwards.
@@ -182,8 +194,12 @@ def loudness(levels: Any, of_weights: Any, eps: float, tiny: float, xp: Any) -> 
         eps: spacing of the numbers at one.
         tiny: smallest number that is reckoned with.
         xp: `torch` or `numpy`.
+
+    Example:
+        >>> loudness(np.array([1.0, 1e-20]), np.array([1.0, 1.0]), eps=1e-7, tiny=1e-38, xp=np)
+        array([1., 0.])
     """
-    above = levels / at_least(_ROUNDINGS * eps * of_weights, tiny, xp) - 1
+    above = levels / _at_least(_ROUNDINGS * eps * of_weights, tiny, xp) - 1
     return np.minimum(np.maximum(above, 0.0), 1.0) if xp is np else above.clamp(0.0, 1.0)
 
 
@@ -225,6 +241,13 @@ class Ledger:
         state: the rule's.
         gradients: of the tensors, `(1, ...)` each.
         fixed: further entries of the state, which no step changes.
+
+    Example:
+        >>> values = {"weight": torch.ones(1, 2, 3), "bias": torch.ones(1, 2)}
+        >>> numbers = {key: dict.fromkeys(values, torch.zeros(1)) for key in NUMBERS}
+        >>> ledger = Ledger({"momentum": values, "squares": values, **numbers}, values)
+        >>> ledger.whole("momentum").shape, ledger.holds({"momentum": values, "squares": values, **numbers}, values)
+        (torch.Size([1, 8]), False)
     """
 
     def __init__(self, state: Mapping[str, Any], gradients: Tensors, fixed: Sequence[str] = ()) -> None:
@@ -239,7 +262,7 @@ class Ledger:
         self._views: dict[str, Tensors] = {key: dict(state[key]) for key in fixed}
         self._wholes: Tensors = {}
         for key in ("momentum", "squares"):
-            whole = torch.cat([state[key][name].to(self.dtype).flatten(1) for name in self.names], 1)
+            whole = side_by_side([state[key][name].to(self.dtype) for name in self.names])
             self._hold(key, whole, self.blocks.parts([whole]))
         for key in NUMBERS:
             whole = torch.stack([state[key][name].to(self.dtype) for name in self.names])
@@ -248,7 +271,7 @@ class Ledger:
         if self.guarded:
             for key in GUARD_SAMPLES:
                 parts = [state[key][name].to(self.dtype) for name in self.names]
-                whole = torch.cat(parts, 1)
+                whole = side_by_side(parts)
                 self._hold(key, whole, whole.split([each.shape[1] for each in parts], 1))
             sampled = places_of(self.blocks.shapes, first.device)
             self._places = slice(None) if sampled is None else sampled.numpy()
@@ -363,7 +386,7 @@ class Ledger:
             lengths = lengths * loud * scale(mixture.annealing)
             factors, lengths = -lengths * mixture.shares[:, 0] / sizes, -lengths[:, None] * mixture.shares
             if self.guarded:
-                plain = PLAIN_RATE * left * loud * np.sqrt(young) / at_least(weights, 1e-6, np)
+                plain = PLAIN_RATE * left * loud * np.sqrt(young) / _at_least(weights, 1e-6, np)
                 self._array("plain")[:] = step[self._places] * np.repeat(-plain, self._samples)
                 factors, lengths = giving_way(np.asarray(judged["trust"]), factors, lengths, plain)
             step *= self._spread(factors)

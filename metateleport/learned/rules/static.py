@@ -67,6 +67,8 @@ class StaticRule(AdaptiveRule):
         49
     """
 
+    constants: ClassVar[tuple[str, ...]] = ("kinds",)
+
     def __init__(self, cooling: float = 0.0, guarded: bool = False) -> None:
         super().__init__(hidden=1, cooling=cooling, told=True, guarded=guarded)
         self.per_tensor = ("kinds", *(each for each in self.per_tensor if each != "cells"))  # type: ignore[misc]
@@ -75,8 +77,6 @@ class StaticRule(AdaptiveRule):
         with torch.no_grad():
             self.head.weight.zero_()
             self.head.bias.copy_(torch.tensor(TOLD_START))
-
-    constants: ClassVar[tuple[str, ...]] = ("kinds",)
 
     def initial_state(self, point: Point) -> dict[str, Any]:
         state = super().initial_state(point)
